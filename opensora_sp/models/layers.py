@@ -1,0 +1,192 @@
+"""The arithmetic that STDiT3's blocks are made of.
+
+Shapes: B samples, T latent frames, S patches of one frame, C channels, H heads, D head width,
+L text tokens, F frames of all samples (F = B·T). Every function here is pure.
+Source of all facts: Open-Sora 1.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_PERIOD = 10_000.0
+SINUSOID_WIDTH = 256
+# F.rms_norm came after torch 2.3; where it exists it may be one fused kernel.
+_fused_rms_norm = getattr(F, "rms_norm", None)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Root-mean-square norm over the last axis, its statistics in float32; any shape in and out."""
+    if _fused_rms_norm is not None:
+        return _fused_rms_norm(x, (x.shape[-1],), weight, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine (eps 1e-6), then ·(1 + scale) + shift.
+
+    x [B,T,S,C]; shift and scale [B,T or 1,1,C] → [B,T,S,C].
+    """
+    normed = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def sinusoid(values: Tensor, width: int = SINUSOID_WIDTH) -> Tensor:
+    """values [N], float32 → [N, width]: cosines, then sines, of period 2π to 2π·10000."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32) / half
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents).to(values.device)
+    angles = values.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_table(
+    grid: tuple[int, int], channels: int, height: float, width: float, input_sq_size: int
+) -> Tensor:
+    """2D sine-cosine positions of one frame's patches, row-major: [S, C], float32 on the CPU.
+
+    `grid` counts patches (rows, columns); `height` and `width` are the request's pixels.
+    The first half of the channels follows the column, the second the row.
+    """
+    rows, columns = grid
+    scale = math.sqrt(height * width) / input_sq_size
+    base = round(math.sqrt(rows * columns))
+    down = torch.arange(rows, dtype=torch.float32) / scale * (base / rows)
+    across = torch.arange(columns, dtype=torch.float32) / scale * (base / columns)
+    axis = channels // 2
+    inverse = MAX_PERIOD ** (-torch.arange(0, axis, 2, dtype=torch.float32) / axis)
+
+    def encode(place: Tensor) -> Tensor:
+        angles = place[:, None] * inverse[None]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    by_column = encode(across)[None].expand(rows, columns, axis)
+    by_row = encode(down)[:, None].expand(rows, columns, axis)
+    return torch.cat([by_column, by_row], dim=-1).reshape(rows * columns, channels)
+
+
+def rotary_tables(frequencies: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of frame index × frequency: two [T, D/2] in float32."""
+    index = torch.arange(frames, dtype=torch.float32).to(frequencies.device)
+    angles = index[:, None] * frequencies.float()[None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding over interleaved channel pairs; x [B,T,S,H,D] → the same, x's dtype."""
+    cos, sin = (table[:, None, None, :] for table in tables)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√D)·v on [N,H,length,D]; a batch or query of length 0 gives that shape back."""
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class RMSNorm(nn.Module):
+    """Per-head norm of queries and keys, with weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any [..., width] → the same shape."""
+        return rms_norm(x, self.weight)
+
+
+class SelfAttention(nn.Module):
+    """Fused qkv laid out (3, H, D), query and key norm; its projection is applied by the block."""
+
+    def __init__(self, channels: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        width = channels // heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.q_norm: nn.Module = RMSNorm(width) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = RMSNorm(width) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(channels, channels)
+
+    def _qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [..., C] → q, k, v [..., H, D], q and k normed."""
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def within_frames(self, h: Tensor) -> Tensor:
+        """Every patch of a frame attends to its frame: [F,S,C] → [F,S,C], before the projection."""
+        q, k, v = (part.transpose(1, 2) for part in self._qkv(h))  # [F,H,S,D]
+        return attend(q, k, v).transpose(1, 2).flatten(2)
+
+    def along_time(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Every position attends to itself in all frames: [B,T,S,C] → [B,T,S,C]."""
+        batch, frames, patches, channels = h.shape
+        q, k, v = self._qkv(h)  # [B,T,S,H,D]
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in (q, k, v))  # [B·S,H,T,D]
+        out = attend(q, k, v).unflatten(0, (batch, patches))  # [B,S,H,T,D]
+        return out.permute(0, 3, 1, 2, 4).reshape(batch, frames, patches, channels)
+
+
+KeyValue = tuple[Tensor, Tensor]  # k and v of one sample's text, each [1,H,L,D]
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text: no norm, no gate, no mask; each sample sees exactly its own tokens."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(channels, channels)
+        self.kv_linear = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def key_value(self, text: Tensor) -> KeyValue:
+        """text [L,C] of one sample → k, v [1,H,L,D]."""
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+
+    def forward(self, x: Tensor, text: Sequence[KeyValue]) -> Tensor:
+        """x [B,T,S,C] and B pairs of k, v → [B,T,S,C]."""
+        q = self.q_linear(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        # Sample by sample: masks leave the fast kernels, and lengths differ between prompts.
+        parts = [attend(q[i : i + 1], k, v) for i, (k, v) in enumerate(text)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, hidden)
+        self.fc2 = nn.Linear(hidden, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] → [..., width_out]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SinusoidEmbedder(nn.Module):
+    """A number → C channels: sinusoid, Linear, SiLU, Linear (timestep and fps)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(SINUSOID_WIDTH, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """values [N] → [N,C]. They are rounded to the run's dtype first, as in training."""
+        return self.mlp(sinusoid(values.to(dtype)).to(dtype))

@@ -1,0 +1,350 @@
+"""STDiT3, Open-Sora 1.2's diffusion transformer, as single-device segments.
+
+The segments are what the block loop in `opensora_sp.denoiser` strings together; nothing here
+knows of ranks. Activations are [B,T,S,C] from the embedder to the head, so that a shard of T or S
+is just a smaller tensor. Latents come and go in patch form [B,T,S,P·P·4], each patch ordered
+(channel, row, column); see `patchify`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from opensora_sp.errors import CheckpointError
+from opensora_sp.models.layers import (
+    CrossAttention,
+    KeyValue,
+    Mlp,
+    SelfAttention,
+    SinusoidEmbedder,
+    modulated_norm,
+    position_table,
+    rotary_tables,
+)
+
+PATCH = 2  # rows and columns of latent cells in one patch; patches are one frame deep
+
+
+@dataclass(frozen=True, kw_only=True)
+class STDiT3Config:
+    """The transformer's sizes; defaults are the published STDiT3-XL/2."""
+
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    in_channels: int = 4
+    caption_channels: int = 4096
+    model_max_length: int = 300
+    input_sq_size: int = 512
+    qk_norm: bool = True
+    pred_sigma: bool = True
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the raw output; the first `in_channels` are the velocity."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: Path | str) -> STDiT3Config:
+        """From a checkpoint's config.json; unknown keys are ignored, impossible values refused."""
+        config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        patch = list(raw.get("patch_size", (1, PATCH, PATCH)))
+        if patch != [1, PATCH, PATCH]:
+            raise CheckpointError(
+                f"{source}: patch_size {patch} is not supported, only [1, 2, 2] (STDiT3-XL/2)"
+            )
+        if raw.get("skip_y_embedder"):
+            raise CheckpointError(
+                f"{source}: skip_y_embedder true is not supported (training only)"
+            )
+        if config.hidden_size % config.num_heads or config.hidden_size % 4:
+            raise CheckpointError(
+                f"{source}: hidden_size {config.hidden_size} must be a multiple of 4 and of "
+                f"num_heads {config.num_heads}"
+            )
+        return config
+
+    @classmethod
+    def load(cls, directory: Path) -> STDiT3Config:
+        """Read `config.json` of a DiT checkpoint directory."""
+        path = directory / "config.json"
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable config.json ({error})") from error
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """What one step's time and frame rate mean for all blocks; made once a step.
+
+    t [B,T or 1,C] drives the head, blocks [B,T or 1,6,C] every block.
+    """
+
+    t: Tensor
+    blocks: Tensor
+
+    def frames(self, start: int, stop: int) -> StepTables:
+        """The tables of frames start..stop; tables shared by all frames stay as they are."""
+        if self.t.shape[1] == 1:
+            return self
+        return StepTables(self.t[:, start:stop], self.blocks[:, start:stop])
+
+
+def patchify(z: Tensor) -> Tensor:
+    """Latents [B,4,T,H,W] → patch form [B,T,S,16]; odd sides are zero-padded at the end."""
+    height, width = z.shape[-2:]
+    z = F.pad(z, (0, width % PATCH, 0, height % PATCH))
+    return rearrange(z, "b c t (h p) (w q) -> b t (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpatchify(patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """Patch form [B,T,S,C·4] → [B,C,T,H,W], cropped to `size` = (H, W)."""
+    rows = -(-size[0] // PATCH)
+    z = rearrange(patches, "b t (h w) (c p q) -> b c t (h p) (w q)", h=rows, p=PATCH, q=PATCH)
+    return z[..., : size[0], : size[1]]
+
+
+def real_cells(size: tuple[int, int], channels: int = 4) -> Tensor:
+    """Which cells of the patch form hold latents and which are padding: bool [S, channels·4]."""
+    return patchify(torch.ones(1, channels, 1, *size))[0, 0] > 0
+
+
+class Block(nn.Module):
+    """What spatial and temporal blocks share: modulation, cross-attention, MLP."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        channels = config.hidden_size
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, channels))
+        self.attn = SelfAttention(channels, config.num_heads, config.qk_norm)
+        self.cross_attn = CrossAttention(channels, config.num_heads)
+        self.mlp = Mlp(channels, int(channels * config.mlp_ratio), channels)
+
+    def _modulation(self, tables: StepTables) -> tuple[Tensor, ...]:
+        """shift, scale, gate of the attention, then of the MLP; each [B,T or 1,1,C]."""
+        return (self.scale_shift_table + tables.blocks).unsqueeze(3).unbind(2)
+
+    def attn_in(self, x: Tensor, tables: StepTables) -> Tensor:
+        """x [B,T,S,C] → the self-attention's input, same shape."""
+        shift, scale, *_ = self._modulation(tables)
+        return modulated_norm(x, shift, scale)
+
+    def rest(
+        self, x: Tensor, attended: Tensor, tables: StepTables, text: Sequence[KeyValue]
+    ) -> Tensor:
+        """Everything after the self-attention, local to each token: [B,T,S,C] → [B,T,S,C]."""
+        _, _, gate, shift, scale, mlp_gate = self._modulation(tables)
+        x = torch.addcmul(x, gate, self.attn.proj(attended))
+        x = x + self.cross_attn(x, text)
+        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
+
+
+class SpatialBlock(Block):
+    """Self-attention within a frame. Split at the exchange: attn_in | attend | rest."""
+
+    def attend(self, h: Tensor) -> Tensor:
+        """Whole frames [F,S,C] → [F,S,C]; F may be 0."""
+        return self.attn.within_frames(h)
+
+
+class TemporalBlock(Block):
+    """Self-attention along time at one position; local when every rank holds all frames."""
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: StepTables,
+        text: Sequence[KeyValue],
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """x [B,T,S,C] with all T frames → the same shape."""
+        attended = self.attn.along_time(self.attn_in(x, tables), rotary)
+        return self.rest(x, attended, tables, text)
+
+
+class PatchEmbedder(nn.Module):
+    """Holds the patch convolution's weight; applied as a Linear, for its stride is its kernel."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(in_channels, channels, (1, PATCH, PATCH), (1, PATCH, PATCH))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B,T,S,16] → [B,T,S,C]."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TextEmbedder(nn.Module):
+    """Projects T5's embeddings to C and holds the null embedding of unconditional guidance."""
+
+    y_embedding: Tensor
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        shape = (config.model_max_length, config.caption_channels)
+        self.register_buffer("y_embedding", torch.zeros(shape))
+        self.y_proj = Mlp(config.caption_channels, config.hidden_size, config.hidden_size)
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation by t, Linear to patches ordered (row, column, channel)."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.out_channels = config.out_channels
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, config.hidden_size))
+        self.linear = nn.Linear(config.hidden_size, PATCH * PATCH * config.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, channels: int) -> Tensor:
+        """x [B,T,S,C], t [B,T or 1,C] → [B,T,S,channels·4], ordered (channel, row, column).
+
+        Reordering the weight's rows instead of the output costs nothing, and the rows of the
+        variance, which nobody reads, are not computed.
+        """
+        shift, scale = (self.scale_shift_table + t.unsqueeze(2)).unsqueeze(3).unbind(2)
+        order = torch.arange(PATCH * PATCH * self.out_channels)
+        order = order.view(PATCH * PATCH, self.out_channels).T[:channels].flatten()
+        order = order.to(self.linear.weight.device)
+        return F.linear(
+            modulated_norm(x, shift, scale), self.linear.weight[order], self.linear.bias[order]
+        )
+
+
+class Rotary(nn.Module):
+    """Frequencies of the temporal rotary embedding; they are part of the checkpoint."""
+
+    freqs: Tensor
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
+        self.register_buffer("freqs", 10_000.0**-exponents)
+
+
+class STDiT3(nn.Module):
+    """The segments and their weights, named as in the published checkpoint."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.hidden_size
+        self.x_embedder = PatchEmbedder(config.in_channels, channels)
+        self.t_embedder = SinusoidEmbedder(channels)
+        self.fps_embedder = SinusoidEmbedder(channels)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+        self.y_embedder = TextEmbedder(config)
+        self.spatial_blocks = nn.ModuleList(SpatialBlock(config) for _ in range(config.depth))
+        self.temporal_blocks = nn.ModuleList(TemporalBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.rope = Rotary(channels // config.num_heads)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations run in."""
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.x_embedder.proj.weight.device
+
+    @property
+    def pairs(self) -> list[tuple[SpatialBlock, TemporalBlock]]:
+        """The blocks in the order they run."""
+        return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
+
+    def positions(self, grid: tuple[int, int], height: float, width: float) -> Tensor:
+        """Position table [S,C] for a grid of patches, in the run's dtype on the model's device."""
+        config = self.config
+        table = position_table(grid, config.hidden_size, height, width, config.input_sq_size)
+        return table.to(self.dtype).to(self.device)
+
+    def rotary(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables for T frames, float32."""
+        return rotary_tables(self.rope.freqs, frames)
+
+    def embed(self, z: Tensor, positions: Tensor) -> Tensor:
+        """z [B,T,S,16] any float dtype, positions [S,C] → x [B,T,S,C]."""
+        return self.x_embedder(z.to(self.dtype)) + positions
+
+    def tables(self, t: Tensor, fps: Tensor, frame_mask: Tensor | None = None) -> StepTables:
+        """t [B] in 0..1000, fps [B], frame_mask bool [B,T] or none → the step's tables.
+
+        Frames whose mask is false are kept frames: they use the tables of timestep 0.
+        """
+        rate = self.fps_embedder(fps.to(self.device), self.dtype)
+        now = self.t_embedder(t.to(self.device), self.dtype) + rate  # [B,C]
+        now = now[:, None]
+        if frame_mask is not None:
+            still = self.t_embedder(torch.zeros_like(t).to(self.device), self.dtype) + rate
+            chosen = frame_mask.to(self.device)[..., None]
+            now = torch.where(chosen, now, still[:, None])  # [B,T,C]
+        return StepTables(now, self.t_block(now).unflatten(-1, (6, -1)))
+
+    def text_kv(self, tokens: Sequence[Tensor]) -> list[list[KeyValue]]:
+        """Each sample's real tokens [L_b, caption_channels] → per block, per sample, k and v.
+
+        In the order the blocks run: spatial 0, temporal 0, spatial 1, … Once per video.
+        """
+        texts = [self.y_embedder.y_proj(y.to(self.device, self.dtype)) for y in tokens]
+        blocks = [block for pair in self.pairs for block in pair]
+        return [[block.cross_attn.key_value(text) for text in texts] for block in blocks]
+
+    def null_tokens(self, masks: Tensor) -> list[Tensor]:
+        """The null embedding under each sample's mask [B,L] of 0/1 → B × [L_b, caption]."""
+        null = self.y_embedder.y_embedding
+        return [null[: mask.numel()][mask.cpu().bool().to(null.device)] for mask in masks]
+
+    def head(self, x: Tensor, tables: StepTables, channels: int | None = None) -> Tensor:
+        """x [B,T,S,C] → patches [B,T,S,channels·4]; by default only the velocity's channels."""
+        return self.final_layer(x, tables.t, channels or self.config.in_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor,
+        fps: Tensor,
+        height: Tensor,
+        width: Tensor,
+        x_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The whole model on one device, in the reference's own signature and layout.
+
+        x [B,4,T,H,W], timestep [B] in 0..1000, y [B,1,L,caption_channels], mask [b,L] of 0/1
+        (b divides B), fps, height, width [b], x_mask bool [B,T] or none → float32 [B,8,T,H,W].
+        """
+        from opensora_sp.denoiser import Local, Stream, run_blocks
+
+        batch = x.shape[0]
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        mask, fps = (a.repeat(batch // a.shape[0], *[1] * (a.ndim - 1)) for a in (mask, fps))
+        grid = (-(-size[0] // PATCH), -(-size[1] // PATCH))
+        positions = self.positions(grid, float(height[0]), float(width[0]))
+        tokens = [part[0][keep.bool()] for part, keep in zip(y, mask, strict=True)]
+        stream = Stream(
+            x=self.embed(patchify(x.to(self.device)), positions),
+            tables=self.tables(timestep, fps, x_mask),
+            text=self.text_kv(tokens),
+        )
+        (out,) = run_blocks(self, [stream], Local())
+        patches = self.head(out, stream.tables, self.config.out_channels)
+        return unpatchify(patches, size).float()
+
+
+def build_stdit3(config: STDiT3Config) -> STDiT3:
+    """The model without memory behind its weights (meta device), ready for `load_module`."""
+    with torch.device("meta"):
+        return STDiT3(config)

@@ -1,0 +1,95 @@
+"""Rectified flow, as plain functions over an explicit list of timesteps.
+
+Layout-blind: everything is pointwise in z, so z may be latents, patches or a shard of patches.
+Source: Open-Sora 1.2's RFlow scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+TRAINING_TIMESTEPS = 1000.0
+
+# velocity(z, t, generate): generate is bool [B,T] or None when no frame is kept.
+VelocityFunction = Callable[[Tensor, float, Tensor | None], Tensor]
+
+
+def timesteps(
+    steps: int, *, height: int, width: int, frames: int, transform: bool = True
+) -> list[float]:
+    """The times of a run, 1000 first and falling; the run ends at 0.
+
+    height, width in pixels and frames in pixels' time: with the transform larger videos spend
+    more of their steps near the noise.
+    """
+    times = [(1.0 - i / steps) * TRAINING_TIMESTEPS for i in range(steps)]
+    if not transform:
+        return times
+    temporal = 1 if frames == 1 else 5 * max(1, frames // 17)
+    ratio = math.sqrt(height * width / 512**2) * math.sqrt(temporal)
+    shifted = (t / TRAINING_TIMESTEPS for t in times)
+    times = [ratio * u / (1 + (ratio - 1) * u) * TRAINING_TIMESTEPS for u in shifted]
+    # Exactly 1000 whatever rounding says, or a frame with mask 1 misses its first step.
+    return [min(TRAINING_TIMESTEPS, t) if i else TRAINING_TIMESTEPS for i, t in enumerate(times)]
+
+
+def sample(
+    z: Tensor,
+    times: Sequence[float],
+    velocity: VelocityFunction,
+    frame_mask: Tensor | None = None,
+    noise_at: Callable[[int], Tensor] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Integrate z from the first time to 0 in len(times) Euler steps.
+
+    z: noise, with the latents of kept frames in place, [B,T,...] float32. frame_mask [B,T] in
+    0..1 on the CPU: 1 generates a frame, 0 keeps it, a fraction edits it from that time on.
+    noise_at(step): fresh noise of z's shape for frames that join then. Without a frame_mask, or
+    with one of ones, it is a plain run.
+    """
+    if frame_mask is not None and bool((frame_mask == 1).all()):
+        frame_mask = None
+    joined = None if frame_mask is None else frame_mask == 1
+    for i, t in enumerate(times):
+        following = times[i + 1] if i + 1 < len(times) else 0.0
+        if frame_mask is None or joined is None:
+            z = z + velocity(z, t, None) * ((t - following) / TRAINING_TIMESTEPS)
+        else:
+            if noise_at is None:
+                raise ValueError("a run with a frame mask needs noise_at")
+            generate = frame_mask.float() * TRAINING_TIMESTEPS >= torch.tensor(t)
+            z = _masked_step(z, t, following, velocity, generate, generate & ~joined, noise_at, i)
+            joined = generate
+        if on_step is not None:
+            on_step(i)
+    return z
+
+
+def _masked_step(
+    z: Tensor,
+    t: float,
+    following: float,
+    velocity: VelocityFunction,
+    generate: Tensor,
+    joining: Tensor,
+    noise_at: Callable[[int], Tensor],
+    step: int,
+) -> Tensor:
+    """One step in which some frames are kept; generate and joining are bool [B,T] on the CPU."""
+    kept = z
+    if bool(joining.any()):
+        level = t / TRAINING_TIMESTEPS
+        noised = (1 - level) * z + level * noise_at(step)
+        z = torch.where(_over_frames(joining, z), noised, z)
+    moved = z + velocity(z, t, generate) * ((t - following) / TRAINING_TIMESTEPS)
+    return torch.where(_over_frames(generate, z), moved, kept)
+
+
+def _over_frames(mask: Tensor, z: Tensor) -> Tensor:
+    """A [B,T] mask, moved to z's device and shaped to broadcast over [B,T,...]."""
+    return mask.to(z.device).reshape(*mask.shape, *([1] * (z.ndim - 2)))
