@@ -1,0 +1,188 @@
+"""Every collective of the program, named by what it is for.
+
+Only all_to_all_single with split sizes and broadcast travel on the device's backend: both exist
+on gloo, nccl and eccl. Buffers are contiguous, in and out: gloo and eccl read or write the raw
+memory of one that is not, without an error. Control data (objects, sizes, checksums) goes over
+the gloo side group of the session instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opensora_sp.denoiser import Piece
+from opensora_sp.parallel.layout import Layout, bounds
+from opensora_sp.parallel.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Comm:
+    """A process group, this rank's index in it, and the ledger its collectives are booked in.
+
+    through_host: the backend does not serve the device, so buffers pass through host memory.
+    """
+
+    group: Any
+    rank: int
+    size: int
+    ledger: Ledger = field(default_factory=Ledger)
+    through_host: bool = False
+
+
+class Transfer:
+    """An all-to-all under way. Keeps its send buffer alive until it has been waited for."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        kind: str,
+        send: Tensor,
+        send_sizes: Sequence[int],
+        recv_sizes: Sequence[int],
+        finish: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._comm, self._kind, self._finish, self._device = comm, kind, finish, send.device
+        if comm.through_host:
+            send = send.cpu()
+        recv = torch.empty(sum(recv_sizes), dtype=send.dtype, device=send.device)
+        _check(kind, send, send_sizes, comm)
+        _check(kind, recv, recv_sizes, comm)
+        started = time.perf_counter()
+        self._work = dist.all_to_all_single(
+            recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
+        )
+        self._send, self._recv = send, recv
+        leaving = (sum(send_sizes) - send_sizes[comm.rank]) * send.element_size()
+        comm.ledger.add(kind, calls=1, bytes_sent=leaving, seconds=time.perf_counter() - started)
+
+    def wait(self) -> Tensor:
+        """The received tensor in its final shape."""
+        started = time.perf_counter()
+        self._work.wait()
+        self._comm.ledger.add(self._kind, seconds=time.perf_counter() - started)
+        del self._send
+        return self._finish(self._recv.to(self._device))
+
+
+def _check(kind: str, buffer: Tensor, sizes: Sequence[int], comm: Comm) -> None:
+    if not buffer.is_contiguous():
+        raise RuntimeError(f"{kind}: buffer of shape {tuple(buffer.shape)} is not contiguous")
+    if buffer.ndim != 1 or len(sizes) != comm.size or sum(sizes) != buffer.numel():
+        raise RuntimeError(
+            f"{kind}: sizes {tuple(sizes)} for {comm.size} ranks do not add up to a flat buffer "
+            f"of shape {tuple(buffer.shape)}"
+        )
+
+
+class Exchange:
+    """Resharding between patches and frames over the ranks of one sequence group."""
+
+    def __init__(self, comm: Comm, layout: Layout) -> None:
+        if comm.size != layout.ranks:
+            raise ValueError(f"layout for {layout.ranks} ranks on a group of {comm.size}")
+        self.comm, self.layout = comm, layout
+
+    def to_frames(self, h: Tensor, piece: Piece) -> Transfer:
+        """h [B,t,S_local,C] → this rank's whole frames [F_local,S,C].
+
+        The frames are cut from the flattened B·t, so what goes to each rank lies contiguous
+        already and only the receiver has to sort.
+        """
+        batch, frames, local, channels = h.shape
+        shares = self.layout.frame_split(batch * frames, piece.before)
+        mine, patches = shares[self.comm.rank], self.layout.patch_split
+        arriving = [mine * count * channels for count in patches]
+
+        def join(received: Tensor) -> Tensor:
+            parts = zip(received.split(arriving), patches, strict=True)
+            return torch.cat([part.view(mine, count, channels) for part, count in parts], dim=1)
+
+        return Transfer(
+            self.comm,
+            "patches_to_frames",
+            h.contiguous().view(-1),
+            [share * local * channels for share in shares],
+            arriving,
+            join,
+        )
+
+    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Transfer:
+        """Whole frames [F_local,S,C] → [B,t,S_local,C]; the mirror image of `to_frames`."""
+        mine, _, channels = attended.shape
+        frames = piece.stop - piece.start
+        shares = self.layout.frame_split(batch * frames, piece.before)
+        patches = self.layout.patch_split
+        local = patches[self.comm.rank]
+        if mine != shares[self.comm.rank]:
+            raise RuntimeError(f"frames_to_patches: {mine} frames, expected {shares}")
+        sorted_by_rank = [part.reshape(-1) for part in attended.split(list(patches), dim=1)]
+        return Transfer(
+            self.comm,
+            "frames_to_patches",
+            torch.cat(sorted_by_rank),
+            [mine * count * channels for count in patches],
+            [share * local * channels for share in shares],
+            lambda received: received.view(batch, frames, local, channels),
+        )
+
+
+def swap_halves(comm: Comm, mine: Tensor) -> Transfer:
+    """Guidance pair: give the other rank this half's velocity and get the other half's."""
+    sizes = [0 if rank == comm.rank else mine.numel() for rank in range(comm.size)]
+    return Transfer(
+        comm, "velocity", mine.contiguous().view(-1), sizes, sizes, lambda got: got.view(mine.shape)
+    )
+
+
+def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor | None:
+    """Patch shards [B,T,S_local,c] → all patches [B,T,S,c] on rank `to` of the group, else None.
+
+    Written as an all-to-all with empty parts, for gather is not reliable on every backend.
+    """
+    batch, frames, _, channels = z.shape
+    patches = layout.patch_split
+    leads = comm.rank == to
+    recv = [batch * frames * count * channels if leads else 0 for count in patches]
+
+    def join(received: Tensor) -> Tensor:
+        if not leads:
+            return received
+        parts = zip(received.split(recv), bounds(patches), strict=True)
+        shards = [part.view(batch, frames, stop - start, channels) for part, (start, stop) in parts]
+        return torch.cat(shards, dim=2)
+
+    send = [z.numel() if rank == to else 0 for rank in range(comm.size)]
+    whole = Transfer(comm, "gather_latents", z.contiguous().view(-1), send, recv, join).wait()
+    return whole if leads else None
+
+
+def hand_out(
+    comm: Comm,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    source: int = 0,
+) -> Tensor:
+    """One rank's tensor on every rank; `shape` and `dtype` are known to all beforehand."""
+    if comm.rank == source:
+        if tensor is None or tuple(tensor.shape) != tuple(shape):
+            raise RuntimeError(f"hand_out: expected shape {tuple(shape)}")
+        buffer = tensor.to(device, dtype).contiguous()
+    else:
+        buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if comm.size == 1:
+        return buffer
+    started = time.perf_counter()
+    travelling = buffer.cpu() if comm.through_host else buffer
+    dist.broadcast(travelling, dist.get_global_rank(comm.group, source), group=comm.group)
+    leaving = travelling.numel() * travelling.element_size() if comm.rank == source else 0
+    comm.ledger.add("hand_out", calls=1, bytes_sent=leaving, seconds=time.perf_counter() - started)
+    return travelling.to(device)

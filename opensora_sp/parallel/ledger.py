@@ -1,0 +1,58 @@
+"""The byte ledger: every collective counted where it is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Entry:
+    """What one kind of collective has cost this rank."""
+
+    calls: int = 0
+    bytes_sent: int = 0
+    seconds: float = 0.0
+
+    def __sub__(self, other: Entry) -> Entry:
+        return Entry(
+            self.calls - other.calls,
+            self.bytes_sent - other.bytes_sent,
+            self.seconds - other.seconds,
+        )
+
+
+@dataclass
+class Ledger:
+    """Calls, bytes and seconds per kind of collective.
+
+    bytes_sent counts what leaves this rank for another one; what it sends to itself is free.
+    seconds is how long the host stood still for the collective: on a CPU the exposed part of the
+    exchange, on an accelerator only what was waited for on the host.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def add(self, kind: str, *, calls: int = 0, bytes_sent: int = 0, seconds: float = 0.0) -> None:
+        """Book a collective, or the seconds it was waited for."""
+        entry = self.entries.setdefault(kind, Entry())
+        entry.calls += calls
+        entry.bytes_sent += bytes_sent
+        entry.seconds += seconds
+
+    def snapshot(self) -> dict[str, Entry]:
+        """A copy of the entries, to subtract from a later one."""
+        return {kind: e - Entry() for kind, e in self.entries.items()}
+
+    def since(self, earlier: dict[str, Entry]) -> dict[str, Entry]:
+        """What was booked after `earlier` was taken."""
+        return {kind: e - earlier.get(kind, Entry()) for kind, e in self.entries.items()}
+
+    @property
+    def bytes_sent(self) -> int:
+        """Over all kinds."""
+        return sum(e.bytes_sent for e in self.entries.values())
+
+    @property
+    def seconds(self) -> float:
+        """Over all kinds."""
+        return sum(e.seconds for e in self.entries.values())

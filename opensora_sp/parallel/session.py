@@ -1,0 +1,176 @@
+"""A run's process: its device, its process groups, and their teardown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from opensora_sp.errors import UserError
+from opensora_sp.parallel.backend import (
+    Backend,
+    device_module,
+    load_plugin,
+    pick_backend,
+    pick_device,
+)
+from opensora_sp.parallel.exchange import Comm
+from opensora_sp.parallel.ledger import Ledger
+from opensora_sp.parallel.mesh import Mesh, Place
+
+T = TypeVar("T")
+# Collectives wait this long for a peer. Long phases of the leading rank are waited for on the
+# side group, which has its own limit, so this only has to cover one denoising step.
+COLLECTIVE_TIMEOUT_S = 1800.0
+SIDE_TIMEOUT_S = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class MeshComms:
+    """The groups that this rank works in."""
+
+    mesh: Mesh
+    place: Place
+    sequence: Comm
+    guidance: Comm
+
+
+@dataclass
+class Session:
+    """One process of the run; with a world of one there are no process groups at all."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    backend: Backend
+    world: Comm
+    side: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0: encodes the text, reports, writes."""
+        return self.rank == 0
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where all collectives of this process are booked."""
+        return self.world.ledger
+
+    def share(self, value: T | None, source: int = 0) -> T:
+        """One rank's picklable value on every rank, over the side group."""
+        if self.side is None:
+            return value  # type: ignore[return-value]
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self.side)
+        return box[0]  # type: ignore[return-value]
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's picklable value on every rank, in rank order, over the side group."""
+        if self.side is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.side)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here; waits on the side group, not in a collective."""
+        if self.side is not None:
+            dist.barrier(group=self.side)
+
+    def build(self, mesh: Mesh) -> MeshComms:
+        """Make the groups of a mesh. Every rank calls this at the same point."""
+        if mesh.size != self.world_size:
+            raise ValueError(f"mesh {mesh} on {self.world_size} ranks")
+        return MeshComms(
+            mesh=mesh,
+            place=mesh.place(self.rank),
+            sequence=self._group_of(mesh.sequence_groups()),
+            guidance=self._group_of(mesh.guidance_groups()),
+        )
+
+    def _group_of(self, groups: Sequence[list[int]]) -> Comm:
+        """The group that holds this rank; all ranks must make all groups, in the same order."""
+        found: Comm | None = None
+        for ranks in groups:
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                found = Comm(
+                    group,
+                    ranks.index(self.rank),
+                    len(ranks),
+                    self.ledger,
+                    self.world.through_host,
+                )
+        if found is None:
+            raise ValueError(f"rank {self.rank} is in none of {groups}")
+        return found
+
+
+def alone(device: str | None = None) -> Session:
+    """A session of this process alone, whatever started it; device as for `open_session`."""
+    kind = pick_device(device)
+    load_plugin(kind)
+    here = _claim_device(kind, 0, 1)
+    return Session(0, 0, 1, here, pick_backend(None, kind), Comm(None, 0, 1))
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(
+            f"{name}={text!r} in the environment is not a number; start with torchrun"
+        ) from error
+
+
+@contextmanager
+def open_session(
+    device: str | None = None,
+    backend: str | None = None,
+    *,
+    timeout_s: float = COLLECTIVE_TIMEOUT_S,
+) -> Iterator[Session]:
+    """The session of this process, as torchrun's environment describes it; alone without one.
+
+    device: gcu, cuda, cpu or None for the first of them that is here. backend: None for the
+    device's own. Raises UserError for what is not there. Groups are destroyed on a clean exit;
+    after an error they are left to die with the process, for peers may be stuck inside them.
+    """
+    rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    local_rank = _environment("LOCAL_RANK", 0)
+    kind = pick_device(device)
+    row = pick_backend(backend, kind)
+    load_plugin(kind)  # before the process group: it registers the backend
+    here = _claim_device(kind, local_rank, _environment("LOCAL_WORLD_SIZE", world))
+    if world == 1:
+        yield Session(0, 0, 1, here, row, Comm(None, 0, 1))
+        return
+    dist.init_process_group(row.name, timeout=timedelta(seconds=timeout_s))
+    side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
+    through_host = row.device != kind
+    comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
+    yield Session(rank, local_rank, world, here, row, comm, side)
+    dist.destroy_process_group()
+
+
+def _claim_device(kind: str, local_rank: int, local_world: int) -> torch.device:
+    """This rank's device, made current; UserError when there are fewer devices than ranks."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    module = device_module(kind)
+    count = int(module.device_count())
+    if local_world > count:
+        raise UserError(
+            f"{local_world} ranks on this node but {count} visible {kind} device(s); "
+            f"start with torchrun --nproc_per_node {count}"
+        )
+    module.set_device(local_rank)
+    return torch.device(kind, local_rank)

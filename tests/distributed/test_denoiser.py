@@ -1,0 +1,102 @@
+"""N ranks against one, in float32: one velocity and a few steps, on every kind of shape."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from opensora_sp.denoiser import Denoiser
+from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.parallel.parallelize import parallelize
+from opensora_sp.parallel.session import open_session
+from opensora_sp.runtime import Runtime
+from opensora_sp.sampling import sample
+from ranks import run_ranks
+from tiny import conditions, normal, tiny_transformer
+
+FORWARD_LIMIT = 1e-5
+
+Shape = tuple[int, tuple[int, int]]
+# Latent frames of an image, 2, 4, 8 and 16 s; latent sides whose patch counts leave every
+# remainder modulo 2 to 8 that the published sizes leave, odd sides among them.
+SHAPES: list[Shape] = [
+    (1, (6, 10)),
+    (1, (9, 7)),
+    (5, (5, 4)),
+    (15, (8, 6)),
+    (15, (7, 9)),
+    (30, (5, 5)),
+    (60, (4, 6)),
+    (120, (3, 5)),
+]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def few_steps(denoiser: Denoiser, shape: Shape, *, masked: bool, batch: int) -> torch.Tensor | None:
+    """Three steps from fixed noise; the latents on the leading rank."""
+    frames, size = shape
+    mask = None
+    if masked:
+        mask = torch.ones(batch, frames)
+        mask[:, 0] = 0.0
+        mask[-1, -1] = 0.4
+    velocity = denoiser.prepare(conditions(batch))
+    return denoiser.gather(
+        sample(
+            denoiser.shard(normal(batch, 4, frames, *size)),
+            [1000.0, 600.0, 200.0],
+            velocity,
+            mask,
+            lambda step: denoiser.shard(normal(batch, 4, frames, *size, seed=100 + step)),
+        )
+    )
+
+
+def compare(
+    rank: int, world: int, init_file: str, meshes: Sequence[Mesh], shapes: Sequence[Shape]
+) -> dict[str, float]:
+    """The relative error of every mesh and shape, on rank 0."""
+    errors: dict[str, float] = {}
+    model = tiny_transformer()
+    with open_session("cpu") as session, torch.no_grad():
+        for mesh in meshes:
+            comms = session.build(mesh)
+            for (frames, size), runtime in itertools.product(shapes, _runtimes(mesh)):
+                batch = 2 if frames == 5 else 1
+                masked = frames in (5, 15)
+                layout = Layout(frames=frames, size=size, ranks=mesh.sequence)
+                denoiser = parallelize(model, comms, layout, runtime)
+                got = few_steps(denoiser, (frames, size), masked=masked, batch=batch)
+                assert (got is None) == (rank != 0)
+                if got is not None:
+                    single = Layout(frames=frames, size=size, ranks=1)
+                    alone = parallelize(model, None, single)
+                    want = few_steps(alone, (frames, size), masked=masked, batch=batch)
+                    assert want is not None
+                    errors[f"{mesh} {frames} {size} {runtime}"] = relative(got, want)
+    return errors
+
+
+def _runtimes(mesh: Mesh) -> list[Runtime]:
+    if mesh.sequence == 1:
+        return [Runtime()]
+    if mesh.guidance == 2:
+        return [Runtime(chunks=2), Runtime(overlap=False)]
+    return [Runtime(), Runtime(serial_guidance=True, chunks=3), Runtime(share_first=False)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 6, 7, 8])
+def test_ranks_give_what_one_rank_gives(world: int) -> None:
+    meshes = [Mesh(sequence=world)]
+    if world % 2 == 0:
+        meshes.append(Mesh(guidance=2, sequence=world // 2))
+    errors = run_ranks(compare, world, meshes, SHAPES)[0]
+    assert len(errors) >= len(SHAPES) * len(meshes)
+    worst = max(errors, key=lambda case: errors[case])
+    assert errors[worst] <= 10 * FORWARD_LIMIT, (worst, errors[worst])
