@@ -1,0 +1,175 @@
+"""Which features go together: one table, applied to every request and printed in docs/flags.md."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opensora_sp.errors import UserError
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """Two features that meet, and what then happens.
+
+    `text` is printed or raised with the values' names in braces filled in.
+    """
+
+    features: str
+    outcome: Literal["note", "refused"]
+    meets: Callable[[Values], bool]
+    text: str
+
+
+def _moved(values: Values) -> bool:
+    return (values["resolution"], values["aspect_ratio"]) != ("240p", "9:16")
+
+
+def _typed(values: Values) -> list[str]:
+    return [k for k in ("image", "last_image", "extend", "edit") if values[k] is not None]
+
+
+def _repeated(values: Values) -> int:
+    """Frames of a later clip that are the end of the one before."""
+    return int(values["condition_frame_length"] // 5 * 17)
+
+
+COMBINATIONS: tuple[Combination, ...] = (
+    Combination(
+        features="--prompt + --prompt-path",
+        outcome="note",
+        meets=lambda v: bool(v["prompt"]) and v["prompt_path"] is not None,
+        text="--prompt-path {prompt_path!r} is not read, because --prompt is given",
+    ),
+    Combination(
+        features="--prompt + --start-index / --end-index",
+        outcome="note",
+        meets=lambda v: bool(v["prompt"]) and (v["start_index"] > 0 or v["end_index"] is not None),
+        text="--start-index and --end-index have no effect: they count the lines of --prompt-path",
+    ),
+    Combination(
+        features="--start-index + --end-index",
+        outcome="refused",
+        meets=lambda v: v["end_index"] is not None and v["end_index"] <= v["start_index"],
+        text="--end-index {end_index} is not above --start-index {start_index}: no line is left",
+    ),
+    Combination(
+        features="--image-size + --resolution / --aspect-ratio",
+        outcome="note",
+        meets=lambda v: v["image_size"] is not None and _moved(v),
+        text="--image-size wins over --resolution {resolution} --aspect-ratio {aspect_ratio}",
+    ),
+    Combination(
+        features="one frame + --fps",
+        outcome="note",
+        meets=lambda v: v["num_frames"] == 1 and v["fps"] != 24,
+        text="--fps {fps} has no effect on one frame: the model is told 120",
+    ),
+    Combination(
+        features="one frame + --loop",
+        outcome="refused",
+        meets=lambda v: v["num_frames"] == 1 and v["loop"] > 1,
+        text="--loop {loop} needs a video, but --num-frames is 1: choose --loop 1 or more frames",
+    ),
+    Combination(
+        features="--loop + --condition-frame-length",
+        outcome="refused",
+        meets=lambda v: v["loop"] > 1 and v["condition_frame_length"] % 5 != 0,
+        text="--condition-frame-length {condition_frame_length} is not a multiple of 5, which "
+        "--loop {loop} needs: 5 latent frames are one chunk of 17 frames",
+    ),
+    Combination(
+        features="--loop + --num-frames",
+        outcome="refused",
+        meets=lambda v: v["loop"] > 1 and _repeated(v) >= v["num_frames"],
+        text="--loop {loop} with --condition-frame-length {condition_frame_length} repeats every "
+        "one of {num_frames} frames: lower it (5 repeats 17 frames) or give more --num-frames",
+    ),
+    Combination(
+        features="typed references + --reference-path / --mask-strategy",
+        outcome="refused",
+        meets=lambda v: bool(_typed(v)) and bool(v["reference_path"] or v["mask_strategy"]),
+        text="--image, --last-image, --extend and --edit are written for you as --reference-path "
+        "and --mask-strategy: give one or the other",
+    ),
+    Combination(
+        features="--edit + --image / --last-image / --extend",
+        outcome="refused",
+        meets=lambda v: v["edit"] is not None and len(_typed(v)) > 1,
+        text="--edit {edit!r} makes every frame anew from one video: leave --image, --last-image "
+        "and --extend out",
+    ),
+    Combination(
+        features="--image + --extend",
+        outcome="refused",
+        meets=lambda v: v["image"] is not None and v["extend"] is not None,
+        text="--image {image!r} and --extend {extend!r} both give the first frames: choose one",
+    ),
+    Combination(
+        features="one frame + --last-image / --extend",
+        outcome="refused",
+        meets=lambda v: (
+            v["num_frames"] == 1 and (v["last_image"] is not None or v["extend"] is not None)
+        ),
+        text="--last-image and --extend need a video, but --num-frames is 1: give more frames",
+    ),
+    Combination(
+        features="--edit-strength without --edit",
+        outcome="note",
+        meets=lambda v: v["edit"] is None and v["edit_strength"] != 0.5,
+        text="--edit-strength {edit_strength} has no effect without --edit",
+    ),
+    Combination(
+        features="--loop-carry without --loop",
+        outcome="note",
+        meets=lambda v: v["loop"] == 1 and v["loop_carry"] != "frames",
+        text="--loop-carry {loop_carry} has no effect with one clip",
+    ),
+    Combination(
+        features="--cfg-scale 1 + --guidance",
+        outcome="note",
+        meets=lambda v: v["cfg_scale"] == 1 and v["guidance"] != "auto",
+        text="--guidance {guidance} has no effect: --cfg-scale 1 needs no unconditional half",
+    ),
+    Combination(
+        features="--cfg-scale 1 + --guidance-parallel 2",
+        outcome="refused",
+        meets=lambda v: v["cfg_scale"] == 1 and v["guidance_parallel"] == 2,
+        text="--guidance-parallel 2 needs two guidance halves, but --cfg-scale 1 has one: "
+        "leave --guidance-parallel out",
+    ),
+    Combination(
+        features="--device + --backend",
+        outcome="refused",
+        meets=lambda v: (
+            (v["device"], v["backend"])
+            in {("cpu", "nccl"), ("cpu", "eccl"), ("cuda", "eccl"), ("gcu", "nccl")}
+        ),
+        text="--backend {backend} does not serve --device {device}: leave --backend out",
+    ),
+    Combination(
+        features="--device cpu + --dtype fp16",
+        outcome="note",
+        meets=lambda v: v["device"] == "cpu" and v["dtype"] == "fp16",
+        text="--dtype fp16 is slow on a CPU; fp32 or bf16 is faster",
+    ),
+    Combination(
+        features="--prompt-as-path + --sample-name",
+        outcome="note",
+        meets=lambda v: v["prompt_as_path"] and v["sample_name"] is not None,
+        text="--sample-name {sample_name!r} is put before each prompt in the file names",
+    ),
+)
+
+
+def check_combinations(values: Values) -> list[str]:
+    """The notes of every combination that is met; raises UserError at the first refused one."""
+    notes = []
+    for combination in COMBINATIONS:
+        if combination.meets(values):
+            said = combination.text.format(**values)
+            if combination.outcome == "refused":
+                raise UserError(said)
+            notes.append(said)
+    return notes

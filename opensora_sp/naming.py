@@ -1,0 +1,53 @@
+"""Names of output files."""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from opensora_sp.validate import LONGEST_STEM
+
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, surrogates, line separators
+_HASH_LENGTH = 8
+
+
+def safe_stem(text: str) -> str:
+    """A file name stem that shows `text` and stays inside its directory; may be empty.
+
+    Separators and control characters become `_`, leading dots go, and what is too long is cut and
+    ends in a hash of the whole, so that two long prompts that begin alike have two names.
+    """
+    stem = "".join(
+        "_" if char in "/\\" or unicodedata.category(char) in _UNSAFE_CATEGORIES else char
+        for char in text.strip()
+    )
+    stem = re.sub(r"^[.\s]+", "", stem)
+    encoded = stem.encode("utf-8")
+    if len(encoded) <= LONGEST_STEM:
+        return stem
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH_LENGTH]
+    kept = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
+    return f"{kept.rstrip()}-{digest}"
+
+
+def output_stems(
+    prompts: Sequence[tuple[int, str]], *, sample_name: str | None, prompt_as_path: bool
+) -> list[str]:
+    """One stem per (index, prompt), all different.
+
+    SAMPLE_NAME_0000 with the prompt's index, or the prompt itself; a prompt that would have the
+    name of an earlier one also gets its index.
+    """
+    if not prompt_as_path:
+        name = sample_name or "sample"
+        return [f"{name}_{index:04d}" for index, _ in prompts]
+    stems: list[str] = []
+    taken: set[str] = set()
+    for index, prompt in prompts:
+        stem = safe_stem((sample_name or "") + prompt) or f"prompt_{index:04d}"
+        # Some file systems take upper and lower case for the same.
+        while stem.casefold() in taken:
+            stem = f"{stem}_{index:04d}"
+        taken.add(stem.casefold())
+        stems.append(stem)
+    return stems

@@ -1,0 +1,131 @@
+"""Files and folders that a request names, looked at before torch or a model is loaded."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from opensora_sp.conditioning import parse_mask_strategy
+from opensora_sp.errors import CheckpointError, UserError
+from opensora_sp.request import Checkpoints, Request
+from opensora_sp.validate import shown
+
+# What each checkpoint directory must hold; of a tuple one is enough.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_T5_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_NEEDED: Mapping[str, tuple[str | tuple[str, ...], ...]] = {
+    "dit": ("config.json", _WEIGHTS),
+    "t5": ("config.json", "spiece.model", (*_T5_WEIGHTS, *_WEIGHTS)),
+    "vae2d": ("vae/config.json",),
+    "vae3d": ("config.json", _WEIGHTS),
+}
+
+
+def check_checkpoints(directories: Mapping[str, str | None]) -> Checkpoints | None:
+    """The four directories by short name ("dit", ...), or None where none is given.
+
+    Raises CheckpointError naming the flag that is missing, or the directory or file that is not
+    there.
+    """
+    given = {name: path for name in _NEEDED if (path := directories.get(name)) is not None}
+    if not given:
+        return None
+    missing = [f"--ckpt-path-{name}" for name in _NEEDED if name not in given]
+    if missing:
+        have = ", ".join(f"--ckpt-path-{name} {shown(path)}" for name, path in given.items())
+        raise CheckpointError(
+            f"{', '.join(missing)} missing beside {have}: give all four paths, or none for the "
+            "embedded model"
+        )
+    for name, path in given.items():
+        _check_directory(f"--ckpt-path-{name} {shown(path)}", path, _NEEDED[name])
+    return Checkpoints(**{name: Path(path) for name, path in given.items()})
+
+
+def _check_directory(what: str, directory: str, needed: tuple[str | tuple[str, ...], ...]) -> None:
+    if not os.path.isdir(directory):
+        problem = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise CheckpointError(f"{what} {problem}")
+    for entry in needed:
+        names = (entry,) if isinstance(entry, str) else entry
+        found = [name for name in names if os.path.isfile(os.path.join(directory, name))]
+        if not found:
+            raise CheckpointError(f"{what} has no {' or '.join(names)}")
+        if found[0].endswith(".index.json"):
+            _check_shards(what, directory, found[0])
+
+
+def _check_shards(what: str, directory: str, index: str) -> None:
+    try:
+        content = json.loads(Path(directory, index).read_text(encoding="utf-8"))
+        shards = sorted(set(content["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{what}: {index} is not an index of weight files") from None
+    for shard in shards:
+        if not os.path.isfile(os.path.join(directory, str(shard))):
+            raise CheckpointError(f"{what} has no {shard}, which {index} names")
+
+
+def check_save_dir(directory: str) -> Path:
+    """The directory to write to, which need not exist yet; creates nothing.
+
+    Raises UserError where it could not be made or written to.
+    """
+    place = os.path.abspath(directory)
+    while not os.path.lexists(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise UserError(f"--save-dir {shown(directory)}: {place} is not a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--save-dir {shown(directory)}: {place} may not be written to")
+    return Path(directory)
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError where a directory stands in the place of an output file."""
+    if os.path.isdir(output):
+        raise UserError(f"{output} is a directory, but an output has this name: rename one")
+
+
+def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[tuple[int, str]]:
+    """(line index from 0, prompt) of the lines `start` to `end` − 1; blank lines are no prompts.
+
+    The index stays that of the whole file, so that a part of a list gives the videos and names
+    that the whole list would. Raises UserError for a file that cannot be used.
+    """
+    what = f"--prompt-path {shown(path)}"
+    try:
+        # Only line feeds end a prompt: str.splitlines would also break at U+2028 and form feeds.
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    if start >= len(lines) and any(lines):
+        raise UserError(f"--start-index {start} is beyond the {len(lines)} lines of {what}")
+    prompts = [(index, line.strip()) for index, line in enumerate(lines[:end]) if index >= start]
+    prompts = [(index, prompt) for index, prompt in prompts if prompt]
+    if not prompts:
+        part = "" if (start, end) == (0, None) else f" in lines {start} to {end or 'the end'}"
+        raise UserError(f"{what} holds no prompt{part}")
+    return prompts
+
+
+def check_conditions(request: Request, *, allow_remote: bool) -> None:
+    """A request's references and strategy, as far as that goes without decoding a picture.
+
+    Raises UserError naming the file, the address or the group.
+    """
+    from opensora_sp.references import check_reference
+
+    paths = [path.strip() for path in request.reference_path.split(";") if path.strip()]
+    for group in parse_mask_strategy(request.mask_strategy):
+        # A later clip also has the clip before it as a reference.
+        known = len(paths) + (1 if 0 < group.loop < request.loop else 0)
+        if group.ref >= known:
+            raise UserError(
+                f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "
+                f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
+            )
+    for path in paths:
+        check_reference(path, allow_remote=allow_remote)

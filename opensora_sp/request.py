@@ -1,0 +1,255 @@
+"""What to generate: one video (`Request`), how to run (`RunSettings`), a whole run (`Job`).
+
+All frozen, all checked when they are made, none needs torch.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from opensora_sp import sizes
+from opensora_sp.validate import (
+    Kind,
+    boolean,
+    choice,
+    file_stem,
+    integer,
+    number,
+    optional,
+    path,
+    text,
+)
+
+IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
+
+DEVICES = ("gcu", "cuda", "cpu")
+BACKENDS = ("eccl", "nccl", "gloo")
+DTYPES = ("fp32", "fp16", "bf16")
+GUIDANCE = ("auto", "together", "serial")
+LOOP_CARRY = ("frames", "latents")
+
+# Legal values of the fields below; the flags and YAML keys use the same entries.
+REQUEST_KINDS: Mapping[str, Kind] = {
+    "prompt": text(metavar="P"),
+    "prompt_index": integer(0),
+    "sample_index": integer(0),
+    "height": integer(sizes.SMALLEST_SIDE, sizes.LARGEST_SIDE),
+    "width": integer(sizes.SMALLEST_SIDE, sizes.LARGEST_SIDE),
+    "num_frames": integer(1, sizes.MOST_FRAMES),
+    "fps": integer(1, 1000),
+    "save_fps": integer(1, 1000),
+    "steps": integer(1, 100_000),
+    "cfg_scale": number(0),
+    "seed": integer(0, 2**63 - 1),
+    "timestep_transform": boolean(),
+    "aes": optional(number(0)),
+    "flow": optional(number(0)),
+    "camera_motion": optional(text(empty=False), word="null"),
+    "loop": integer(1, 10_000),
+    "condition_frame_length": integer(1, 10_000),
+    "align": integer(1, 10_000),
+    "reference_path": text(),
+    "mask_strategy": text(),
+    "reference_fps": optional(number(0, above=True), word="null"),
+    "loop_carry": choice(*LOOP_CARRY),
+    "micro_frame_size": integer(1, 10_000),
+    "micro_batch_size": integer(1, 10_000),
+    "model_max_length": optional(integer(1, 100_000)),
+}
+SETTINGS_KINDS: Mapping[str, Kind] = {
+    "device": optional(choice(*DEVICES), word="auto"),
+    "backend": optional(choice(*BACKENDS), word="auto"),
+    "dtype": choice(*DTYPES),
+    "save_dir": path("DIR"),
+    "sample_name": optional(file_stem(), word="null"),
+    "num_sample": integer(1, 10_000),
+    "batch_size": integer(1, 10_000),
+    "verbose": integer(0, 2),
+    "cpu_threads": optional(integer(1, 4096), word="auto"),
+    "guidance": choice(*GUIDANCE),
+    "enable_compile": boolean(),
+    "timeout": number(0, above=True, metavar="SECONDS"),
+    "sequence_parallel": optional(integer(1), word="auto"),
+    "guidance_parallel": optional(integer(1, 2), word="auto"),
+    "replicas": optional(integer(1), word="auto"),
+    "overlap": boolean(),
+    "allow_remote": boolean(),
+}
+
+
+def _check(instance: Any, kinds: Mapping[str, Kind]) -> None:
+    for name, kind in kinds.items():
+        kind.check(name, getattr(instance, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One video or image of Open-Sora 1.2, and everything that decides its content.
+
+    `prompt` is the person's words, without JSON, scores or cleaning (it may hold `|0|` segments).
+    `height` and `width` are the pixels given to the model (a table size, or any other);
+    `decoded_size` is what comes out. `prompt_index` and `sample_index` are its place in the list
+    it came from: with `seed` they key every random draw, so that one request is one video
+    whatever else is generated beside it.
+
+    Raises UserError, naming the field, for a value that is not legal.
+    """
+
+    prompt: str
+    prompt_index: int = 0
+    sample_index: int = 0
+    height: int = 240
+    width: int = 426
+    num_frames: int = 51
+    fps: int = 24
+    save_fps: int = 24
+    steps: int = 30
+    cfg_scale: float = 7.0
+    seed: int = 42
+    timestep_transform: bool = True
+    aes: float | None = 6.5
+    flow: float | None = None
+    camera_motion: str | None = None
+    loop: int = 1
+    condition_frame_length: int = 5
+    align: int = 5
+    reference_path: str = ""
+    mask_strategy: str = ""
+    reference_fps: float | None = None
+    loop_carry: Literal["frames", "latents"] = "frames"
+    micro_frame_size: int = sizes.MICRO_FRAME_SIZE
+    micro_batch_size: int = 4
+    model_max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, REQUEST_KINDS)
+        # 7 and 7.0 are one request: they must have one digest.
+        for name in ("cfg_scale", "aes", "flow"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+
+    @property
+    def is_image(self) -> bool:
+        """One frame, written as a picture."""
+        return self.num_frames == 1
+
+    @property
+    def model_fps(self) -> int:
+        """Frame rate given to the model."""
+        return IMAGE_FPS if self.is_image else self.fps
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(T, height, width) of one clip's latents, without batch and channels."""
+        return sizes.latent_shape(self.num_frames, self.height, self.width, self.micro_frame_size)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches (down, across) of one latent frame; S is their product."""
+        return sizes.patch_grid(*self.latent_shape[1:])
+
+    @property
+    def decoded_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the decoded frames."""
+        _, height, width = self.latent_shape
+        return height * sizes.SPATIAL_FACTOR, width * sizes.SPATIAL_FACTOR
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON of every field."""
+        canonical = json.dumps(
+            self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The four checkpoint directories, as they are published."""
+
+    dit: Path
+    t5: Path
+    vae2d: Path
+    vae3d: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run is done; nothing here changes what is generated, except `dtype`.
+
+    `device` and `backend` None: the first device that is there, and its own backend.
+    `checkpoints` None: the embedded model. `cpu_threads` None: the cores this process may use,
+    shared among the ranks of the node. `sample_name` None: "sample", or nothing before the prompt
+    with `prompt_as_path`. `timeout` is in seconds.
+
+    Raises UserError, naming the field, for a value that is not legal.
+    """
+
+    device: str | None = None
+    backend: str | None = None
+    dtype: str = "bf16"
+    checkpoints: Checkpoints | None = None
+    save_dir: Path = Path("samples/samples")
+    sample_name: str | None = None
+    prompt_as_path: bool = False
+    num_sample: int = 1
+    batch_size: int = 1
+    verbose: int = 1
+    cpu_threads: int | None = None
+    guidance: Literal["auto", "together", "serial"] = "auto"
+    enable_compile: bool = False
+    timeout: float = 1800.0
+    sequence_parallel: int | None = None
+    guidance_parallel: int | None = None
+    replicas: int | None = None
+    overlap: bool = True
+    allow_remote: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in SETTINGS_KINDS.items():
+            value = getattr(self, name)
+            kind.check(name, str(value) if isinstance(value, Path) else value)
+
+    @property
+    def skip_existing(self) -> bool:
+        """Whether an output that is there already is left alone.
+
+        Ask it on the rank that writes, and tell the others: they may see another file system.
+        """
+        return self.prompt_as_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One request and the file that its video or image is written to."""
+
+    request: Request
+    output: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A whole run: settings, its tasks in order, and what is worth telling before it starts."""
+
+    settings: RunSettings
+    tasks: tuple[Task, ...]
+    notes: tuple[str, ...] = ()
+
+    def batches(self) -> tuple[tuple[Task, ...], ...]:
+        """The tasks in the groups that are denoised together: one sample of several prompts."""
+        groups: list[list[Task]] = []
+        for task in self.tasks:
+            last = groups[-1] if groups else []
+            full = len(last) >= self.settings.batch_size
+            if last and not full and last[0].request.sample_index == task.request.sample_index:
+                last.append(task)
+            else:
+                groups.append([task])
+        return tuple(tuple(group) for group in groups)

@@ -1,0 +1,435 @@
+"""From command lines and YAML files to requests."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from opensora_sp.cli.combinations import COMBINATIONS
+from opensora_sp.cli.flag_docs import docs_page, help_text
+from opensora_sp.cli.flag_table import all_flags
+from opensora_sp.cli.flags import FEATURES, Feature
+from opensora_sp.cli.threads import available_cores, choose_threads
+from opensora_sp.config_file import read_config
+from opensora_sp.errors import UserError
+from opensora_sp.naming import output_stems, safe_stem
+from opensora_sp.request import Job, Request, RunSettings
+from opensora_sp.settings import (
+    build_job,
+    check_request,
+    parse_command_line,
+    print_config,
+    resolve,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def values_of(*argv: str) -> dict[str, Any]:
+    return resolve(parse_command_line(argv))
+
+
+def job_of(tmp_path: Path, *argv: str) -> Job:
+    return build_job(values_of("--save-dir", str(tmp_path), *argv))
+
+
+def test_defaults_are_the_ones_that_existing_command_lines_count_on() -> None:
+    expected = {
+        "resolution": "240p",
+        "aspect_ratio": "9:16",
+        "num_frames": 51,
+        "fps": 24,
+        "save_fps": 24,
+        "frame_interval": 1,
+        "num_sampling_steps": 30,
+        "cfg_scale": 7.0,
+        "aes": 6.5,
+        "flow": None,
+        "seed": 42,
+        "batch_size": 1,
+        "num_sample": 1,
+        "loop": 1,
+        "dtype": "bf16",
+        "align": 5,
+        "condition_frame_length": 5,
+        "micro_batch_size": 4,
+        "micro_frame_size": 17,
+        "save_dir": "./samples/samples/",
+        "warmup_count": 1,
+        "eval_count": 1,
+        "benchmark_save_path": "./benchmark/report-opensora-v1.2.json",
+        "flash_attn": False,
+        "layernorm_kernel": False,
+        "enable_compile": False,
+        "llm_refine": False,
+        "watermark": False,
+        "qk_norm": True,
+        "prompt_as_path": False,
+    }
+    values = values_of()
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_request_and_settings_have_the_defaults_of_the_flags(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "--prompt", "x")
+    assert job.tasks[0].request == Request(prompt="x")
+    assert job.settings == RunSettings(save_dir=tmp_path)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("cfg-scale: 3\nnum_frames: 4s\naspect_ratio: 16:9\nseed: 7\nflow: null\n")
+    values = values_of("--config", str(config), "--seed=9", "--cfg_scale", "2.5")
+    assert (values["cfg_scale"], values["num_frames"], values["seed"]) == (2.5, 102, 9)
+    assert (values["aspect_ratio"], values["num_sampling_steps"]) == ("16:9", 30)
+
+
+@pytest.mark.parametrize("word", ["True", "true", "t", "yes", "Y", "1"])
+def test_words_for_true(word: str) -> None:
+    assert values_of("--flash-attn", word)["flash_attn"] is True
+
+
+@pytest.mark.parametrize("word", ["False", "FALSE", "f", "no", "n", "0"])
+def test_words_for_false(word: str) -> None:
+    assert values_of("--qk_norm", word)["qk_norm"] is False
+
+
+def test_printed_config_reads_back_to_the_same_values(tmp_path: Path) -> None:
+    prompts = [
+        "a: b # c",
+        "",
+        "null",
+        "9:16",
+        "yes",
+        "- x",
+        "zwei\nZeilen",
+        "一只猫 🐈",
+        "'\"",
+        "~",
+    ]
+    argv = ["--prompt", *prompts, "--image-size", "97", "163", "--aes", "none", "--seed", "5"]
+    argv += ["--camera-motion", "none", "--prompt-as-path", "--cpu-threads", "3"]
+    argv += ["--cfg-scale", "1e-3", "--frame-interval", "3"]
+    values = values_of(*argv)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(print_config(values), encoding="utf-8")
+    again = values_of("--config", str(saved))
+    assert again == values
+    assert again["prompt"] == prompts
+    assert (again["aes"], again["camera_motion"], again["save_fps"]) == (None, "none", 24)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_makes_a_request(config: Path, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "--config", str(config), "--prompt", "x")
+    request = job.tasks[0].request
+    resolution, _, duration = config.stem.partition("-")
+    if duration:
+        frames = {"image": 1, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
+        assert request.height == int(resolution.removesuffix("p"))
+        assert request.num_frames == frames[duration]
+        assert job.notes == values_notes("--prompt", "x")
+    assert job.tasks[0].output.suffix == (".png" if request.is_image else ".mp4")
+
+
+def values_notes(*argv: str) -> tuple[str, ...]:
+    return build_job(values_of(*argv)).notes
+
+
+def test_base_config_writes_out_every_default() -> None:
+    keys = {flag.key for flag in all_flags() if not flag.control and flag.program is None}
+    path = ROOT / "configs" / "base.yaml"
+    assert set(read_config(str(path))) == keys
+    assert values_of("--config", str(path)) == values_of()
+
+
+def test_flags_page_is_the_one_that_the_table_writes() -> None:
+    page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert page == docs_page(), "run: python -m opensora_sp.cli.flag_docs > docs/flags.md"
+
+
+def test_help_names_every_flag_of_its_program_and_no_other() -> None:
+    said = help_text("infer")
+    for flag in all_flags():
+        assert (f"  {flag.name}" in said) == (flag.program is None), flag.name
+    assert max(map(len, said.splitlines())) <= 100
+    assert "--warmup-count" in help_text("benchmark")
+
+
+def test_names_of_outputs(tmp_path: Path) -> None:
+    def names(*argv: str) -> list[str]:
+        tasks = job_of(tmp_path, *argv).tasks
+        assert all(task.output.parent == tmp_path for task in tasks)
+        return [task.output.name for task in tasks]
+
+    assert names("--prompt", "a", "b") == ["sample_0000.mp4", "sample_0001.mp4"]
+    assert names("--prompt", "a", "--num-frames", "image") == ["sample_0000.png"]
+    assert names("--prompt", "a", "--num-sample", "2", "--sample-name", "x y") == [
+        "x y_0000-0.mp4",
+        "x y_0000-1.mp4",
+    ]
+    assert names("--prompt", "a cat", "a dog", "--prompt-as-path") == ["a cat.mp4", "a dog.mp4"]
+
+
+AWKWARD = ["../../etc/passwd", "/abs", "..", ".", "", "   ", "a/b", "a\\b", "a\0b", "two\nlines"]
+AWKWARD += [".hidden", ". . /x", "x" * 5000, "猫" * 300, "a cat", "A cat", "a cat", "x" * 4999]
+
+
+def test_prompts_as_names_stay_in_the_directory_and_differ() -> None:
+    stems = output_stems(list(enumerate(AWKWARD)), sample_name=None, prompt_as_path=True)
+    assert len({stem.casefold() for stem in stems}) == len(AWKWARD)
+    for stem in stems:
+        assert stem.strip()
+        assert not stem.startswith(".")
+        assert not set("/\\\0\n") & set(stem)
+        assert len(stem.encode()) < 230
+        assert (Path("/out") / f"{stem}.mp4").parent == Path("/out")
+    assert safe_stem("a cat, running") == "a cat, running"
+    assert safe_stem("x" * 5000) != safe_stem("x" * 4999)
+
+
+def test_prompt_file_keeps_the_indices_of_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff one \r\n\r\ntwo\u2028half\r\n三\r\nfive\r\n".encode())
+
+    def read(*argv: str) -> list[tuple[int, str, str]]:
+        tasks = job_of(tmp_path, "--prompt-path", str(file), *argv).tasks
+        return [(t.request.prompt_index, t.request.prompt, t.output.stem[-4:]) for t in tasks]
+
+    lines = [(0, "one", "0000"), (2, "two\u2028half", "0002"), (3, "三", "0003")]
+    assert read() == [*lines, (4, "five", "0004")]
+    assert read("--start-index", "1", "--end-index", "4") == lines[1:]
+    assert read("--start-index", "4", "--end-index", "99") == [(4, "five", "0004")]
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (1, [["a0"], ["a1"], ["b0"], ["b1"], ["c0"], ["c1"]]),
+        (2, [["a0", "b0"], ["a1", "b1"], ["c0"], ["c1"]]),
+        (9, [["a0", "b0", "c0"], ["a1", "b1", "c1"]]),
+    ],
+)
+def test_batches_hold_one_sample_of_several_prompts(
+    tmp_path: Path, batch: int, expected: list[list[str]]
+) -> None:
+    argv = ["--prompt", "a", "b", "c", "--num-sample", "2", "--batch-size", str(batch)]
+    batches = job_of(tmp_path, *argv).batches()
+    requests = [[task.request for task in group] for group in batches]
+    assert [[f"{r.prompt}{r.sample_index}" for r in group] for group in requests] == expected
+
+
+def test_request_facts_and_digest() -> None:
+    request = Request(prompt="x", cfg_scale=7, height=720, width=1280, num_frames=408)
+    assert request.latent_shape == (120, 90, 160)
+    assert request.patch_grid == (45, 80)
+    assert request.model_fps == 24
+    assert Request(prompt="x", num_frames=1, fps=30).model_fps == 120
+    assert Request(prompt="x", num_frames=51, micro_frame_size=51).latent_shape[0] == 13
+    assert Request(prompt="x").decoded_size == (240, 424)
+    same = Request(**json.loads(json.dumps(request.to_dict())))
+    assert same == request
+    assert same.digest() == request.digest()
+    assert request.digest() == Request(**{**request.to_dict(), "cfg_scale": 7.0}).digest()
+    changed = {"prompt": "y", "seed": 1, "prompt_index": 1, "cfg_scale": 6.9, "aes": None}
+    digests = {Request(**{**request.to_dict(), key: v}).digest() for key, v in changed.items()}
+    assert len(digests | {request.digest()}) == len(changed) + 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"cfg_scale": math.nan},
+        {"cfg_scale": math.inf},
+        {"aes": -math.inf},
+        {"steps": 0},
+        {"steps": 3.0},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"num_frames": True},
+        {"height": 8},
+        {"prompt": None},
+        {"prompt": "\udcff"},
+        {"camera_motion": ""},
+    ],
+    ids=str,
+)
+def test_the_api_refuses_what_the_flags_refuse(field: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(field))):
+        Request(**{"prompt": "x", **field})
+
+
+# For every row of the table: values that meet it.
+MEETING: dict[str, list[str]] = {
+    "--prompt + --prompt-path": ["--prompt", "x", "--prompt-path", "none.txt"],
+    "--prompt + --start-index / --end-index": ["--prompt", "x", "--end-index", "3"],
+    "--start-index + --end-index": ["--start-index", "5", "--end-index", "5"],
+    "--image-size + --resolution / --aspect-ratio": [
+        *("--image-size", "64", "64"),
+        *("--resolution", "144p"),
+    ],
+    "one frame + --fps": ["--num-frames", "image", "--fps", "30"],
+    "one frame + --loop": ["--num-frames", "1", "--loop", "2"],
+    "--loop + --condition-frame-length": ["--loop", "2", "--condition-frame-length", "7"],
+    "--loop + --num-frames": ["--loop", "2", "--num-frames", "17"],
+    "typed references + --reference-path / --mask-strategy": [
+        *("--image", "a.png"),
+        *("--mask-strategy", "0"),
+    ],
+    "--edit + --image / --last-image / --extend": ["--edit", "a.mp4", "--image", "a.png"],
+    "--image + --extend": ["--image", "a.png", "--extend", "a.mp4"],
+    "one frame + --last-image / --extend": ["--num-frames", "1", "--extend", "a.mp4"],
+    "--edit-strength without --edit": ["--edit-strength", "0.2"],
+    "--loop-carry without --loop": ["--loop-carry", "latents"],
+    "--cfg-scale 1 + --guidance": ["--cfg-scale", "1", "--guidance", "serial"],
+    "--cfg-scale 1 + --guidance-parallel 2": ["--cfg-scale", "1", "--guidance-parallel", "2"],
+    "--device + --backend": ["--device", "cpu", "--backend", "nccl"],
+    "--device cpu + --dtype fp16": ["--device", "cpu", "--dtype", "fp16"],
+    "--prompt-as-path + --sample-name": ["--prompt-as-path", "--sample-name", "x"],
+}
+
+
+@pytest.fixture
+def everything_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, feature in FEATURES.items():
+        monkeypatch.setitem(FEATURES, name, Feature(feature.title, available=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("everything_available")
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.features)
+def test_combinations_do_what_the_table_says(row: Any) -> None:
+    assert not row.meets(values_of())
+    values = values_of(*MEETING[row.features])
+    if row.outcome == "refused":
+        with pytest.raises(UserError) as caught:
+            check_request(values, world_size=2)
+        said = str(caught.value)
+    else:
+        said = "\n".join(check_request(values))
+    assert row.text.format(**values) in said
+    assert "{" not in said
+
+
+UNDELIVERED = [flag for flag in all_flags() if flag.feature is not None]
+
+
+@pytest.mark.parametrize("flag", UNDELIVERED, ids=lambda flag: flag.name)
+def test_a_feature_is_switched_by_one_word(flag: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "2" if "N" in flag.usage else str(not flag.default).lower()
+    for available in (False, True):
+        feature = Feature(FEATURES[flag.feature].title, available=available)
+        monkeypatch.setitem(FEATURES, flag.feature, feature)  # type: ignore[arg-type]
+        if available:
+            assert values_of(flag.name, other)[flag.key] != flag.default
+        else:
+            with pytest.raises(UserError, match=f"{flag.name} .*not available yet"):
+                values_of(flag.name, other)
+
+
+@pytest.mark.usefixtures("everything_available")
+def test_conditions_come_one_per_prompt_and_json_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abcd":
+        Image.new("RGB", (9, 7)).save(f"{name}.png")
+    argv = ["--prompt", "one", 'two {"reference_path": "c.png;d.png"}', "three"]
+    argv += ["--reference-path", "a.png", "b.png", "", "--mask-strategy", "0", "0,0,0,-1,1", ""]
+    requests = [task.request for task in job_of(tmp_path, *argv).tasks]
+    assert [r.prompt for r in requests] == ["one", "two ", "three"]
+    assert [r.reference_path for r in requests] == ["a.png", "c.png;d.png", ""]
+    assert [r.mask_strategy for r in requests] == ["0", "0,0,0,-1,1", ""]
+    with pytest.raises(UserError, match=r"--mask-strategy .*1 entries.* 2 prompts"):
+        job_of(tmp_path, "--prompt", "a", "b", "--mask-strategy", "0")
+
+
+def test_ranks_must_fit_the_world() -> None:
+    values = values_of("--sequence-parallel", "4", "--guidance-parallel", "2")
+    assert check_request(values, world_size=8) == []
+    with pytest.raises(UserError, match="--sequence-parallel 4"):
+        check_request(values, world_size=6)
+
+
+def test_the_checkpoint_layout_is_accepted_and_a_gap_is_named(
+    suite_dir: Path, tmp_path: Path
+) -> None:
+    argv: Sequence[str] = ["--prompt", "x"]
+    for name in ("dit", "t5", "vae2d", "vae3d"):
+        argv = [*argv, f"--ckpt-path-{name}", str(suite_dir / name)]
+    checkpoints = job_of(tmp_path, *argv).settings.checkpoints
+    assert checkpoints is not None
+    assert (checkpoints.dit, checkpoints.vae3d) == (suite_dir / "dit", suite_dir / "vae3d")
+
+    broken = tmp_path / "t5"
+    broken.mkdir()
+    for file in (suite_dir / "t5").iterdir():
+        if file.name != "pytorch_model-00002-of-00002.bin":
+            (broken / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=r"--ckpt-path-t5 .*pytorch_model-00002-of-00002\.bin"):
+        job_of(tmp_path, *argv, "--ckpt-path-t5", str(broken))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "environ", "expected"),
+    [
+        (None, "cpu", {}, 8),
+        (None, None, {"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),
+        (None, "cpu", {"LOCAL_WORLD_SIZE": "16", "OMP_NUM_THREADS": "1"}, 1),
+        (None, "cpu", {"OMP_NUM_THREADS": "1"}, None),
+        (None, "cpu", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, None),
+        (None, "cuda", {"LOCAL_WORLD_SIZE": "2"}, None),
+        (5, "cuda", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 5),
+    ],
+)
+def test_threads_of_a_rank(
+    wanted: int | None, device: str | None, environ: dict[str, str], expected: int | None
+) -> None:
+    assert choose_threads(wanted, device, environ, cores=8) == expected
+
+
+def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    free = available_cores(tmp_path / "absent")
+    quota.write_text("max 100000\n")
+    assert available_cores(quota) == free
+    quota.write_text("50000 100000\n")
+    assert available_cores(quota) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "paths", "strategy"),
+    [
+        (["--image", "a.png"], "a.png", "0,0,0,0,1,0"),
+        (["--last-image", "b.png"], "b.png", "0,0,0,-1,1,0"),
+        (
+            ["--image", "a.png", "--last-image", "b.png"],
+            "a.png;b.png",
+            "0,0,0,0,1,0;0,1,0,-1,1,0",
+        ),
+        (["--extend", "a.png"], "a.png", "0,0,-5,0,5,0"),
+        (["--edit", "a.png", "--edit-strength", "0.4"], "a.png", "0,0,0,0,15,0.4"),
+        (["--edit", "a.png", "--edit-strength", "1"], "", ""),
+    ],
+)
+def test_typed_references_are_strategies(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    paths: str,
+    strategy: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Image.new("RGB", (9, 7)).save(f"{name}.png")
+    argv = ["--prompt", "x", "y", *argv]
+    requests = [task.request for task in job_of(tmp_path, *argv).tasks]
+    assert [(r.reference_path, r.mask_strategy) for r in requests] == [(paths, strategy)] * 2
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(print_config(values_of(*argv)), encoding="utf-8")
+    again = job_of(tmp_path, "--config", str(saved)).tasks
+    assert [task.request for task in again] == requests
