@@ -42,6 +42,11 @@ def check_checkpoints(directories: Mapping[str, str | None]) -> Checkpoints | No
     return Checkpoints(**{name: Path(path) for name, path in given.items()})
 
 
+def check_transformer(directory: str) -> None:
+    """The transformer's directory alone; raises CheckpointError as `check_checkpoints`."""
+    _check_directory(f"--ckpt-path-dit {shown(directory)}", directory, _NEEDED["dit"])
+
+
 def _check_directory(what: str, directory: str, needed: tuple[str | tuple[str, ...], ...]) -> None:
     if not os.path.isdir(directory):
         problem = "is not a directory" if os.path.exists(directory) else "does not exist"

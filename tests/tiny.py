@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from opensora_sp.denoiser import Conditions
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 

@@ -7,9 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from opensora_sp.errors import UserError
+
+if TYPE_CHECKING:
+    from opensora_sp.parallel.session import Session
+    from opensora_sp.request import Request
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -36,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="verify.py",
         description=(
             "Runs the conformance suite through the production classes on this machine. Under "
-            "torchrun the transformer and sampler cases run sharded over the ranks."
+            "torchrun the transformer and sampler cases run sharded over the ranks. With --parity, "
+            "compares all ranks with one instead, on any checkpoint, size and dtype."
         ),
     )
     parser.add_argument(
@@ -53,29 +58,114 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="fp32 (default) runs every part; others only the transformer's, by relative RMS",
     )
+    parity = parser.add_argument_group("N ranks against one")
+    parity.add_argument("--parity", action="store_true", help="compare all ranks with rank 0 alone")
+    parity.add_argument("--ckpt-path-dit", type=Path, metavar="DIR", help="default: embedded")
+    parity.add_argument("--resolution", default="144p")
+    parity.add_argument("--aspect-ratio", default="9:16")
+    parity.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"))
+    parity.add_argument("--num-frames", default="2s", help="as for infer (default 2s)")
+    parity.add_argument("--num-sampling-steps", type=int, default=3, help="default 3")
+    parity.add_argument("--cfg-scale", type=float, default=7.0)
+    parity.add_argument("--seed", type=int, default=42)
+    parity.add_argument("--sequence-parallel", type=int, metavar="N")
+    parity.add_argument("--guidance-parallel", type=int, choices=(1, 2))
+    parity.add_argument(
+        "--most-seconds",
+        type=float,
+        default=600.0,
+        help="a request that would take rank 0 alone longer is made smaller (default 600)",
+    )
+    parity.add_argument(
+        "--link-gbps",
+        type=float,
+        metavar="GB/s",
+        help="also project the step on 2, 4 and 8 ranks over links of this speed",
+    )
     return parser
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.reference is not None and not arguments.reference.is_dir():
         raise UserError(f"--reference {arguments.reference}: no such directory")
+    request = _request(arguments) if arguments.parity else None
+    import torch
+
     from opensora_sp.parallel.session import open_session
 
-    with open_session(arguments.device, arguments.backend) as session:
+    # TF32 convolutions are the default on CUDA and 1000 times coarser than the limits.
+    torch.backends.cudnn.allow_tf32 = False
+    with open_session(arguments.device, arguments.backend) as session, torch.no_grad():
+        if request is not None:
+            return _parity(arguments, session, request)
         return _conformance(arguments, session)
 
 
-def _conformance(arguments: argparse.Namespace, session: object) -> int:
-    import torch
+def _request(arguments: argparse.Namespace) -> Request:
+    """The request to compare on; UserError before torch is loaded."""
+    from opensora_sp import sizes
+    from opensora_sp.parallel.mesh import plan_mesh
+    from opensora_sp.preflight import check_transformer
+    from opensora_sp.request import Request
 
-    from opensora_sp.parallel.session import Session
+    if arguments.ckpt_path_dit is not None:
+        check_transformer(str(arguments.ckpt_path_dit))
+    height, width = sizes.resolve_size(
+        arguments.resolution, arguments.aspect_ratio, arguments.image_size
+    )
+    plan_mesh(
+        int(os.environ.get("WORLD_SIZE", "1")),
+        guided=arguments.cfg_scale != 1,
+        guidance=arguments.guidance_parallel,
+        sequence=arguments.sequence_parallel,
+    )
+    return Request(
+        prompt="",
+        height=height,
+        width=width,
+        num_frames=sizes.resolve_frames(arguments.num_frames),
+        steps=arguments.num_sampling_steps,
+        cfg_scale=arguments.cfg_scale,
+        seed=arguments.seed,
+    )
+
+
+def _parity(arguments: argparse.Namespace, session: Session, request: Request) -> int:
+    from dataclasses import replace
+
+    from opensora_sp.pipeline import Parallelism, Pipeline, embedded_checkpoints
+    from opensora_sp.verification.parity import check_parity, project, report
+
+    checkpoints = embedded_checkpoints()
+    if arguments.ckpt_path_dit is not None:
+        checkpoints = replace(checkpoints, dit=arguments.ckpt_path_dit)
+    pipeline = Pipeline.load(
+        checkpoints,
+        session=session,
+        dtype=arguments.dtype,
+        parallelism=Parallelism(
+            replicas=1,
+            guidance=arguments.guidance_parallel,
+            sequence=arguments.sequence_parallel,
+        ),
+        transformer_only=True,
+    )
+    parity = check_parity(pipeline, request, most_seconds=arguments.most_seconds)
+    if parity is not None:
+        for line in report(parity, pipeline):
+            print(line)
+        if arguments.link_gbps is not None:
+            for line in project(parity, pipeline, arguments.link_gbps * 1e9):
+                print(line)
+        sys.stdout.flush()
+    return 0 if session.share(parity.ok if parity is not None else None) else 1
+
+
+def _conformance(arguments: argparse.Namespace, session: Session) -> int:
     from opensora_sp.pipeline import DTYPES as TORCH_DTYPES
     from opensora_sp.verification.conformance import EMBEDDED_SUITE, run_suite
     from opensora_sp.verification.suite import table
 
-    assert isinstance(session, Session)
-    # TF32 convolutions are the default on CUDA and 1000 times coarser than the limits.
-    torch.backends.cudnn.allow_tf32 = False
     suite = arguments.reference or EMBEDDED_SUITE
     checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype]))
     failed = session.share(sum(check.failed for check in checks) if session.leads else None)

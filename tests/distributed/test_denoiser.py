@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from ranks import run_ranks
+from tiny import conditions, normal, tiny_transformer
+
 from opensora_sp.denoiser import Denoiser
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
@@ -14,8 +17,6 @@ from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import open_session
 from opensora_sp.runtime import Runtime
 from opensora_sp.sampling import sample
-from ranks import run_ranks
-from tiny import conditions, normal, tiny_transformer
 
 FORWARD_LIMIT = 1e-5
 

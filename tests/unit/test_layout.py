@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from opensora_sp.parallel.layout import Layout, bounds, split
 from opensora_sp.sizes import aspect_ratios, latent_shape, resolutions
 

@@ -2,25 +2,19 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from opensora_sp.cli.combinations import COMBINATIONS
 from opensora_sp.cli.flag_docs import docs_page, help_text
 from opensora_sp.cli.flag_table import all_flags
-from opensora_sp.cli.flags import FEATURES, Feature
-from opensora_sp.cli.threads import available_cores, choose_threads
 from opensora_sp.config_file import read_config
 from opensora_sp.errors import UserError
 from opensora_sp.naming import output_stems, safe_stem
 from opensora_sp.request import Job, Request, RunSettings
 from opensora_sp.settings import (
     build_job,
-    check_request,
     parse_command_line,
     print_config,
     resolve,
@@ -262,174 +256,3 @@ def test_request_facts_and_digest() -> None:
 def test_the_api_refuses_what_the_flags_refuse(field: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(field))):
         Request(**{"prompt": "x", **field})
-
-
-# For every row of the table: values that meet it.
-MEETING: dict[str, list[str]] = {
-    "--prompt + --prompt-path": ["--prompt", "x", "--prompt-path", "none.txt"],
-    "--prompt + --start-index / --end-index": ["--prompt", "x", "--end-index", "3"],
-    "--start-index + --end-index": ["--start-index", "5", "--end-index", "5"],
-    "--image-size + --resolution / --aspect-ratio": [
-        *("--image-size", "64", "64"),
-        *("--resolution", "144p"),
-    ],
-    "one frame + --fps": ["--num-frames", "image", "--fps", "30"],
-    "one frame + --loop": ["--num-frames", "1", "--loop", "2"],
-    "--loop + --condition-frame-length": ["--loop", "2", "--condition-frame-length", "7"],
-    "--loop + --num-frames": ["--loop", "2", "--num-frames", "17"],
-    "typed references + --reference-path / --mask-strategy": [
-        *("--image", "a.png"),
-        *("--mask-strategy", "0"),
-    ],
-    "--edit + --image / --last-image / --extend": ["--edit", "a.mp4", "--image", "a.png"],
-    "--image + --extend": ["--image", "a.png", "--extend", "a.mp4"],
-    "one frame + --last-image / --extend": ["--num-frames", "1", "--extend", "a.mp4"],
-    "--edit-strength without --edit": ["--edit-strength", "0.2"],
-    "--loop-carry without --loop": ["--loop-carry", "latents"],
-    "--cfg-scale 1 + --guidance": ["--cfg-scale", "1", "--guidance", "serial"],
-    "--cfg-scale 1 + --guidance-parallel 2": ["--cfg-scale", "1", "--guidance-parallel", "2"],
-    "--device + --backend": ["--device", "cpu", "--backend", "nccl"],
-    "--device cpu + --dtype fp16": ["--device", "cpu", "--dtype", "fp16"],
-    "--prompt-as-path + --sample-name": ["--prompt-as-path", "--sample-name", "x"],
-}
-
-
-@pytest.fixture
-def everything_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, feature in FEATURES.items():
-        monkeypatch.setitem(FEATURES, name, Feature(feature.title, available=True))  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("everything_available")
-@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.features)
-def test_combinations_do_what_the_table_says(row: Any) -> None:
-    assert not row.meets(values_of())
-    values = values_of(*MEETING[row.features])
-    if row.outcome == "refused":
-        with pytest.raises(UserError) as caught:
-            check_request(values, world_size=2)
-        said = str(caught.value)
-    else:
-        said = "\n".join(check_request(values))
-    assert row.text.format(**values) in said
-    assert "{" not in said
-
-
-UNDELIVERED = [flag for flag in all_flags() if flag.feature is not None]
-
-
-@pytest.mark.parametrize("flag", UNDELIVERED, ids=lambda flag: flag.name)
-def test_a_feature_is_switched_by_one_word(flag: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = "2" if "N" in flag.usage else str(not flag.default).lower()
-    for available in (False, True):
-        feature = Feature(FEATURES[flag.feature].title, available=available)
-        monkeypatch.setitem(FEATURES, flag.feature, feature)  # type: ignore[arg-type]
-        if available:
-            assert values_of(flag.name, other)[flag.key] != flag.default
-        else:
-            with pytest.raises(UserError, match=f"{flag.name} .*not available yet"):
-                values_of(flag.name, other)
-
-
-@pytest.mark.usefixtures("everything_available")
-def test_conditions_come_one_per_prompt_and_json_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in "abcd":
-        Image.new("RGB", (9, 7)).save(f"{name}.png")
-    argv = ["--prompt", "one", 'two {"reference_path": "c.png;d.png"}', "three"]
-    argv += ["--reference-path", "a.png", "b.png", "", "--mask-strategy", "0", "0,0,0,-1,1", ""]
-    requests = [task.request for task in job_of(tmp_path, *argv).tasks]
-    assert [r.prompt for r in requests] == ["one", "two ", "three"]
-    assert [r.reference_path for r in requests] == ["a.png", "c.png;d.png", ""]
-    assert [r.mask_strategy for r in requests] == ["0", "0,0,0,-1,1", ""]
-    with pytest.raises(UserError, match=r"--mask-strategy .*1 entries.* 2 prompts"):
-        job_of(tmp_path, "--prompt", "a", "b", "--mask-strategy", "0")
-
-
-def test_ranks_must_fit_the_world() -> None:
-    values = values_of("--sequence-parallel", "4", "--guidance-parallel", "2")
-    assert check_request(values, world_size=8) == []
-    with pytest.raises(UserError, match="--sequence-parallel 4"):
-        check_request(values, world_size=6)
-
-
-def test_the_checkpoint_layout_is_accepted_and_a_gap_is_named(
-    suite_dir: Path, tmp_path: Path
-) -> None:
-    argv: Sequence[str] = ["--prompt", "x"]
-    for name in ("dit", "t5", "vae2d", "vae3d"):
-        argv = [*argv, f"--ckpt-path-{name}", str(suite_dir / name)]
-    checkpoints = job_of(tmp_path, *argv).settings.checkpoints
-    assert checkpoints is not None
-    assert (checkpoints.dit, checkpoints.vae3d) == (suite_dir / "dit", suite_dir / "vae3d")
-
-    broken = tmp_path / "t5"
-    broken.mkdir()
-    for file in (suite_dir / "t5").iterdir():
-        if file.name != "pytorch_model-00002-of-00002.bin":
-            (broken / file.name).symlink_to(file)
-    with pytest.raises(UserError, match=r"--ckpt-path-t5 .*pytorch_model-00002-of-00002\.bin"):
-        job_of(tmp_path, *argv, "--ckpt-path-t5", str(broken))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "environ", "expected"),
-    [
-        (None, "cpu", {}, 8),
-        (None, None, {"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "16", "OMP_NUM_THREADS": "1"}, 1),
-        (None, "cpu", {"OMP_NUM_THREADS": "1"}, None),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, None),
-        (None, "cuda", {"LOCAL_WORLD_SIZE": "2"}, None),
-        (5, "cuda", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 5),
-    ],
-)
-def test_threads_of_a_rank(
-    wanted: int | None, device: str | None, environ: dict[str, str], expected: int | None
-) -> None:
-    assert choose_threads(wanted, device, environ, cores=8) == expected
-
-
-def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    free = available_cores(tmp_path / "absent")
-    quota.write_text("max 100000\n")
-    assert available_cores(quota) == free
-    quota.write_text("50000 100000\n")
-    assert available_cores(quota) == 1
-
-
-@pytest.mark.parametrize(
-    ("argv", "paths", "strategy"),
-    [
-        (["--image", "a.png"], "a.png", "0,0,0,0,1,0"),
-        (["--last-image", "b.png"], "b.png", "0,0,0,-1,1,0"),
-        (
-            ["--image", "a.png", "--last-image", "b.png"],
-            "a.png;b.png",
-            "0,0,0,0,1,0;0,1,0,-1,1,0",
-        ),
-        (["--extend", "a.png"], "a.png", "0,0,-5,0,5,0"),
-        (["--edit", "a.png", "--edit-strength", "0.4"], "a.png", "0,0,0,0,15,0.4"),
-        (["--edit", "a.png", "--edit-strength", "1"], "", ""),
-    ],
-)
-def test_typed_references_are_strategies(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    argv: list[str],
-    paths: str,
-    strategy: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in "ab":
-        Image.new("RGB", (9, 7)).save(f"{name}.png")
-    argv = ["--prompt", "x", "y", *argv]
-    requests = [task.request for task in job_of(tmp_path, *argv).tasks]
-    assert [(r.reference_path, r.mask_strategy) for r in requests] == [(paths, strategy)] * 2
-    saved = tmp_path / "saved.yaml"
-    saved.write_text(print_config(values_of(*argv)), encoding="utf-8")
-    again = job_of(tmp_path, "--config", str(saved)).tasks
-    assert [task.request for task in again] == requests

@@ -1,0 +1,237 @@
+"""The main path: read a request → every rank draws the same noise → rank 0 encodes the text and
+hands it out → all ranks denoise, each on its shard → the latents are decoded → rank 0 writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_sp.denoiser import Conditions, Denoiser
+from opensora_sp.kept import KeptFrames, dropped_frames
+from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
+from opensora_sp.prompts import caption_for_clip
+from opensora_sp.randomness import NoiseKey
+from opensora_sp.request import Request
+from opensora_sp.sampling import sample, timesteps
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from opensora_sp.pipeline import Pipeline, Text
+
+
+class Sink(Protocol):
+    """Takes a video's frames as they are decoded; used on the leading rank only."""
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """uint8 [F,H,W,3], the next F frames."""
+        ...
+
+
+@dataclass
+class Collector:
+    """Keeps the frames in memory."""
+
+    parts: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append frames."""
+        self.parts.append(frames)
+
+    @property
+    def frames(self) -> NDArray[np.uint8] | None:
+        """uint8 [F,H,W,3], or None where nothing was decoded (ranks that do not lead)."""
+        import numpy as np
+
+        return np.concatenate(self.parts) if self.parts else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a batch of requests became; tensors on the leading rank only, None elsewhere.
+
+    latents: per clip [B,4,T,H,W] float32. sinks: as given, one per request, now full.
+    seconds: per stage, on this rank.
+    """
+
+    requests: Sequence[Request]
+    latents: list[Tensor | None]
+    sinks: Sequence[Sink]
+    seconds: dict[str, float]
+
+    @property
+    def videos(self) -> list[NDArray[np.uint8] | None]:
+        """The frames of each request, where they were collected: uint8 [F,H,W,3]."""
+        return [sink.frames if isinstance(sink, Collector) else None for sink in self.sinks]
+
+
+def generate(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    sinks: Sequence[Sink],
+    *,
+    noise: Tensor | None = None,
+    keep_latents: bool = True,
+) -> Result:
+    """Generate requests of one shape together. Every rank calls this with the same arguments.
+
+    noise: [B,4,T,H,W] float32 to start every clip from instead of the requests' own keyed draw.
+    keep_latents: return the latents; without, memory does not grow with the number of clips.
+    """
+    check_batch(requests)
+    with torch.no_grad(), pipeline.arithmetic():
+        latents = _generate(pipeline, requests, sinks, noise, keep_latents)
+    return Result(
+        requests=requests, latents=latents, sinks=sinks, seconds=dict(pipeline.clock.seconds)
+    )
+
+
+def _generate(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    sinks: Sequence[Sink],
+    noise: Tensor | None,
+    keep_latents: bool,
+) -> list[Tensor | None]:
+    """Clip by clip: text, start, denoise, decode, write; the latents of each clip."""
+    first = requests[0]
+    kept = KeptFrames(pipeline, requests)
+    latents: list[Tensor | None] = []
+    for clip in range(first.loop):
+        captions = [caption(request, clip) for request in requests]
+        text = pipeline.text(captions, pipeline.max_length(first))
+        start, mask = kept.start(clip, draw_noise(requests, clip) if noise is None else noise)
+        latents.append(denoise(pipeline, requests, clip, text, start, mask))
+        repeated = dropped_frames(first) if clip else 0
+        for index, chunk in enumerate(decode(pipeline, first, latents[-1])):
+            kept.watch(clip, index, chunk)
+            write(pipeline, chunk[:, :, min(repeated, chunk.shape[2]) :], sinks)
+            repeated = max(0, repeated - chunk.shape[2])
+        kept.finish(clip, latents[-1])
+        if not keep_latents:
+            latents[-1] = None
+    return latents
+
+
+def check_batch(requests: Sequence[Request]) -> None:
+    """Requests of one batch may differ in prompt, place in the list and seed only."""
+    free = ("prompt", "prompt_index", "sample_index", "seed", "reference_path", "mask_strategy")
+    shared = [{k: v for k, v in r.to_dict().items() if k not in free} for r in requests]
+    for other in shared[1:]:
+        different = [name for name, value in other.items() if value != shared[0][name]]
+        if different:
+            raise ValueError(f"requests of one batch differ in {', '.join(different)}")
+
+
+def caption(request: Request, clip: int) -> str:
+    """The cleaned caption of one clip, scores appended."""
+    return caption_for_clip(request.prompt, clip, request.aes, request.flow, request.camera_motion)
+
+
+def noise_key(request: Request, clip: int) -> NoiseKey:
+    """What names a clip's draws."""
+    return NoiseKey(request.seed, request.prompt_index, request.sample_index, clip)
+
+
+def draw_noise(requests: Sequence[Request], clip: int, step: int | None = None) -> Tensor:
+    """A clip's starting noise [B,4,T,H,W], or the fresh noise of one step of a masked run."""
+    shape = (4, *requests[0].latent_shape)
+    purpose, number = ("start", 0) if step is None else ("step", step)
+    return torch.stack([noise_key(r, clip).normal(shape, purpose, number) for r in requests])
+
+
+def denoise(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    clip: int,
+    text: Text,
+    start: Tensor,
+    frame_mask: Tensor | None = None,
+) -> Tensor | None:
+    """Starting latents [B,4,T,H,W] → latents [B,4,T,H,W] on the leading rank.
+
+    Sharded in between. frame_mask [B,T]: which frames of `start` are kept, see `sample`.
+    """
+    request = requests[0]
+    denoiser: Denoiser = pipeline.denoiser(request)
+    _agree(pipeline, requests, text, start)
+    times = timesteps(
+        request.steps,
+        height=request.height,
+        width=request.width,
+        frames=request.num_frames,
+        transform=request.timestep_transform,
+    )
+    conditions = Conditions(
+        tokens=text.tokens,
+        masks=text.masks,
+        height=request.height,
+        width=request.width,
+        fps=request.model_fps,
+        cfg_scale=request.cfg_scale,
+    )
+
+    def noise_at(step: int) -> Tensor:
+        return denoiser.shard(draw_noise(requests, clip, step))
+
+    with pipeline.clock.stage("denoise"), _progress(pipeline, times) as bar:
+        velocity = denoiser.prepare(conditions)
+        shard = sample(
+            denoiser.shard(start), times, velocity, frame_mask, noise_at, lambda _: bar.update()
+        )
+        return denoiser.gather(shard)
+
+
+def _agree(pipeline: Pipeline, requests: Sequence[Request], text: Text, start: Tensor) -> None:
+    """Every rank is about to compute the same video, or the run ends here."""
+    session = pipeline.session
+    if session.world_size > 1:
+        facts = {
+            "request": " ".join(request.digest()[:16] for request in requests),
+            "noise": checksum([start]),
+            "text embedding": checksum([*text.tokens, text.masks]),
+            "transformer weights": fingerprint(pipeline.transformer),
+        }
+        ensure_agreement(session, facts)
+
+
+def decode(pipeline: Pipeline, request: Request, latents: Tensor | None) -> Iterator[Tensor]:
+    """Yield the decoded videos [B,3,f,H,W] in [-1, 1], the next f frames at a time.
+
+    Only one chunk of pixels exists at a time. Yields nothing on ranks without latents.
+    """
+    if latents is None:
+        return
+    vae = pipeline.vae(request, encoder=request.loop > 1)
+    chunks = vae.decode_chunks(latents, request.num_frames)
+    while True:
+        with pipeline.clock.stage("decode"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+def write(pipeline: Pipeline, chunk: Tensor, sinks: Sequence[Sink]) -> None:
+    """Hand decoded frames [B,3,f,H,W] to the sinks as uint8."""
+    from opensora_sp.media import to_uint8
+
+    for video, sink in zip(chunk, sinks, strict=True):
+        with pipeline.clock.stage("convert"):
+            frames = to_uint8(video)
+        with pipeline.clock.stage("write"):
+            sink.write(frames)
+
+
+def _progress(pipeline: Pipeline, times: Sequence[float]) -> Any:
+    """A bar with steps, pace and ETA on rank 0's standard error."""
+    from tqdm import tqdm
+
+    show = pipeline.show_progress and pipeline.session.leads
+    return tqdm(total=len(times), desc="denoise", unit="step", disable=not show)

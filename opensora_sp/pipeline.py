@@ -1,0 +1,274 @@
+"""The Python API: the models of one process, loaded where they are needed.
+
+    with open_session() as session:                     # alone, or as torchrun started us
+        pipeline = Pipeline.load(session=session)       # the embedded model, or checkpoints=...
+        result = pipeline.generate(Request(prompt="a red ball rolls to the left"))
+
+Every rank runs the same lines; the result's frames and latents are on the leading rank only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opensora_sp.denoiser import Denoiser
+from opensora_sp.errors import UserError
+from opensora_sp.models.checkpoint import WeightFiles, load_module
+from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, build_stdit3
+from opensora_sp.parallel.exchange import hand_out
+from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.mesh import Mesh, plan_mesh
+from opensora_sp.parallel.parallelize import parallelize
+from opensora_sp.parallel.session import MeshComms, Session, alone
+from opensora_sp.request import Checkpoints, Request
+from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.arithmetic import arithmetic
+from opensora_sp.timing import Clock
+
+if TYPE_CHECKING:
+    from opensora_sp.generate import Result
+    from opensora_sp.models.text_encoder import TextEncoder
+    from opensora_sp.models.video_vae import VideoVAE
+
+EMBEDDED = Path(__file__).parent / "assets" / "embedded"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def embedded_checkpoints() -> Checkpoints:
+    """The small model inside the package, in the four-directory layout of the published one."""
+    return Checkpoints(
+        dit=EMBEDDED / "dit", t5=EMBEDDED / "t5", vae2d=EMBEDDED / "vae2d", vae3d=EMBEDDED / "vae3d"
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded captions: tokens, one [L_i, caption_channels] each, and masks [n, L] of 0/1."""
+
+    tokens: list[Tensor]
+    masks: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """What a person fixed of the mesh; None leaves it to `plan_mesh`."""
+
+    replicas: int | None = None
+    guidance: int | None = None
+    sequence: int | None = None
+
+
+@dataclass
+class Pipeline:
+    """Models and settings of one process. Models load at first use; make one with `load`."""
+
+    session: Session
+    checkpoints: Checkpoints
+    dtype: torch.dtype
+    runtime: Runtime
+    parallelism: Parallelism
+    clock: Clock
+    config: STDiT3Config
+    show_progress: bool = False
+    allow_remote: bool = False
+    _transformer: STDiT3 | None = None
+    _text_encoder: TextEncoder | None = None
+    _vae: VideoVAE | None = None
+    _captions: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _comms: dict[Mesh, MeshComms] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoints: Checkpoints | None = None,
+        *,
+        session: Session | None = None,
+        dtype: str = "bf16",
+        runtime: Runtime | None = None,
+        parallelism: Parallelism | None = None,
+        show_progress: bool = False,
+        allow_remote: bool = False,
+        transformer_only: bool = False,
+    ) -> Pipeline:
+        """Check every weight's name and shape (no data is read yet) and be ready to generate.
+
+        checkpoints None is the embedded model; session None is this process alone. dtype is fp32,
+        fp16 or bf16. transformer_only leaves the text encoder and the VAE out of the check. Raises
+        CheckpointError naming the weight and the file that does not fit.
+        """
+        session = session or alone()
+        checkpoints = checkpoints or embedded_checkpoints()
+        pipeline = cls(
+            session=session,
+            checkpoints=checkpoints,
+            dtype=DTYPES[dtype],
+            runtime=runtime or Runtime(),
+            parallelism=parallelism or Parallelism(),
+            clock=Clock(session.device),
+            config=STDiT3Config.load(checkpoints.dit),
+            show_progress=show_progress,
+            allow_remote=allow_remote,
+        )
+        load_transformer(checkpoints.dit, pipeline.config, check_only=True)
+        if session.leads and not transformer_only:
+            pipeline._check_leading_models()
+        return pipeline
+
+    def generate(self, request: Request | Sequence[Request]) -> Result:
+        """Generate one video, or several of one size together; the frames come back in memory."""
+        from opensora_sp.generate import Collector, generate
+
+        requests = [request] if isinstance(request, Request) else list(request)
+        collectors = [Collector() for _ in requests]
+        return generate(self, requests, collectors)
+
+    def mesh(self, request: Request) -> Mesh:
+        """How the ranks share this request."""
+        fixed = self.parallelism
+        return plan_mesh(
+            self.session.world_size,
+            guided=request.cfg_scale != 1,
+            replicas=fixed.replicas,
+            guidance=fixed.guidance,
+            sequence=fixed.sequence,
+        )
+
+    def denoiser(self, request: Request) -> Denoiser:
+        """This rank's share of the transformer for a request's shape. Collective at first use."""
+        mesh = self.mesh(request)
+        if mesh not in self._comms:
+            self._comms[mesh] = self.session.build(mesh)
+        frames, *size = request.latent_shape
+        layout = Layout(frames=frames, size=(size[0], size[1]), ranks=mesh.sequence)
+        return parallelize(self.transformer, self._comms[mesh], layout, self.runtime)
+
+    @property
+    def transformer(self) -> STDiT3:
+        """STDiT3 on this rank's device."""
+        if self._transformer is None:
+            with self.clock.stage("load"):
+                self._transformer = load_transformer(
+                    self.checkpoints.dit, self.config, self.dtype, self.session.device
+                )
+        return self._transformer
+
+    def vae(self, request: Request, *, encoder: bool = False) -> VideoVAE:
+        """The video VAE, on the leading rank only; its encoder where references need it."""
+        from opensora_sp.models.video_vae import VideoVAE
+
+        if not self.session.leads:
+            raise RuntimeError(f"rank {self.session.rank} has no use for the VAE")
+        if self._vae is None or (encoder and self._vae.temporal_vae.encoder is None):
+            with self.clock.stage("load"):
+                self._vae = None
+                self._vae = VideoVAE.load(
+                    self.checkpoints.vae3d,
+                    self.checkpoints.vae2d,
+                    dtype=self.dtype,
+                    device=self.session.device,
+                    with_encoder=encoder,
+                )
+        self._vae.config = replace(
+            self._vae.config,
+            micro_frame_size=request.micro_frame_size,
+            micro_batch_size=request.micro_batch_size,
+        )
+        return self._vae
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """The context that this pipeline's models run in."""
+        return arithmetic(self.session.device, self.dtype)
+
+    def max_length(self, request: Request) -> int:
+        """Text tokens a request is padded to: what it asks for, at most what the model knows."""
+        longest = self.config.model_max_length
+        return min(request.model_max_length or longest, longest)
+
+    def encode_captions(self, captions: Sequence[str], max_length: int) -> None:
+        """Encode cleaned captions ahead of their use, on the leading rank; a no-op elsewhere."""
+        missing = [c for c in dict.fromkeys(captions) if (c, max_length) not in self._captions]
+        if not self.session.leads or not missing:
+            return
+        encoder = self._load_text_encoder(max_length)
+        with self.arithmetic(), self.clock.stage("encode text"):
+            for caption in missing:
+                # One at a time: a caption's embedding must not depend on its neighbours.
+                encoded = encoder.encode([caption])
+                self._captions[caption, max_length] = (encoded.y[0].cpu(), encoded.mask[0])
+
+    def release_text_encoder(self) -> None:
+        """Give T5's memory back; embeddings already made are kept."""
+        self._text_encoder = None
+        module = getattr(torch, self.session.device.type, None)
+        if self.session.device.type != "cpu" and hasattr(module, "empty_cache"):
+            module.empty_cache()  # type: ignore[union-attr]
+
+    def text(self, captions: Sequence[str], max_length: int) -> Text:
+        """Cleaned captions → their embeddings on every rank: encoded on rank 0, handed out."""
+        self.encode_captions(captions, max_length)
+        session, flat, masks = self.session, None, None
+        if session.leads:
+            rows = [self._captions[caption, max_length] for caption in captions]
+            masks = torch.stack([mask for _, mask in rows])
+            flat = torch.cat([y[mask.bool()] for y, mask in rows])
+        masks = session.share(masks)
+        lengths = [int(count) for count in masks.sum(1)]
+        shape = (sum(lengths), self.config.caption_channels)
+        with self.clock.stage("hand out"):
+            flat = hand_out(session.world, flat, shape, self.dtype, session.device)
+        return Text(list(flat.split(lengths)), masks)
+
+    def _load_text_encoder(self, max_length: int) -> TextEncoder:
+        from opensora_sp.models.text_encoder import TextEncoder
+
+        if self._text_encoder is None or self._text_encoder.max_length != max_length:
+            with self.clock.stage("load"):
+                self._text_encoder = None
+                self._text_encoder = TextEncoder.load(
+                    self.checkpoints.t5,
+                    dtype=self.dtype,
+                    device=self.session.device,
+                    max_length=max_length,
+                )
+        return self._text_encoder
+
+    def _check_leading_models(self) -> None:
+        from opensora_sp.models.text_encoder import TextEncoder
+        from opensora_sp.models.video_vae import VideoVAE
+
+        width = TextEncoder.check(self.checkpoints.t5)
+        if width != self.config.caption_channels:
+            raise UserError(
+                f"{self.checkpoints.t5} encodes to width {width}, but the transformer in "
+                f"{self.checkpoints.dit} takes {self.config.caption_channels}: they do not belong "
+                "together"
+            )
+        VideoVAE.check(self.checkpoints.vae3d, self.checkpoints.vae2d)
+
+
+def load_transformer(
+    directory: Path,
+    config: STDiT3Config,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    check_only: bool = False,
+) -> STDiT3:
+    """STDiT3 from a checkpoint directory; check_only compares names and shapes, reads no data."""
+    model = build_stdit3(config)
+    load_module(
+        model,
+        WeightFiles.open(directory, "model"),
+        dtype=dtype,
+        device=device,
+        keep_float32=lambda name: name == "rope.freqs",
+        skip=(lambda _: True) if check_only else None,
+    )
+    return model

@@ -1,0 +1,1 @@
+"""Proof on the user's own machine: the conformance suite, and N ranks against one."""

@@ -1,0 +1,98 @@
+"""Runs a conformance suite through the production classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from opensora_sp.errors import UserError
+from opensora_sp.parallel.session import Session
+from opensora_sp.verification import leading, sharded
+from opensora_sp.verification.suite import Check, skipped
+
+EMBEDDED_SUITE = Path(__file__).parent.parent / "assets" / "conformance"
+# What each part needs of a suite; a suite may hold only some parts.
+SHARDED_PARTS = {
+    "dit": ("dit/cases.safetensors", "dit/model.safetensors", "dit/config.json"),
+    "dit_bf16": ("dit/cases_bf16.safetensors", "dit/model.safetensors", "dit/config.json"),
+    "sampler": (
+        "sampler/cases.safetensors",
+        "sampler/cases.json",
+        "dit/model.safetensors",
+        "dit/config.json",
+    ),
+}
+LEADING_PARTS = {
+    "sizes": ("sizes.json",),
+    "prompts": ("prompts.json",),
+    "manifest": ("manifest.json",),
+    "t5": ("t5/cases.safetensors", "t5/cases.json", "t5/config.json"),
+    "vae3d": ("vae3d/cases.safetensors", "vae3d/config.json", "vae2d/vae/config.json"),
+    "media": ("media/cases.safetensors",),
+}
+
+
+def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Check]:
+    """Every part of the suite in `suite`; yields on rank 0, every rank must iterate.
+
+    The transformer and sampler parts run on all ranks, the others on rank 0 while the rest wait.
+    In another dtype than float32 only the transformer part is run: the other limits are float32's.
+    """
+    if not any((suite / files[0]).is_file() for files in (SHARDED_PARTS | LEADING_PARTS).values()):
+        raise UserError(
+            f"--reference {suite}: no conformance suite there (none of dit/cases.safetensors, "
+            "sampler/cases.json, prompts.json, …); leave it out for the one in the package"
+        )
+    exact = dtype == torch.float32
+    float32_only = "its limits are float32's"
+    with torch.no_grad():
+        if session.leads:
+            for part, check in _leading(suite, session).items():
+                runs = exact or part not in ("t5", "vae3d")
+                yield from _part(suite, part, LEADING_PARTS[part], check, runs, float32_only)
+        session.wait_for_all()
+        for part, check in _sharded(suite, session, dtype).items():
+            runs = exact or part != "sampler"
+            checks = _part(suite, part, SHARDED_PARTS[part], check, runs, float32_only)
+            yield from (c for c in checks if session.leads)
+        session.wait_for_all()
+
+
+def _part(
+    suite: Path,
+    part: str,
+    files: tuple[str, ...],
+    check: Callable[[], Iterator[Check]],
+    runs: bool,
+    why: str,
+) -> Iterator[Check]:
+    absent = [name for name in files if not (suite / name).is_file()]
+    if absent:
+        yield skipped(part, f"{absent[0]} is not in this suite")
+    elif not runs:
+        yield skipped(part, why)
+    else:
+        yield from check()
+
+
+def _leading(suite: Path, session: Session) -> dict[str, Callable[[], Iterator[Check]]]:
+    return {
+        "sizes": lambda: leading.size_checks(suite),
+        "prompts": lambda: leading.prompt_checks(suite),
+        "manifest": lambda: leading.manifest_checks(suite),
+        "t5": lambda: leading.text_checks(suite, session.device),
+        "vae3d": lambda: leading.vae_checks(suite, session.device),
+        "media": lambda: leading.media_checks(suite),
+    }
+
+
+def _sharded(
+    suite: Path, session: Session, dtype: torch.dtype
+) -> dict[str, Callable[[], Iterator[Check]]]:
+    return {
+        "dit": lambda: sharded.forward_checks(suite, session, dtype),
+        "dit_bf16": lambda: sharded.bf16_checks(suite, session),
+        "sampler": lambda: sharded.sampler_checks(suite, session),
+    }

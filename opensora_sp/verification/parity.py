@@ -1,0 +1,284 @@
+"""N ranks against one, on the user's own machine, checkpoint, size and dtype.
+
+The ranks compute a forward and a few steps; then rank 0 does the same alone, with a second
+denoiser on the same weights, and compares.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opensora_sp.denoiser import Conditions, Denoiser
+from opensora_sp.generate import draw_noise
+from opensora_sp.models.stdit3 import STDiT3
+from opensora_sp.parallel.cost import Workload, project_step
+from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.mesh import plan_mesh
+from opensora_sp.parallel.parallelize import parallelize
+from opensora_sp.pipeline import Pipeline, load_transformer
+from opensora_sp.randomness import NoiseKey
+from opensora_sp.request import Request
+from opensora_sp.runtime.memory import free_bytes
+from opensora_sp.sampling import sample, timesteps
+from opensora_sp.timing import synchronize
+
+FORWARD_LIMIT = 1e-5  # max|Δ| / max|reference|, one float32 forward
+ULP_FACTOR = 10  # a float32 run may differ by this many responses to a one-ulp change of its noise
+TEXT_TOKENS = 60
+PROBE_TIME = 600.0  # the time of the single forward
+RESIDUALS_ALONE = 13  # tensors of [halves·T·S, C] alive at once when one rank does everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What the comparison found; relative is max|Δ|/max|reference|, or RMS in half precision."""
+
+    request: Request
+    reduced: bool
+    forward_max: float
+    forward: float
+    forward_limit: float
+    run_max: float
+    run: float
+    run_limit: float
+    psnr: float
+    step_seconds: float
+    alone_seconds: float
+    exchange_share: float
+    sent: dict[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether both comparisons held; NaN never does."""
+        return self.forward <= self.forward_limit and self.run <= self.run_limit
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One shape computed on all ranks: what rank 0 has to reproduce alone."""
+
+    forward: Tensor | None
+    run: Tensor | None
+    step_seconds: float
+    exchange_share: float
+    sent: dict[str, int]
+
+
+def check_parity(pipeline: Pipeline, request: Request, *, most_seconds: float) -> Parity | None:
+    """Compare all ranks with rank 0 alone; the result on rank 0, None elsewhere. Collective.
+
+    A request that rank 0 could not hold alone, or would need more than `most_seconds` for, is
+    made smaller first: fewer frames, then a smaller picture.
+    """
+    session = pipeline.session
+    wanted = request
+    while True:
+        fits = session.share(_fits_alone(pipeline, request) if session.leads else None)
+        if fits:
+            trial = _on_all_ranks(pipeline, request)
+            busy = trial.step_seconds * pipeline.mesh(request).replica_size
+            runs = 3 if pipeline.dtype == torch.float32 else 1
+            alone = busy * (request.steps + 2) * runs
+            fits = session.share(alone <= most_seconds if session.leads else None)
+        smaller = _smaller(request)
+        if fits or smaller is None:
+            break
+        request = smaller
+    found = _compare(pipeline, request, trial, request != wanted) if session.leads else None
+    session.wait_for_all()
+    return found
+
+
+def _smaller(request: Request) -> Request | None:
+    """About half the request, or None when it is as small as it gets."""
+    if request.num_frames > 17:
+        return replace(request, num_frames=max(17, request.num_frames // 34 * 17))
+    if min(request.height, request.width) >= 64:
+        return replace(request, height=request.height // 2, width=request.width // 2)
+    return None
+
+
+def _fits_alone(pipeline: Pipeline, request: Request) -> bool:
+    frames, *_ = request.latent_shape
+    rows, columns = request.patch_grid
+    itemsize = torch.empty((), dtype=pipeline.dtype).element_size()
+    residual = 2 * frames * rows * columns * pipeline.config.hidden_size * itemsize
+    return RESIDUALS_ALONE * residual < free_bytes(pipeline.session.device)
+
+
+def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
+    session, ledger = pipeline.session, pipeline.session.ledger
+    denoiser = pipeline.denoiser(request)
+    forward = _forward(denoiser, pipeline, request)
+    before, started = ledger.snapshot(), time.perf_counter()
+    run = _run(denoiser, pipeline, request, draw_noise([request], 0))
+    synchronize(session.device)
+    seconds = (time.perf_counter() - started) / request.steps
+    spent = {k: e for k, e in ledger.since(before).items() if e.calls and k != "gather_latents"}
+    waited = sum(entry.seconds for entry in spent.values()) / request.steps
+    sent = {kind: entry.bytes_sent // request.steps for kind, entry in spent.items()}
+    everyone = session.collect((seconds, waited, sent))
+    busiest = max((row[2] for row in everyone), key=lambda row: sum(row.values()))
+    slowest = max(row[0] for row in everyone)
+    share = max(row[1] for row in everyone) / slowest
+    return _Trial(forward, run, slowest, share, busiest)
+
+
+def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool) -> Parity:
+    alone = _alone(pipeline, request, pipeline.transformer)
+    noise = draw_noise([request], 0)
+    forward = _present(_forward(alone, pipeline, request))
+    started = time.perf_counter()
+    run = _present(_run(alone, pipeline, request, noise))
+    synchronize(pipeline.session.device)
+    alone_seconds = (time.perf_counter() - started) / request.steps
+    sharded_forward, sharded_run = _present(trial.forward), _present(trial.run)
+    if pipeline.dtype == torch.float32:
+        nudged = torch.nextafter(noise, torch.full_like(noise, math.inf))
+        moved = _present(_run(alone, pipeline, request, nudged))
+        forward_limit, run_limit = FORWARD_LIMIT, ULP_FACTOR * _relative(moved, run)
+        measure = _relative
+    else:
+        # Half precision is judged against its own distance from float32.
+        exact = load_transformer(
+            pipeline.checkpoints.dit, pipeline.config, torch.float32, pipeline.session.device
+        )
+        reference = _present(_forward(_alone(pipeline, request, exact), pipeline, request))
+        forward_limit = run_limit = _rms(forward, reference)
+        measure = _rms
+    return Parity(
+        request=request,
+        reduced=reduced,
+        forward_max=float((sharded_forward - forward).abs().max()),
+        forward=measure(sharded_forward, forward),
+        forward_limit=forward_limit,
+        run_max=float((sharded_run - run).abs().max()),
+        run=measure(sharded_run, run),
+        run_limit=run_limit,
+        psnr=_psnr(sharded_run, run),
+        step_seconds=trial.step_seconds,
+        alone_seconds=alone_seconds,
+        exchange_share=trial.exchange_share,
+        sent=trial.sent,
+    )
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    """Only the leading rank asks, and it has gathered everything."""
+    assert tensor is not None
+    return tensor
+
+
+def _alone(pipeline: Pipeline, request: Request, model: STDiT3) -> Denoiser:
+    """A one-rank denoiser beside the sharded one, on the same weights."""
+    frames, *size = request.latent_shape
+    layout = Layout(frames=frames, size=(size[0], size[1]), ranks=1)
+    return parallelize(model, None, layout, pipeline.runtime)
+
+
+def _conditions(pipeline: Pipeline, request: Request) -> Conditions:
+    """Keyed random text: parity is about the ranks, so T5 need not be there."""
+    config = pipeline.config
+    length = min(TEXT_TOKENS, config.model_max_length)
+    masks = torch.zeros(1, config.model_max_length, dtype=torch.int64)
+    masks[:, :length] = 1
+    tokens = NoiseKey(request.seed).normal((length, config.caption_channels), "parity text")
+    return Conditions(
+        tokens=[tokens * 0.1],
+        masks=masks,
+        height=request.height,
+        width=request.width,
+        fps=request.model_fps,
+        cfg_scale=request.cfg_scale,
+    )
+
+
+def _forward(denoiser: Denoiser, pipeline: Pipeline, request: Request) -> Tensor | None:
+    """One guided velocity as latents [1,4,T,H,W] on the leading rank."""
+    velocity = denoiser.prepare(_conditions(pipeline, request))
+    z = denoiser.shard(draw_noise([request], 0))
+    out = denoiser.gather(velocity(z, PROBE_TIME))
+    return None if out is None else out.cpu()
+
+
+def _run(denoiser: Denoiser, pipeline: Pipeline, request: Request, noise: Tensor) -> Tensor | None:
+    """A few steps as latents [1,4,T,H,W] on the leading rank."""
+    times = timesteps(
+        request.steps, height=request.height, width=request.width, frames=request.num_frames
+    )
+    velocity = denoiser.prepare(_conditions(pipeline, request))
+    out = denoiser.gather(sample(denoiser.shard(noise), times, velocity))
+    return None if out is None else out.cpu()
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def _rms(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def _psnr(actual: Tensor, expected: Tensor) -> float:
+    error = float((actual - expected).pow(2).mean())
+    peak = float(expected.max() - expected.min())
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
+    """The lines a person reads."""
+    request, mesh = parity.request, pipeline.mesh(parity.request)
+    kind = "relative" if pipeline.dtype == torch.float32 else "relative RMS"
+    what = f"{request.num_frames} frames of {request.height}x{request.width}"
+    if parity.reduced:
+        yield "the request is too large for one rank alone, so a smaller one is compared"
+    yield f"{what}, {pipeline.dtype}, {mesh.size} ranks as {mesh} against rank 0 alone"
+    for name, worst, error, limit in (
+        ("one forward", parity.forward_max, parity.forward, parity.forward_limit),
+        (f"{request.steps} steps", parity.run_max, parity.run, parity.run_limit),
+    ):
+        verdict = "ok" if error <= limit else "FAILED"
+        yield (
+            f"{name:<12} max error {worst:.2e}  {kind} {error:.2e}  limit {limit:.2e}  {verdict}"
+        )
+    yield f"PSNR of the latents after {request.steps} steps: {parity.psnr:.1f} dB"
+    kinds = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(parity.sent.items()))
+    total = sum(parity.sent.values()) / 1e6
+    yield f"sent per step by the busiest rank: {total:.2f} MB ({kinds or 'nothing'})"
+    yield (
+        f"step: {parity.step_seconds:.3f} s on {mesh.size} ranks, {parity.alone_seconds:.3f} s "
+        f"alone; waiting for the exchange: {parity.exchange_share:.0%} of the step"
+    )
+
+
+def project(parity: Parity, pipeline: Pipeline, link: float) -> Iterator[str]:
+    """What the measured one-rank step would become on more ranks: projected, not measured."""
+    frames, *size = parity.request.latent_shape
+    work = Workload(
+        frames=frames,
+        size=(size[0], size[1]),
+        channels=pipeline.config.hidden_size,
+        depth=pipeline.config.depth,
+        text=TEXT_TOKENS,
+        guided=parity.request.cfg_scale != 1,
+        itemsize=torch.empty((), dtype=pipeline.dtype).element_size(),
+    )
+    for ranks in (2, 4, 8):
+        mesh = plan_mesh(ranks, guided=work.guided)
+        step = project_step(
+            work,
+            mesh,
+            pipeline.runtime,
+            one_rank_seconds=parity.alone_seconds,
+            link_bytes_per_second=link,
+        )
+        yield (
+            f"projected on {ranks} ranks ({mesh.guidance}x{mesh.sequence}) at {link / 1e9:g} GB/s: "
+            f"{step.hidden:.3f} s a step with the exchange hidden, {step.exposed:.3f} s without"
+        )

@@ -1,0 +1,92 @@
+"""What a conformance suite is made of, and the table of what held."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from opensora_sp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: it held when `error` is at most `limit`. error None: not run, see note."""
+
+    part: str
+    case: str
+    error: float | None
+    limit: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it held; a check that was skipped neither held nor failed."""
+        return self.error is not None and self.error <= self.limit  # NaN is never ok
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and did not hold."""
+        return self.error is not None and not self.ok
+
+
+def skipped(part: str, why: str) -> Check:
+    """A part of the suite that was not run."""
+    return Check(part, "-", None, 0.0, why)
+
+
+def load_cases(path: Path) -> dict[str, dict[str, Tensor]]:
+    """A file of tensors named CASE.NAME → {case: {name: tensor}}, cases in sorted order."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
+    cases: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(tensors):
+        case, _, part = name.partition(".")
+        cases.setdefault(case, {})[part] = tensors[name]
+    return cases
+
+
+def load_json(path: Path) -> Any:
+    """A JSON file of the suite."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    """max|Δ|; infinite where the shapes differ."""
+    if actual.shape != expected.shape:
+        return math.inf
+    return float((actual.float() - expected.float()).abs().max())
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """‖Δ‖ / ‖expected‖; infinite where the shapes differ."""
+    if actual.shape != expected.shape:
+        return math.inf
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def table(checks: Sequence[Check]) -> Iterator[str]:
+    """The lines of the report: case, error, limit, ok."""
+    width = max([len(f"{c.part}/{c.case}") for c in checks] + [4])
+    yield f"{'case':<{width}}  {'error':>9}  {'limit':>9}  ok"
+    for check in checks:
+        name = f"{check.part}/{check.case}"
+        if check.error is None:
+            yield f"{name:<{width}}  {'-':>9}  {'-':>9}  skipped: {check.note}"
+            continue
+        verdict = "ok" if check.ok else "FAILED"
+        note = f"  ({check.note})" if check.note else ""
+        yield f"{name:<{width}}  {check.error:9.2e}  {check.limit:9.2e}  {verdict}{note}"

@@ -1,0 +1,107 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: finds a Python that really runs and keeps a virtual
+# environment in step with pyproject.toml and constraints/.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    say "error: $*"
+    exit 2
+}
+
+# A name on PATH proves nothing: version managers leave stubs that only print an error, and some
+# distributions ship a Python that cannot make virtual environments. So every candidate is run.
+python_is() { # COMMAND VERSION
+    local found
+    found="$("$1" -c 'import sys, ensurepip, venv; print("%d.%d" % sys.version_info[:2])' \
+        2>/dev/null </dev/null)" && [[ "$found" == "$2" ]]
+}
+
+find_python() { # VERSION... (the first that is there wins); prints the command
+    local version candidate
+    for version in "$@"; do
+        for candidate in "python$version" python3 python \
+            "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+            if python_is "$candidate" "$version"; then
+                printf '%s\n' "$candidate"
+                return 0
+            fi
+        done
+    done
+    return 1
+}
+
+pip_install() { # DIR ARGUMENT...; one more try when the network failed
+    local dir="$1" log attempt
+    shift
+    log="$dir/pip.log"
+    for attempt in 1 2; do
+        if (cd "$ROOT" && "$dir/bin/python" -m pip install -q --disable-pip-version-check "$@") \
+            >"$log" 2>&1 </dev/null; then
+            return 0
+        fi
+        if [[ "$attempt" == 1 ]] && grep -Eiq \
+            'timed? ?out|connection (broken|refused|reset|aborted)|name resolution|unreachable' \
+            "$log"; then
+            say "setup: the network failed, trying once more"
+            continue
+        fi
+        break
+    done
+    tail -n 30 "$log" >&2
+    die "pip could not install the dependencies into $dir (its messages stand above)"
+}
+
+requirements_of() { # STACK DIR; fills the array REQUIREMENTS
+    case "$1" in
+        current)
+            REQUIREMENTS=(-e ".[dev]")
+            # The build that this stack is tested with; elsewhere pip picks what the system has.
+            if [[ "$(uname -s)-$(uname -m)" == Linux-x86_64 ]] && python_is "$2/bin/python" 3.11; then
+                REQUIREMENTS=("torch==2.13.0" "${REQUIREMENTS[@]}")
+            fi
+            ;;
+        gcu2.3)
+            REQUIREMENTS=(-c constraints/gcu2.3.txt "torch==2.3.0" -e . pytest pytest-xdist)
+            ;;
+    esac
+}
+
+# Scripts inside a virtual environment carry its path, so one that was copied elsewhere is made anew.
+identity_of() { # DIR STACK PYTHON
+    printf '%s %s %s' "$2" "$("$3" -c 'import platform; print(platform.python_version())')" "$1"
+}
+
+checksum_of_requirements() { # PYTHON
+    cat "$ROOT/pyproject.toml" "$ROOT/scripts/lib.sh" "$ROOT/constraints/"*.txt |
+        "$1" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+ensure_venv() { # NAME STACK (current or gcu2.3); returns with ROOT/NAME/bin ready to use
+    local dir="$ROOT/$1" stack="$2" versions python identity checksum
+    case "$stack" in
+        current) versions=(3.11 3.12 3.10) ;;
+        gcu2.3) versions=(3.10) ;;
+        *) die "unknown stack '$stack': it is current or gcu2.3" ;;
+    esac
+    python="$(find_python "${versions[@]}")" || die \
+        "found no Python that can make a virtual environment, on PATH or under pyenv: install one" \
+        "of these with its venv module and run this again: ${versions[*]}"
+    identity="$(identity_of "$dir" "$stack" "$python")"
+    checksum="$(checksum_of_requirements "$python")"
+    if [[ "$(cat "$dir/stamp" 2>/dev/null)" == "$identity"$'\n'"$checksum" ]]; then
+        return 0
+    fi
+    if [[ "$(head -n 1 "$dir/stamp" 2>/dev/null)" == "$identity" ]]; then
+        say "setup: bringing $1 up to date, as the requirements have changed"
+    else
+        say "setup: installing into $1 with $("$python" --version), once; this takes some minutes"
+        "$python" -m venv --clear "$dir" || die "$python made no virtual environment in $dir"
+    fi
+    requirements_of "$stack" "$dir"
+    pip_install "$dir" "${REQUIREMENTS[@]}"
+    # Last, so that an installation that was cut off is begun again.
+    printf '%s\n%s\n' "$identity" "$checksum" >"$dir/stamp"
+}

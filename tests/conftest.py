@@ -1,0 +1,38 @@
+"""What the tests share: the two model directories that ship with the package, and ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+
+ASSETS = Path(__file__).resolve().parent.parent / "opensora_sp" / "assets"
+
+
+@pytest.fixture(scope="session")
+def suite_dir() -> Path:
+    """The conformance suite: manifest.json, sizes.json, prompts.json, dit/, t5/, vae2d/, ..."""
+    return ASSETS / "conformance"
+
+
+@pytest.fixture(scope="session")
+def embedded_dir() -> Path:
+    """The embedded default model: dit/, t5/, vae2d/, vae3d/."""
+    return ASSETS / "embedded"
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    """``ranks.run_ranks``: call a top-level function on several gloo ranks."""
+    return ranks.run_ranks
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Repeat beside the result what scripts/test.sh found before pytest started."""
+    if failed := os.environ.get("OPENSORA_SP_LINT_FAILED"):
+        terminalreporter.section("before the tests", red=True)
+        terminalreporter.line(f"failed, see the top of this output: {failed}", red=True)
