@@ -108,10 +108,10 @@ def _run_batch(pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task])
         ]
         generate(pipeline, requests, sinks, keep_latents=False)
     if leads:
+        if pipeline.show_progress:
+            print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
         for task in batch:
             print(task.output, flush=True)
-        if pipeline.show_progress:
-            print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
 @contextmanager
@@ -128,7 +128,12 @@ def _open_output(pipeline: Pipeline, settings: RunSettings, task: Task) -> Itera
         return
     height, width = request.decoded_size
     with VideoWriter(
-        task.output, fps=request.save_fps, height=height, width=width, metadata=metadata
+        task.output,
+        fps=request.save_fps,
+        height=height,
+        width=width,
+        metadata=metadata,
+        lossless=settings.lossless,
     ) as writer:
         yield writer
 

@@ -78,6 +78,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "replicas": optional(integer(1), word="auto"),
     "overlap": boolean(),
     "allow_remote": boolean(),
+    "lossless": boolean(),
 }
 
 
@@ -211,6 +212,7 @@ class RunSettings:
     replicas: int | None = None
     overlap: bool = True
     allow_remote: bool = False
+    lossless: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in SETTINGS_KINDS.items():

@@ -20,9 +20,13 @@ LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a tempor
 
 
 def shown(value: object) -> str:
-    """The value as an error line shows it: quoted, on one line, cut when it is long."""
+    """The value as an error line shows it: quoted, on one line, shortened when it is long."""
     text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 4] + "..." + text[-1]
+    if len(text) <= _LONGEST_SHOWN:
+        return text
+    # The middle goes: a path is told apart by its end.
+    half = (_LONGEST_SHOWN - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 @dataclass(frozen=True)

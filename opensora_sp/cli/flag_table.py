@@ -228,6 +228,13 @@ GROUPS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
                 "name files after their prompts, and skip those that exist",
                 nargs=0,
             ),
+            _flag(
+                "--lossless",
+                _BOOL,
+                False,
+                "videos as RGB H.264, every pixel kept; large, and few players show it",
+                nargs=0,
+            ),
             _flag("--watermark", _BOOL, False, "draw a watermark", feature="watermark"),
             _flag("--verbose", _verbosity(), 1, "0 quiet, 1 progress, 2 everything"),
         ),
