@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ T = TypeVar("T")
 # side group, which has its own limit, so this only has to cover one denoising step.
 COLLECTIVE_TIMEOUT_S = 1800.0
 SIDE_TIMEOUT_S = 24 * 3600.0
+RELEASE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,13 @@ def open_session(
     side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
-    yield Session(rank, local_rank, world, here, row, comm, side)
+    session = Session(rank, local_rank, world, here, row, comm, side)
+    yield session
+    session.wait_for_all()
+    # gloo's threads let go of a collective's tensors a moment after it was waited for, and need
+    # the interpreter for that; torch 2.3 tears a group down while holding it, and waits for the
+    # threads. So they get their moment first.
+    time.sleep(RELEASE_S)
     dist.destroy_process_group()
 
 

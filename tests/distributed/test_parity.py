@@ -1,0 +1,114 @@
+"""launch/verify.py --parity: agrees where ranks agree, and catches what is broken on purpose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankFailure, run_ranks
+
+from opensora_sp import denoiser as denoiser_module
+from opensora_sp.cli.verify import main
+from opensora_sp.parallel import exchange, layout
+from opensora_sp.parallel.session import open_session
+from opensora_sp.pipeline import Parallelism, Pipeline
+from opensora_sp.request import Request
+from opensora_sp.verification.parity import check_parity
+
+# Odd latent sides, so that padded cells exist; frames and patches that 3 does not divide.
+REQUEST = Request(prompt="", height=72, width=56, num_frames=17, steps=3)
+
+
+def swapped_order() -> None:
+    """Frames come back in another order than they were sent."""
+    original = exchange.Exchange.to_frames
+
+    def to_frames(self, h, piece):  # type: ignore[no-untyped-def]
+        return original(self, h.flip(1), piece)
+
+    exchange.Exchange.to_frames = to_frames  # type: ignore[method-assign]
+
+
+def split_off_by_one() -> None:
+    """The receiver lays the patches end to end with the wrong lengths."""
+    original = layout.Layout.patches
+
+    def patches(self, rank):  # type: ignore[no-untyped-def]
+        right = original(self, rank)
+        shift = 1 if rank > 0 else 0
+        return slice(right.start - shift, right.stop - shift)
+
+    layout.Layout.patches = patches  # type: ignore[method-assign]
+
+
+def velocity_on_padding() -> None:
+    """Padded cells are moved like all others on the sharded denoiser only."""
+    original = denoiser_module.Denoiser.prepare
+
+    def prepare(self, conditions):  # type: ignore[no-untyped-def]
+        velocity = original(self, conditions)
+        if not isinstance(self.share.reshard, denoiser_module.Local):
+            velocity._padding = None
+        return velocity
+
+    denoiser_module.Denoiser.prepare = prepare  # type: ignore[method-assign]
+
+
+BREAKAGES = {f.__name__: f for f in (swapped_order, split_off_by_one, velocity_on_padding)}
+
+
+def compare(rank: int, world: int, init_file: str, broken: str, dtype: str) -> bool | None:
+    if broken:
+        BREAKAGES[broken]()
+    with open_session("cpu") as session, torch.no_grad():
+        pipeline = Pipeline.load(
+            session=session,
+            dtype=dtype,
+            parallelism=Parallelism(guidance=1),
+            transformer_only=True,
+        )
+        parity = check_parity(pipeline, REQUEST, most_seconds=60)
+    return None if parity is None else parity.ok
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_parity_holds(dtype: str) -> None:
+    assert run_ranks(compare, 3, "", dtype) == [True, None, None]
+
+
+@pytest.mark.parametrize("broken", sorted(BREAKAGES))
+def test_parity_finds_what_is_broken(broken: str) -> None:
+    assert run_ranks(compare, 3, broken, "fp32") == [False, None, None]
+
+
+def another_seed(rank: int, world: int, init_file: str) -> None:
+    request = Request(prompt="a ball", height=64, width=64, num_frames=1, steps=1, seed=rank // 2)
+    with open_session("cpu") as session:
+        Pipeline.load(session=session, dtype="fp32").generate(request)
+
+
+def test_a_rank_with_another_seed_is_named() -> None:
+    with pytest.raises(RankFailure, match="rank 2 differs from rank 0 in its request"):
+        run_ranks(another_seed, 3)
+
+
+def reduced(rank: int, world: int, init_file: str) -> tuple[int, bool] | None:
+    with open_session("cpu") as session, torch.no_grad():
+        pipeline = Pipeline.load(session=session, dtype="fp32", transformer_only=True)
+        request = Request(prompt="", height=32, width=32, num_frames=204, steps=1)
+        parity = check_parity(pipeline, request, most_seconds=0.0)
+    return None if parity is None else (parity.request.num_frames, parity.reduced)
+
+
+def test_what_one_rank_cannot_do_in_time_is_made_smaller() -> None:
+    assert run_ranks(reduced, 2) == [(17, True), None]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--parity", "--image-size", "32", "48", "--num-frames", "17", "--device", "cpu"]
+    assert main([*argv, "--num-sampling-steps", "1", "--link-gbps", "25"]) == 0
+    out = capsys.readouterr().out
+    for words in ("max error", "relative", "PSNR", "sent per step", "exchange", "projected on 8"):
+        assert words in out
+    assert main(["--parity", "--resolution", "333p"]) == 2
+    assert main(["--parity", "--ckpt-path-dit", "none"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
