@@ -1,0 +1,80 @@
+"""The mesh of a world, and which backend serves which device."""
+
+from __future__ import annotations
+
+import pytest
+
+from opensora_sp.errors import UserError
+from opensora_sp.parallel.backend import BACKENDS, pick_backend, pick_device
+from opensora_sp.parallel.mesh import Mesh, Place, legal_meshes, plan_mesh
+
+
+@pytest.mark.parametrize(
+    ("world", "guided", "expected"),
+    [
+        (1, True, Mesh()),
+        (2, True, Mesh(guidance=2)),
+        (2, False, Mesh(sequence=2)),
+        (3, True, Mesh(sequence=3)),
+        (8, True, Mesh(guidance=2, sequence=4)),
+        (8, False, Mesh(sequence=8)),
+    ],
+)
+def test_guidance_first_where_the_ranks_are_even(world: int, guided: bool, expected: Mesh) -> None:
+    assert plan_mesh(world, guided=guided) == expected
+
+
+def test_what_a_person_fixes_is_kept() -> None:
+    assert plan_mesh(8, guided=True, guidance=1) == Mesh(sequence=8)
+    assert plan_mesh(8, guided=True, replicas=2) == Mesh(replicas=2, guidance=2, sequence=2)
+    assert plan_mesh(6, guided=True, sequence=3) == Mesh(guidance=2, sequence=3)
+    assert plan_mesh(8, guided=True, sequence=2) == Mesh(replicas=2, guidance=2, sequence=2)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "told"),
+    [
+        ({"guidance": 2}, ["--guidance-parallel 2", "3 ranks", "1×1×3", "3×1×1"]),
+        ({"sequence": 2}, ["--sequence-parallel 2", "legal"]),
+        ({"replicas": 2, "sequence": 3}, ["--replicas 2", "--sequence-parallel 3"]),
+    ],
+)
+def test_impossible_products_list_the_legal_ones(fixed: dict[str, int], told: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        plan_mesh(3, guided=True, **fixed)
+    for words in told:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+def test_every_rank_has_one_place_and_every_group_its_ranks(world: int) -> None:
+    for mesh in legal_meshes(world, guided=True):
+        assert mesh.size == world
+        assert [mesh.rank(mesh.place(rank)) for rank in range(world)] == list(range(world))
+        for groups, size in (
+            (mesh.sequence_groups(), mesh.sequence),
+            (mesh.guidance_groups(), mesh.guidance),
+        ):
+            assert sorted(rank for group in groups for rank in group) == list(range(world))
+            assert {len(group) for group in groups} == {size}
+        for pair in mesh.guidance_groups():
+            assert [mesh.place(rank).guidance for rank in pair] == list(range(mesh.guidance))
+            assert len({mesh.place(rank).sequence for rank in pair}) == 1
+    # Sequence varies fastest: its exchange is between neighbours.
+    assert Mesh(guidance=2, sequence=4).place(5) == Place(replica=0, guidance=1, sequence=1)
+
+
+def test_each_backend_serves_its_device_and_gloo_all() -> None:
+    for name, backend in BACKENDS.items():
+        assert pick_backend(None, backend.device).name == name
+        assert pick_backend("gloo", backend.device).name == "gloo"
+    with pytest.raises(UserError, match="nccl serves cuda devices, not --device cpu"):
+        pick_backend("nccl", "cpu")
+    with pytest.raises(UserError, match="unknown, choose one of eccl, nccl, gloo"):
+        pick_backend("mpi", "cpu")
+
+
+def test_a_device_that_is_not_there_is_named_with_what_is() -> None:
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="torch_gcu cannot be imported"):
+        pick_device("gcu")
