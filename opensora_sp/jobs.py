@@ -4,74 +4,96 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import ExitStack
 
-from opensora_sp import __version__
+from opensora_sp.errors import UserError
 from opensora_sp.generate import Collector, Sink, caption, generate
+from opensora_sp.media import probe_encoder
+from opensora_sp.outputs import describe, open_output
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.pipeline import Parallelism, Pipeline
+from opensora_sp.refine import refine_batches
 from opensora_sp.request import Job, Request, RunSettings, Task
 from opensora_sp.runtime import Runtime
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-PACKAGES = ("torch", "transformers", "diffusers", "av")
+from opensora_sp.sheet_sink import RunSheet
 
 
 def run_job(job: Job) -> int:
-    """Generate every task of the job on this rank and its peers; returns the exit code 0.
+    """Generate every task of the job on this rank and its peers; returns the exit code.
+
+    0, or 2 after a fault that all ranks were told of and rank 0 has printed.
 
     Raises UserError for what a person can mend; anything else is a bug.
     """
-    settings = job.settings
+    settings, started = job.settings, time.perf_counter()
     with open_session(settings.device, settings.backend, timeout_s=settings.timeout) as session:
-        pipeline = Pipeline.load(
-            settings.checkpoints,
-            session=session,
-            dtype=settings.dtype,
-            runtime=Runtime(
-                serial_guidance=settings.guidance == "serial",
-                overlap=settings.overlap,
-                chunks=session.backend.chunks,
-            ),
-            parallelism=Parallelism(
-                replicas=settings.replicas,
-                guidance=settings.guidance_parallel,
-                sequence=settings.sequence_parallel,
-            ),
-            show_progress=settings.verbose > 0,
-            allow_remote=settings.allow_remote,
-        )
+        pipeline = _load(settings, session)
         batches = _unfinished(job, session)
-        if not batches:
-            return 0
-        _announce(pipeline, batches[0][0].request)
-        _encode_all_text(pipeline, batches)
-        for batch in batches:
-            _run_batch(pipeline, settings, batch)
-        session.wait_for_all()
+        if settings.llm_refine and batches:
+            try:
+                batches = refine_batches(
+                    batches, session, settings.prompt_generator, verbose=settings.verbose > 0
+                )
+            except UserError as error:
+                # All ranks know of it, so they can end together; an exception would leave peers
+                # to find out from broken connections.
+                if session.leads:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                return 2
+        if batches:
+            _generate_all(pipeline, settings, batches, started)
     return 0
+
+
+def _load(settings: RunSettings, session: Session) -> Pipeline:
+    return Pipeline.load(
+        settings.checkpoints,
+        session=session,
+        dtype=settings.dtype,
+        runtime=Runtime(
+            serial_guidance=settings.guidance == "serial",
+            overlap=settings.overlap,
+            chunks=session.backend.chunks,
+        ),
+        parallelism=Parallelism(
+            replicas=settings.replicas or 1,
+            guidance=settings.guidance_parallel,
+            sequence=settings.sequence_parallel,
+        ),
+        show_progress=settings.verbose > 0,
+        allow_remote=settings.allow_remote,
+    )
 
 
 def _unfinished(job: Job, session: Session) -> list[Sequence[Task]]:
     """The batches that are still to be made, as the leading rank sees them."""
-    left: list[Sequence[Task]] = []
-    for batch in job.batches():
-        skip = (
-            job.settings.skip_existing and session.leads and all(t.output.exists() for t in batch)
-        )
-        if session.share(skip if session.leads else None):
-            if session.leads:
-                for task in batch:
-                    print(f"{task.output} is there already, skipped", file=sys.stderr)
-        else:
-            left.append(batch)
-    return left
+    if not job.settings.skip_existing:
+        return list(job.batches())
+    there = session.share([task.output.exists() for task in job.tasks] if session.leads else None)
+    finished = {task for task, exists in zip(job.tasks, there, strict=True) if exists}
+    if session.leads:
+        for task in sorted(finished, key=lambda task: task.output):
+            print(f"{task.output} is there already, skipped", file=sys.stderr)
+    # A video does not depend on what it is batched with, so a batch may lose some of its own.
+    batches = ([task for task in batch if task not in finished] for batch in job.batches())
+    return [batch for batch in batches if batch]
+
+
+def _generate_all(
+    pipeline: Pipeline, settings: RunSettings, batches: Sequence[Sequence[Task]], started: float
+) -> None:
+    leads, first = pipeline.session.leads, batches[0][0].request
+    if leads and not first.is_image:
+        # A broken encoder is found now, not after hours of denoising.
+        probe_encoder(first.save_fps, *first.decoded_size)
+    _announce(pipeline, first)
+    _encode_all_text(pipeline, batches)
+    sheet = RunSheet() if settings.sheet and leads else None
+    for batch in batches:
+        _run_batch(pipeline, settings, batch, sheet)
+    if sheet is not None:
+        _write_sheet(pipeline, settings, sheet, first, started)
 
 
 def _announce(pipeline: Pipeline, request: Request) -> None:
@@ -97,80 +119,33 @@ def _encode_all_text(pipeline: Pipeline, batches: Sequence[Sequence[Task]]) -> N
     pipeline.release_text_encoder()
 
 
-def _run_batch(pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task]) -> None:
+def _run_batch(
+    pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task], sheet: RunSheet | None
+) -> None:
     started = time.perf_counter()
     requests = [task.request for task in batch]
     leads = pipeline.session.leads
     with ExitStack() as outputs:
         sinks: list[Sink] = [
-            outputs.enter_context(_open_output(pipeline, settings, task)) if leads else Collector()
+            outputs.enter_context(open_output(pipeline, settings, task, sheet))
+            if leads
+            else Collector()
             for task in batch
         ]
         generate(pipeline, requests, sinks, keep_latents=False)
     if leads:
+        seconds = time.perf_counter() - started
+        if sheet is not None:
+            sheet.took(batch, seconds)
         if pipeline.show_progress:
-            print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+            print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
         for task in batch:
             print(task.output, flush=True)
 
 
-@contextmanager
-def _open_output(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterator[Sink]:
-    """The file of a task; it appears whole when the block ends well, or not at all."""
-    from opensora_sp.media import VideoWriter
-
-    request = task.request
-    metadata = describe(pipeline, settings, request)
-    if request.is_image:
-        image = _ImageSink()
-        yield image
-        image.save(task, metadata)
-        return
-    height, width = request.decoded_size
-    with VideoWriter(
-        task.output,
-        fps=request.save_fps,
-        height=height,
-        width=width,
-        metadata=metadata,
-        lossless=settings.lossless,
-    ) as writer:
-        yield writer
-
-
-class _ImageSink:
-    """Keeps the one frame of an image until the run has ended well."""
-
-    def __init__(self) -> None:
-        self.frames: NDArray[np.uint8] | None = None
-
-    def write(self, frames: NDArray[np.uint8]) -> None:
-        """uint8 [1,H,W,3]."""
-        self.frames = frames
-
-    def save(self, task: Task, metadata: dict[str, Any]) -> None:
-        """Write the PNG."""
-        from opensora_sp.media import write_image
-
-        if self.frames is None:
-            raise RuntimeError(f"nothing was decoded for {task.output}")
-        write_image(task.output, self.frames[0], metadata)
-
-
-def describe(pipeline: Pipeline, settings: RunSettings, request: Request) -> dict[str, Any]:
-    """What a finished file says of itself: request, run, versions."""
-    session = pipeline.session
-    versions = {"opensora_sp": __version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "request": request.to_dict(),
-        "checkpoints": "embedded" if settings.checkpoints is None else "given",
-        "dtype": settings.dtype,
-        "device": session.device.type,
-        "ranks": session.world_size,
-        "versions": versions,
-    }
+def _write_sheet(
+    pipeline: Pipeline, settings: RunSettings, sheet: RunSheet, first: Request, started: float
+) -> None:
+    timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
+    sheet.write(settings, describe(pipeline, settings, first), timings)
+    print(settings.sheet_path, flush=True)

@@ -60,7 +60,7 @@ class Text:
 class Parallelism:
     """What a person fixed of the mesh; None leaves it to `plan_mesh`."""
 
-    replicas: int | None = None
+    replicas: int = 1
     guidance: int | None = None
     sequence: int | None = None
 

@@ -79,6 +79,10 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "overlap": boolean(),
     "allow_remote": boolean(),
     "lossless": boolean(),
+    "watermark": boolean(),
+    "sheet": boolean(),
+    "llm_refine": boolean(),
+    "prompt_generator": optional(text(empty=False), word="null"),
 }
 
 
@@ -213,6 +217,10 @@ class RunSettings:
     overlap: bool = True
     allow_remote: bool = False
     lossless: bool = False
+    watermark: bool = False
+    sheet: bool = False
+    llm_refine: bool = False
+    prompt_generator: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in SETTINGS_KINDS.items():
@@ -227,13 +235,23 @@ class RunSettings:
         """
         return self.prompt_as_path
 
+    @property
+    def sheet_path(self) -> Path:
+        """Where the contact sheet of the run goes, if one is wanted."""
+        start = "" if self.sample_name is None else f"{self.sample_name}-"
+        return self.save_dir / f"{start}sheet.html"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One request and the file that its video or image is written to."""
+    """One request and the file that its video or image is written to.
+
+    `original_prompt`: what a language model made the request's prompt of; None where it did not.
+    """
 
     request: Request
     output: Path
+    original_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ def check_request(values: Values, *, world_size: int = 1) -> list[str]:
     plan_mesh(
         world_size,
         guided=values["cfg_scale"] != 1,
-        replicas=values["replicas"],
+        replicas=values["replicas"] or 1,
         guidance=values["guidance_parallel"],
         sequence=values["sequence_parallel"],
     )
@@ -221,6 +221,10 @@ def build_job(values: Values, *, world_size: int = 1) -> Job:
     Raises UserError.
     """
     notes = check_request(values, world_size=world_size)
+    if values["llm_refine"]:
+        from opensora_sp.refine import check_endpoint
+
+        check_endpoint(values["prompt_generator"])
     requests = _requests(values)
     checkpoints = check_checkpoints(
         {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
@@ -236,6 +240,8 @@ def build_job(values: Values, *, world_size: int = 1) -> Job:
     tasks = _tasks(requests, settings)
     for task in tasks:
         check_output(task.output)
+    if settings.sheet:
+        check_output(settings.sheet_path)
     return Job(settings=settings, tasks=tasks, notes=tuple(notes))
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from opensora_sp import sizes
 from opensora_sp.errors import UserError
+from opensora_sp.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
 
 Values = Mapping[str, Any]
 
@@ -33,6 +35,12 @@ def _typed(values: Values) -> list[str]:
 def _repeated(values: Values) -> int:
     """Frames of a later clip that are the end of the one before."""
     return int(values["condition_frame_length"] // 5 * 17)
+
+
+def _too_small_for_a_mark(values: Values) -> bool:
+    size = sizes.resolve_size(values["resolution"], values["aspect_ratio"], values["image_size"])
+    # What is decoded is rounded down to multiples of 8, as both limits are: the answer is the same.
+    return not fits(*size)
 
 
 COMBINATIONS: tuple[Combination, ...] = (
@@ -159,6 +167,19 @@ COMBINATIONS: tuple[Combination, ...] = (
         outcome="note",
         meets=lambda v: v["prompt_as_path"] and v["sample_name"] is not None,
         text="--sample-name {sample_name!r} is put before each prompt in the file names",
+    ),
+    Combination(
+        features="--prompt-generator without --llm-refine",
+        outcome="note",
+        meets=lambda v: v["prompt_generator"] is not None and not v["llm_refine"],
+        text="--prompt-generator {prompt_generator!r} has no effect without --llm-refine true",
+    ),
+    Combination(
+        features="--watermark + a small picture",
+        outcome="note",
+        meets=lambda v: v["watermark"] and _too_small_for_a_mark(v),
+        text="--watermark {watermark} has no effect: pictures under "
+        f"{SMALLEST_HEIGHT}x{SMALLEST_WIDTH} (height x width) are too small for it",
     ),
 )
 

@@ -1,9 +1,12 @@
 """Generate videos: check the request without torch, then hand the job to the main path."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from opensora_sp import __version__
 from opensora_sp.cli.flag_docs import help_text
@@ -63,6 +66,7 @@ def _run(job: Job) -> int:
         for note in job.notes:
             print(f"note: {_one_line(note)}", file=sys.stderr)
     apply_cpu_threads(job.settings.cpu_threads, job.settings.device)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         from opensora_sp.jobs import run_job
 
@@ -72,6 +76,18 @@ def _run(job: Job) -> int:
         who = "" if _rank() == "0" else f"rank {_rank()}: "
         print(f"error: {who}{_one_line(error)}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        if _rank() == "0":
+            print("stopped: nothing unfinished is left behind", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    """Leave through every `with` block, so that files that are not whole are removed."""
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise SystemExit(128 + number)
 
 
 def _rank() -> str:

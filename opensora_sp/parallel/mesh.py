@@ -91,34 +91,33 @@ def plan_mesh(
     world: int,
     *,
     guided: bool,
-    replicas: int | None = None,
+    replicas: int | None = 1,
     guidance: int | None = None,
     sequence: int | None = None,
 ) -> Mesh:
     """The mesh for `world` ranks, honouring what a person fixed.
 
-    Left alone: one replica, guidance 2 where the ranks are even and the request is guided (scale
-    other than 1), the rest sequence. Raises UserError listing the legal products.
+    Left alone: one replica (None: as many as the rest needs), guidance 2 where the ranks are even
+    and the request is guided (scale other than 1), the rest sequence. Raises UserError listing
+    the legal products.
     """
-    legal = legal_meshes(world, guided)
+    legal = [m for m in legal_meshes(world, guided) if replicas in (None, m.replicas)]
     fitting = [
         mesh
         for mesh in legal
-        if replicas in (None, mesh.replicas)
-        and guidance in (None, mesh.guidance)
-        and sequence in (None, mesh.sequence)
+        if guidance in (None, mesh.guidance) and sequence in (None, mesh.sequence)
     ]
     if not fitting:
         asked = " ".join(
             f"{flag} {value}"
             for flag, value in (
-                ("--replicas", replicas),
+                ("--replicas", None if replicas == 1 else replicas),
                 ("--guidance-parallel", guidance),
                 ("--sequence-parallel", sequence),
             )
             if value is not None
         )
-        options = ", ".join(f"{m.replicas}×{m.guidance}×{m.sequence}" for m in legal)
+        options = ", ".join(f"{m.replicas}×{m.guidance}×{m.sequence}" for m in legal) or "none"
         why = "" if guided else " (guidance 2 needs --cfg-scale other than 1)"
         raise UserError(
             f"{asked} does not fit {world} rank{'s' * (world > 1)}{why}; "

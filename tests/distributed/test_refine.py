@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from ranks import free_port, run_ranks
 
+from opensora_sp.errors import UserError
 from opensora_sp.media import read_metadata
 from opensora_sp.parallel.session import open_session
 from opensora_sp.refine import refine_batches
@@ -74,7 +75,10 @@ def on_ranks(rank: int, world: int, init_file: str) -> Any:
         for batch in prompts
     ]
     with open_session("cpu") as session:
-        return refine_batches(batches, session)
+        try:
+            return refine_batches(batches, session)
+        except UserError as error:
+            return str(error)
 
 
 def test_rank_0_asks_and_all_ranks_get_the_same(server: Server) -> None:
@@ -87,14 +91,21 @@ def test_rank_0_asks_and_all_ranks_get_the_same(server: Server) -> None:
     ]
 
 
-def launch(out: Path) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+def test_all_ranks_hear_of_a_failure(server: Server) -> None:
+    server.status = 404
+    first, second = run_ranks(on_ranks, 2)
+    assert server.asked == ["a cat"]
+    assert "status 404" in first
+    assert first == second
+
+
+def launch(out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
     flags = ["--prompt", "a cat", "--llm-refine", "true", "--prompt-as-path", "--device", "cpu"]
     flags += ["--image-size", "32", "32", "--num-frames", "1", "--num-sampling-steps", "1"]
     return subprocess.run(
         [
-            *(sys.executable, *torchrun, "--master_port", str(free_port())),
-            *("launch/infer.py", *flags, "--save-dir", str(out)),
+            *(sys.executable, *launcher, "launch/infer.py"),
+            *(*flags, "--save-dir", str(out)),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -104,10 +115,15 @@ def launch(out: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def torchrun() -> list[str]:
+    ranks = ["--nproc_per_node", "2", "--master_port", str(free_port())]
+    return ["-m", "torch.distributed.run", *ranks]
+
+
 def test_the_real_command_tells_both_prompts_and_never_the_key(
     server: Server, tmp_path: Path
 ) -> None:
-    done = launch(tmp_path)
+    done = launch(tmp_path, *torchrun())
     assert done.returncode == 0, done.stderr
     assert server.asked == ["a cat"]
     picture = tmp_path / "a cat.png"  # named after the words of the person
@@ -125,10 +141,11 @@ def test_the_real_command_tells_both_prompts_and_never_the_key(
 
 def test_a_failing_server_ends_the_run(server: Server, tmp_path: Path) -> None:
     server.status = 403
-    done = launch(tmp_path / "out")
+    done = launch(tmp_path / "out", *torchrun())
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
+    assert "Connection closed" not in done.stderr  # the other rank ends quietly
     assert "status 403: check what OPENAI_API_KEY" in errors[0]
     assert KEY not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()

@@ -41,9 +41,9 @@ REFUSALS: list[tuple[list[str], list[str]]] = [
     (["--prompt", "x", "--seed", "1", "2"], ["2"]),
     (["--prompt", "x", "--cpu-threads", "0"], ["--cpu-threads", "0"]),
     (["--prompt", "x", "--sequence-parallel", "3"], ["--sequence-parallel", "3"]),
-    (["--prompt", "x", "--watermark", "True"], ["--watermark", "True", "not available"]),
-    (["--prompt", "x", "--llm-refine", "y"], ["--llm-refine", "True", "not available"]),
-    (["--prompt", "x", "--prompt-generator", "gpt"], ["--prompt-generator", "gpt"]),
+    (["--prompt", "x", "--watermark", "maybe"], ["--watermark", "maybe"]),
+    (["--prompt", "x", "--llm-refine", "y"], ["--llm-refine", "OPENAI_API_KEY"]),
+    (["--prompt", "x", "--prompt-generator", ""], ["--prompt-generator", "''"]),
     (["--prompt", "x", "--eval-count", "3"], ["--eval-count", "3", "launch/benchmark.py"]),
     (["--prompt", 'x {"reference_path": "a.png"}'], ["reference", "a.png"]),
     (["--prompt", 'x {"reference": "a.png"}'], ["prompt", "reference", "mask_strategy"]),
@@ -98,7 +98,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 

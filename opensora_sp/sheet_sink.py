@@ -1,0 +1,145 @@
+"""What a contact sheet shows of a run, picked from the frames as they stream past."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from opensora_sp.kept import dropped_frames
+from opensora_sp.request import Request, RunSettings, Task
+from opensora_sp.sheet import SheetEntry, chosen_frames, write_sheet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from opensora_sp.generate import Sink
+
+MOST_WIDE = 640  # pixels of a kept frame
+
+
+def total_frames(request: Request) -> int:
+    """Frames of the whole output: every later clip drops those it repeats."""
+    repeated = min(dropped_frames(request), request.num_frames)
+    return request.num_frames + (request.loop - 1) * (request.num_frames - repeated)
+
+
+class PickingSink:
+    """A sink that keeps the first, the middle and the last frame of those it passes on.
+
+    count: how many frames will come. frames: what was kept so far, [h,w,3] uint8 by index, at
+    most `MOST_WIDE` pixels wide.
+    """
+
+    def __init__(self, sink: Sink, count: int) -> None:
+        self.frames: dict[int, NDArray[np.uint8]] = {}
+        self._sink = sink
+        self._chosen = chosen_frames(count)
+        self._seen = 0
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """uint8 [F,H,W,3], the next F frames."""
+        for index in self._chosen:
+            if 0 <= index - self._seen < len(frames):
+                self.frames[index] = thumbnail(frames[index - self._seen])
+        self._seen += len(frames)
+        self._sink.write(frames)
+
+
+def thumbnail(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy of a frame [H,W,3], scaled to `MOST_WIDE` pixels where it is wider."""
+    import numpy as np
+    from PIL import Image
+
+    height, width, _ = frame.shape
+    if width <= MOST_WIDE:
+        return frame.copy()
+    size = (MOST_WIDE, max(1, round(height * MOST_WIDE / width)))
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+
+
+@dataclass
+class _Watched:
+    task: Task
+    picked: PickingSink
+    seconds: float | None = None
+
+
+@dataclass
+class RunSheet:
+    """The contact sheet of a run, filled output by output on the leading rank."""
+
+    _watched: list[_Watched] = field(default_factory=list)
+
+    def watch(self, task: Task, sink: Sink) -> Sink:
+        """Put the task on the sheet; what is written to the sink that returns goes on to `sink`."""
+        picked = PickingSink(sink, total_frames(task.request))
+        self._watched.append(_Watched(task, picked))
+        return picked
+
+    def took(self, batch: Sequence[Task], seconds: float) -> None:
+        """Note how long a finished batch took, for each of its tasks."""
+        for watched in self._watched:
+            if watched.task in batch:
+                watched.seconds = seconds
+
+    def write(
+        self,
+        settings: RunSettings,
+        description: Mapping[str, Any],
+        timings: Mapping[str, float | None],
+    ) -> None:
+        """Write the page to `settings.sheet_path`, whole or not at all.
+
+        description: of the run, as its files carry it; its "request" is replaced by what all
+        requests share, and what differs stands beside each output. timings: seconds by stage.
+        Raises UserError where it cannot be written.
+        """
+        requests = [watched.task.request for watched in self._watched]
+        shared = _shared(requests)
+        write_sheet(
+            settings.sheet_path,
+            entries=[_entry(watched, shared) for watched in self._watched],
+            settings={k: None if v == "" else v for k, v in shared.items()}
+            | {k: v for k, v in description.items() if k != "request"},
+            timings=timings,
+        )
+
+
+def _shared(requests: Sequence[Request]) -> dict[str, Any]:
+    """The fields, without the prompt, that are the same for every request."""
+    each = [request.to_dict() for request in requests]
+    return {
+        name: value
+        for name, value in each[0].items()
+        if name != "prompt" and all(other[name] == value for other in each)
+    }
+
+
+def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
+    request = watched.task.request
+    height, width = request.decoded_size
+    details: dict[str, Any] = {"size": f"{width}×{height}"}
+    if not request.is_image:
+        frames = total_frames(request)
+        details["frames"] = frames
+        details["length"] = f"{frames / request.save_fps:.2f} s"
+    if watched.seconds is not None:
+        details["made in"] = f"{watched.seconds:.1f} s"
+    own = request.to_dict()
+    details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
+    kept = sorted(watched.picked.frames.items())
+    return SheetEntry(
+        output=watched.task.output,
+        prompt=request.prompt,
+        frames=[frame for _, frame in kept],
+        labels=[_label(index, request) for index, _ in kept],
+        details=details,
+    )
+
+
+def _label(index: int, request: Request) -> str:
+    if request.is_image:
+        return "image"
+    return f"frame {index}, {index / request.save_fps:.2f} s"
