@@ -17,7 +17,6 @@ from torch import Tensor
 
 from opensora_sp.models.layers import KeyValue
 from opensora_sp.models.stdit3 import (
-    PATCH,
     SpatialBlock,
     STDiT3,
     StepTables,
@@ -26,6 +25,7 @@ from opensora_sp.models.stdit3 import (
     unpatchify,
 )
 from opensora_sp.runtime import Runtime
+from opensora_sp.sizes import PATCH
 
 
 @dataclass

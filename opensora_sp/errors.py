@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class CheckpointError(UserError):
     """A checkpoint directory or file that does not fit the model; names the weight and the file."""
+
+
+class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
+    """A mistake found on one rank that every rank was told of, so that all end together."""

@@ -4,7 +4,7 @@ hands it out → all ranks denoise, each on its shard → the latents are decode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,16 +77,17 @@ def generate(
     sinks: Sequence[Sink],
     *,
     noise: Tensor | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
     keep_latents: bool = True,
 ) -> Result:
     """Generate requests of one shape together. Every rank calls this with the same arguments.
 
-    noise: [B,4,T,H,W] float32 to start every clip from instead of the requests' own keyed draw.
+    noise, step_noise: as for `Pipeline.generate`.
     keep_latents: return the latents; without, memory does not grow with the number of clips.
     """
     check_batch(requests)
     with torch.no_grad(), pipeline.arithmetic():
-        latents = _generate(pipeline, requests, sinks, noise, keep_latents)
+        latents = _generate(pipeline, requests, sinks, noise, step_noise, keep_latents)
     return Result(
         requests=requests, latents=latents, sinks=sinks, seconds=dict(pipeline.clock.seconds)
     )
@@ -97,6 +98,7 @@ def _generate(
     requests: Sequence[Request],
     sinks: Sequence[Sink],
     noise: Tensor | None,
+    step_noise: Callable[[int], Tensor] | None,
     keep_latents: bool,
 ) -> list[Tensor | None]:
     """Clip by clip: text, start, denoise, decode, write; the latents of each clip."""
@@ -107,7 +109,7 @@ def _generate(
         captions = [caption(request, clip) for request in requests]
         text = pipeline.text(captions, pipeline.max_length(first))
         start, mask = kept.start(clip, draw_noise(requests, clip) if noise is None else noise)
-        latents.append(denoise(pipeline, requests, clip, text, start, mask))
+        latents.append(denoise(pipeline, requests, clip, text, start, mask, step_noise))
         repeated = dropped_frames(first) if clip else 0
         for index, chunk in enumerate(decode(pipeline, first, latents[-1])):
             kept.watch(clip, index, chunk)
@@ -153,6 +155,7 @@ def denoise(
     text: Text,
     start: Tensor,
     frame_mask: Tensor | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor | None:
     """Starting latents [B,4,T,H,W] → latents [B,4,T,H,W] on the leading rank.
 
@@ -178,7 +181,8 @@ def denoise(
     )
 
     def noise_at(step: int) -> Tensor:
-        return denoiser.shard(draw_noise(requests, clip, step))
+        drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
+        return denoiser.shard(drawn)
 
     with pipeline.clock.stage("denoise"), _progress(pipeline, times) as bar:
         velocity = denoiser.prepare(conditions)

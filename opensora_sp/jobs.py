@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from opensora_sp.errors import UserError
 from opensora_sp.generate import Collector, Sink, caption, generate
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import describe, open_output
@@ -20,9 +19,7 @@ from opensora_sp.sheet_sink import RunSheet
 
 
 def run_job(job: Job) -> int:
-    """Generate every task of the job on this rank and its peers; returns the exit code.
-
-    0, or 2 after a fault that all ranks were told of and rank 0 has printed.
+    """Generate every task of the job on this rank and its peers; returns the exit code 0.
 
     Raises UserError for what a person can mend; anything else is a bug.
     """
@@ -31,16 +28,9 @@ def run_job(job: Job) -> int:
         pipeline = _load(settings, session)
         batches = _unfinished(job, session)
         if settings.llm_refine and batches:
-            try:
-                batches = refine_batches(
-                    batches, session, settings.prompt_generator, verbose=settings.verbose > 0
-                )
-            except UserError as error:
-                # All ranks know of it, so they can end together; an exception would leave peers
-                # to find out from broken connections.
-                if session.leads:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-                return 2
+            batches = refine_batches(
+                batches, session, settings.prompt_generator, verbose=settings.verbose > 0
+            )
         if batches:
             _generate_all(pipeline, settings, batches, started)
     return 0
@@ -84,9 +74,11 @@ def _generate_all(
     pipeline: Pipeline, settings: RunSettings, batches: Sequence[Sequence[Task]], started: float
 ) -> None:
     leads, first = pipeline.session.leads, batches[0][0].request
-    if leads and not first.is_image:
+    if not first.is_image:
         # A broken encoder is found now, not after hours of denoising.
-        probe_encoder(first.save_fps, *first.decoded_size)
+        pipeline.session.together(
+            lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
+        )
     _announce(pipeline, first)
     _encode_all_text(pipeline, batches)
     sheet = RunSheet() if settings.sheet and leads else None
@@ -100,6 +92,9 @@ def _announce(pipeline: Pipeline, request: Request) -> None:
     session = pipeline.session
     if not session.leads or not pipeline.show_progress:
         return
+    known = pipeline.max_length(request)
+    if request.model_max_length is not None and request.model_max_length > known:
+        print(f"note: this transformer knows {known} text tokens at most", file=sys.stderr)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     print(

@@ -21,18 +21,16 @@ from opensora_sp.conditioning import (
 from opensora_sp.parallel.exchange import hand_out
 from opensora_sp.randomness import NoiseKey
 from opensora_sp.request import Request
+from opensora_sp.sizes import repeated_frames
 
 if TYPE_CHECKING:
     from opensora_sp.models.video_vae import VideoVAE
     from opensora_sp.pipeline import Pipeline
 
-CHUNK_LATENTS = 5  # latent frames of a full micro-frame chunk
-CHUNK_FRAMES = 17
-
 
 def dropped_frames(request: Request) -> int:
     """Frames that a later clip repeats of the one before, dropped when clips are joined."""
-    return request.condition_frame_length // CHUNK_LATENTS * CHUNK_FRAMES
+    return repeated_frames(request.condition_frame_length)
 
 
 class KeptFrames:
@@ -45,9 +43,8 @@ class KeptFrames:
         # Per request, per reference: normalised latents [4,T,h,w] on the CPU.
         self._latents: list[list[Tensor]] = [[] for _ in requests]
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that the next clip continues
-        if pipeline.session.leads:
-            for i, request in enumerate(requests):
-                self._read(i, request)
+        if self._needed:
+            pipeline.session.together(self._read_all, leading_only=True)
 
     @property
     def references(self) -> list[list[Tensor]]:
@@ -61,11 +58,14 @@ class KeptFrames:
         """
         if not self._needed:
             return noise, None
-        session, mask = self._pipeline.session, None
-        if session.leads:
-            noise = noise.clone()
-            mask = torch.stack([self._place(i, clip, noise[i]) for i in range(len(noise))])
-        mask = session.share(mask)
+        session = self._pipeline.session
+        noise = noise.clone()
+        mask = session.share(
+            session.together(
+                lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
+                leading_only=True,
+            )
+        )
         if bool((mask == 1).all()):
             return noise, None
         placed = noise if session.leads else None
@@ -90,15 +90,23 @@ class KeptFrames:
             latents = self._encode_tail(clip, latents)
         length = request.condition_frame_length
         for i, clip_latents in enumerate(latents):
-            # Only one clip back is ever continued, so memory does not grow with the loops.
-            own = len([p for p in self._requests[i].reference_path.split(";") if p])
-            del self._latents[i][own:]
+            number = len(self._latents[i])
             self._latents[i].append(clip_latents.float().cpu())
             self._groups[i] = [g for g in self._groups[i] if g.loop > clip]
-            self._groups[i].append(Group(clip + 1, own, -length, 0, length, 0.0))
+            self._groups[i].append(Group(clip + 1, number, -length, 0, length, 0.0))
+            # Every clip is a reference with a number of its own, but only those that are still
+            # asked for are kept, so memory does not grow with the loops.
+            wanted = {group.ref for group in self._groups[i]}
+            for other in range(number):
+                if other not in wanted:
+                    self._latents[i][other] = clip_latents.new_empty((4, 0, *latents.shape[-2:]))
 
     def _continues(self, clip: int) -> bool:
         return clip + 1 < self._requests[0].loop
+
+    def _read_all(self) -> None:
+        for i, request in enumerate(self._requests):
+            self._read(i, request)
 
     def _read(self, i: int, request: Request) -> None:
         from opensora_sp.references import read_reference

@@ -9,7 +9,7 @@ Every rank runs the same lines; the result's frames and latents are on the leadi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from opensora_sp.parallel.session import MeshComms, Session, alone
 from opensora_sp.request import Checkpoints, Request
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.arithmetic import arithmetic
+from opensora_sp.sizes import SPATIAL_FACTOR, TIME_FACTOR
 from opensora_sp.timing import Clock
 
 if TYPE_CHECKING:
@@ -116,18 +117,31 @@ class Pipeline:
             show_progress=show_progress,
             allow_remote=allow_remote,
         )
-        load_transformer(checkpoints.dit, pipeline.config, check_only=True)
-        if session.leads and not transformer_only:
-            pipeline._check_leading_models()
+        session.together(
+            lambda: load_transformer(checkpoints.dit, pipeline.config, check_only=True)
+        )
+        if not transformer_only:
+            session.together(pipeline._check_leading_models, leading_only=True)
         return pipeline
 
-    def generate(self, request: Request | Sequence[Request]) -> Result:
-        """Generate one video, or several of one size together; the frames come back in memory."""
+    def generate(
+        self,
+        request: Request | Sequence[Request],
+        *,
+        noise: Tensor | None = None,
+        step_noise: Callable[[int], Tensor] | None = None,
+    ) -> Result:
+        """Generate one video, or several of one size together; the frames come back in memory.
+
+        noise [B,4,T,H,W] float32: start every clip from it instead of the requests' keyed draw.
+        step_noise(step), same shape: what frames are noised with that join at a step of a masked
+        run. Every rank must be given the same.
+        """
         from opensora_sp.generate import Collector, generate
 
         requests = [request] if isinstance(request, Request) else list(request)
         collectors = [Collector() for _ in requests]
-        return generate(self, requests, collectors)
+        return generate(self, requests, collectors, noise=noise, step_noise=step_noise)
 
     def mesh(self, request: Request) -> Mesh:
         """How the ranks share this request."""
@@ -151,12 +165,15 @@ class Pipeline:
 
     @property
     def transformer(self) -> STDiT3:
-        """STDiT3 on this rank's device."""
+        """STDiT3 on this rank's device. Collective at first use."""
         if self._transformer is None:
             with self.clock.stage("load"):
-                self._transformer = load_transformer(
-                    self.checkpoints.dit, self.config, self.dtype, self.session.device
+                self._transformer = self.session.together(
+                    lambda: load_transformer(
+                        self.checkpoints.dit, self.config, self.dtype, self.session.device
+                    )
                 )
+        assert self._transformer is not None
         return self._transformer
 
     def vae(self, request: Request, *, encoder: bool = False) -> VideoVAE:
@@ -192,9 +209,12 @@ class Pipeline:
         return min(request.model_max_length or longest, longest)
 
     def encode_captions(self, captions: Sequence[str], max_length: int) -> None:
-        """Encode cleaned captions ahead of their use, on the leading rank; a no-op elsewhere."""
+        """Encode cleaned captions ahead of their use, on the leading rank. Collective."""
+        self.session.together(lambda: self._encode(captions, max_length), leading_only=True)
+
+    def _encode(self, captions: Sequence[str], max_length: int) -> None:
         missing = [c for c in dict.fromkeys(captions) if (c, max_length) not in self._captions]
-        if not self.session.leads or not missing:
+        if not missing:
             return
         encoder = self._load_text_encoder(max_length)
         with self.arithmetic(), self.clock.stage("encode text"):
@@ -250,7 +270,12 @@ class Pipeline:
                 f"{self.checkpoints.dit} takes {self.config.caption_channels}: they do not belong "
                 "together"
             )
-        VideoVAE.check(self.checkpoints.vae3d, self.checkpoints.vae2d)
+        factors = VideoVAE.check(self.checkpoints.vae3d, self.checkpoints.vae2d)
+        if factors != (TIME_FACTOR, SPATIAL_FACTOR):
+            raise UserError(
+                f"{self.checkpoints.vae3d} shrinks time and space by {factors}, but Open-Sora 1.2 "
+                f"and this program count on {(TIME_FACTOR, SPATIAL_FACTOR)}"
+            )
 
 
 def load_transformer(

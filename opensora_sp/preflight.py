@@ -125,8 +125,8 @@ def check_conditions(request: Request, *, allow_remote: bool) -> None:
 
     paths = [path.strip() for path in request.reference_path.split(";") if path.strip()]
     for group in parse_mask_strategy(request.mask_strategy):
-        # A later clip also has the clip before it as a reference.
-        known = len(paths) + (1 if 0 < group.loop < request.loop else 0)
+        # A later clip also has every clip before it as a reference.
+        known = len(paths) + (group.loop if group.loop < request.loop else 0)
         if group.ref >= known:
             raise UserError(
                 f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "

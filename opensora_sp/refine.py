@@ -146,22 +146,18 @@ def refine_batches(
     """The tasks with refined prompts, the same on every rank, in the same batches and order.
 
     Every rank calls this; only rank 0 asks the endpoint, and with `verbose` prints each answer as
-    it comes. Raises UserError on every rank when the endpoint fails.
+    it comes. Raises SharedFault on every rank when the endpoint fails.
     """
-    refined: list[list[str]] = []
-    failure: str | None = None
-    if session.leads:
-        requests = [[task.request for task in batch] for batch in batches]
-        try:
-            refined = _refine_all(endpoint_from_environment(model), requests, verbose)
-        except UserError as error:
-            failure = str(error)
-    told = session.share((refined, failure))
-    if told[1] is not None:
-        raise UserError(told[1])
+    requests = [[task.request for task in batch] for batch in batches]
+    refined = session.share(
+        session.together(
+            lambda: _refine_all(endpoint_from_environment(model), requests, verbose),
+            leading_only=True,
+        )
+    )
     return [
         tuple(_with_prompt(task, prompt) for task, prompt in zip(batch, prompts, strict=True))
-        for batch, prompts in zip(batches, told[0], strict=True)
+        for batch, prompts in zip(batches, refined, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from opensora_sp import sizes
 from opensora_sp.errors import UserError
+from opensora_sp.sizes import repeated_frames
 from opensora_sp.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
 
 Values = Mapping[str, Any]
@@ -34,7 +35,7 @@ def _typed(values: Values) -> list[str]:
 
 def _repeated(values: Values) -> int:
     """Frames of a later clip that are the end of the one before."""
-    return int(values["condition_frame_length"] // 5 * 17)
+    return repeated_frames(values["condition_frame_length"])
 
 
 def _too_small_for_a_mark(values: Values) -> bool:
@@ -93,6 +94,17 @@ COMBINATIONS: tuple[Combination, ...] = (
         meets=lambda v: v["loop"] > 1 and _repeated(v) >= v["num_frames"],
         text="--loop {loop} with --condition-frame-length {condition_frame_length} repeats every "
         "one of {num_frames} frames: lower it (5 repeats 17 frames) or give more --num-frames",
+    ),
+    Combination(
+        features="--loop + frames that are not whole chunks",
+        outcome="note",
+        meets=lambda v: (
+            v["loop"] > 1
+            and v["loop_carry"] == "frames"
+            and (v["num_frames"] % 17 != 0 or v["micro_frame_size"] != 17)
+        ),
+        text="--loop {loop} joins clips without a jump only when --num-frames is a multiple of 17 "
+        "(2s, 4s, 8s and 16s are): here it is {num_frames}, in chunks of {micro_frame_size}",
     ),
     Combination(
         features="typed references + --reference-path / --mask-strategy",

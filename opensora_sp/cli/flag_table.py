@@ -101,7 +101,7 @@ GROUPS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
                 "--guidance",
                 _S["guidance"],
                 "auto",
-                "guidance halves on one rank: together, or one after the other (less memory)",
+                "guidance halves on a rank: together (auto), or serial: one by one, less memory",
             ),
         ),
     ),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,11 +28,16 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if everything held, 1 if not, 2 for a mistake in the request."""
     try:
-        return _verify(_parser().parse_args(argv))
+        arguments = _parser().parse_args(argv)
+        request = _request(arguments) if arguments.parity else None
+        if arguments.reference is not None and not arguments.reference.is_dir():
+            raise UserError(f"--reference {arguments.reference}: no such directory")
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, same_everywhere=True)
+    try:
+        return _verify(arguments, request)
+    except UserError as error:
+        return refuse(error, same_everywhere=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,10 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    if arguments.reference is not None and not arguments.reference.is_dir():
-        raise UserError(f"--reference {arguments.reference}: no such directory")
-    request = _request(arguments) if arguments.parity else None
+def _verify(arguments: argparse.Namespace, request: Request | None) -> int:
     import torch
 
     from opensora_sp.parallel.session import open_session
@@ -113,8 +115,10 @@ def _request(arguments: argparse.Namespace) -> Request:
     height, width = sizes.resolve_size(
         arguments.resolution, arguments.aspect_ratio, arguments.image_size
     )
+    if arguments.link_gbps is not None and not 0 < arguments.link_gbps < float("inf"):
+        raise UserError(f"--link-gbps {arguments.link_gbps} is not a speed above 0")
     plan_mesh(
-        int(os.environ.get("WORLD_SIZE", "1")),
+        world_size(),
         guided=arguments.cfg_scale != 1,
         guidance=arguments.guidance_parallel,
         sequence=arguments.sequence_parallel,
@@ -168,7 +172,8 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
 
     suite = arguments.reference or EMBEDDED_SUITE
     checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype]))
-    failed = session.share(sum(check.failed for check in checks) if session.leads else None)
+    failed = sum(check.failed for check in checks)
+    held = sum(check.ok for check in checks)
     if session.leads:
         ranks = f"{session.world_size} rank{'s' * (session.world_size > 1)}"
         print(
@@ -176,7 +181,7 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
         )
         for line in table(checks):
             print(line)
-        held = sum(check.ok for check in checks)
         skips = len(checks) - held - failed
         print(f"{held} held, {failed} failed, {skips} skipped", flush=True)
-    return 1 if failed or (session.leads and not checks) else 0
+    # Nothing held where nothing ran.
+    return session.share(1 if failed or not held else 0 if session.leads else None)

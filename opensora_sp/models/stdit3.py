@@ -30,8 +30,7 @@ from opensora_sp.models.layers import (
     position_table,
     rotary_tables,
 )
-
-PATCH = 2  # rows and columns of latent cells in one patch; patches are one frame deep
+from opensora_sp.sizes import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)

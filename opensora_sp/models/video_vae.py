@@ -202,8 +202,11 @@ class VideoVAE(nn.Module):
         return vae
 
     @classmethod
-    def check(cls, vae3d: Path, vae2d: Path) -> None:
-        """Compare every weight's name and shape, reading none; raises CheckpointError as `load`."""
+    def check(cls, vae3d: Path, vae2d: Path) -> tuple[int, int]:
+        """Compare every weight's name and shape, reading none.
+
+        Returns by how much time and space shrink. Raises CheckpointError as `load`.
+        """
         with torch.device("meta"):
             vae = cls(VideoVAEConfig.read(vae3d, vae2d))
         weights = WeightFiles.open(Path(vae3d), ("model", "pytorch_model"))
@@ -211,6 +214,7 @@ class VideoVAE(nn.Module):
         load_module(
             vae, weights, dtype=torch.float32, device="cpu", aliases=names, skip=lambda _: True
         )
+        return vae.temporal_vae.time_factor, vae.spatial_vae.factor
 
     def drop_encoder(self) -> None:
         """Forget the encoders, which only references need; `encode` then refuses."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opensora_sp.denoiser import Piece, cut
-from opensora_sp.parallel.layout import PATCH, Layout
+from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.runtime import Runtime
+from opensora_sp.sizes import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)

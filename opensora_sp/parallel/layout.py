@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-PATCH = 2
+from opensora_sp.sizes import PATCH
 
 
 def split(total: int, parts: int, start: int = 0) -> tuple[int, ...]:
@@ -42,11 +42,6 @@ class Layout:
     def patch_count(self) -> int:
         """S, the patches of a frame."""
         return self.grid[0] * self.grid[1]
-
-    @property
-    def odd(self) -> bool:
-        """Whether some cells of the patch form are padding."""
-        return bool(self.size[0] % PATCH or self.size[1] % PATCH)
 
     @property
     def patch_split(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from opensora_sp.errors import UserError
+from opensora_sp.errors import SharedFault, UserError
 from opensora_sp.parallel.backend import (
     Backend,
     device_module,
@@ -80,6 +80,23 @@ class Session:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.side)
         return values
+
+    def together(self, work: Callable[[], T], *, leading_only: bool = False) -> T | None:
+        """Run work on every rank, or on the leading one while the others wait; its result.
+
+        A UserError on any rank becomes a SharedFault on all of them, so that they end together
+        and in order instead of finding out from broken connections. Collective.
+        """
+        result, error = None, None
+        if self.leads or not leading_only:
+            try:
+                result = work()
+            except UserError as caught:
+                error = caught
+        for rank, fault in enumerate(self.collect(None if error is None else str(error))):
+            if fault is not None:
+                raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error
+        return result
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here; waits on the side group, not in a collective."""
@@ -155,12 +172,26 @@ def open_session(
     if world == 1:
         yield Session(0, 0, 1, here, row, Comm(None, 0, 1))
         return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE={world} in the environment, but {name} is missing: start with torchrun"
+            )
     dist.init_process_group(row.name, timeout=timedelta(seconds=timeout_s))
     side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
     session = Session(rank, local_rank, world, here, row, comm, side)
-    yield session
+    try:
+        yield session
+    except SharedFault:
+        _close(session)
+        raise
+    _close(session)
+
+
+def _close(session: Session) -> None:
+    """Destroy the groups when every rank has come here."""
     session.wait_for_all()
     # gloo's threads let go of a collective's tensors a moment after it was waited for, and need
     # the interpreter for that; torch 2.3 tears a group down while holding it, and waits for the

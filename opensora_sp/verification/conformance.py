@@ -9,6 +9,7 @@ import torch
 
 from opensora_sp.errors import UserError
 from opensora_sp.parallel.session import Session
+from opensora_sp.runtime.arithmetic import arithmetic
 from opensora_sp.verification import leading, sharded
 from opensora_sp.verification.suite import Check, skipped
 
@@ -28,8 +29,13 @@ LEADING_PARTS = {
     "sizes": ("sizes.json",),
     "prompts": ("prompts.json",),
     "manifest": ("manifest.json",),
-    "t5": ("t5/cases.safetensors", "t5/cases.json", "t5/config.json"),
-    "vae3d": ("vae3d/cases.safetensors", "vae3d/config.json", "vae2d/vae/config.json"),
+    "t5": ("t5/cases.safetensors", "t5/cases.json", "t5/config.json", "t5/spiece.model"),
+    "vae3d": (
+        "vae3d/cases.safetensors",
+        "vae3d/config.json",
+        "vae3d/model.safetensors",
+        "vae2d/vae/config.json",
+    ),
     "media": ("media/cases.safetensors",),
 }
 
@@ -47,7 +53,8 @@ def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Che
         )
     exact = dtype == torch.float32
     float32_only = "its limits are float32's"
-    with torch.no_grad():
+    # As a run computes in bf16 on this device, so does the suite.
+    with torch.no_grad(), arithmetic(session.device, torch.bfloat16):
         if session.leads:
             for part, check in _leading(suite, session).items():
                 runs = exact or part not in ("t5", "vae3d")

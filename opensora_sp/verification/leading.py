@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_sp.errors import UserError
 from opensora_sp.verification.suite import Check, load_cases, load_json, max_error
 
 VAE_LIMIT = 1e-4
@@ -22,7 +23,6 @@ OFF_PIXELS_LIMIT = 1e-3  # share of image values that may be one grey level off
 def size_checks(suite: Path) -> Iterator[Check]:
     """sizes.json: every pair and every name of a duration, exactly."""
     from opensora_sp import sizes
-    from opensora_sp.errors import UserError
 
     expected = load_json(suite / "sizes.json")
     wrong = []
@@ -55,7 +55,11 @@ def prompt_checks(suite: Path) -> Iterator[Check]:
     }
     for key, check in checks.items():
         if key in expected:
-            yield _count("prompts", key, check(expected[key]))
+            try:
+                wrong = check(expected[key])
+            except UserError as error:
+                wrong = [str(error)]
+            yield _count("prompts", key, wrong)
         else:
             yield Check("prompts", key, None, 0.0, "not in this suite")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opensora_sp.denoiser import Conditions, Denoiser
+from opensora_sp.errors import UserError
 from opensora_sp.generate import draw_noise
 from opensora_sp.models.stdit3 import STDiT3
 from opensora_sp.parallel.cost import Workload, project_step
@@ -76,19 +77,27 @@ def check_parity(pipeline: Pipeline, request: Request, *, most_seconds: float) -
     A request that rank 0 could not hold alone, or would need more than `most_seconds` for, is
     made smaller first: fewer frames, then a smaller picture.
     """
+    with pipeline.arithmetic():
+        return _check(pipeline, request, most_seconds)
+
+
+def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity | None:
     session = pipeline.session
     wanted = request
     while True:
-        fits = session.share(_fits_alone(pipeline, request) if session.leads else None)
-        if fits:
+        smaller = _smaller(request)
+        if session.share(_fits_alone(pipeline, request) if session.leads else None):
             trial = _on_all_ranks(pipeline, request)
             busy = trial.step_seconds * pipeline.mesh(request).replica_size
             runs = 3 if pipeline.dtype == torch.float32 else 1
-            alone = busy * (request.steps + 2) * runs
-            fits = session.share(alone <= most_seconds if session.leads else None)
-        smaller = _smaller(request)
-        if fits or smaller is None:
-            break
+            soon = busy * (request.steps + 2) * runs <= most_seconds
+            if session.share(soon if session.leads else None) or smaller is None:
+                break
+        elif smaller is None:
+            raise UserError(
+                f"rank 0 alone has no memory for even {request.num_frames} frames of "
+                f"{request.height}x{request.width}: free some"
+            )
         request = smaller
     found = _compare(pipeline, request, trial, request != wanted) if session.leads else None
     session.wait_for_all()

@@ -57,9 +57,8 @@ class Transformer:
         x = case["x"]
         batch, model = x.shape[0], self.model
         denoiser = self.denoiser(x, Mesh(sequence=self.session.world_size))
-        repeat = batch // case["mask"].shape[0]
-        mask = case["mask"].repeat(repeat, 1).bool()
-        fps = case["fps"].repeat(repeat)
+        mask = case["mask"].repeat(batch // case["mask"].shape[0], 1).bool()
+        fps = case["fps"].repeat(batch // case["fps"].shape[0])
         height, width = float(case["height"][0]), float(case["width"][0])
         positions = denoiser.positions(height, width)
         half = max(1, batch // 2)

@@ -51,8 +51,8 @@ def load_cases(path: Path) -> dict[str, dict[str, Tensor]]:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
     cases: dict[str, dict[str, Tensor]] = {}
     for name in sorted(tensors):
-        case, _, part = name.partition(".")
-        cases.setdefault(case, {})[part] = tensors[name]
+        case, dot, part = name.rpartition(".")
+        cases.setdefault(case if dot else name, {})[part if dot else ""] = tensors[name]
     return cases
 
 

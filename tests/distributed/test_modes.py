@@ -163,13 +163,25 @@ def test_carrying_latents_skips_the_round_trip() -> None:
     assert torch.equal(third[:, :, :5], second[:, :, -5:])
 
 
+def test_earlier_clips_keep_their_numbers_while_they_are_asked_for() -> None:
+    request = Request(
+        prompt="x", loop=3, loop_carry="latents", mask_strategy="2,0,0,5,1,0", **SMALL
+    )
+    kept = KeptFrames(Pipeline.load(session=alone("cpu"), dtype="fp32"), [request])
+    for clip in range(2):
+        kept.finish(clip, torch.full((1, 4, 10, 5, 7), 100.0 * (clip + 1)))
+    z, _ = kept.start(2, torch.zeros(1, 4, 10, 5, 7))
+    # Frame 5 is reference 0, which is clip 0; the first five continue clip 1.
+    assert z[0, 0, :, 0, 0].tolist() == [200.0] * 5 + [100.0] + [0.0] * 4
+
+
 def test_a_loop_keeps_one_clip_back_and_no_more() -> None:
     request = Request(prompt="x", loop=4, loop_carry="latents", **SMALL)
     pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32")
     kept = KeptFrames(pipeline, [request])
     for clip in range(3):
         kept.finish(clip, torch.full((1, 4, 10, 5, 7), float(clip)))
-        assert [len(latents) for latents in kept.references] == [1]
+        assert [z.shape[1] for z in kept.references[0]] == [0] * clip + [10]
         z, mask = kept.start(clip + 1, torch.zeros(1, 4, 10, 5, 7) - 1)
         assert mask is not None
         assert torch.equal(z[0, 0, :, 0, 0], torch.tensor([float(clip)] * 5 + [-1.0] * 5))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp.cli.infer import HEAD_START_S, main
+from opensora_sp.cli.console import HEAD_START_S
+from opensora_sp.cli.infer import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

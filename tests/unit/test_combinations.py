@@ -43,6 +43,7 @@ MEETING: dict[str, list[str]] = {
     "one frame + --loop": ["--num-frames", "1", "--loop", "2"],
     "--loop + --condition-frame-length": ["--loop", "2", "--condition-frame-length", "7"],
     "--loop + --num-frames": ["--loop", "2", "--num-frames", "17"],
+    "--loop + frames that are not whole chunks": ["--loop", "2", "--num-frames", "60"],
     "typed references + --reference-path / --mask-strategy": [
         *("--image", "a.png"),
         *("--mask-strategy", "0"),

@@ -1,0 +1,82 @@
+"""A mistake that only one rank can see ends all of them, with one line and exit code 2."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ranks import free_port, run_ranks
+from safetensors.torch import load_file, save_file
+
+from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.parallel.session import open_session
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def one_fails(rank: int, world: int, init_file: str, failing: int) -> str:
+    def work() -> int:
+        if rank == failing:
+            raise UserError("the disk is full")
+        return rank
+
+    try:
+        with open_session("cpu") as session:
+            assert session.together(lambda: rank) == rank
+            leading = session.together(lambda: rank, leading_only=True)
+            assert leading == (0 if rank == 0 else None)
+            session.together(work)
+    except SharedFault as fault:
+        return str(fault)
+    return "nothing happened"
+
+
+@pytest.mark.parametrize(("failing", "told"), [(0, ""), (2, "rank 2: ")])
+def test_every_rank_is_told(failing: int, told: str) -> None:
+    assert run_ranks(one_fails, 3, failing) == [f"{told}the disk is full"] * 3
+
+
+def torchrun(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
+    command += ["--master_port", str(free_port()), "launch/infer.py", *flags, "--device", "cpu"]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("fault", ["strategy", "transformer", "text encoder"])
+def test_the_command_says_one_line_above_torchruns_banner(
+    fault: str, embedded_dir: Path, tmp_path: Path
+) -> None:
+    flags = ["--prompt", "x", "--image-size", "32", "48", "--num-frames", "17", "--verbose", "0"]
+    if fault == "strategy":
+        Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+        flags += ["--reference-path", str(tmp_path / "one.png"), "--mask-strategy", "0,0,-5,0,5"]
+        expected = "mask strategy: ref_start -5"
+    else:
+        models = tmp_path / "models"
+        shutil.copytree(embedded_dir, models)
+        for name in ("dit", "t5", "vae2d", "vae3d"):
+            flags += [f"--ckpt-path-{name}", str(models / name)]
+        if fault == "transformer":
+            weights = load_file(models / "dit" / "model.safetensors")
+            weights["x_embedder.proj.bias"][0] = float("nan")
+            save_file(weights, models / "dit" / "model.safetensors")
+            expected = "x_embedder.proj.bias"
+        else:
+            shard = sorted((models / "t5").glob("*.bin"))[0]
+            shard.write_bytes(shard.read_bytes()[:1000])
+            expected = shard.name
+    done = torchrun(*flags, "--save-dir", str(tmp_path / "out"))
+    assert done.returncode == 1  # torchrun's own, whatever the ranks return
+    assert "opensora_sp/" not in done.stderr  # no traceback of ours; torchrun prints its own
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert expected in errors[0]
+    assert done.stderr.index(errors[0]) < done.stderr.index("FAILED")
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
