@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 # After the first failure the others get this long to fail by themselves, so that the report can
 # say which of them did.
 GRACE_S = 1.0

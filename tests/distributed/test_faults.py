@@ -44,7 +44,7 @@ def torchrun(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
     command += ["--master_port", str(free_port()), "launch/infer.py", *flags, "--device", "cpu"]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
 
 

@@ -76,6 +76,7 @@ def _join_by_environment(rank: int, world_size: int, init_file: str) -> tuple[in
 
     dist.init_process_group("gloo", init_method="env://")
     size = dist.get_world_size()
+    dist.barrier()  # a rank that leaves early breaks the connections of one that is still joining
     dist.destroy_process_group()
     return size, os.environ["OPENSORA_SP_TEST_VARIABLE"]
 
