@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from opensora_sp.denoiser import Conditions, Denoiser
-from opensora_sp.kept import KeptFrames, dropped_frames
+from opensora_sp.kept import KeptFrames, dropped_frames, noise_key
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
 from opensora_sp.prompts import caption_for_clip
-from opensora_sp.randomness import NoiseKey
 from opensora_sp.request import Request
 from opensora_sp.sampling import sample, timesteps
 
@@ -134,11 +133,6 @@ def check_batch(requests: Sequence[Request]) -> None:
 def caption(request: Request, clip: int) -> str:
     """The cleaned caption of one clip, scores appended."""
     return caption_for_clip(request.prompt, clip, request.aes, request.flow, request.camera_motion)
-
-
-def noise_key(request: Request, clip: int) -> NoiseKey:
-    """What names a clip's draws."""
-    return NoiseKey(request.seed, request.prompt_index, request.sample_index, clip)
 
 
 def draw_noise(requests: Sequence[Request], clip: int, step: int | None = None) -> Tensor:

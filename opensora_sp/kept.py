@@ -125,7 +125,7 @@ class KeptFrames:
             )
 
             def draw(which: str, shape: tuple[int, ...], number: int = number) -> Tensor:
-                return _key(request, 0).normal(shape, f"reference {number} {which}")
+                return noise_key(request, 0).normal(shape, f"reference {number} {which}")
 
             with self._pipeline.clock.stage("encode references"):
                 z = vae.encode(reference.video[None], draw)
@@ -167,7 +167,7 @@ class KeptFrames:
             def draw(which: str, shape: tuple[int, ...], own: Request = own) -> Tensor:
                 skipped = start if which == "spatial" else latent_start
                 full = (*shape[:2], shape[2] + skipped, *shape[3:])
-                return _key(own, clip).normal(full, f"carry {which}")[:, :, skipped:]
+                return noise_key(own, clip).normal(full, f"carry {which}")[:, :, skipped:]
 
             with self._pipeline.clock.stage("encode references"):
                 z = vae.encode(tail[i : i + 1], draw)
@@ -179,5 +179,6 @@ class KeptFrames:
         return self._pipeline.vae(self._requests[0], encoder=True)
 
 
-def _key(request: Request, clip: int) -> NoiseKey:
+def noise_key(request: Request, clip: int) -> NoiseKey:
+    """What names a clip's draws."""
     return NoiseKey(request.seed, request.prompt_index, request.sample_index, clip)
