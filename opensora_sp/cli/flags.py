@@ -67,3 +67,11 @@ class Flag:
         value = self.kind.metavar
         values = {None: f" {value}", 0: "", 2: " H W", "+": f" {value} [{value} ...]"}
         return self.name + values[self.nargs]
+
+
+def flag(name: str, kind: Kind, default: Any, help: str, **more: Any) -> Flag:
+    """A flag in one line of the table."""
+    return Flag(name=name, kind=kind, default=default, help=help, **more)
+
+
+Group = tuple[str, tuple[Flag, ...]]

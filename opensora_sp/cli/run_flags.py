@@ -1,0 +1,202 @@
+"""The flags that say how to run and where the results go: half of the table in flag_table.py."""
+
+from opensora_sp import sizes
+from opensora_sp.cli.flags import Group, flag
+from opensora_sp.request import REQUEST_KINDS, SETTINGS_KINDS
+from opensora_sp.validate import Kind, boolean, file_stem, integer, path
+
+
+def _verbosity() -> Kind:
+    """0 to 2; also a boolean, because scripts written for the reference say True."""
+    level, truth = SETTINGS_KINDS["verbose"], boolean()
+
+    def read(value: str) -> int:
+        return int(value) if value.strip().isdecimal() else int(truth.read(value))
+
+    return Kind("{0,1,2}", "0, 1, 2, true or false", read, level.legal)
+
+
+_R, _S = REQUEST_KINDS, SETTINGS_KINDS
+_BOOL = boolean()
+
+RUN_GROUPS: tuple[Group, ...] = (
+    (
+        "Output",
+        (
+            flag("--save-dir", path("DIR"), "./samples/samples/", "where outputs are written"),
+            flag(
+                "--sample-name",
+                file_stem(),
+                None,
+                "start of the file names",
+                shown_default="sample",
+            ),
+            flag(
+                "--prompt-as-path",
+                _BOOL,
+                False,
+                "name files after their prompts, and skip those that exist",
+                nargs=0,
+            ),
+            flag(
+                "--lossless",
+                _BOOL,
+                False,
+                "videos as RGB H.264, every pixel kept; large, and few players show it",
+                nargs=0,
+            ),
+            flag(
+                "--watermark",
+                _BOOL,
+                False,
+                "write 'AI generated' in the bottom right corner of every frame",
+                feature="watermark",
+            ),
+            flag(
+                "--sheet",
+                _BOOL,
+                False,
+                "also write sheet.html: three frames of each output, settings, timings",
+                nargs=0,
+            ),
+            flag("--verbose", _verbosity(), 1, "0 quiet, 1 progress, 2 everything"),
+        ),
+    ),
+    (
+        "Model (none of the four paths: the embedded model)",
+        (
+            flag("--ckpt-path-dit", path("DIR"), None, "OpenSora-STDiT-v3"),
+            flag("--ckpt-path-t5", path("DIR"), None, "t5-v1_1-xxl"),
+            flag("--ckpt-path-vae2d", path("DIR"), None, "pixart_sigma_sdxlvae_T5_diffusers"),
+            flag("--ckpt-path-vae3d", path("DIR"), None, "OpenSora-VAE-v1.2"),
+            flag("--dtype", _S["dtype"], "bf16", "number format of the run"),
+            flag(
+                "--model-max-length",
+                _R["model_max_length"],
+                None,
+                "text tokens",
+                shown_default="the model's own; 300 as published",
+            ),
+        ),
+    ),
+    (
+        "Devices and ranks",
+        (
+            flag(
+                "--device",
+                _S["device"],
+                None,
+                "where to run",
+                shown_default="the first of gcu, cuda, cpu that is there",
+            ),
+            flag("--backend", _S["backend"], None, "collectives", shown_default="the device's"),
+            flag(
+                "--cpu-threads",
+                _S["cpu_threads"],
+                None,
+                "threads of each rank",
+                shown_default="auto: its share of the cores",
+            ),
+            flag(
+                "--sequence-parallel",
+                _S["sequence_parallel"],
+                None,
+                "ranks that share one sequence",
+                feature="mesh",
+                shown_default="auto",
+            ),
+            flag(
+                "--guidance-parallel",
+                _S["guidance_parallel"],
+                None,
+                "2: the guidance halves on different ranks",
+                feature="mesh",
+                shown_default="auto",
+            ),
+            flag(
+                "--replicas",
+                _S["replicas"],
+                None,
+                "groups of ranks that make different videos",
+                feature="replicas",
+                shown_default="auto",
+            ),
+            flag(
+                "--overlap", _BOOL, True, "exchange while computing; same result", feature="overlap"
+            ),
+            flag("--timeout", _S["timeout"], 1800.0, "seconds a collective may take"),
+        ),
+    ),
+    (
+        "Memory and speed",
+        (
+            flag("--batch-size", _S["batch_size"], 1, "prompts denoised together"),
+            flag("--micro-batch-size", _R["micro_batch_size"], 4, "frames the VAE takes at once"),
+            flag(
+                "--micro-frame-size",
+                _R["micro_frame_size"],
+                sizes.MICRO_FRAME_SIZE,
+                "frames of a VAE chunk; another value changes the result",
+                note="--micro-frame-size {value} changes the result: the model was trained with 17",
+            ),
+            flag("--enable-compile", _BOOL, False, "compile the model", feature="compile"),
+            flag(
+                "--flash-attn",
+                _BOOL,
+                False,
+                "accepted; torch picks the attention kernel",
+                note="--flash-attn has no effect: torch picks the fastest attention of the device",
+            ),
+            flag(
+                "--layernorm-kernel",
+                _BOOL,
+                False,
+                "accepted; there is one LayerNorm",
+                note="--layernorm-kernel has no effect: there is no other LayerNorm to choose",
+            ),
+            flag(
+                "--qk-norm",
+                _BOOL,
+                True,
+                "accepted; the checkpoint's config.json decides",
+                note="--qk-norm has no effect: the checkpoint's config.json decides it",
+            ),
+        ),
+    ),
+    (
+        "Benchmark (launch/benchmark.py only)",
+        (
+            flag("--warmup-count", integer(0), 1, "runs before measuring", program="benchmark"),
+            flag("--eval-count", integer(1), 1, "measured runs", program="benchmark"),
+            flag(
+                "--benchmark-save-path",
+                path("FILE"),
+                "./benchmark/report-opensora-v1.2.json",
+                "the report",
+                program="benchmark",
+            ),
+        ),
+    ),
+    (
+        "This command",
+        (
+            flag(
+                "--config",
+                path("FILE"),
+                None,
+                "YAML file with the same names as keys; flags win over it",
+                control=True,
+            ),
+            flag(
+                "--print-config",
+                _BOOL,
+                False,
+                "print the resolved YAML and stop",
+                nargs=0,
+                control=True,
+            ),
+            flag("--version", _BOOL, False, "print the version and stop", nargs=0, control=True),
+            flag("--help", _BOOL, False, "print this text and stop", nargs=0, control=True),
+        ),
+    ),
+)
