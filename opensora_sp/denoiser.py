@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from opensora_sp.finite import require_finite
 from opensora_sp.models.layers import KeyValue
 from opensora_sp.models.stdit3 import (
     SpatialBlock,
@@ -200,7 +201,11 @@ def run_blocks(
             returning = dict.fromkeys(everyone, once)
         for s, stream in enumerate(streams):
             x = attention.finish(spatial, s, returning[s], stream.text[2 * i])
+            if runtime.check_blocks:
+                require_finite(x, f"the output of spatial block {i} (guidance stream {s})")
             stream.x = temporal(x, stream.tables, stream.text[2 * i + 1], rotary)
+            if runtime.check_blocks:
+                require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
             if i + 1 < len(pairs):
                 # Sent before the next stream is finished here: that is what hides the exchange.
                 arriving[s] = attention.send(pairs[i + 1][0], s)

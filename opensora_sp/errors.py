@@ -15,3 +15,19 @@ class CheckpointError(UserError):
 
 class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
     """A mistake found on one rank that every rank was told of, so that all end together."""
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM, raised in the main thread; number is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class JobEnded(Exception):  # noqa: N818 (the error is its cause, and has been said)
+    """The run has ended on all ranks and the reason has been printed; only `code` is left to do."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -11,18 +11,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from opensora_sp import faults
 from opensora_sp.denoiser import Conditions, Denoiser
+from opensora_sp.finite import require_finite
 from opensora_sp.kept import KeptFrames, dropped_frames, noise_key
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
 from opensora_sp.prompts import caption_for_clip
 from opensora_sp.request import Request
-from opensora_sp.sampling import sample, timesteps
+from opensora_sp.sampling import VelocityFunction, sample, timesteps
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from opensora_sp.pipeline import Pipeline, Text
+
+
+_HINTS = {
+    "steps": "run again with --check-finite blocks to find the block, or with --dtype bf16 or fp32",
+    "blocks": "run with --dtype bf16 or fp32, or check the weights",
+}
 
 
 class Sink(Protocol):
@@ -179,11 +187,30 @@ def denoise(
         return denoiser.shard(drawn)
 
     with pipeline.clock.stage("denoise"), _progress(pipeline, times) as bar:
-        velocity = denoiser.prepare(conditions)
+        velocity = _Watched(pipeline, denoiser.prepare(conditions), len(times))
         shard = sample(
             denoiser.shard(start), times, velocity, frame_mask, noise_at, lambda _: bar.update()
         )
+        velocity.check(shard, "the denoised latents")
         return denoiser.gather(shard)
+
+
+class _Watched:
+    """The velocity, with the run's progress told to the peers and its numbers looked at."""
+
+    def __init__(self, pipeline: Pipeline, velocity: VelocityFunction, steps: int) -> None:
+        self._pipeline, self._velocity, self._steps, self._step = pipeline, velocity, steps, 0
+
+    def __call__(self, z: Tensor, t: float, generate: Tensor | None) -> Tensor:
+        self._step += 1
+        self._pipeline.session.progress(f"step {self._step} of {self._steps}")
+        velocity = self._velocity(z, t, generate)
+        self.check(velocity, f"the velocity of step {self._step} (t = {t:.1f})")
+        return velocity
+
+    def check(self, tensor: Tensor, what: str) -> None:
+        if self._pipeline.check_finite != "off":
+            require_finite(tensor, what, hint=_HINTS[self._pipeline.check_finite])
 
 
 def _agree(pipeline: Pipeline, requests: Sequence[Request], text: Text, start: Tensor) -> None:
@@ -210,6 +237,7 @@ def decode(pipeline: Pipeline, request: Request, latents: Tensor | None) -> Iter
     chunks = vae.decode_chunks(latents, request.num_frames)
     while True:
         with pipeline.clock.stage("decode"):
+            faults.reach("decode")
             chunk = next(chunks, None)
         if chunk is None:
             return
@@ -224,6 +252,7 @@ def write(pipeline: Pipeline, chunk: Tensor, sinks: Sequence[Sink]) -> None:
         with pipeline.clock.stage("convert"):
             frames = to_uint8(video)
         with pipeline.clock.stage("write"):
+            faults.reach("encode-to-file")
             sink.write(frames)
 
 

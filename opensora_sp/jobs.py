@@ -7,10 +7,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from opensora_sp import faults
+from opensora_sp.atomic import remove_leftovers
+from opensora_sp.deadlines import parse_deadlines
 from opensora_sp.generate import Collector, Sink, caption, generate
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import describe, open_output
 from opensora_sp.parallel.session import Session, open_session
+from opensora_sp.parallel.stages import Limits
 from opensora_sp.pipeline import Parallelism, Pipeline
 from opensora_sp.refine import refine_batches
 from opensora_sp.request import Job, Request, RunSettings, Task
@@ -24,7 +28,13 @@ def run_job(job: Job) -> int:
     Raises UserError for what a person can mend; anything else is a bug.
     """
     settings, started = job.settings, time.perf_counter()
-    with open_session(settings.device, settings.backend, timeout_s=settings.timeout) as session:
+    limits = Limits(
+        heartbeat=settings.heartbeat_timeout, deadlines=parse_deadlines(settings.deadlines)
+    )
+    with open_session(
+        settings.device, settings.backend, timeout_s=settings.timeout, limits=limits
+    ) as session:
+        _tidy(session, settings)
         pipeline = _load(settings, session)
         batches = _unfinished(job, session)
         if settings.llm_refine and batches:
@@ -36,6 +46,14 @@ def run_job(job: Job) -> int:
     return 0
 
 
+def _tidy(session: Session, settings: RunSettings) -> None:
+    """Remove what a killed run left where this one writes; a killed rank's is removed at once."""
+    if session.liveness is not None:
+        session.liveness.directories.append(settings.save_dir)
+    if session.leads:
+        remove_leftovers(settings.save_dir)
+
+
 def _load(settings: RunSettings, session: Session) -> Pipeline:
     return Pipeline.load(
         settings.checkpoints,
@@ -45,6 +63,7 @@ def _load(settings: RunSettings, session: Session) -> Pipeline:
             serial_guidance=settings.guidance == "serial",
             overlap=settings.overlap,
             chunks=session.backend.chunks,
+            check_blocks=settings.check_finite == "blocks",
         ),
         parallelism=Parallelism(
             replicas=settings.replicas or 1,
@@ -53,6 +72,7 @@ def _load(settings: RunSettings, session: Session) -> Pipeline:
         ),
         show_progress=settings.verbose > 0,
         allow_remote=settings.allow_remote,
+        check_finite=settings.check_finite,
     )
 
 
@@ -84,6 +104,8 @@ def _generate_all(
     sheet = RunSheet() if settings.sheet and leads else None
     for batch in batches:
         _run_batch(pipeline, settings, batch, sheet)
+        with pipeline.session.stage("between outputs"):
+            faults.reach("between-outputs")
     if sheet is not None:
         _write_sheet(pipeline, settings, sheet, first, started)
 

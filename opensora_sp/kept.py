@@ -18,7 +18,7 @@ from opensora_sp.conditioning import (
     parse_mask_strategy,
     plan_strategy,
 )
-from opensora_sp.parallel.exchange import hand_out
+from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.randomness import NoiseKey
 from opensora_sp.request import Request
 from opensora_sp.sizes import repeated_frames
@@ -69,7 +69,7 @@ class KeptFrames:
         if bool((mask == 1).all()):
             return noise, None
         placed = noise if session.leads else None
-        z = hand_out(session.world, placed, noise.shape, noise.dtype, session.device)
+        z = hand_out_checked(session, placed, noise.shape, noise.dtype)
         return z.cpu(), mask
 
     def watch(self, clip: int, index: int, chunk: Tensor) -> None:

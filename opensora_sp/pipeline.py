@@ -18,20 +18,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opensora_sp import faults
 from opensora_sp.denoiser import Denoiser
 from opensora_sp.errors import UserError
+from opensora_sp.finite import require_finite
 from opensora_sp.models.checkpoint import WeightFiles, load_module
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, build_stdit3
-from opensora_sp.parallel.exchange import hand_out
+from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import MeshComms, Session, alone
-from opensora_sp.request import Checkpoints, Request
+from opensora_sp.request import CheckFinite, Checkpoints, Request
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.arithmetic import arithmetic
 from opensora_sp.sizes import SPATIAL_FACTOR, TIME_FACTOR
 from opensora_sp.timing import Clock
+from opensora_sp.validate import shown
 
 if TYPE_CHECKING:
     from opensora_sp.generate import Result
@@ -79,6 +82,7 @@ class Pipeline:
     config: STDiT3Config
     show_progress: bool = False
     allow_remote: bool = False
+    check_finite: CheckFinite = "steps"
     _transformer: STDiT3 | None = None
     _text_encoder: TextEncoder | None = None
     _vae: VideoVAE | None = None
@@ -96,13 +100,15 @@ class Pipeline:
         parallelism: Parallelism | None = None,
         show_progress: bool = False,
         allow_remote: bool = False,
+        check_finite: CheckFinite = "steps",
         transformer_only: bool = False,
     ) -> Pipeline:
         """Check every weight's name and shape (no data is read yet) and be ready to generate.
 
         checkpoints None is the embedded model; session None is this process alone. dtype is fp32,
-        fp16 or bf16. transformer_only leaves the text encoder and the VAE out of the check. Raises
-        CheckpointError naming the weight and the file that does not fit.
+        fp16 or bf16. check_finite: where to look for NaN. transformer_only leaves the text encoder
+        and the VAE out of the check. Raises CheckpointError naming the weight and the file that
+        does not fit.
         """
         session = session or alone()
         checkpoints = checkpoints or embedded_checkpoints()
@@ -112,10 +118,11 @@ class Pipeline:
             dtype=DTYPES[dtype],
             runtime=runtime or Runtime(),
             parallelism=parallelism or Parallelism(),
-            clock=Clock(session.device),
+            clock=Clock(session.device, session.stage),
             config=STDiT3Config.load(checkpoints.dit),
             show_progress=show_progress,
             allow_remote=allow_remote,
+            check_finite=check_finite,
         )
         session.together(
             lambda: load_transformer(checkpoints.dit, pipeline.config, check_only=True)
@@ -168,6 +175,7 @@ class Pipeline:
         """STDiT3 on this rank's device. Collective at first use."""
         if self._transformer is None:
             with self.clock.stage("load"):
+                faults.reach("load")
                 self._transformer = self.session.together(
                     lambda: load_transformer(
                         self.checkpoints.dit, self.config, self.dtype, self.session.device
@@ -218,9 +226,12 @@ class Pipeline:
             return
         encoder = self._load_text_encoder(max_length)
         with self.arithmetic(), self.clock.stage("encode text"):
+            faults.reach("encode")
             for caption in missing:
                 # One at a time: a caption's embedding must not depend on its neighbours.
                 encoded = encoder.encode([caption])
+                if self.check_finite != "off":
+                    require_finite(encoded.y, f"the text embedding of {shown(caption)}")
                 self._captions[caption, max_length] = (encoded.y[0].cpu(), encoded.mask[0])
 
     def release_text_encoder(self) -> None:
@@ -242,7 +253,7 @@ class Pipeline:
         lengths = [int(count) for count in masks.sum(1)]
         shape = (sum(lengths), self.config.caption_channels)
         with self.clock.stage("hand out"):
-            flat = hand_out(session.world, flat, shape, self.dtype, session.device)
+            flat = hand_out_checked(session, flat, shape, self.dtype)
         return Text(list(flat.split(lengths)), masks)
 
     def _load_text_encoder(self, max_length: int) -> TextEncoder:

@@ -2,13 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opensora_sp.conditioning import parse_mask_strategy
 from opensora_sp.errors import CheckpointError, UserError
 from opensora_sp.request import Checkpoints, Request
 from opensora_sp.validate import shown
+
+BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
+LOSSLESS_BYTES_PER_PIXEL = 3.0
 
 # What each checkpoint directory must hold; of a tuple one is enough.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -84,6 +88,28 @@ def check_save_dir(directory: str) -> Path:
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"--save-dir {shown(directory)}: {place} may not be written to")
     return Path(directory)
+
+
+def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool) -> None:
+    """Raises UserError where the outputs of these requests would likely not fit on the disk.
+
+    What a video will take is not known before it is made; the estimate is at the upper end of
+    what real pictures need at this quality.
+    """
+    per_pixel = LOSSLESS_BYTES_PER_PIXEL if lossless else BYTES_PER_PIXEL
+    needed = sum(
+        request.num_frames * request.loop * request.height * request.width * per_pixel
+        for request in requests
+    )
+    place = directory.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"--save-dir {shown(str(directory))}: {free / 1e6:.0f} MB are free there, but the "
+            f"outputs need about {needed / 1e6:.0f} MB: free space or choose another place"
+        )
 
 
 def check_output(output: Path) -> None:

@@ -9,9 +9,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from opensora_sp import sizes
+from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S, parse_deadlines
 from opensora_sp.validate import (
     Kind,
     boolean,
@@ -31,6 +32,21 @@ BACKENDS = ("eccl", "nccl", "gloo")
 DTYPES = ("fp32", "fp16", "bf16")
 GUIDANCE = ("auto", "together", "serial")
 LOOP_CARRY = ("frames", "latents")
+CheckFinite = Literal["off", "steps", "blocks"]
+
+
+def _deadlines_kind() -> Kind:
+    def legal(value: Any) -> bool:
+        try:
+            parse_deadlines(value)
+        except (ValueError, AttributeError):
+            return False
+        return True
+
+    kinds = ", ".join(DEADLINES)
+    allowed = f"a list like step=600,decode=off (seconds or off; kinds: {kinds})"
+    return Kind("LIST", allowed, str.strip, legal)
+
 
 # Legal values of the fields below; the flags and YAML keys use the same entries.
 REQUEST_KINDS: Mapping[str, Kind] = {
@@ -73,6 +89,9 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "guidance": choice(*GUIDANCE),
     "enable_compile": boolean(),
     "timeout": number(0, above=True, metavar="SECONDS"),
+    "heartbeat_timeout": number(0, above=True, metavar="SECONDS"),
+    "deadlines": _deadlines_kind(),
+    "check_finite": choice(*get_args(CheckFinite)),
     "sequence_parallel": optional(integer(1), word="auto"),
     "guidance_parallel": optional(integer(1, 2), word="auto"),
     "replicas": optional(integer(1), word="auto"),
@@ -192,7 +211,8 @@ class RunSettings:
     `device` and `backend` None: the first device that is there, and its own backend.
     `checkpoints` None: the embedded model. `cpu_threads` None: the cores this process may use,
     shared among the ranks of the node. `sample_name` None: "sample", or nothing before the prompt
-    with `prompt_as_path`. `timeout` is in seconds.
+    with `prompt_as_path`. `timeout` and
+    `heartbeat_timeout` are in seconds; `deadlines` as for `opensora_sp.deadlines.parse_deadlines`.
 
     Raises UserError, naming the field, for a value that is not legal.
     """
@@ -211,6 +231,9 @@ class RunSettings:
     guidance: Literal["auto", "together", "serial"] = "auto"
     enable_compile: bool = False
     timeout: float = 1800.0
+    heartbeat_timeout: float = HEARTBEAT_S
+    deadlines: str = ""
+    check_finite: CheckFinite = "steps"
     sequence_parallel: int | None = None
     guidance_parallel: int | None = None
     replicas: int | None = None

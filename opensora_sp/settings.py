@@ -27,6 +27,7 @@ from opensora_sp.preflight import (
     check_conditions,
     check_output,
     check_save_dir,
+    check_space,
     read_prompt_file,
 )
 from opensora_sp.prompts import PromptJson, parse_prompt_json, split_loops
@@ -242,6 +243,7 @@ def build_job(values: Values, *, world_size: int = 1) -> Job:
         check_output(task.output)
     if settings.sheet:
         check_output(settings.sheet_path)
+    check_space(save_dir, [task.request for task in tasks], lossless=settings.lossless)
     return Job(settings=settings, tasks=tasks, notes=tuple(notes))
 
 

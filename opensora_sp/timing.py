@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -17,19 +17,28 @@ def synchronize(device: torch.device) -> None:
 
 
 class Clock:
-    """Seconds per stage, summed over the times it ran, in the order they first ran."""
+    """Seconds per stage, summed over the times it ran, in the order they first ran.
 
-    def __init__(self, device: torch.device) -> None:
+    around(name): a context that each stage also runs in.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        around: Callable[[str], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self.device = device
+        self._around = around or (lambda name: nullcontext())
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a `with` block as stage `name`."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
+        with self._around(name):
             synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                synchronize(self.device)
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -1,16 +1,14 @@
 """Generate videos: check the request without torch, then hand the job to the main path."""
 
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 from opensora_sp import __version__
 from opensora_sp.cli.console import one_line, rank, refuse, world_size
 from opensora_sp.cli.flag_docs import help_text
+from opensora_sp.cli.stopping import leave, stoppable
 from opensora_sp.cli.threads import apply_cpu_threads
-from opensora_sp.errors import UserError
+from opensora_sp.errors import JobEnded, Stopped, UserError
 from opensora_sp.request import Job
 from opensora_sp.settings import (
     build_job,
@@ -56,26 +54,19 @@ def _run(job: Job) -> int:
         for note in job.notes:
             print(f"note: {one_line(note)}", file=sys.stderr)
     apply_cpu_threads(job.settings.cpu_threads, job.settings.device)
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        from opensora_sp.jobs import run_job
+    with stoppable():
+        try:
+            from opensora_sp.jobs import run_job
 
-        return run_job(job)
-    except UserError as error:
-        # Here the ranks may differ: what one finds (its device, its disk) the others need not.
-        return refuse(error, same_everywhere=False)
-    except KeyboardInterrupt:
-        if rank() == "0":
+            return run_job(job)
+        except JobEnded as ended:  # all ranks know, and one of them has said why
+            leave(ended.code)
+        except UserError as error:
+            # Here the ranks may differ: what one finds (its device) the others need not.
+            return refuse(error, same_everywhere=False)
+        except Stopped as stopped:
             print("stopped: nothing unfinished is left behind", file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    """Leave through every `with` block, so that files that are not whole are removed."""
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    raise SystemExit(128 + number)
+            return 128 + stopped.number
 
 
 if __name__ == "__main__":

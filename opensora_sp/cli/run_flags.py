@@ -2,6 +2,7 @@
 
 from opensora_sp import sizes
 from opensora_sp.cli.flags import Group, flag
+from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S
 from opensora_sp.request import REQUEST_KINDS, SETTINGS_KINDS
 from opensora_sp.validate import Kind, boolean, file_stem, integer, path
 
@@ -125,6 +126,25 @@ RUN_GROUPS: tuple[Group, ...] = (
                 "--overlap", _BOOL, True, "exchange while computing; same result", feature="overlap"
             ),
             flag("--timeout", _S["timeout"], 1800.0, "seconds a collective may take"),
+            flag(
+                "--heartbeat-timeout",
+                _S["heartbeat_timeout"],
+                HEARTBEAT_S,
+                "seconds without a sign of life before a rank counts as hung",
+            ),
+            flag(
+                "--deadlines",
+                _S["deadlines"],
+                "",
+                "seconds a stage may take before it counts as hung: step=600,decode=off",
+                shown_default=", ".join(f"{kind}={limit:g}" for kind, limit in DEADLINES.items()),
+            ),
+            flag(
+                "--check-finite",
+                _S["check_finite"],
+                "steps",
+                "stop at the first NaN: of each step, or of each block (slower, names the block)",
+            ),
         ),
     ),
     (

@@ -7,11 +7,13 @@ sharded run: they silently spoil the picture. So what every rank believes is com
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from opensora_sp.parallel.exchange import hand_out
 from opensora_sp.parallel.session import Session
 
 _SAMPLED_VALUES = 16  # per weight: enough to tell two checkpoints apart, too few to cost anything
@@ -19,6 +21,10 @@ _SAMPLED_VALUES = 16  # per weight: enough to tell two checkpoints apart, too fe
 
 class DisagreementError(RuntimeError):
     """Ranks differ in something they must share; the message names the rank and the thing."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
@@ -37,15 +43,41 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
-    """Compare every rank's facts with rank 0's, over the side group. Every rank calls this.
+    """Compare every rank's facts, over the side group. Every rank calls this.
 
-    Raises DisagreementError on every rank, naming the first rank that differs and in what.
+    Raises DisagreementError on every rank, naming the first rank that differs from what most of
+    them have (from rank 0 where there is no majority), and in what.
     """
     everyone = session.collect(dict(facts))
-    for rank, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs.get(name) != value:
+    for name, value in everyone[0].items():
+        values = [theirs.get(name) for theirs in everyone]
+        common, count = Counter(values).most_common(1)[0]
+        expected = common if 2 * count > len(values) else value
+        for rank, found in enumerate(values):
+            if found != expected:
+                others = "rank 0" if rank else "the others"
                 raise DisagreementError(
-                    f"rank {rank} differs from rank 0 in its {name} ({theirs.get(name)} instead "
-                    f"of {value}): the ranks would not compute the same video"
+                    f"rank {rank} differs from {others} in its {name} ({found} instead of "
+                    f"{expected}): the ranks would not compute the same video",
+                    rank,
                 )
+
+
+def hand_out_checked(
+    session: Session, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The leading rank's tensor on every rank, proven to have arrived as it was sent.
+
+    Raises DisagreementError on the rank where it did not.
+    """
+    if tensor is not None:
+        tensor = tensor.to(session.device, dtype).contiguous()
+    expected = session.share(None if tensor is None else checksum([tensor]))
+    arrived = hand_out(session.world, tensor, shape, dtype, session.device)
+    if session.world_size > 1 and checksum([arrived]) != expected:
+        raise DisagreementError(
+            f"what rank {session.rank} was handed (a tensor of shape {tuple(shape)}) is not what "
+            "the leading rank sent: check the links between the devices",
+            session.rank,
+        )
+    return arrived

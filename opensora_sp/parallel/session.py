@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from opensora_sp import faults
 from opensora_sp.errors import SharedFault, UserError
 from opensora_sp.parallel.backend import (
     Backend,
@@ -21,9 +24,13 @@ from opensora_sp.parallel.backend import (
     pick_backend,
     pick_device,
 )
+from opensora_sp.parallel.board import Board
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
+from opensora_sp.parallel.liveness import Liveness
 from opensora_sp.parallel.mesh import Mesh, Place
+from opensora_sp.parallel.peers import Process
+from opensora_sp.parallel.stages import Limits
 
 T = TypeVar("T")
 # Collectives wait this long for a peer. Long phases of the leading rank are waited for on the
@@ -54,6 +61,7 @@ class Session:
     backend: Backend
     world: Comm
     side: Any = None
+    liveness: Liveness | None = None
 
     @property
     def leads(self) -> bool:
@@ -64,6 +72,20 @@ class Session:
     def ledger(self) -> Ledger:
         """Where all collectives of this process are booked."""
         return self.world.ledger
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Be in a stage of the run: peers know of it, and its deadline holds."""
+        if self.liveness is None:
+            yield
+            return
+        with self.liveness.stage(name):
+            yield
+
+    def progress(self, detail: str) -> None:
+        """The stage has come this far; its deadline starts anew."""
+        if self.liveness is not None:
+            self.liveness.progress(detail)
 
     def share(self, value: T | None, source: int = 0) -> T:
         """One rank's picklable value on every rank, over the side group."""
@@ -156,12 +178,15 @@ def open_session(
     backend: str | None = None,
     *,
     timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    limits: Limits | None = None,
 ) -> Iterator[Session]:
     """The session of this process, as torchrun's environment describes it; alone without one.
 
     device: gcu, cuda, cpu or None for the first of them that is here. backend: None for the
-    device's own. Raises UserError for what is not there. Groups are destroyed on a clean exit;
-    after an error they are left to die with the process, for peers may be stuck inside them.
+    device's own. limits: of silence and of stages. Raises UserError for what is not there. Groups
+    are destroyed on a clean exit. With peers, an exception that leaves the block ends the run on
+    all ranks, says why once, and comes out as JobEnded; the groups are left to die with the
+    process then, for peers may be stuck inside them.
     """
     rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank = _environment("LOCAL_RANK", 0)
@@ -169,30 +194,69 @@ def open_session(
     row = pick_backend(backend, kind)
     load_plugin(kind)  # before the process group: it registers the backend
     here = _claim_device(kind, local_rank, _environment("LOCAL_WORLD_SIZE", world))
+    faults.note_process()
     if world == 1:
-        yield Session(0, 0, 1, here, row, Comm(None, 0, 1))
+        yield from _alone(Session(0, 0, 1, here, row, Comm(None, 0, 1)), limits)
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(
                 f"WORLD_SIZE={world} in the environment, but {name} is missing: start with torchrun"
             )
-    dist.init_process_group(row.name, timeout=timedelta(seconds=timeout_s))
-    side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
+    with default_signals():  # nothing to tidy up yet, and a handler could not run in there
+        dist.init_process_group(row.name, timeout=timedelta(seconds=timeout_s))
+        side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
     session = Session(rank, local_rank, world, here, row, comm, side)
+    liveness = Liveness(
+        rank, Board.connect(rank, world), session.collect(Process.current()), limits or Limits()
+    )
+    session.liveness = liveness
+    liveness.start()
     try:
+        with session.stage("start"):
+            faults.reach("after-init")
         yield session
     except SharedFault:
         _close(session)
         raise
+    except BaseException as error:
+        raise liveness.failed(error) from error
     _close(session)
+
+
+def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:
+    """A session without peers: its stages have deadlines, its errors pass through."""
+    session.liveness = Liveness(0, None, [], limits or Limits())
+    session.liveness.start()
+    try:
+        faults.reach("after-init")
+        yield session
+    finally:
+        session.liveness.close()
+
+
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end this process at once while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _close(session: Session) -> None:
     """Destroy the groups when every rank has come here."""
     session.wait_for_all()
+    if session.liveness is not None:
+        session.liveness.close()
     # gloo's threads let go of a collective's tensors a moment after it was waited for, and need
     # the interpreter for that; torch 2.3 tears a group down while holding it, and waits for the
     # threads. So they get their moment first.

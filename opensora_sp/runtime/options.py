@@ -15,9 +15,11 @@ class Runtime:
     chunks: parts of T that a lone stream is cut into, so that there is something to overlap with.
     share_first: compute the first spatial self-attention once for both guidance halves, whose
         inputs are still equal there.
+    check_blocks: look for NaN and infinity after every block, and name the first one.
     """
 
     serial_guidance: bool = False
     overlap: bool = True
     chunks: int = 1
     share_first: bool = True
+    check_blocks: bool = False

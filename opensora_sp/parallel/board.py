@@ -1,0 +1,127 @@
+"""What the ranks of a run tell each other beside the work: where they are, who has finished, and
+the one fault that ends them all.
+
+It is kept in the key-value store that the process groups were made through, on a connection of
+its own: no collective, so it works while the others hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+_TIMEOUT = timedelta(seconds=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What ended the run: the rank that failed first, the stage it was in, what happened.
+
+    code: the exit code that all ranks end with. stopped: a person asked for it. recorded: the
+    rank has told its launcher by itself.
+    """
+
+    rank: int
+    stage: str
+    what: str
+    code: int = 1
+    stopped: bool = False
+    recorded: bool = False
+
+    def __str__(self) -> str:
+        if self.stopped:
+            return f"stopped by {self.what}: nothing unfinished is left behind"
+        return f"error: rank {self.rank}, {self.stage}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life: how many it has given, and the stage it is in."""
+
+    count: int
+    stage: str
+
+
+class Board:
+    """One rank's view of the store. Any thread may use it; all calls raise when it is gone."""
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self._store, self._rank, self._world = store, rank, world
+        self._lock = threading.Lock()  # a client's calls must not interleave
+
+    @classmethod
+    def connect(cls, rank: int, world: int) -> Board:
+        """A connection to the store of this run, as the environment names it."""
+        c10d: Any = dist  # its type stubs leave the stores out
+        client = c10d.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=_TIMEOUT,
+        )
+        # torchrun keeps one store over its restarts; every attempt writes on a fresh page.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return cls(c10d.PrefixStore(f"opensora_sp/{attempt}", client), rank, world)
+
+    def beat(self, beat: Beat) -> None:
+        """Show a sign of life."""
+        with self._lock:
+            self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+
+    def beats(self, ranks: Sequence[int]) -> dict[int, Beat]:
+        """The last sign of life of each of these ranks that has given one."""
+        found = {}
+        for rank in ranks:
+            with self._lock:
+                if self._store.check([f"beat/{rank}"]):
+                    found[rank] = Beat(**json.loads(self._store.get(f"beat/{rank}")))
+        return found
+
+    def finish(self) -> None:
+        """Say that this rank has done its work and may go."""
+        with self._lock:
+            self._store.set(f"done/{self._rank}", "1")
+
+    def finished(self, rank: int) -> bool:
+        """Whether a rank has."""
+        with self._lock:
+            return bool(self._store.check([f"done/{rank}"]))
+
+    def claim(self, fault: Fault) -> Fault:
+        """Put the fault up, unless there is one already; the one that stands."""
+        text = json.dumps(asdict(fault))
+        with self._lock:
+            return Fault(**json.loads(self._store.compare_set("fault", "", text)))
+
+    def fault(self) -> Fault | None:
+        """The fault that stands, if any."""
+        with self._lock:
+            if not self._store.check(["fault"]):
+                return None
+            return Fault(**json.loads(self._store.get("fault")))
+
+
+def records_for_launcher() -> bool:
+    """Whether torchrun started this process and reads what it leaves."""
+    return "TORCHELASTIC_ERROR_FILE" in os.environ
+
+
+def record_for_launcher(error: BaseException) -> None:
+    """Leave the error where torchrun looks for it, so that its own summary names it too."""
+    if records_for_launcher():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with suppress(Exception):
+            try:
+                raise error  # the handler writes the traceback of what is being handled
+            except BaseException as raised:
+                get_error_handler().record_exception(raised)
