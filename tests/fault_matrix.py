@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from ranks import free_port  # noqa: E402
+from ranks import environments, free_port, rank_context  # noqa: E402
 
 from opensora_sp.faults import LOG_VARIABLE, POINTS, VARIABLE  # noqa: E402
 from opensora_sp.parallel.peers import Process  # noqa: E402
@@ -71,43 +71,111 @@ def legal_cells() -> Iterator[Cell]:
                     yield Cell(name, way, rank)
 
 
-def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0) -> Outcome:
-    """Run one cell in an empty folder and judge it."""
-    logs, outputs = folder / "log", folder / "out"
+def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0, forked: bool = False) -> Outcome:
+    """Run one cell in an empty folder and judge it.
+
+    forked: ranks that are forked from a process with torch in it, in place of torchrun: the same
+    program in a fraction of the time, without a launcher that would end the ranks by itself.
+    """
+    logs, outputs, said = folder / "log", folder / "out", folder / "said"
     logs.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
-    command += ["--max-restarts", str(max_restarts), "--master_port", str(free_port())]
-    command += ["launch/infer.py", "--prompt", "one", "two", "--image-size", "32", "48"]
-    command += ["--num-frames", "17", "--num-sampling-steps", "2", "--device", "cpu"]
-    command += ["--verbose", "0", "--save-dir", str(outputs)]
-    command += ["--heartbeat-timeout", str(HEARTBEAT_S), *POINTS[cell.point].needs]
+    flags = ["--prompt", "one", "two", "--image-size", "32", "48", "--num-frames", "17"]
+    flags += ["--num-sampling-steps", "2", "--device", "cpu", "--verbose", "0"]
+    flags += ["--save-dir", str(outputs), "--heartbeat-timeout", str(HEARTBEAT_S)]
+    flags += POINTS[cell.point].needs
     if cell.way == "hang":
-        command += ["--deadlines", f"step={STEP_DEADLINE_S}"]
+        flags += ["--deadlines", f"step={STEP_DEADLINE_S}"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         VARIABLE: f"rank={cell.rank} point={cell.point} way={cell.way}",
         LOG_VARIABLE: str(logs),
     }
-    with (folder / "said").open("w+") as said:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
-        )
-        outcome = Outcome()
-        try:
-            _watch(process, logs, outcome, max_restarts)
-        finally:
-            for member in (process.pid, *_rank_pids(logs)):
-                with suppress(ProcessLookupError):
-                    os.kill(member, signal.SIGKILL)
-            process.wait()
-        said.seek(0)
-        outcome.log = said.read()
+    run = (
+        _Forked(flags, environment, said)
+        if forked
+        else _Torchrun(flags, environment, said, max_restarts)
+    )
+    outcome = Outcome()
+    try:
+        _watch(run, logs, outcome)
+    finally:
+        run.kill()
+        for pid in _rank_pids(logs):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    outcome.log = said.read_text()
     _judge(cell, outcome, outputs, max_restarts)
     return outcome
 
 
-def _watch(process: subprocess.Popen[bytes], logs: Path, outcome: Outcome, restarts: int) -> None:
+class _Torchrun:
+    """The real launcher."""
+
+    def __init__(
+        self, flags: list[str], environment: dict[str, str], said: Path, max_restarts: int
+    ) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
+        command += ["--max-restarts", str(max_restarts), "--master_port", str(free_port())]
+        with said.open("w") as out:
+            self._process = subprocess.Popen(
+                [*command, "launch/infer.py", *flags],
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+class _Forked:
+    """Ranks alone, as torchrun would have started them."""
+
+    def __init__(self, flags: list[str], environment: dict[str, str], said: Path) -> None:
+        context = rank_context()
+        said.touch()
+        self._ranks = [
+            context.Process(target=_forked_rank, args=(flags, {**environment, **own}, str(said)))
+            for own in environments(RANKS)
+        ]
+        for rank in self._ranks:
+            rank.start()
+
+    def poll(self) -> int | None:
+        """0 when all ranks ended well, 1 when one did not, None while one is left."""
+        codes = [rank.exitcode for rank in self._ranks]
+        return None if None in codes else int(any(codes))
+
+    def kill(self) -> None:
+        """End them."""
+        for rank in self._ranks:
+            rank.kill()
+            rank.join()
+
+
+def _forked_rank(flags: list[str], environment: dict[str, str], said: str) -> None:
+    out = os.open(said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    from opensora_sp.cli.infer import main
+
+    code = main(flags)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _watch(run: _Torchrun | _Forked, logs: Path, outcome: Outcome) -> None:
     """Wait for the end; note how long the ranks of the attempt that failed took to be gone."""
     end = time.monotonic() + GIVE_UP_S
     failing: dict[int, Process] = {}
@@ -118,7 +186,7 @@ def _watch(process: subprocess.Popen[bytes], logs: Path, outcome: Outcome, resta
         gone = bool(failing) and all(p.state() == "gone" for p in failing.values())
         if gone and outcome.seconds is None:
             outcome.seconds = time.time() - float(fault.read_text())
-        outcome.code = process.poll()
+        outcome.code = run.poll()
         if outcome.code is not None and (gone or not failing):
             return
         time.sleep(0.05)

@@ -18,11 +18,13 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 300.0
+PRELOADED = ["torch", "torch.distributed"]
 # After the first failure the others get this long to fail by themselves, so that the report can
 # say which of them did.
 GRACE_S = 1.0
@@ -45,17 +47,15 @@ def run_ranks(
     Returns what the ranks returned, in rank order. Raises RankFailure when a rank fails or the
     time is over, with the traceback of the rank that failed first; no process is left behind.
     """
-    context = multiprocessing.get_context("forkserver")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context = rank_context()
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         call = _describe_call(fn, args)
-        environments = _environments(world_size)
+        settings = environments(world_size)
         processes: list[BaseProcess] = [
             context.Process(
                 target=_rank_main,
-                args=(rank, world_size, str(folder), call, environments[rank]),
+                args=(rank, world_size, str(folder), call, settings[rank]),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -67,6 +67,14 @@ def run_ranks(
         finally:
             _kill(processes)
         return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(world_size)]
+
+
+def rank_context() -> ForkServerContext:
+    """Where ranks are forked from: a process that has the slow imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def free_port() -> int:
@@ -94,7 +102,8 @@ def _describe_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, 
     return fn.__module__, file, fn.__qualname__, pickle.dumps(args)
 
 
-def _environments(world_size: int) -> list[dict[str, str]]:
+def environments(world_size: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun would set it."""
     common = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

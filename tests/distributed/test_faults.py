@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fault_matrix import Cell, run_cell
 from PIL import Image
 from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
+from opensora_sp.cli.infer import main
 from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.faults import SLOW_S, VARIABLE
 from opensora_sp.parallel.session import open_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,3 +84,43 @@ def test_the_command_says_one_line_above_torchruns_banner(
     assert done.stderr.index(errors[0]) < done.stderr.index("FAILED")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+# Each way at some place, each place of another kind of work; the whole matrix is a command.
+CELLS = [
+    Cell("exchange", "kill", 2),
+    Cell("exchange", "hang", 2),
+    Cell("velocity", "stop", 0),
+    Cell("hand-out", "corrupt", 2),
+    Cell("encode", "exception", 0),
+    Cell("encode-to-file", "kill", 0),
+    Cell("between-outputs", "exit", 2),
+]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda c: f"{c.point}-{c.way}-{c.rank}")
+def test_one_ends_all_end(cell: Cell, tmp_path: Path) -> None:
+    """All ranks gone in time, the right one and its stage named, nothing left that is not whole."""
+    outcome = run_cell(cell, tmp_path, forked=True)
+    assert not outcome.wrong, outcome.log
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path) -> None:
+    outcome = run_cell(Cell("last-gather", "kill", 2), tmp_path, max_restarts=1)
+    assert not outcome.wrong, outcome.log
+
+
+def slow_leader(rank: int, world: int, init_file: str, folder: str) -> int:
+    """The whole command, with a decode that takes longer than a collective may."""
+    os.environ[VARIABLE] = "rank=0 point=decode way=slow"
+    flags = ["--prompt", "one", "two", "--image-size", "32", "48", "--num-frames", "17"]
+    flags += ["--num-sampling-steps", "1", "--device", "cpu", "--verbose", "0"]
+    return main([*flags, "--save-dir", folder, "--timeout", str(SLOW_S - 3)])
+
+
+def test_a_long_decode_does_not_trip_the_timeout_of_those_who_wait(tmp_path: Path) -> None:
+    assert run_ranks(slow_leader, 2, str(tmp_path)) == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "sample_0000.mp4",
+        "sample_0001.mp4",
+    ]
