@@ -29,12 +29,14 @@ SLOW_S = 8.0
 class Point:
     """A place in a run: what the stage is called there, and what can happen to whom.
 
-    leading: only the leading rank comes here. needs: flags without which nobody does.
+    leading: only the leading rank comes here. middle: a rank of four, not the leading one, that
+    does too. needs: flags without which nobody does.
     """
 
     stage: str
     ways: tuple[str, ...] = ENDS
     leading: bool = False
+    middle: int = 2
     needs: tuple[str, ...] = ()
 
 
@@ -45,7 +47,7 @@ POINTS: Mapping[str, Point] = {
     "hand-out": Point("hand out", (*ENDS, "corrupt")),
     "exchange": Point("denoise", (*ENDS, "hang")),
     "velocity": Point("denoise"),
-    "last-gather": Point("denoise"),
+    "last-gather": Point("denoise", middle=1),  # ranks 2 and 3 hold the same latents again
     "decode": Point("decode", (*ENDS, "slow"), leading=True),
     "encode-to-file": Point("write", leading=True),
     "between-outputs": Point("between outputs"),

@@ -29,7 +29,7 @@ from ranks import environments, free_port, rank_context  # noqa: E402
 from opensora_sp.faults import LOG_VARIABLE, POINTS, VARIABLE  # noqa: E402
 from opensora_sp.parallel.peers import Process  # noqa: E402
 
-RANKS, MIDDLE = 4, 2
+RANKS = 4
 ENDS_WITHIN_S = 10.0
 HEARTBEAT_S = 5.0
 STEP_DEADLINE_S = 8.0
@@ -66,7 +66,7 @@ def legal_cells() -> Iterator[Cell]:
     """The whole matrix. `slow` is no fault: whoever is slow is waited for."""
     for name, point in POINTS.items():
         for way in point.ways:
-            for rank in (0,) if point.leading else (0, MIDDLE):
+            for rank in (0,) if point.leading else (0, point.middle):
                 if way != "slow":
                     yield Cell(name, way, rank)
 
