@@ -31,7 +31,7 @@ from opensora_sp.parallel.peers import Process  # noqa: E402
 
 RANKS = 4
 ENDS_WITHIN_S = 10.0
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 10.0
 STEP_DEADLINE_S = 8.0
 GIVE_UP_S = 240.0
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 _TIMEOUT = timedelta(seconds=30)
+PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,55 +60,75 @@ class Board:
 
     @classmethod
     def connect(cls, rank: int, world: int) -> Board:
-        """A connection to the store of this run, as the environment names it."""
-        c10d: Any = dist  # its type stubs leave the stores out
-        client = c10d.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=_TIMEOUT,
-        )
-        # torchrun keeps one store over its restarts; every attempt writes on a fresh page.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(c10d.PrefixStore(f"opensora_sp/{attempt}", client), rank, world)
+        """A connection of its own to the store of this run."""
+        return cls(connect_store("board", _TIMEOUT), rank, world)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        # A store whose keeper is stopped never answers; that must not stop who knows by other ways.
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            raise TimeoutError("the store of the run does not answer")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def beat(self, beat: Beat) -> None:
         """Show a sign of life."""
-        with self._lock:
+        with self._exclusive():
             self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def beats(self, ranks: Sequence[int]) -> dict[int, Beat]:
         """The last sign of life of each of these ranks that has given one."""
         found = {}
         for rank in ranks:
-            with self._lock:
+            with self._exclusive():
                 if self._store.check([f"beat/{rank}"]):
                     found[rank] = Beat(**json.loads(self._store.get(f"beat/{rank}")))
         return found
 
     def finish(self) -> None:
         """Say that this rank has done its work and may go."""
-        with self._lock:
+        with self._exclusive():
             self._store.set(f"done/{self._rank}", "1")
 
     def finished(self, rank: int) -> bool:
         """Whether a rank has."""
-        with self._lock:
+        with self._exclusive():
             return bool(self._store.check([f"done/{rank}"]))
 
     def claim(self, fault: Fault) -> Fault:
         """Put the fault up, unless there is one already; the one that stands."""
         text = json.dumps(asdict(fault))
-        with self._lock:
+        with self._exclusive():
             return Fault(**json.loads(self._store.compare_set("fault", "", text)))
 
     def fault(self) -> Fault | None:
         """The fault that stands, if any."""
-        with self._lock:
+        with self._exclusive():
             if not self._store.check(["fault"]):
                 return None
             return Fault(**json.loads(self._store.get("fault")))
+
+
+def connect_store(page: str, timeout: timedelta) -> Any:
+    """A client of the run's store, as the environment names it, on a page that is new for every
+    attempt: torchrun may keep one store over its restarts, with the addresses of the dead in it."""
+    c10d: Any = dist  # its type stubs leave the stores out
+    client = c10d.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return c10d.PrefixStore(f"opensora_sp/{page}/{attempt}", client)
+
+
+def launcher_keeps_store() -> bool:
+    """Whether the store lives in torchrun and not in rank 0, and so outlives any rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def records_for_launcher() -> bool:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -24,9 +24,11 @@ from opensora_sp.atomic import remove_leftovers, remove_unfinished
 from opensora_sp.deadlines import HEARTBEAT_S
 from opensora_sp.errors import JobEnded, Stopped, UserError
 from opensora_sp.parallel.board import (
+    PATIENCE_S,
     Beat,
     Board,
     Fault,
+    launcher_keeps_store,
     record_for_launcher,
     records_for_launcher,
 )
@@ -65,6 +67,7 @@ class Liveness:
         self._stages = Stages()
         self._count = 0
         self._heard = {r: (-1, time.monotonic()) for r in range(len(peers)) if r != rank}
+        self._last_stage: dict[int, str] = {}
         self._last_beat = 0.0
         self._signalled: tuple[int, float] | None = None
         self._closing = threading.Event()
@@ -72,7 +75,17 @@ class Liveness:
         self._deciding = threading.Lock()
         self._main = threading.main_thread().ident
         self._parent = os.getppid()
-        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+        # Two threads, for a store whose keeper is stopped never answers.
+        self._threads = [
+            threading.Thread(target=self._watch, args=(looks,), name="liveness", daemon=True)
+            for looks in (
+                (self._launcher, self._signals, self._deaths, self._late, self._store),
+                (self._told, self._silence) if board is not None else (),
+            )
+            if looks
+        ]
+        self._answered = time.monotonic()
+        self._stopped_since: dict[int, float] = {}
         self._wakeup: socket.socket | None = None
 
     def start(self) -> None:
@@ -86,7 +99,8 @@ class Liveness:
             inlet.setblocking(False)
             self._inlet = inlet
             signal.set_wakeup_fd(inlet.fileno(), warn_on_full_buffer=False)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Stop watching; this rank has finished and may go."""
@@ -98,7 +112,8 @@ class Liveness:
             signal.set_wakeup_fd(-1)
             self._inlet.close()
             self._wakeup.close()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -175,30 +190,49 @@ class Liveness:
             below = self._peers[: self.rank]
             return not any(peer.here and peer.state() == "running" for peer in below)
 
-    # What follows runs in the watching thread.
+    # What follows runs in the watching threads.
 
-    def _watch(self) -> None:
+    def _watch(self, looks: Sequence[Callable[[], Fault | None]]) -> None:
         expected = time.monotonic()
         while not self._closing.wait(POLL_S):
-            if time.monotonic() - expected > HEARTBEAT_S / 10:
-                # This process itself stood still (Ctrl-Z, a suspended machine): so did its clock.
-                self._heard = {r: (-1, time.monotonic()) for r in self._heard}
-                self._stages.restart()
-            expected = time.monotonic() + POLL_S
-            for look in (self._told, self._signals, self._deaths, self._silence, self._late):
+            if time.monotonic() - expected > HEARTBEAT_S / 10 and looks[0] == self._launcher:
+                self._stood_still()
+            for look in looks:
                 try:
                     fault = look()
-                except Exception:  # the store or a peer's entry is gone: the next look tells why
+                except Exception:  # the store or a peer's entry is gone: another look tells why
                     continue
                 if fault is not None and not self._closing.is_set():
                     self._end(fault)
+            expected = time.monotonic() + POLL_S
 
-    def _told(self) -> Fault | None:
-        if time.monotonic() - self._last_beat > BEAT_S:
-            self._show()
+    def _stood_still(self) -> None:
+        """This process itself was stopped (Ctrl-Z, a suspended machine): so were its clocks."""
+        now = time.monotonic()
+        self._heard = dict.fromkeys(self._heard, (-1, now))
+        self._stopped_since.clear()
+        self._answered = now
+        self._stages.restart()
+
+    def _launcher(self) -> Fault | None:
         if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
             return self._fault("the launcher that started it is gone")
-        return None if self._board is None else self._board.fault()
+        return None
+
+    def _told(self) -> Fault | None:
+        assert self._board is not None
+        if time.monotonic() - self._last_beat > BEAT_S:
+            self._show()
+        fault = self._board.fault()
+        self._answered = time.monotonic()
+        return fault
+
+    def _store(self) -> Fault | None:
+        silent = time.monotonic() - self._answered
+        if self._board is None or silent < self._limits.heartbeat + PATIENCE_S:
+            return None
+        what = f"the store of the run, kept there, has not answered for {silent:.0f} s"
+        return Fault(rank=0, stage=self._stage_of(0), what=what)
 
     def _signals(self) -> Fault | None:
         if self._wakeup is not None and self._signalled is None:
@@ -211,25 +245,34 @@ class Liveness:
         return self._stop(self._signalled[0])
 
     def _deaths(self) -> Fault | None:
+        now = time.monotonic()
         for rank in self._heard:
             peer = self._peers[rank]
-            if peer.here and peer.state() == "gone" and not self._has_finished(rank):
+            state = peer.state() if peer.here else "running"
+            if state == "gone" and not self._has_finished(rank):
                 return Fault(rank=rank, stage=self._stage_of(rank), what=peer.fate())
+            if state != "stopped":
+                self._stopped_since.pop(rank, None)
+            elif now - self._stopped_since.setdefault(rank, now) > self._limits.heartbeat:
+                return self._silent(rank, "is stopped (SIGSTOP)")
         return None
 
     def _silence(self) -> Fault | None:
+        assert self._board is not None
         now = time.monotonic()
-        beats = {} if self._board is None else self._board.beats(list(self._heard))
-        for rank, beat in beats.items():
+        for rank, beat in self._board.beats(list(self._heard)).items():
+            self._last_stage[rank] = beat.stage
             if beat.count != self._heard[rank][0]:
                 self._heard[rank] = (beat.count, now)
         for rank, (_, since) in self._heard.items():
-            if now - since > self._limits.heartbeat and not self._has_finished(rank):
-                peer = self._peers[rank]
-                how = "is stopped (SIGSTOP)" if peer.here and peer.state() == "stopped" else "hangs"
-                what = f"{how}: no sign of life for {now - since:.0f} s (--heartbeat-timeout)"
-                return Fault(rank=rank, stage=self._stage_of(rank), what=what)
+            if now - since > self._limits.heartbeat + 1 and not self._has_finished(rank):
+                return self._silent(rank, "hangs")
         return None
+
+    def _silent(self, rank: int, how: str) -> Fault:
+        limit = f"{self._limits.heartbeat:g}"
+        what = f"{how}: no sign of life for {limit} s (--heartbeat-timeout {limit})"
+        return Fault(rank=rank, stage=self._stage_of(rank), what=what)
 
     def _late(self) -> Fault | None:
         late = self._stages.late(self._limits.deadlines)
@@ -246,7 +289,7 @@ class Liveness:
 
     def _end(self, fault: Fault) -> NoReturn:
         """End this process, whatever its main thread does."""
-        self._deciding.acquire()
+        self._deciding.acquire()  # for good
         told = self._board is not None and self._is_on_board(fault)
         mine = not told and self._claim(fault)
         if mine:
@@ -257,8 +300,8 @@ class Liveness:
         if not fault.recorded:  # or torchrun would blame whoever wrote in the same second
             record_for_launcher(JobEnded(str(fault), fault.code))
         remove_unfinished()
-        if mine:
-            self._clear_node()
+        if mine or (self.rank == 0 and not launcher_keeps_store()):
+            self._clear_node()  # rank 0 goes last where the others learn of the fault from it
         _leave(fault.code)
 
     def _is_on_board(self, fault: Fault) -> bool:
@@ -282,13 +325,15 @@ class Liveness:
         return Fault(rank=self.rank, stage=self._stages.where, what=what)
 
     def _stage_of(self, rank: int) -> str:
-        with suppress(Exception):
+        with suppress(Exception):  # the store may have died with the rank that kept it
             assert self._board is not None
             return self._board.beats([rank])[rank].stage
-        return "an unknown stage"
+        return self._last_stage.get(rank, "an unknown stage")
 
     def _has_finished(self, rank: int) -> bool:
-        return self._board is not None and self._board.finished(rank)
+        with suppress(Exception):
+            return self._board is not None and self._board.finished(rank)
+        return False  # whoever finishes leaves the store standing until all have
 
     def _main_stack(self) -> traceback.StackSummary:
         frame = None if self._main is None else sys._current_frames().get(self._main)

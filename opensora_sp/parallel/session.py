@@ -24,7 +24,7 @@ from opensora_sp.parallel.backend import (
     pick_backend,
     pick_device,
 )
-from opensora_sp.parallel.board import Board
+from opensora_sp.parallel.board import Board, connect_store, launcher_keeps_store
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.liveness import Liveness
@@ -204,7 +204,14 @@ def open_session(
                 f"WORLD_SIZE={world} in the environment, but {name} is missing: start with torchrun"
             )
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
-        dist.init_process_group(row.name, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        if launcher_keeps_store():
+            store = connect_store("groups", timeout)
+            dist.init_process_group(
+                row.name, store=store, rank=rank, world_size=world, timeout=timeout
+            )
+        else:
+            dist.init_process_group(row.name, timeout=timeout)
         side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)

@@ -55,7 +55,7 @@ def test_a_stage_is_late_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_space_is_looked_at_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free: Any = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: free)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: free)
     small = Request(prompt="x", height=32, width=48, num_frames=17)
     preflight.check_space(tmp_path / "new", [small], lossless=False)
     big = Request(prompt="x", height=720, width=1280, num_frames=217)
@@ -68,7 +68,7 @@ def test_space_is_looked_at_before_the_run(tmp_path: Path, monkeypatch: pytest.M
 def test_the_block_where_nan_begins_is_named() -> None:
     model = tiny_transformer()
     with torch.no_grad():
-        model.temporal_blocks[1].mlp.fc2.bias[3] = float("inf")  # type: ignore[union-attr,index]
+        model.temporal_blocks[1].mlp.fc2.bias[3] = float("inf")  # type: ignore[union-attr,index,operator]
     layout = Layout(frames=3, size=(8, 12), ranks=1)
     z = normal(1, TINY.in_channels, 3, 8, 12)
     denoiser = parallelize(model, None, layout, Runtime(check_blocks=True))
