@@ -69,7 +69,8 @@ class KeptFrames:
         if bool((mask == 1).all()):
             return noise, None
         placed = noise if session.leads else None
-        z = hand_out_checked(session, placed, noise.shape, noise.dtype)
+        with self._pipeline.clock.stage("hand out"):
+            z = hand_out_checked(session, placed, noise.shape, noise.dtype)
         return z.cpu(), mask
 
     def watch(self, clip: int, index: int, chunk: Tensor) -> None:
@@ -116,13 +117,14 @@ class KeptFrames:
             return
         vae = self._pipeline.vae(request, encoder=True)
         for number, path in enumerate(paths):
-            reference = read_reference(
-                path.strip(),
-                request.height,
-                request.width,
-                fps=request.reference_fps,
-                allow_remote=self._pipeline.allow_remote,
-            )
+            with self._pipeline.clock.stage("read references"):
+                reference = read_reference(
+                    path.strip(),
+                    request.height,
+                    request.width,
+                    fps=request.reference_fps,
+                    allow_remote=self._pipeline.allow_remote,
+                )
 
             def draw(which: str, shape: tuple[int, ...], number: int = number) -> Tensor:
                 return noise_key(request, 0).normal(shape, f"reference {number} {which}")

@@ -234,6 +234,14 @@ class Pipeline:
                     require_finite(encoded.y, f"the text embedding of {shown(caption)}")
                 self._captions[caption, max_length] = (encoded.y[0].cpu(), encoded.mask[0])
 
+    def forget_captions(self) -> None:
+        """Drop the embeddings made so far, so that encoding can be measured again."""
+        self._captions.clear()
+
+    def token_counts(self, captions: Sequence[str], max_length: int) -> list[int]:
+        """Real text tokens of captions that have been encoded; on the leading rank."""
+        return [int(self._captions[caption, max_length][1].sum()) for caption in captions]
+
     def release_text_encoder(self) -> None:
         """Give T5's memory back; embeddings already made are kept."""
         self._text_encoder = None

@@ -1,12 +1,27 @@
-"""Where the time of a run goes: named stages, with the device idle at both ends of each."""
+"""Where the time of a run goes: named stages, with the device idle at both ends of each.
+
+Every run has the sums. A benchmark also switches recording on, and then each stage, each part of
+one and each denoising step is kept as an interval; without it parts and steps cost nothing, and no
+step waits for the device.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from opensora_sp.parallel.ledger import Ledger
+
+STEP = "step"
+# The collectives of a step, by what they are for; see `opensora_sp.parallel.exchange`.
+EXCHANGE_KINDS = ("patches_to_frames", "frames_to_patches")
+VELOCITY_KINDS = ("velocity",)
 
 
 def synchronize(device: torch.device) -> None:
@@ -16,10 +31,57 @@ def synchronize(device: torch.device) -> None:
         module.synchronize()  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """One stage, or a part of one, from `start` for `seconds`.
+
+    start: seconds since the recording began. inside: the stage that this is a part of, None for a
+    stage itself. step: the index of a denoising step. exchange, velocity: seconds of a step in
+    which the host stood still for the exchange around spatial attention, and for the velocity of
+    the other guidance half.
+    """
+
+    stage: str
+    start: float
+    seconds: float
+    inside: str | None = None
+    step: int | None = None
+    exchange: float = 0.0
+    velocity: float = 0.0
+
+
+@dataclass
+class Recording:
+    """Intervals in the order they ended, since `origin` (on `time.perf_counter`).
+
+    open: stages that have begun and not ended, the innermost last.
+    """
+
+    origin: float = field(default_factory=time.perf_counter)
+    intervals: list[Interval] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+
+    def close(self, started: float, **more: object) -> None:
+        """Keep what began at `started` and ends now; its stage is no longer open."""
+        now = time.perf_counter()
+        stage = self.open.pop()
+        inside = self.open[-1] if self.open else None
+        self.intervals.append(
+            Interval(
+                stage=stage,
+                start=started - self.origin,
+                seconds=now - started,
+                inside=inside,
+                **more,  # type: ignore[arg-type]
+            )
+        )
+
+
 class Clock:
     """Seconds per stage, summed over the times it ran, in the order they first ran.
 
-    around(name): a context that each stage also runs in.
+    around(name): a context that each stage also runs in. failed_in: the innermost stage that an
+    exception left first, None as long as all went well.
     """
 
     def __init__(
@@ -30,15 +92,74 @@ class Clock:
         self.device = device
         self._around = around or (lambda name: nullcontext())
         self.seconds: dict[str, float] = {}
+        self.recording: Recording | None = None
+        self.failed_in: str | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a `with` block as stage `name`."""
+        recording = self.recording
         with self._around(name):
             synchronize(self.device)
             started = time.perf_counter()
+            if recording is not None:
+                recording.open.append(name)
             try:
-                yield
+                with torch.profiler.record_function(name):
+                    yield
+            except BaseException:
+                self.failed_in = self.failed_in or name
+                raise
             finally:
                 synchronize(self.device)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                if recording is not None:
+                    recording.close(started)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part of a stage, while recording only."""
+        recording = self.recording
+        if recording is None:
+            yield
+            return
+        synchronize(self.device)
+        started = time.perf_counter()
+        recording.open.append(name)
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            recording.close(started)
+
+    def steps(self, ledger: Ledger) -> Callable[[int], None]:
+        """A function to call with its index when a step has ended; the first begins now."""
+        recording = self.recording
+        if recording is None:
+            return lambda _: None
+        synchronize(self.device)
+        started, before = time.perf_counter(), ledger.snapshot()
+
+        def ended(step: int) -> None:
+            nonlocal started, before
+            synchronize(self.device)
+            spent = ledger.since(before)
+            recording.open.append(STEP)
+            recording.close(
+                started,
+                step=step,
+                exchange=sum(spent[kind].seconds for kind in EXCHANGE_KINDS if kind in spent),
+                velocity=sum(spent[kind].seconds for kind in VELOCITY_KINDS if kind in spent),
+            )
+            started, before = time.perf_counter(), ledger.snapshot()
+
+        return ended
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """Keep intervals for the length of a `with` block, counted from its start."""
+        outer, self.recording = self.recording, Recording()
+        try:
+            yield self.recording
+        finally:
+            self.recording = outer

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -54,13 +54,15 @@ class Liveness:
 
     board None: the process is alone; only its own deadlines are watched then.
     peers: every rank's process, in rank order. directories: where outputs are written, looked
-    through for what a killed rank left.
+    through for what a killed rank left. at_end: called with what happened before this process is
+    ended over it, in the watching thread.
     """
 
     def __init__(
         self, rank: int, board: Board | None, peers: Sequence[Process], limits: Limits
     ) -> None:
         self.rank, self.directories = rank, list[Path]()
+        self.at_end: list[Callable[[str], None]] = []
         self._board, self._peers, self._limits = board, list(peers), limits
         self._stages = Stages()
         self._count = 0
@@ -257,6 +259,9 @@ class Liveness:
         if not fault.recorded:  # or torchrun would blame whoever wrote in the same second
             record_for_launcher(JobEnded(str(fault), fault.code))
         remove_unfinished()
+        for tell in self.at_end:
+            with suppress(Exception):
+                tell(str(fault))
         if mine:
             self._clear_node()
         _leave(fault.code)
