@@ -51,7 +51,7 @@ class Draft:
 
     def fail_for_all(self, said: str) -> None:
         """As `fail`, when the run ends over what happened on another rank."""
-        self._fail("JobEnded", said, None)
+        self._fail("JobEnded", said.removeprefix("error: "), None)
 
     def _fail(self, kind: str, message: str, stage: str | None) -> None:
         found = {
