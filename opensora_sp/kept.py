@@ -44,7 +44,8 @@ class KeptFrames:
         self._latents: list[list[Tensor]] = [[] for _ in requests]
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that the next clip continues
         if self._needed:
-            pipeline.session.together(self._read_all, leading_only=True)
+            with pipeline.clock.stage("wait"):
+                pipeline.session.together(self._read_all, leading_only=True)
 
     @property
     def references(self) -> list[list[Tensor]]:
@@ -60,12 +61,13 @@ class KeptFrames:
             return noise, None
         session = self._pipeline.session
         noise = noise.clone()
-        mask = session.share(
-            session.together(
-                lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
-                leading_only=True,
+        with self._pipeline.clock.stage("wait"):
+            mask = session.share(
+                session.together(
+                    lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
+                    leading_only=True,
+                )
             )
-        )
         if bool((mask == 1).all()):
             return noise, None
         placed = noise if session.leads else None
@@ -110,14 +112,14 @@ class KeptFrames:
             self._read(i, request)
 
     def _read(self, i: int, request: Request) -> None:
-        from opensora_sp.references import read_reference
-
         paths = [path for path in request.reference_path.split(";") if path]
         if not paths:
             return
         vae = self._pipeline.vae(request, encoder=True)
         for number, path in enumerate(paths):
             with self._pipeline.clock.stage("read references"):
+                from opensora_sp.references import read_reference
+
                 reference = read_reference(
                     path.strip(),
                     request.height,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,43 +36,57 @@ class Interval:
     """One stage, or a part of one, from `start` for `seconds`.
 
     start: seconds since the recording began. inside: the stage that this is a part of, None for a
-    stage itself. step: the index of a denoising step. exchange, velocity: seconds of a step in
-    which the host stood still for the exchange around spatial attention, and for the velocity of
-    the other guidance half.
+    stage itself. nested: seconds of other stages within a stage. step: the index of a denoising
+    step. exchange, velocity: seconds of a step in which the host stood still for the exchange
+    around spatial attention, and for the velocity of the other guidance half.
     """
 
     stage: str
     start: float
     seconds: float
     inside: str | None = None
+    nested: float = 0.0
     step: int | None = None
     exchange: float = 0.0
     velocity: float = 0.0
 
 
 @dataclass
-class Recording:
-    """Intervals in the order they ended, since `origin` (on `time.perf_counter`).
+class _Open:
+    """A stage, or a part of one, that has begun and not ended."""
 
-    open: stages that have begun and not ended, the innermost last.
-    """
+    name: str
+    is_part: bool
+    nested: float = 0.0
+
+
+@dataclass
+class Recording:
+    """Intervals in the order they ended, since `origin` (on `time.perf_counter`)."""
 
     origin: float = field(default_factory=time.perf_counter)
     intervals: list[Interval] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
+    _open: list[_Open] = field(default_factory=list)
 
-    def close(self, started: float, **more: object) -> None:
-        """Keep what began at `started` and ends now; its stage is no longer open."""
-        now = time.perf_counter()
-        stage = self.open.pop()
-        inside = self.open[-1] if self.open else None
+    def begin(self, name: str, *, is_part: bool = False) -> None:
+        """A stage, or a part of the stage that is open, begins now."""
+        self._open.append(_Open(name, is_part))
+
+    def end(self, started: float, **more: Any) -> None:
+        """What was begun last, at `started`, ends now."""
+        seconds = time.perf_counter() - started
+        ended = self._open.pop()
+        outer = next((each for each in reversed(self._open) if not each.is_part), None)
+        if outer is not None and not ended.is_part:
+            outer.nested += seconds
         self.intervals.append(
             Interval(
-                stage=stage,
+                stage=ended.name,
                 start=started - self.origin,
-                seconds=now - started,
-                inside=inside,
-                **more,  # type: ignore[arg-type]
+                seconds=seconds,
+                inside=outer.name if outer is not None and ended.is_part else None,
+                nested=ended.nested,
+                **more,
             )
         )
 
@@ -103,7 +117,7 @@ class Clock:
             synchronize(self.device)
             started = time.perf_counter()
             if recording is not None:
-                recording.open.append(name)
+                recording.begin(name)
             try:
                 with torch.profiler.record_function(name):
                     yield
@@ -114,7 +128,7 @@ class Clock:
                 synchronize(self.device)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
                 if recording is not None:
-                    recording.close(started)
+                    recording.end(started)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -125,12 +139,12 @@ class Clock:
             return
         synchronize(self.device)
         started = time.perf_counter()
-        recording.open.append(name)
+        recording.begin(name, is_part=True)
         try:
             yield
         finally:
             synchronize(self.device)
-            recording.close(started)
+            recording.end(started)
 
     def steps(self, ledger: Ledger) -> Callable[[int], None]:
         """A function to call with its index when a step has ended; the first begins now."""
@@ -144,8 +158,8 @@ class Clock:
             nonlocal started, before
             synchronize(self.device)
             spent = ledger.since(before)
-            recording.open.append(STEP)
-            recording.close(
+            recording.begin(STEP, is_part=True)
+            recording.end(
                 started,
                 step=step,
                 exchange=sum(spent[kind].seconds for kind in EXCHANGE_KINDS if kind in spent),

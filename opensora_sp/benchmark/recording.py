@@ -66,7 +66,8 @@ def rank_record(rank: int, phases: Sequence[Phase]) -> dict[str, Any]:
         for interval in sorted(phase.recording.intervals, key=lambda i: i.start):
             intervals.append(_interval(interval, offset))
             if interval.inside is None:
-                stages[interval.stage] = stages.get(interval.stage, 0.0) + interval.seconds
+                own = interval.seconds - interval.nested
+                stages[interval.stage] = stages.get(interval.stage, 0.0) + own
         samples += [[round(at + offset, 4), host, device] for at, host, device in phase.samples]
         for kind, spent in phase.ledger.items():
             ledger[kind] = spent - (Entry() - ledger.get(kind, Entry()))
@@ -93,6 +94,8 @@ def _interval(interval: Interval, offset: float) -> dict[str, Any]:
         "seconds": round(interval.seconds, 6),
         "inside": interval.inside,
     }
+    if interval.nested > 0:
+        fields["nested"] = round(interval.nested, 6)
     if interval.step is not None:
         fields |= {
             "step": interval.step,
