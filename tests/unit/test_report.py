@@ -95,6 +95,17 @@ def test_failed_and_unfinished_reports(tmp_path: Path) -> None:
     assert "out of memory" in "\n".join(report_lines(report))
 
 
+def test_the_committed_reports_are_valid() -> None:
+    folder = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+    reports = [read_report(path, "x") for path in sorted(folder.glob("embedded-ranks-*.json"))]
+    assert [report["run"]["ranks"] for report in reports] == [1, 2, 4]
+    for report in reports:
+        validate(report)
+        for run in report["runs"]:
+            if run["kind"] == "measured":
+                assert run["unaccounted_seconds"] <= 0.05 * run["seconds"]
+
+
 class _Resources(HTMLParser):
     """Everything that a browser would fetch, and every tag."""
 
