@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(job: Job, values: Values) -> Callable[[], int]:
+    for name in ("llm_refine", "sheet"):
+        if values[name]:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} belongs to infer: the benchmark measures generation alone")
     options = BenchmarkOptions.from_values(values)
     check_baseline_request(job, options)
 

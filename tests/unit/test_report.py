@@ -175,6 +175,21 @@ def test_baseline(tmp_path: Path) -> None:
         check_baseline_request(other._job, other._options)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sheet"], "--sheet belongs to infer"),
+        (["--measure-peak", "--peak-tflops", "100"], "choose one"),
+        (["--benchmark-save-path", "report.txt"], "ends in .json"),
+        (["--baseline", "nowhere.json"], "--baseline 'nowhere.json' cannot be read"),
+        (["--eval-count", "0"], "--eval-count '0' is not a whole number of at least 1"),
+    ],
+)
+def test_refusals(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--prompt", "x", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_figures() -> None:
     assert spread([5.0, 1.0, 3.0]) == {"min": 1.0, "median": 3.0, "p90": 5.0, "max": 5.0}
     assert spread([float(i) for i in range(1, 11)])["p90"] == 9.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ class Machine:
     def __call__(self, command: list[str], log: Path, limit: float | None) -> int:
         assert limit == 60
         argv = command[command.index("opensora_sp.cli.benchmark") + 1 :]
-        pairs = zip(argv, argv[1:], strict=False)
+        pairs = itertools.pairwise(argv)
         place = Path([value for flag, value in pairs if flag == "--benchmark-save-path"][-1])
         self.ran.append(place.stem)
         ranks = 2 if "torch.distributed.run" in command else 1
