@@ -182,7 +182,7 @@ def test_baseline(tmp_path: Path) -> None:
         (["--measure-peak", "--peak-tflops", "100"], "choose one"),
         (["--benchmark-save-path", "report.txt"], "ends in .json"),
         (["--baseline", "nowhere.json"], "--baseline 'nowhere.json' cannot be read"),
-        (["--eval-count", "0"], "--eval-count '0' is not a whole number of at least 1"),
+        (["--eval-count", "0"], "--eval-count '0' is not a whole number from 1"),
     ],
 )
 def test_refusals(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
