@@ -66,19 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="fp32 (default) runs every part; others only the transformer's, by relative RMS",
     )
-    doctor = parser.add_argument_group("the machine")
-    doctor.add_argument(
-        "--doctor",
-        action="store_true",
-        help="versions, devices, collectives, operations, encoder, disk, memory instead",
-    )
-    doctor.add_argument(
-        "--save-dir",
-        type=Path,
-        default=Path("samples/samples"),
-        metavar="DIR",
-        help="where outputs would go (default samples/samples)",
-    )
+    _add_doctor(parser)
     parity = parser.add_argument_group("N ranks against one")
     parity.add_argument("--parity", action="store_true", help="compare all ranks with rank 0 alone")
     parity.add_argument("--ckpt-path-dit", type=Path, metavar="DIR", help="default: embedded")
@@ -104,6 +92,22 @@ def _parser() -> argparse.ArgumentParser:
         help="also project the step on 2, 4 and 8 ranks over links of this speed",
     )
     return parser
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    doctor = parser.add_argument_group("the machine")
+    doctor.add_argument(
+        "--doctor",
+        action="store_true",
+        help="versions, devices, collectives, operations, encoder, disk, memory instead",
+    )
+    doctor.add_argument(
+        "--save-dir",
+        type=Path,
+        default=Path("samples/samples"),
+        metavar="DIR",
+        help="where outputs would go (default samples/samples)",
+    )
 
 
 def _verify(arguments: argparse.Namespace, request: Request | None) -> int:
