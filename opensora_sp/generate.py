@@ -115,7 +115,9 @@ def _generate(
     for clip in range(first.loop):
         captions = [caption(request, clip) for request in requests]
         text = pipeline.text(captions, pipeline.max_length(first))
-        start, mask = kept.start(clip, draw_noise(requests, clip) if noise is None else noise)
+        with pipeline.clock.stage("draw noise"):
+            drawn = draw_noise(requests, clip) if noise is None else noise
+        start, mask = kept.start(clip, drawn)
         latents.append(denoise(pipeline, requests, clip, text, start, mask, step_noise))
         repeated = dropped_frames(first) if clip else 0
         for index, chunk in enumerate(decode(pipeline, first, latents[-1])):
@@ -186,13 +188,21 @@ def denoise(
         drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
         return denoiser.shard(drawn)
 
-    with pipeline.clock.stage("denoise"), _progress(pipeline, times) as bar:
-        velocity = _Watched(pipeline, denoiser.prepare(conditions), len(times))
-        shard = sample(
-            denoiser.shard(start), times, velocity, frame_mask, noise_at, lambda _: bar.update()
-        )
+    clock = pipeline.clock
+    with clock.stage("denoise"), _progress(pipeline, times) as bar:
+        with clock.part("prepare"):
+            velocity = _Watched(pipeline, denoiser.prepare(conditions), len(times))
+            shard = denoiser.shard(start)
+        step_ended = clock.steps(pipeline.session.ledger)
+
+        def on_step(step: int) -> None:
+            bar.update()
+            step_ended(step)
+
+        shard = sample(shard, times, velocity, frame_mask, noise_at, on_step)
         velocity.check(shard, "the denoised latents")
-        return denoiser.gather(shard)
+        with clock.part("gather"):
+            return denoiser.gather(shard)
 
 
 class _Watched:
@@ -217,13 +227,14 @@ def _agree(pipeline: Pipeline, requests: Sequence[Request], text: Text, start: T
     """Every rank is about to compute the same video, or the run ends here."""
     session = pipeline.session
     if session.world_size > 1:
-        facts = {
-            "request": " ".join(request.digest()[:16] for request in requests),
-            "noise": checksum([start]),
-            "text embedding": checksum([*text.tokens, text.masks]),
-            "transformer weights": fingerprint(pipeline.transformer),
-        }
-        ensure_agreement(session, facts)
+        with pipeline.clock.stage("agree"):
+            facts = {
+                "request": " ".join(request.digest()[:16] for request in requests),
+                "noise": checksum([start]),
+                "text embedding": checksum([*text.tokens, text.masks]),
+                "transformer weights": fingerprint(pipeline.transformer),
+            }
+            ensure_agreement(session, facts)
 
 
 def decode(pipeline: Pipeline, request: Request, latents: Tensor | None) -> Iterator[Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from opensora_sp import faults
 from opensora_sp.atomic import remove_leftovers
 from opensora_sp.deadlines import parse_deadlines
-from opensora_sp.generate import Collector, Sink, caption, generate
+from opensora_sp.generate import caption, generate
 from opensora_sp.media import probe_encoder
-from opensora_sp.outputs import describe, open_output
+from opensora_sp.outputs import describe, open_outputs
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.parallel.stages import Limits
 from opensora_sp.pipeline import Parallelism, Pipeline
@@ -28,14 +28,8 @@ def run_job(job: Job) -> int:
     Raises UserError for what a person can mend; anything else is a bug.
     """
     settings, started = job.settings, time.perf_counter()
-    limits = Limits(
-        heartbeat=settings.heartbeat_timeout, deadlines=parse_deadlines(settings.deadlines)
-    )
-    with open_session(
-        settings.device, settings.backend, timeout_s=settings.timeout, limits=limits
-    ) as session:
-        _tidy(session, settings)
-        pipeline = _load(settings, session)
+    with open_job_session(settings) as session:
+        pipeline = load_pipeline(settings, session)
         batches = _unfinished(job, session)
         if settings.llm_refine and batches:
             batches = refine_batches(
@@ -46,6 +40,19 @@ def run_job(job: Job) -> int:
     return 0
 
 
+@contextmanager
+def open_job_session(settings: RunSettings) -> Iterator[Session]:
+    """The session that the settings ask for, its leftovers of killed runs removed."""
+    limits = Limits(
+        heartbeat=settings.heartbeat_timeout, deadlines=parse_deadlines(settings.deadlines)
+    )
+    with open_session(
+        settings.device, settings.backend, timeout_s=settings.timeout, limits=limits
+    ) as session:
+        _tidy(session, settings)
+        yield session
+
+
 def _tidy(session: Session, settings: RunSettings) -> None:
     """Remove what a killed run left where this one writes; a killed rank's is removed at once."""
     if session.liveness is not None:
@@ -54,7 +61,8 @@ def _tidy(session: Session, settings: RunSettings) -> None:
         remove_leftovers(settings.save_dir)
 
 
-def _load(settings: RunSettings, session: Session) -> Pipeline:
+def load_pipeline(settings: RunSettings, session: Session) -> Pipeline:
+    """The pipeline that the settings ask for; collective."""
     return Pipeline.load(
         settings.checkpoints,
         session=session,
@@ -99,8 +107,9 @@ def _generate_all(
         pipeline.session.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
         )
-    _announce(pipeline, first)
-    _encode_all_text(pipeline, batches)
+    announce(pipeline, first)
+    encode_all_text(pipeline, batches)
+    pipeline.release_text_encoder()
     sheet = RunSheet() if settings.sheet and leads else None
     for batch in batches:
         _run_batch(pipeline, settings, batch, sheet)
@@ -110,7 +119,8 @@ def _generate_all(
         _write_sheet(pipeline, settings, sheet, first, started)
 
 
-def _announce(pipeline: Pipeline, request: Request) -> None:
+def announce(pipeline: Pipeline, request: Request) -> None:
+    """Say on the leading rank what is about to be made, and on what."""
     session = pipeline.session
     if not session.leads or not pipeline.show_progress:
         return
@@ -128,12 +138,11 @@ def _announce(pipeline: Pipeline, request: Request) -> None:
     )
 
 
-def _encode_all_text(pipeline: Pipeline, batches: Sequence[Sequence[Task]]) -> None:
+def encode_all_text(pipeline: Pipeline, batches: Sequence[Sequence[Task]]) -> None:
     """Every caption of the run in one go, so that T5 can give its memory back before denoising."""
     requests = [task.request for batch in batches for task in batch]
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
     pipeline.encode_captions(captions, pipeline.max_length(requests[0]))
-    pipeline.release_text_encoder()
 
 
 def _run_batch(
@@ -141,16 +150,9 @@ def _run_batch(
 ) -> None:
     started = time.perf_counter()
     requests = [task.request for task in batch]
-    leads = pipeline.session.leads
-    with ExitStack() as outputs:
-        sinks: list[Sink] = [
-            outputs.enter_context(open_output(pipeline, settings, task, sheet))
-            if leads
-            else Collector()
-            for task in batch
-        ]
+    with open_outputs(pipeline, settings, batch, sheet) as sinks:
         generate(pipeline, requests, sinks, keep_latents=False)
-    if leads:
+    if pipeline.session.leads:
         seconds = time.perf_counter() - started
         if sheet is not None:
             sheet.took(batch, seconds)

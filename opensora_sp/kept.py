@@ -44,7 +44,8 @@ class KeptFrames:
         self._latents: list[list[Tensor]] = [[] for _ in requests]
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that the next clip continues
         if self._needed:
-            pipeline.session.together(self._read_all, leading_only=True)
+            with pipeline.clock.stage("wait"):
+                pipeline.session.together(self._read_all, leading_only=True)
 
     @property
     def references(self) -> list[list[Tensor]]:
@@ -60,16 +61,18 @@ class KeptFrames:
             return noise, None
         session = self._pipeline.session
         noise = noise.clone()
-        mask = session.share(
-            session.together(
-                lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
-                leading_only=True,
+        with self._pipeline.clock.stage("wait"):
+            mask = session.share(
+                session.together(
+                    lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
+                    leading_only=True,
+                )
             )
-        )
         if bool((mask == 1).all()):
             return noise, None
         placed = noise if session.leads else None
-        z = hand_out_checked(session, placed, noise.shape, noise.dtype)
+        with self._pipeline.clock.stage("hand out"):
+            z = hand_out_checked(session, placed, noise.shape, noise.dtype)
         return z.cpu(), mask
 
     def watch(self, clip: int, index: int, chunk: Tensor) -> None:
@@ -109,20 +112,21 @@ class KeptFrames:
             self._read(i, request)
 
     def _read(self, i: int, request: Request) -> None:
-        from opensora_sp.references import read_reference
-
         paths = [path for path in request.reference_path.split(";") if path]
         if not paths:
             return
         vae = self._pipeline.vae(request, encoder=True)
         for number, path in enumerate(paths):
-            reference = read_reference(
-                path.strip(),
-                request.height,
-                request.width,
-                fps=request.reference_fps,
-                allow_remote=self._pipeline.allow_remote,
-            )
+            with self._pipeline.clock.stage("read references"):
+                from opensora_sp.references import read_reference
+
+                reference = read_reference(
+                    path.strip(),
+                    request.height,
+                    request.width,
+                    fps=request.reference_fps,
+                    allow_remote=self._pipeline.allow_remote,
+                )
 
             def draw(which: str, shape: tuple[int, ...], number: int = number) -> Tensor:
                 return noise_key(request, 0).normal(shape, f"reference {number} {which}")

@@ -5,13 +5,13 @@ Only the leading rank opens outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp import __version__
-from opensora_sp.generate import Sink
+from opensora_sp.generate import Collector, Sink
 from opensora_sp.media import VideoWriter
 from opensora_sp.pipeline import Pipeline
 from opensora_sp.request import Request, RunSettings, Task
@@ -23,6 +23,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PACKAGES = ("torch", "transformers", "diffusers", "av")
+
+
+@contextmanager
+def open_outputs(
+    pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task], sheet: RunSheet | None = None
+) -> Iterator[list[Sink]]:
+    """A sink for each task of a batch: its file on the leading rank, nothing that lasts elsewhere.
+
+    The files are there when the block has ended well; finishing them is part of stage "write".
+    """
+    if not pipeline.session.leads:
+        yield [Collector() for _ in batch]
+        return
+    with ExitStack() as stack:
+        yield [stack.enter_context(open_output(pipeline, settings, t, sheet)) for t in batch]
+        with pipeline.clock.stage("write"):
+            stack.close()
 
 
 @contextmanager

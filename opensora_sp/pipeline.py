@@ -186,12 +186,12 @@ class Pipeline:
 
     def vae(self, request: Request, *, encoder: bool = False) -> VideoVAE:
         """The video VAE, on the leading rank only; its encoder where references need it."""
-        from opensora_sp.models.video_vae import VideoVAE
-
         if not self.session.leads:
             raise RuntimeError(f"rank {self.session.rank} has no use for the VAE")
         if self._vae is None or (encoder and self._vae.temporal_vae.encoder is None):
             with self.clock.stage("load"):
+                from opensora_sp.models.video_vae import VideoVAE  # its imports take seconds
+
                 self._vae = None
                 self._vae = VideoVAE.load(
                     self.checkpoints.vae3d,
@@ -218,7 +218,8 @@ class Pipeline:
 
     def encode_captions(self, captions: Sequence[str], max_length: int) -> None:
         """Encode cleaned captions ahead of their use, on the leading rank. Collective."""
-        self.session.together(lambda: self._encode(captions, max_length), leading_only=True)
+        with self.clock.stage("wait"):
+            self.session.together(lambda: self._encode(captions, max_length), leading_only=True)
 
     def _encode(self, captions: Sequence[str], max_length: int) -> None:
         missing = [c for c in dict.fromkeys(captions) if (c, max_length) not in self._captions]
@@ -233,6 +234,14 @@ class Pipeline:
                 if self.check_finite != "off":
                     require_finite(encoded.y, f"the text embedding of {shown(caption)}")
                 self._captions[caption, max_length] = (encoded.y[0].cpu(), encoded.mask[0])
+
+    def forget_captions(self) -> None:
+        """Drop the embeddings made so far, so that encoding can be measured again."""
+        self._captions.clear()
+
+    def token_counts(self, captions: Sequence[str], max_length: int) -> list[int]:
+        """Real text tokens of captions that have been encoded; on the leading rank."""
+        return [int(self._captions[caption, max_length][1].sum()) for caption in captions]
 
     def release_text_encoder(self) -> None:
         """Give T5's memory back; embeddings already made are kept."""
@@ -249,18 +258,18 @@ class Pipeline:
             rows = [self._captions[caption, max_length] for caption in captions]
             masks = torch.stack([mask for _, mask in rows])
             flat = torch.cat([y[mask.bool()] for y, mask in rows])
-        masks = session.share(masks)
-        lengths = [int(count) for count in masks.sum(1)]
-        shape = (sum(lengths), self.config.caption_channels)
         with self.clock.stage("hand out"):
+            masks = session.share(masks)
+            lengths = [int(count) for count in masks.sum(1)]
+            shape = (sum(lengths), self.config.caption_channels)
             flat = hand_out_checked(session, flat, shape, self.dtype)
         return Text(list(flat.split(lengths)), masks)
 
     def _load_text_encoder(self, max_length: int) -> TextEncoder:
-        from opensora_sp.models.text_encoder import TextEncoder
-
         if self._text_encoder is None or self._text_encoder.max_length != max_length:
             with self.clock.stage("load"):
+                from opensora_sp.models.text_encoder import TextEncoder  # its imports take seconds
+
                 self._text_encoder = None
                 self._text_encoder = TextEncoder.load(
                     self.checkpoints.t5,

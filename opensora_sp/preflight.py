@@ -75,7 +75,7 @@ def _check_shards(what: str, directory: str, index: str) -> None:
             raise CheckpointError(f"{what} has no {shard}, which {index} names")
 
 
-def check_save_dir(directory: str) -> Path:
+def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
     """The directory to write to, which need not exist yet; creates nothing.
 
     Raises UserError where it could not be made or written to.
@@ -84,9 +84,9 @@ def check_save_dir(directory: str) -> Path:
     while not os.path.lexists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        raise UserError(f"--save-dir {shown(directory)}: {place} is not a directory")
+        raise UserError(f"{flag} {shown(directory)}: {place} is not a directory")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--save-dir {shown(directory)}: {place} may not be written to")
+        raise UserError(f"{flag} {shown(directory)}: {place} may not be written to")
     return Path(directory)
 
 

@@ -85,6 +85,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "num_sample": integer(1, 10_000),
     "batch_size": integer(1, 10_000),
     "verbose": integer(0, 2),
+    "log_dir": optional(path("DIR"), word="null"),
     "cpu_threads": optional(integer(1, 4096), word="auto"),
     "guidance": choice(*GUIDANCE),
     "enable_compile": boolean(),
@@ -227,6 +228,7 @@ class RunSettings:
     num_sample: int = 1
     batch_size: int = 1
     verbose: int = 1
+    log_dir: str | None = None
     cpu_threads: int | None = None
     guidance: Literal["auto", "together", "serial"] = "auto"
     enable_compile: bool = False

@@ -42,13 +42,17 @@ _PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per pr
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was written on a command line: values by key, and the control flags."""
+    """What was written on a command line: values by key, and the control flags.
+
+    program_control: the control flags of one program only, by key.
+    """
 
     written: Mapping[str, Raw]
     config: str | None
     print_config: bool
     version: bool
     help: bool
+    program_control: Mapping[str, Raw] = dataclasses.field(default_factory=dict)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,13 +78,16 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     given = vars(found)
     if extra and "help" not in given:
         _refuse_extra(extra[0])
-    control = {flag.key for flag in all_flags() if flag.control}
+    control = {flag.key: flag for flag in all_flags() if flag.control}
     return CommandLine(
         written={key: raw for key, raw in given.items() if key not in control},
         config=given.get("config"),
         print_config="print_config" in given,
         version="version" in given,
         help="help" in given,
+        program_control={
+            key: raw for key, raw in given.items() if key in control and control[key].program
+        },
     )
 
 
@@ -124,6 +131,9 @@ def resolve(command: CommandLine, *, program: str = "infer") -> Values:
             values[key] = _convert(flags[key], raw, program)
     for key, raw in command.written.items():
         values[key] = _convert(flags[key], raw, program)
+    for flag in all_flags():
+        if flag.key in command.program_control and flag.program != program:
+            _refuse_program(flag, command.program_control[flag.key])
     for key, flag in flags.items():
         if not flag.available and values[key] != flag.default:
             assert flag.feature is not None
@@ -147,9 +157,7 @@ def compose_references(values: Values, prompts: int) -> Values:
 def _convert(flag: Flag, raw: Raw, program: str) -> Any:
     """A flag's value from its text or texts."""
     if flag.program is not None and flag.program != program:
-        raise UserError(
-            f"{flag.name} {shown(raw)} belongs to the {flag.program}: use launch/{flag.program}.py"
-        )
+        _refuse_program(flag, raw)
     if raw is None and flag.default is None:
         return None
     many = flag.nargs in (2, "+")
@@ -165,6 +173,12 @@ def _convert(flag: Flag, raw: Raw, program: str) -> Any:
     return _convert_one(flag, raw)
 
 
+def _refuse_program(flag: Flag, raw: Raw) -> NoReturn:
+    raise UserError(
+        f"{flag.name} {shown(raw)} belongs to the {flag.program}: use launch/{flag.program}.py"
+    )
+
+
 def _convert_one(flag: Flag, text: str | None) -> Any:
     if text is None:
         flag.kind.check(flag.name, None)
@@ -172,14 +186,14 @@ def _convert_one(flag: Flag, text: str | None) -> Any:
     return flag.kind.parse(flag.name, text)
 
 
-def print_config(values: Values) -> str:
+def print_config(values: Values, program: str = "infer") -> str:
     """The resolved configuration as YAML, headed by the shapes that follow from it."""
     values = compose_references(values, len(values["prompt"] or [""]))
     height, width = _size(values)
     frames = values["num_frames"]
     latent = sizes.latent_shape(frames, height, width, values["micro_frame_size"])
     rows, columns = sizes.patch_grid(*latent[1:])
-    kept = {flag.key: values[flag.key] for flag in all_flags() if _is_written(flag)}
+    kept = {flag.key: values[flag.key] for flag in all_flags() if _is_written(flag, program)}
     return (
         f"# {frames} frame{'s' * (frames > 1)} of {height}x{width} (height x width) pixels: "
         f"latents {latent[0]}x{latent[1]}x{latent[2]}, patches {rows}x{columns}\n"
@@ -187,8 +201,8 @@ def print_config(values: Values) -> str:
     )
 
 
-def _is_written(flag: Flag) -> bool:
-    return not flag.control and flag.program is None
+def _is_written(flag: Flag, program: str) -> bool:
+    return not flag.control and flag.program in (None, program)
 
 
 def _size(values: Values) -> tuple[int, int]:

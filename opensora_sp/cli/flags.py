@@ -65,7 +65,8 @@ class Flag:
     def usage(self) -> str:
         """The flag with the names of its values, as help shows it."""
         value = self.kind.metavar
-        values = {None: f" {value}", 0: "", 2: " H W", "+": f" {value} [{value} ...]"}
+        two = f" {value}" if " " in value else " H W"
+        values = {None: f" {value}", 0: "", 2: two, "+": f" {value} [{value} ...]"}
         return self.name + values[self.nargs]
 
 

@@ -1,10 +1,13 @@
 """The flags that say how to run and where the results go: half of the table in flag_table.py."""
 
+from typing import Any, Literal
+
 from opensora_sp import sizes
-from opensora_sp.cli.flags import Group, flag
+from opensora_sp.benchmark.kinds import BENCHMARK_KINDS, DEFAULT_REPORT
+from opensora_sp.cli.flags import Flag, Group, flag
 from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S
 from opensora_sp.request import REQUEST_KINDS, SETTINGS_KINDS
-from opensora_sp.validate import Kind, boolean, file_stem, integer, path
+from opensora_sp.validate import Kind, boolean, file_stem, path
 
 
 def _verbosity() -> Kind:
@@ -15,6 +18,12 @@ def _verbosity() -> Kind:
         return int(value) if value.strip().isdecimal() else int(truth.read(value))
 
     return Kind("{0,1,2}", "0, 1, 2, true or false", read, level.legal)
+
+
+def _benchmark(name: str, default: Any, help: str, nargs: Literal[0] | None = None) -> Flag:
+    """A flag of the benchmark whose legal values are those of its options."""
+    kind = BENCHMARK_KINDS[name.removeprefix("--").replace("-", "_")]
+    return flag(name, kind, default, help, program="benchmark", nargs=nargs)
 
 
 _R, _S = REQUEST_KINDS, SETTINGS_KINDS
@@ -61,6 +70,7 @@ RUN_GROUPS: tuple[Group, ...] = (
                 nargs=0,
             ),
             flag("--verbose", _verbosity(), 1, "0 quiet, 1 progress, 2 everything"),
+            flag("--log-dir", _S["log_dir"], None, "also write what each rank says to rank-N.log"),
         ),
     ),
     (
@@ -186,14 +196,36 @@ RUN_GROUPS: tuple[Group, ...] = (
     (
         "Benchmark (launch/benchmark.py only)",
         (
-            flag("--warmup-count", integer(0), 1, "runs before measuring", program="benchmark"),
-            flag("--eval-count", integer(1), 1, "measured runs", program="benchmark"),
-            flag(
+            _benchmark("--warmup-count", 1, "runs of 5 steps before measuring, not saved"),
+            _benchmark("--eval-count", 1, "measured runs, each written as infer does"),
+            _benchmark(
                 "--benchmark-save-path",
+                DEFAULT_REPORT,
+                "the report, JSON; a page goes beside it",
+            ),
+            _benchmark("--baseline", None, "a report of one rank to count efficiency from"),
+            _benchmark("--peak-tflops", None, "what one device can do, to say what share was used"),
+            _benchmark(
+                "--measure-peak", False, "time a large matrix product for that instead", nargs=0
+            ),
+            _benchmark("--profile", None, "trace one more run of 5 steps, a file per rank"),
+            _benchmark("--weight-hashes", True, "SHA-256 of every weight file in the report"),
+            flag(
+                "--sweep",
                 path("FILE"),
-                "./benchmark/report-opensora-v1.2.json",
-                "the report",
+                None,
+                "measure every size and mesh of a YAML file, each in processes of its own",
                 program="benchmark",
+                control=True,
+            ),
+            flag(
+                "--compare",
+                path("A.json B.json"),
+                None,
+                "print two reports side by side and stop",
+                nargs=2,
+                program="benchmark",
+                control=True,
             ),
         ),
     ),

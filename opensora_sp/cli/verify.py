@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         request = _request(arguments) if arguments.parity else None
+        if arguments.doctor and arguments.parity:
+            raise UserError("--doctor and --parity are two examinations: ask for one at a time")
         if arguments.reference is not None and not arguments.reference.is_dir():
             raise UserError(f"--reference {arguments.reference}: no such directory")
     except UserError as error:
@@ -46,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Runs the conformance suite through the production classes on this machine. Under "
             "torchrun the transformer and sampler cases run sharded over the ranks. With --parity, "
-            "compares all ranks with one instead, on any checkpoint, size and dtype."
+            "compares all ranks with one instead, on any checkpoint, size and dtype. With "
+            "--doctor, looks whether the machine is fit to run the program."
         ),
     )
     parser.add_argument(
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="fp32 (default) runs every part; others only the transformer's, by relative RMS",
     )
+    _add_doctor(parser)
     parity = parser.add_argument_group("N ranks against one")
     parity.add_argument("--parity", action="store_true", help="compare all ranks with rank 0 alone")
     parity.add_argument("--ckpt-path-dit", type=Path, metavar="DIR", help="default: embedded")
@@ -90,14 +94,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    doctor = parser.add_argument_group("the machine")
+    doctor.add_argument(
+        "--doctor",
+        action="store_true",
+        help="versions, devices, collectives, operations, encoder, disk, memory instead",
+    )
+    doctor.add_argument(
+        "--save-dir",
+        type=Path,
+        default=Path("samples/samples"),
+        metavar="DIR",
+        help="where outputs would go (default samples/samples)",
+    )
+
+
 def _verify(arguments: argparse.Namespace, request: Request | None) -> int:
     import torch
 
-    from opensora_sp.parallel.session import open_session
+    from opensora_sp.doctor.examine import TIMEOUT_S, report
+    from opensora_sp.parallel.session import COLLECTIVE_TIMEOUT_S, open_session
 
     # TF32 convolutions are the default on CUDA and 1000 times coarser than the limits.
     torch.backends.cudnn.allow_tf32 = False
-    with open_session(arguments.device, arguments.backend) as session, torch.no_grad():
+    timeout = TIMEOUT_S if arguments.doctor else COLLECTIVE_TIMEOUT_S
+    with (
+        open_session(arguments.device, arguments.backend, timeout_s=timeout) as session,
+        torch.no_grad(),
+    ):
+        if arguments.doctor:
+            return report(session, arguments.save_dir)
         if request is not None:
             return _parity(arguments, session, request)
         return _conformance(arguments, session)

@@ -56,13 +56,15 @@ class Liveness:
 
     board None: the process is alone; only its own deadlines are watched then.
     peers: every rank's process, in rank order. directories: where outputs are written, looked
-    through for what a killed rank left.
+    through for what a killed rank left. at_end: called with what happened before this process is
+    ended over it, in the watching thread.
     """
 
     def __init__(
         self, rank: int, board: Board | None, peers: Sequence[Process], limits: Limits
     ) -> None:
         self.rank, self.directories = rank, list[Path]()
+        self.at_end: list[Callable[[str], None]] = []
         self._board, self._peers, self._limits = board, list(peers), limits
         self._stages = Stages()
         self._count = 0
@@ -300,6 +302,9 @@ class Liveness:
         if not fault.recorded:  # or torchrun would blame whoever wrote in the same second
             record_for_launcher(JobEnded(str(fault), fault.code))
         remove_unfinished()
+        for tell in self.at_end:
+            with suppress(Exception):
+                tell(str(fault))
         if mine or (self.rank == 0 and not launcher_keeps_store()):
             self._clear_node()  # rank 0 goes last where the others learn of the fault from it
         _leave(fault.code)

@@ -1,0 +1,118 @@
+"""How to measure: the flags of the benchmark that say nothing about what is generated.
+
+Imports no torch: a mistake is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.benchmark.kinds import BENCHMARK_KINDS, DEFAULT_REPORT
+from opensora_sp.errors import UserError
+from opensora_sp.preflight import check_output, check_save_dir
+from opensora_sp.report.files import check_baseline
+from opensora_sp.request import Job
+from opensora_sp.validate import shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """What the benchmark does around the runs; raises UserError for a value that is not legal.
+
+    resolution, aspect_ratio: as they were asked for, None beside an image size.
+    benchmark_save_path: the report; the page goes beside it. baseline: a report of one rank that
+    efficiency is counted from. peak_tflops: what the device could do, in 10¹² FLOP/s.
+    measure_peak: time a matrix product for it. profile: where the traces of one more run go.
+    """
+
+    resolution: str | None = None
+    aspect_ratio: str | None = None
+    warmup_count: int = 1
+    eval_count: int = 1
+    benchmark_save_path: Path = Path(DEFAULT_REPORT)
+    baseline: Path | None = None
+    peak_tflops: float | None = None
+    measure_peak: bool = False
+    profile: Path | None = None
+    weight_hashes: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in BENCHMARK_KINDS.items():
+            value = getattr(self, name)
+            kind.check(name, str(value) if isinstance(value, Path) else value)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> BenchmarkOptions:
+        """From resolved flags, with the files and folders they name looked at.
+
+        Raises UserError.
+        """
+        if values["measure_peak"] and values["peak_tflops"] is not None:
+            raise UserError("--measure-peak and --peak-tflops both give the peak: choose one")
+        given: dict[str, Any] = {
+            name: None if values[name] is None else Path(values[name])
+            for name in ("benchmark_save_path", "baseline", "profile")
+        }
+        given |= {name: values[name] for name in BENCHMARK_KINDS if name not in given}
+        named = ("resolution", "aspect_ratio")
+        given |= {name: None if values["image_size"] else values[name] for name in named}
+        options = cls(**given)
+        report = options.benchmark_save_path
+        if report.suffix != ".json":
+            raise UserError(f"--benchmark-save-path {report}: a name that ends in .json is needed")
+        check_save_dir(os.path.dirname(report) or ".", "--benchmark-save-path")
+        check_output(report)
+        check_output(options.page)
+        if options.profile is not None:
+            check_save_dir(str(options.profile), "--profile")
+        if options.baseline is not None:
+            check_baseline(options.baseline)
+        return options
+
+    @property
+    def page(self) -> Path:
+        """The HTML page beside the report."""
+        return self.benchmark_save_path.with_suffix(".html")
+
+
+def check_baseline_request(job: Job, options: BenchmarkOptions) -> None:
+    """UserError where the baseline's report is of another request or dtype than the job's."""
+    if options.baseline is None:
+        return
+    report = check_baseline(options.baseline)
+    mine, theirs = job.tasks[0].request.to_dict(), report["request"]["first"]
+    different = [name for name, value in mine.items() if theirs.get(name) != value]
+    if report["performance_info"]["dtype"] != job.settings.dtype:
+        different.append("dtype")
+    if report["request"]["videos"] != len(job.tasks):
+        different.append("number of videos")
+    if different:
+        raise UserError(
+            f"--baseline {shown(str(options.baseline))} is of another request (it differs in "
+            f"{', '.join(different)}): measure one rank with the same flags first"
+        )
+
+
+def measurement_digest(job: Job, options: BenchmarkOptions, world_size: int) -> str:
+    """SHA-256 (hex) of what decides a measurement: requests, settings, counts, ranks.
+
+    Two reports with one digest measured the same thing; where the results went does not count.
+    """
+    settings = dataclasses.asdict(job.settings)
+    for name in ("save_dir", "sample_name", "verbose", "sheet", "log_dir"):
+        settings.pop(name, None)
+    facts = {
+        "requests": [task.request.digest() for task in job.tasks],
+        "settings": settings,
+        "counts": [options.warmup_count, options.eval_count],
+        "ranks": world_size,
+    }
+    canonical = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()

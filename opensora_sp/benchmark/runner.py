@@ -1,0 +1,260 @@
+"""Runs a job several times with the main path and measures it: warm-up, measured runs, a trace.
+
+The order is infer's: all texts first, so that T5 can give its memory back, then the videos. Each
+run encodes its texts anew; the time that took is the beginning of the run it belongs to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from opensora_sp.benchmark.draft import Draft, frames_of, run_facts
+from opensora_sp.benchmark.flops import decode_flops, denoise_flops, measure_peak, text_flops
+from opensora_sp.benchmark.kinds import WARMUP_STEPS
+from opensora_sp.benchmark.memory import MemoryMeter
+from opensora_sp.benchmark.options import BenchmarkOptions
+from opensora_sp.benchmark.profile import profiled, trace_path
+from opensora_sp.benchmark.recording import Phase, rank_record, recorded
+from opensora_sp.benchmark.weights import describe_weights
+from opensora_sp.generate import Sink, caption, generate
+from opensora_sp.jobs import announce, encode_all_text, load_pipeline, open_job_session
+from opensora_sp.media import probe_encoder
+from opensora_sp.outputs import open_outputs
+from opensora_sp.parallel.session import Session
+from opensora_sp.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.report.build import run_record
+from opensora_sp.report.machine import describe_machine
+from opensora_sp.report.page import write_page
+from opensora_sp.report.table import report_lines
+from opensora_sp.request import Job, Task
+from opensora_sp.timing import Clock
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Batches = Sequence[Sequence[Task]]
+
+
+@dataclass
+class CountingSink:
+    """Counts frames and hands them on, or drops them where there is nothing behind it."""
+
+    inner: Sink | None = None
+    frames: int = 0
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """uint8 [F,H,W,3]."""
+        self.frames += len(frames)
+        if self.inner is not None:
+            self.inner.write(frames)
+
+
+@dataclass
+class _Run:
+    """One run to come: what it generates, whether it is saved, and its text phase once encoded."""
+
+    kind: str
+    number: int
+    batches: Batches
+    text: Phase | None = None
+
+    @property
+    def saved(self) -> bool:
+        return self.kind == "measured"
+
+
+def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
+    """Measure the job on this rank and its peers; returns the exit code 0.
+
+    The report is on disk from the start, as running; a failure leaves it as failed and goes on
+    its way. Raises UserError for what a person can mend.
+    """
+    settings = job.settings
+    with open_job_session(settings) as session:
+        draft = Draft(job, options, ranks=session.world_size)
+        clock = Clock(session.device, session.stage)
+        if session.liveness is not None and session.leads:
+            # When a peer fails this process may be ended where it stands.
+            session.liveness.at_end.append(draft.fail_for_all)
+        try:
+            if session.leads:
+                draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
+                draft.write("running")
+            _measure(job, options, session, draft, clock)
+        except BaseException as error:
+            if session.leads:
+                draft.fail(error, clock.failed_in)
+            raise
+        if session.leads:
+            _finish(draft, options)
+    return 0
+
+
+def _measure(
+    job: Job, options: BenchmarkOptions, session: Session, draft: Draft, clock: Clock
+) -> None:
+    """Everything between the first and the last version of the report."""
+    with clock.stage("check"):
+        pipeline = load_pipeline(job.settings, session)
+    draft.check_seconds = clock.seconds["check"]
+    pipeline.clock = clock
+    draft.facts["run"] = run_facts(pipeline, job)
+    first = job.tasks[0].request
+    if not first.is_image:
+        session.together(
+            lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
+        )
+    announce(pipeline, first)
+    meter = MemoryMeter(session.device)
+    runs = _planned_runs(job, options)
+    tokens = _encode_texts(pipeline, runs, meter, draft)
+    for run in runs:
+        _run(pipeline, job, run, meter, draft)
+    if options.profile is not None:
+        _profile(pipeline, options, runs[-1], draft)
+    draft.doing = "counting FLOPs and hashing weights"
+    _describe(pipeline, job, options, draft, tokens)
+
+
+def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
+    batches = job.batches()
+    short = [[_shortened(task) for task in batches[0]]]
+    warmups = [_Run("warmup", number, short) for number in range(options.warmup_count)]
+    return warmups + [_Run("measured", number, batches) for number in range(options.eval_count)]
+
+
+def _shortened(task: Task) -> Task:
+    """The task with a warm-up's steps."""
+    return replace(task, request=replace(task.request, steps=WARMUP_STEPS))
+
+
+def _encode_texts(
+    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, draft: Draft
+) -> dict[str, int]:
+    """Every run's texts, encoded once for each run; the token count of each caption, on all."""
+    for run in runs:
+        draft.doing = f"texts of {run.kind} run {run.number}"
+        pipeline.forget_captions()
+        with recorded(pipeline, meter) as run.text:
+            encode_all_text(pipeline, run.batches)
+    pipeline.release_text_encoder()
+    # The last run is a measured one, so its captions are all there are.
+    requests = [task.request for batch in runs[-1].batches for task in batch]
+    captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
+    length = pipeline.max_length(requests[0])
+    counts = pipeline.token_counts(captions, length) if pipeline.session.leads else None
+    return dict(zip(captions, pipeline.session.share(counts), strict=True))
+
+
+def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Draft) -> None:
+    """One run; its record joins the draft on the leading rank. Collective."""
+    draft.doing = f"{run.kind} run {run.number}"
+    if pipeline.session.leads and pipeline.show_progress:
+        print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
+    with recorded(pipeline, meter) as phase:
+        frames = _generate(pipeline, job, run)
+    assert run.text is not None
+    session = pipeline.session
+    ranks = session.collect(rank_record(session.rank, [run.text, phase]))
+    if session.leads:
+        videos = sum(len(batch) for batch in run.batches)
+        draft.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
+        draft.write("running")
+
+
+def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
+    """Make the run's videos as infer does; frames that came out on this rank."""
+    frames = 0
+    for batch in run.batches:
+        with ExitStack() as stack:
+            inner: list[Any] = [None] * len(batch)
+            if run.saved:
+                inner = stack.enter_context(open_outputs(pipeline, job.settings, batch))
+            sinks = [CountingSink(sink) for sink in inner]
+            generate(pipeline, [task.request for task in batch], sinks, keep_latents=False)
+        frames += frames_of(sinks)
+    return frames
+
+
+def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: Draft) -> None:
+    """One more run with few steps under the profiler, so that no measured run is slowed by it."""
+    assert options.profile is not None
+    draft.doing = "profiled run"
+    session = pipeline.session
+    short = [[_shortened(task) for task in last.batches[0]]]
+    path = trace_path(options.profile, session.rank)
+    session.wait_for_all()
+    with profiled(path, session.rank, session.device):
+        for batch in short:
+            requests = [task.request for task in batch]
+            generate(pipeline, requests, [CountingSink() for _ in batch], keep_latents=False)
+    draft.profile = session.collect(str(path))
+
+
+def _describe(
+    pipeline: Pipeline,
+    job: Job,
+    options: BenchmarkOptions,
+    draft: Draft,
+    tokens: dict[str, int],
+) -> None:
+    """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
+    session, settings = pipeline.session, job.settings
+    checkpoints = settings.checkpoints or embedded_checkpoints()
+    own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
+    shares = session.collect(own)
+    if options.measure_peak:
+        with pipeline.arithmetic():
+            session.wait_for_all()
+            peaks = session.collect(measure_peak(session.device, pipeline.dtype))
+        draft.peak = {"per_rank": peaks, "source": "measured"}
+    elif options.peak_tflops is not None:
+        given = [options.peak_tflops * 1e12] * session.world_size
+        draft.peak = {"per_rank": given, "source": "given"}
+    if not session.leads:
+        return
+    length = pipeline.max_length(job.tasks[0].request)
+    request = job.tasks[0].request
+    clips = len(job.tasks) * request.loop
+    decoded = decode_flops(request, checkpoints.vae3d, checkpoints.vae2d)
+    draft.work = {
+        "denoise": shares,
+        "decode": None if decoded is None else decoded * clips,
+        "text": text_flops(checkpoints.t5, length) * len(tokens),
+    }
+    draft.facts["model"] = {
+        "checkpoints": "embedded" if settings.checkpoints is None else "given",
+        "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "weights": describe_weights(checkpoints, hashes=options.weight_hashes),
+    }
+
+
+def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, int]) -> float:
+    """Of this rank, over all clips of a batch."""
+    requests = [task.request for task in batch]
+    mesh, rank = pipeline.mesh(requests[0]), pipeline.session.rank
+    of_clip = partial(
+        denoise_flops,
+        requests,
+        config=pipeline.config,
+        mesh=mesh,
+        rank=rank,
+        runtime=pipeline.runtime,
+    )
+    clips = range(requests[0].loop)
+    return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)
+
+
+def _finish(draft: Draft, options: BenchmarkOptions) -> None:
+    report = draft.write("ok")
+    write_page(options.page, report)
+    for line in report_lines(report):
+        print(line)
+    print(f"report: {options.benchmark_save_path}")
+    print(f"page: {options.page}", flush=True)

@@ -1,0 +1,272 @@
+"""Sizes × meshes, each measured in processes of its own, so that one may fail and the rest go on.
+
+A finished report that measured the same thing is not measured again, so a sweep that was stopped
+goes on where it was. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.benchmark.kinds import DEFAULT_REPORT
+from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
+from opensora_sp.benchmark.sweep_table import write_tables
+from opensora_sp.config_file import read_config
+from opensora_sp.errors import UserError
+from opensora_sp.report.files import Report, read_report, write_report
+from opensora_sp.settings import CommandLine, build_job, parse_command_line, resolve
+from opensora_sp.validate import number, shown
+
+_KEYS = ("resolutions", "durations", "meshes", "point_timeout")
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_END_SECONDS = 30.0  # between asking a point to stop and stopping it
+
+Launch = Callable[[list[str], Path, float | None], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement of a sweep: a size of the table or HxW, a duration, a mesh."""
+
+    resolution: str
+    duration: str
+    guidance: int
+    sequence: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes that it takes."""
+        return self.guidance * self.sequence
+
+    @property
+    def mesh(self) -> str:
+        """As it is written in the sweep's file."""
+        return f"{self.guidance}x{self.sequence}"
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.resolution}-{self.duration}-{self.mesh}"
+
+    def flags(self) -> list[str]:
+        """What it adds to a command line."""
+        found = re.fullmatch(r"(\d+)x(\d+)", self.resolution)
+        size = ["--image-size", *found.groups()] if found else ["--resolution", self.resolution]
+        return [
+            *size,
+            *("--num-frames", self.duration),
+            *("--guidance-parallel", str(self.guidance)),
+            *("--sequence-parallel", str(self.sequence)),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The points of a sweep's file, row by row; seconds that each may take."""
+
+    resolutions: tuple[str, ...]
+    durations: tuple[str, ...]
+    meshes: tuple[tuple[int, int], ...]
+    point_timeout: float | None = None
+
+    def points(self) -> Iterator[Point]:
+        """Mesh by mesh, so that tables fill one after the other."""
+        for guidance, sequence in self.meshes:
+            for resolution in self.resolutions:
+                for duration in self.durations:
+                    yield Point(
+                        resolution=resolution,
+                        duration=duration,
+                        guidance=guidance,
+                        sequence=sequence,
+                    )
+
+
+def read_sweep(path: str) -> Sweep:
+    """A sweep's file; UserError naming the key that is missing, unknown or not legal."""
+    raw = read_config(path)
+    what = f"--sweep {shown(path)}"
+    if unknown := sorted(set(raw) - set(_KEYS)):
+        raise UserError(f"{what}: {shown(unknown[0])} is not a key; there are {', '.join(_KEYS)}")
+    lists: dict[str, tuple[str, ...]] = {}
+    for key in _KEYS[:3]:
+        value = raw.get(key)
+        entries = value if isinstance(value, list) else [value]
+        if not all(isinstance(entry, str) and entry for entry in entries):
+            raise UserError(f"{what}: {key} needs one entry or a list of them")
+        lists[key] = tuple(dict.fromkeys(str(entry) for entry in entries))
+    meshes = []
+    for text in lists["meshes"]:
+        found = re.fullmatch(r"([12])x([1-9]\d*)", text)
+        if found is None:
+            raise UserError(
+                f"{what}: the mesh {shown(text)} is not guidance x sequence, such as 1x1, 2x1, 2x4"
+            )
+        meshes.append((int(found[1]), int(found[2])))
+    timeout = raw.get("point_timeout")
+    if isinstance(timeout, list):
+        raise UserError(f"{what}: point_timeout needs one number of seconds")
+    limit = number(0, above=True).parse("point_timeout", timeout) if timeout else None
+    return Sweep(
+        resolutions=lists["resolutions"],
+        durations=lists["durations"],
+        meshes=tuple(meshes),
+        point_timeout=limit,
+    )
+
+
+def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None = None) -> int:
+    """Measure every point that has no finished report; 0 if all have one in the end, else 1.
+
+    launch: starts a command with a log and a limit in seconds, returns its exit code. Raises
+    UserError when no point could be started at all.
+    """
+    path = str(command.program_control["sweep"])
+    sweep = read_sweep(path)
+    base = _without_sweep(argv)
+    report = Path(str(command.written.get("benchmark_save_path", DEFAULT_REPORT)))
+    folder = report.parent / Path(path).stem
+    points = list(sweep.points())
+    reports: dict[str, Report] = {}
+    refused: list[UserError] = []
+    for count, point in enumerate(points, 1):
+        head = f"[{count}/{len(points)}] {point.name}"
+        place = folder / f"{point.name}.json"
+        flags = [*base, *point.flags(), "--benchmark-save-path", str(place)]
+        flags += ["--save-dir", str(folder / "outputs" / point.name)]
+        try:
+            digest = _digest(flags, point.ranks)
+            found = _finished(place, digest)
+            if found is None:
+                print(f"{head}: measuring on {point.ranks} rank(s)", flush=True)
+                found = _measure(point, flags, place, (launch or run_command), sweep.point_timeout)
+            else:
+                print(f"{head}: measured already", flush=True)
+        except UserError as error:
+            refused.append(error)
+            found = _failure("refused", str(error))
+        if found["status"] != "ok":
+            print(f"{head}: {found['status']}: {found['error']['message']}", flush=True)
+        reports[point.name] = found
+        if len(refused) < len(points):
+            write_tables(folder, sweep, reports)
+    if len(refused) == len(points):
+        raise refused[0]
+    for line in write_tables(folder, sweep, reports).splitlines():
+        print(line)
+    print(f"reports, table.md and table.json: {folder}", flush=True)
+    return 0 if all(report["status"] == "ok" for report in reports.values()) else 1
+
+
+def _without_sweep(argv: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for token in argv:
+        if skip:
+            skip = False
+        elif token == "--sweep":
+            skip = True
+        elif not token.startswith("--sweep="):
+            kept.append(token)
+    return kept
+
+
+def _digest(flags: Sequence[str], ranks: int) -> str:
+    """What a point measures; raises UserError where its command line is not possible."""
+    values = resolve(parse_command_line(flags), program="benchmark")
+    options = BenchmarkOptions.from_values(values)
+    return measurement_digest(build_job(values, world_size=ranks), options, ranks)
+
+
+def _finished(place: Path, digest: str) -> Report | None:
+    try:
+        found = read_report(place, "--sweep")
+    except UserError:
+        return None
+    same = found.get("digest") == digest and found.get("status") == "ok"
+    return found if same else None
+
+
+def _measure(
+    point: Point, flags: Sequence[str], place: Path, launch: Launch, limit: float | None
+) -> Report:
+    """Run one point and read what it left; whatever happens there is a report in the end."""
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    log = place.with_suffix(".log")
+    code = launch(_command(point, flags), log, limit)
+    try:
+        found = read_report(place, "--sweep")
+    except UserError:
+        return _failure("failed", _last_error(log) or f"exit code {code} and no report")
+    if found["status"] == "running":
+        # It was killed too fast to say so itself.
+        doing = f"killed or stuck (exit code {code}); its log: {log}"
+        found |= {"status": "failed", "error": _failure("failed", doing)["error"]}
+        write_report(place, found)
+    return found
+
+
+def _failure(kind: str, message: str) -> Report:
+    error = {"type": kind, "message": message, "doing": "starting", "stage": None}
+    return {"status": "failed", "error": error, "summary": None}
+
+
+def _last_error(log: Path) -> str | None:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    said = [line for line in lines if line.startswith("error: ")]
+    return said[-1].removeprefix("error: ") if said else None
+
+
+def _command(point: Point, flags: Sequence[str]) -> list[str]:
+    module = ["-m", "opensora_sp.cli.benchmark", *flags]
+    if point.ranks == 1:
+        return [sys.executable, *module]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(point.ranks)]
+    # A port that the system chooses, so that sweeps may run side by side.
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    return [sys.executable, *launcher, "--local_addr", "127.0.0.1", *module]
+
+
+def run_command(command: list[str], log: Path, limit: float | None) -> int:
+    """Run a command with everything it says in `log`; it and its children end with this call."""
+    paths = [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            print(f"longer than point_timeout {limit:g} s: stopped", flush=True)
+            return -int(signal.SIGTERM)
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Stop what is left of a command's process group: first by asking."""
+    for number_, patience in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        try:
+            os.killpg(process.pid, number_)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,72 @@
+"""Measure generation: the same request, checks and code as infer, run several times."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from opensora_sp.benchmark.options import BenchmarkOptions, check_baseline_request
+from opensora_sp.benchmark.sweep import run_sweep
+from opensora_sp.cli.console import rank, refuse, world_size
+from opensora_sp.cli.program import Program, run_program
+from opensora_sp.errors import UserError
+from opensora_sp.report.compare import compare_lines
+from opensora_sp.report.files import read_finished
+from opensora_sp.request import Job
+from opensora_sp.settings import CommandLine, Values, parse_command_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit code.
+
+    0: measured, compared or swept; 1: points of a sweep failed; 2: refused, with one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command = parse_command_line(argv)
+        if not command.help and "compare" in command.program_control:
+            return _compare(command)
+        if not command.help and "sweep" in command.program_control:
+            return _sweep(command, argv)
+    except UserError as error:
+        return refuse(error, same_everywhere=True)
+    return run_program(Program("benchmark", _plan), argv)
+
+
+def _plan(job: Job, values: Values) -> Callable[[], int]:
+    for name in ("llm_refine", "sheet"):
+        if values[name]:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} belongs to infer: the benchmark measures generation alone")
+    options = BenchmarkOptions.from_values(values)
+    check_baseline_request(job, options)
+
+    def work() -> int:
+        from opensora_sp.benchmark.runner import run_benchmark
+
+        return run_benchmark(job, options)
+
+    return work
+
+
+def _compare(command: CommandLine) -> int:
+    paths = command.program_control["compare"]
+    assert isinstance(paths, list)
+    if others := sorted(command.written):
+        raise UserError(
+            f"--compare only reads two reports: leave --{others[0].replace('_', '-')} out"
+        )
+    reports = [read_finished(Path(str(path)), "--compare") for path in paths]
+    if rank() == "0":
+        for line in compare_lines(reports[0], reports[1], (str(paths[0]), str(paths[1]))):
+            print(line)
+    return 0
+
+
+def _sweep(command: CommandLine, argv: Sequence[str]) -> int:
+    if world_size() > 1:
+        raise UserError("--sweep starts torchrun for every point itself: run it with plain python")
+    return run_sweep(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What the programs that take the whole flag table share: parse, check, run, end."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from opensora_sp import __version__
+from opensora_sp.cli.console import one_line, rank, refuse, world_size
+from opensora_sp.cli.flag_docs import help_text
+from opensora_sp.cli.stopping import leave, stoppable
+from opensora_sp.cli.threads import apply_cpu_threads
+from opensora_sp.errors import JobEnded, Stopped, UserError
+from opensora_sp.rank_log import rank_log
+from opensora_sp.request import Job
+from opensora_sp.settings import (
+    Values,
+    build_job,
+    check_request,
+    parse_command_line,
+    print_config,
+    resolve,
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of the flag table.
+
+    plan: from the checked job and the flags' values to what runs; it may refuse, imports no torch
+    and returns the function that does the work and returns the exit code.
+    """
+
+    name: str
+    plan: Callable[[Job, Values], Callable[[], int]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked job and what will do it."""
+
+    job: Job
+    work: Callable[[], int]
+
+
+def run_program(program: Program, argv: Sequence[str] | None) -> int:
+    """Run one command line; returns its exit code (2: refused, with one line on stderr)."""
+    try:
+        prepared = prepare(program, sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return refuse(error, same_everywhere=True)
+    if isinstance(prepared, str):
+        if rank() == "0":
+            sys.stdout.write(prepared)
+        return 0
+    return _run(prepared)
+
+
+def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
+    """What a command line asks for, or the text that answers it. Imports no torch.
+
+    Raises UserError.
+    """
+    command = parse_command_line(argv)
+    if command.help:
+        return help_text(program.name)
+    if command.version:
+        return f"opensora_sp {__version__}\n"
+    values = resolve(command, program=program.name)
+    if command.print_config:
+        check_request(values, world_size=world_size())
+        return print_config(values, program.name)
+    job = build_job(values, world_size=world_size())
+    return Prepared(job, program.plan(job, values))
+
+
+def _run(prepared: Prepared) -> int:
+    job = prepared.job
+    if rank() == "0" and job.settings.verbose > 0:
+        for note in job.notes:
+            print(f"note: {one_line(note)}", file=sys.stderr)
+    apply_cpu_threads(job.settings.cpu_threads, job.settings.device)
+    with stoppable():
+        try:
+            with rank_log(job.settings.log_dir):
+                return prepared.work()
+        except JobEnded as ended:  # all ranks know, and one of them has said why
+            leave(ended.code)
+        except UserError as error:
+            # Here the ranks may differ: what one finds (its device) the others need not.
+            return refuse(error, same_everywhere=False)
+        except Stopped as stopped:
+            print("stopped: nothing unfinished is left behind", file=sys.stderr)
+            return 128 + stopped.number

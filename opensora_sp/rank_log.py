@@ -1,0 +1,98 @@
+"""What each rank says, in a file of its own beside the screen: --log-dir.
+
+Catches what Python code prints, warns and dies of. What a driver's library writes by itself is
+caught by torchrun's own --log-dir and --tee.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from opensora_sp.errors import UserError
+
+
+class _Tee(io.TextIOBase):
+    """Writes to a stream and, line by line with the time, to a log."""
+
+    def __init__(self, stream: TextIO, log: TextIO, mark: str) -> None:
+        self._stream, self._log, self._mark, self._line = stream, log, mark, ""
+
+    def write(self, text: str) -> int:
+        """Any text; a progress bar's redrawn line counts once, as it was last."""
+        self._stream.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._put(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Of the stream; the log is written line by line."""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """As the stream, so that progress bars behave."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """The stream's."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's."""
+        return self._stream.encoding
+
+    def end(self) -> None:
+        """Put down a line that was never ended."""
+        if self._line:
+            self._put(self._line)
+            self._line = ""
+
+    def _put(self, line: str) -> None:
+        now = datetime.now().isoformat(sep=" ", timespec="milliseconds")
+        print(f"{now} {self._mark} {line.rpartition(chr(13))[2]}", file=self._log, flush=True)
+
+
+def rank_log(directory: str | None) -> AbstractContextManager[None]:
+    """A context in which this rank's words also go to `directory`/rank-N.log; None: no context.
+
+    Raises UserError where the file cannot be made.
+    """
+    if directory is None:
+        return nullcontext()
+    return _logging(Path(directory) / f"rank-{os.environ.get('RANK', '0')}.log")
+
+
+@contextmanager
+def _logging(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--log-dir: cannot write {path}: {error.strerror}") from None
+    out, err = sys.stdout, sys.stderr
+    tees = _Tee(out, log, "out"), _Tee(err, log, "err")
+    with log:
+        faulthandler.enable(log)  # a crash in native code leaves the Python stack here
+        sys.stdout, sys.stderr = tees  # type: ignore[assignment]
+        print(f"process {os.getpid()}: {' '.join(sys.argv)}", file=log, flush=True)
+        try:
+            yield
+        except BaseException:
+            # It is printed by whoever catches it; here it is kept even if nobody gets to.
+            print(traceback.format_exc(), file=log, flush=True)
+            raise
+        finally:
+            sys.stdout, sys.stderr = out, err
+            for tee in tees:
+                tee.end()
+            faulthandler.disable()

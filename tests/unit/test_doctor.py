@@ -1,0 +1,96 @@
+"""The doctor finds what is planted: a wrong operation, a missing encoder, an old package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opensora_sp.cli.verify import main
+from opensora_sp.doctor import surroundings
+from opensora_sp.doctor.finding import failed, merge, passed
+from opensora_sp.doctor.operations import CASES, check_operations
+from opensora_sp.doctor.surroundings import check_host, check_versions
+
+CPU = torch.device("cpu")
+
+
+def planted(
+    right: Callable[..., torch.Tensor], spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> Any:
+    """An operation as a broken device has it: the reference, in float64, stays right."""
+
+    def broken(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        result = right(x, *rest, **named)
+        return result if x.dtype == torch.float64 else spoil(result)
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "spoil"),
+    [
+        ("silu", "silu", lambda y: y * 1.05),
+        ("attention, 72 wide", "scaled_dot_product_attention", lambda y: y.flip(0)),
+        ("conv3d, causal", "conv3d", lambda y: y.roll(1, 2)),
+        ("group norm", "group_norm", lambda y: y.where(y < 3, y * float("nan"))),
+    ],
+)
+def test_a_wrong_operation_is_found(
+    name: str, operation: str, spoil: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = planted(getattr(F, operation), spoil)
+    monkeypatch.setattr(F, operation, broken)
+    cases = [case for case in CASES if case.name == name]
+    monkeypatch.setattr("opensora_sp.doctor.operations.CASES", (*cases, CASES[0]))
+    bad, good, whole = check_operations(CPU)
+    assert (bad.name, bad.state) == (name, "FAILED")
+    assert all(kind in bad.found for kind in ("fp32", "fp16", "bf16"))
+    assert good.state == whole.state == "ok"
+
+
+def test_a_missing_encoder_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import av
+
+    def missing(self: Any, codec: Any, *rest: Any, **named: Any) -> Any:
+        raise av.codec.codec.UnknownCodecError(str(codec))
+
+    command = ["--doctor", "--device", "cpu", "--save-dir", str(tmp_path)]
+    assert main(command) == 0
+    assert " 0 failed" in capsys.readouterr().out
+    monkeypatch.setattr("opensora_sp.media.VideoWriter._add_stream", missing)
+    assert main(command) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(said) == 1
+    assert said[0].split()[:3] == ["host", "encoder", "FAILED"]
+
+
+def test_an_old_or_absent_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    oldest = {**surroundings.OLDEST, "torch": (99, 1), "no-such-package": (1, 0)}
+    monkeypatch.setattr(surroundings, "OLDEST", oldest)
+    found = {f.name: f for f in check_versions()}
+    assert found["torch"].state == "FAILED"
+    assert "older than 99.1" in found["torch"].found
+    assert "pip install 'no-such-package>=1.0'" in found["no-such-package"].found
+    assert found["numpy"].state == "ok"
+
+
+def test_too_little_room_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(surroundings, "_encoder", lambda: passed("host", "encoder"))
+    monkeypatch.setattr(surroundings, "_LEAST_DISK", 1 << 60)
+    monkeypatch.setattr(surroundings, "_LEAST_MEMORY", 1 << 60)
+    states = {f.name: f.state for f in check_host(tmp_path / "later", 2)}
+    assert states["disk"] == states["memory"] == "FAILED"
+    assert states["encoder"] == "ok"
+
+
+def test_ranks_are_merged() -> None:
+    good, bad = passed("device", "x"), failed("device", "x", "gone")
+    assert merge([[good], [good]]) == [good]
+    assert merge([[good], [bad], [bad]]) == [failed("device", "x", "rank 1 (and 1 more): gone")]
