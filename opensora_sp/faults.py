@@ -30,7 +30,7 @@ class Point:
     """A place in a run: what the stage is called there, and what can happen to whom.
 
     leading: only the leading rank comes here. middle: a rank of four, not the leading one, that
-    does too. needs: flags without which nobody does.
+    does too. needs: flags without which nobody does. program: whose run it is in.
     """
 
     stage: str
@@ -38,6 +38,7 @@ class Point:
     leading: bool = False
     middle: int = 2
     needs: tuple[str, ...] = ()
+    program: str = "infer"
 
 
 POINTS: Mapping[str, Point] = {
@@ -51,6 +52,12 @@ POINTS: Mapping[str, Point] = {
     "decode": Point("decode", (*ENDS, "slow"), leading=True),
     "encode-to-file": Point("write", leading=True),
     "between-outputs": Point("between outputs"),
+    "report": Point(
+        "report",
+        leading=True,
+        needs=("--warmup-count", "0", "--benchmark-save-path", "{folder}/report.json"),
+        program="benchmark",
+    ),
 }
 
 

@@ -82,7 +82,8 @@ def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0, forked: bool = 
     flags = ["--prompt", "one", "two", "--image-size", "32", "48", "--num-frames", "17"]
     flags += ["--num-sampling-steps", "2", "--device", "cpu", "--verbose", "0"]
     flags += ["--save-dir", str(outputs), "--heartbeat-timeout", str(HEARTBEAT_S)]
-    flags += POINTS[cell.point].needs
+    point = POINTS[cell.point]
+    flags += [need.format(folder=folder) for need in point.needs]
     if cell.way == "hang":
         flags += ["--deadlines", f"step={STEP_DEADLINE_S}"]
     environment = {
@@ -94,7 +95,7 @@ def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0, forked: bool = 
     run = (
         _Forked(flags, environment, said)
         if forked
-        else _Torchrun(flags, environment, said, max_restarts)
+        else _Torchrun([f"launch/{point.program}.py", *flags], environment, said, max_restarts)
     )
     outcome = Outcome()
     try:
@@ -119,7 +120,7 @@ class _Torchrun:
         command += ["--max-restarts", str(max_restarts), "--master_port", str(free_port())]
         with said.open("w") as out:
             self._process = subprocess.Popen(
-                [*command, "launch/infer.py", *flags],
+                [*command, *flags],
                 cwd=ROOT,
                 env=environment,
                 stdout=out,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from opensora_sp import faults
 from opensora_sp.benchmark.draft import Draft, frames_of, run_facts
 from opensora_sp.benchmark.flops import decode_flops, denoise_flops, measure_peak, text_flops
 from opensora_sp.benchmark.kinds import WARMUP_STEPS
@@ -92,7 +93,9 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
                 draft.fail(error, clock.failed_in)
             raise
         if session.leads:
-            _finish(draft, options)
+            with session.stage("report"):
+                faults.reach("report")
+                _finish(draft, options)
     return 0
 
 
