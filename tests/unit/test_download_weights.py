@@ -50,73 +50,71 @@ class Hub:
         return None
 
 
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the hub that a subclass names."""
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
-        def do_GET(self) -> None:
-            self.answer(body=True)
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
 
-        def answer(self, *, body: bool) -> None:
-            found = hub.find(self.path.partition("?")[0].removeprefix("/cdn"))
-            if found is None:
-                self.send_response(404)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            name, file = found
-            content = file.read_bytes()
-            if file.suffix in LARGE and not self.path.startswith("/cdn/"):
-                self.send_response(302)  # large files lie elsewhere
-                self.send_header("Location", f"{hub.address}/cdn{self.path}")
-                self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("X-Linked-Size", str(len(content)))
-                self.send_header("X-Repo-Commit", self.path.split("/resolve/")[1].split("/")[0])
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            asked = self.headers.get("Range", "")
-            start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header(
-                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
-                )
-            git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-            self.send_header("ETag", f'"{git}"')
-            self.send_header("X-Repo-Commit", self.path.split("/resolve/")[1].split("/")[0])
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(content) - start))
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        found = self.hub.find(self.path.partition("?")[0].removeprefix("/cdn"))
+        if found is None:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
             self.end_headers()
-            if body:
-                self.send(name, content, start)
+            return
+        name, file = found
+        content = file.read_bytes()
+        if file.suffix in LARGE and not self.path.startswith("/cdn/"):
+            self.send_response(302)  # large files lie elsewhere
+            self.send_header("Location", f"{self.hub.address}/cdn{self.path}")
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Linked-Size", str(len(content)))
+            self.send_header("X-Repo-Commit", self.path.split("/resolve/")[1].split("/")[0])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        asked = self.headers.get("Range", "")
+        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+        self.send_header("ETag", f'"{git}"')
+        self.send_header("X-Repo-Commit", self.path.split("/resolve/")[1].split("/")[0])
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if body:
+            self.send(name, content, start)
 
-        def send(self, name: str, content: bytes, start: int) -> None:
-            hub.fetched.append((name, self.headers.get("Range", "")))
-            if hub.spoilt.get(name, 0) > 0:
-                hub.spoilt[name] -= 1
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            if name == hub.stalls and not hub.stalled.is_set():
-                self.wfile.write(content[:STALLS_AT])
-                hub.stalled.set()
-                hub.released.wait(60)
-                self.close_connection = True
-                return
-            self.wfile.write(content[start:])
-
-    return Handler
+    def send(self, name: str, content: bytes, start: int) -> None:
+        self.hub.fetched.append((name, self.headers.get("Range", "")))
+        if self.hub.spoilt.get(name, 0) > 0:
+            self.hub.spoilt[name] -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if name == self.hub.stalls and not self.hub.stalled.is_set():
+            self.wfile.write(content[:STALLS_AT])
+            self.hub.stalled.set()
+            self.hub.released.wait(60)
+            self.close_connection = True
+            return
+        self.wfile.write(content[start:])
 
 
 @pytest.fixture
 def hub(embedded_dir: Path) -> Iterator[Hub]:
     hub = Hub(embedded_dir)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     hub.address = f"http://127.0.0.1:{server.server_port}"
