@@ -32,7 +32,6 @@ class Colossal:
                 f"({type(error).__name__}: {error}); {COLOSSALAI_RECIPE}"
             ) from error
         self._colossalai = colossalai
-        self._meshes: dict[Mesh, Any] = {}
         if device.type == "cpu" or backend.device == "cpu":
             colossalai.accelerator.set_accelerator("cpu")  # its backend is gloo
         elif device.type == "cuda":
@@ -47,15 +46,14 @@ class Colossal:
         """
         self._colossalai.launch_from_torch(verbose=False)
 
-    def groups(self, mesh: Mesh) -> tuple[Any, Any]:
-        """This rank's sequence and guidance group; None where it is alone. All ranks call it."""
-        shape = (mesh.replicas, mesh.guidance, mesh.sequence)
-        if mesh not in self._meshes:
-            self._meshes[mesh] = self._colossalai.cluster.ProcessGroupMesh(*shape)
-        made = self._meshes[mesh]
-        sequence = made.get_group_along_axis(2) if mesh.sequence > 1 else None
-        guidance = made.get_group_along_axis(1) if mesh.guidance > 1 else None
-        return sequence, guidance
+    def groups(self, mesh: Mesh) -> dict[tuple[int, ...], Any]:
+        """This rank's groups of more than one rank, by their ranks. All ranks call it alike."""
+        made = self._colossalai.cluster.ProcessGroupMesh(
+            mesh.replicas, mesh.guidance, mesh.sequence
+        )
+        axes = [axis for axis in (1, 2) if made.size(axis) > 1]
+        groups = [made.create_group_along_axis(axis) for axis in axes]
+        return {tuple(made.get_ranks_in_group(group)): group for group in groups}
 
 
 def _accelerator(device: torch.device, backend: Backend) -> Any:

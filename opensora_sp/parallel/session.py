@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -138,22 +138,28 @@ class Session:
         """Make the groups of a mesh. Every rank calls this at the same point."""
         if mesh.size != self.world_size:
             raise ValueError(f"mesh {mesh} on {self.world_size} ranks")
-        made = (None, None) if self.colossal is None else self.colossal.groups(mesh)
+        made = None if self.colossal is None else self.colossal.groups(mesh)
         return MeshComms(
             mesh=mesh,
             place=mesh.place(self.rank),
-            sequence=self._group_of(mesh.sequence_groups(), made[0]),
-            guidance=self._group_of(mesh.guidance_groups(), made[1]),
+            sequence=self._group_of(mesh.sequence_groups(), made),
+            guidance=self._group_of(mesh.guidance_groups(), made),
         )
 
-    def _group_of(self, groups: Sequence[list[int]], made: Any = None) -> Comm:
+    def _group_of(
+        self, groups: Sequence[list[int]], made: Mapping[tuple[int, ...], Any] | None = None
+    ) -> Comm:
         """The group that holds this rank; all ranks must make all groups, in the same order.
 
-        made: this rank's group, where somebody else has made them all.
+        made: this rank's groups by their ranks, where somebody else has made them all.
         """
         found: Comm | None = None
         for ranks in groups:
-            group = None if len(ranks) == 1 else made or dist.new_group(ranks)
+            group = None
+            if len(ranks) > 1 and made is None:
+                group = dist.new_group(ranks)
+            elif len(ranks) > 1 and self.rank in ranks and made is not None:
+                group = made[tuple(ranks)]
             if self.rank in ranks:
                 found = Comm(
                     group,
