@@ -13,6 +13,7 @@ from opensora_sp.deadlines import parse_deadlines
 from opensora_sp.generate import caption, generate
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import describe, open_outputs
+from opensora_sp.parallel.nodes import crossing_note
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.parallel.stages import Limits
 from opensora_sp.pipeline import Parallelism, Pipeline
@@ -47,7 +48,11 @@ def open_job_session(settings: RunSettings) -> Iterator[Session]:
         heartbeat=settings.heartbeat_timeout, deadlines=parse_deadlines(settings.deadlines)
     )
     with open_session(
-        settings.device, settings.backend, timeout_s=settings.timeout, limits=limits
+        settings.device,
+        settings.backend,
+        launcher=settings.launcher,
+        timeout_s=settings.timeout,
+        limits=limits,
     ) as session:
         _tidy(session, settings)
         yield session
@@ -127,6 +132,8 @@ def announce(pipeline: Pipeline, request: Request) -> None:
     known = pipeline.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
         print(f"note: this transformer knows {known} text tokens at most", file=sys.stderr)
+    if (note := crossing_note(pipeline.mesh(request), session.nodes)) is not None:
+        print(f"note: {note}", file=sys.stderr)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     print(

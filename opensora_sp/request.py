@@ -29,6 +29,7 @@ IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
 
 DEVICES = ("gcu", "cuda", "cpu")
 BACKENDS = ("eccl", "nccl", "gloo")
+LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 GUIDANCE = ("auto", "together", "serial")
 LOOP_CARRY = ("frames", "latents")
@@ -79,6 +80,7 @@ REQUEST_KINDS: Mapping[str, Kind] = {
 SETTINGS_KINDS: Mapping[str, Kind] = {
     "device": optional(choice(*DEVICES), word="auto"),
     "backend": optional(choice(*BACKENDS), word="auto"),
+    "launcher": choice(*LAUNCHERS),
     "dtype": choice(*DTYPES),
     "save_dir": path("DIR"),
     "sample_name": optional(file_stem(), word="null"),
@@ -220,6 +222,7 @@ class RunSettings:
 
     device: str | None = None
     backend: str | None = None
+    launcher: str = "torch"
     dtype: str = "bf16"
     checkpoints: Checkpoints | None = None
     save_dir: Path = Path("samples/samples")

@@ -25,6 +25,7 @@ from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.preflight import (
     check_checkpoints,
     check_conditions,
+    check_launcher,
     check_output,
     check_save_dir,
     check_space,
@@ -236,6 +237,7 @@ def build_job(values: Values, *, world_size: int = 1) -> Job:
     Raises UserError.
     """
     notes = check_request(values, world_size=world_size)
+    check_launcher(values["launcher"])
     if values["llm_refine"]:
         from opensora_sp.refine import check_endpoint
 

@@ -169,6 +169,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         text="--backend {backend} does not serve --device {device}: leave --backend out",
     ),
     Combination(
+        features="--launcher colossalai + --timeout",
+        outcome="note",
+        meets=lambda v: v["launcher"] == "colossalai" and v["timeout"] != 1800,
+        text="--timeout {timeout:g} has no effect on collectives with --launcher colossalai, which "
+        "takes none: --heartbeat-timeout and --deadlines still hold",
+    ),
+    Combination(
         features="--device cpu + --dtype fp16",
         outcome="note",
         meets=lambda v: v["device"] == "cpu" and v["dtype"] == "fp16",

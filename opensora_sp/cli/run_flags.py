@@ -101,6 +101,7 @@ RUN_GROUPS: tuple[Group, ...] = (
                 shown_default="the first of gcu, cuda, cpu that is there",
             ),
             flag("--backend", _S["backend"], None, "collectives", shown_default="the device's"),
+            flag("--launcher", _S["launcher"], "torch", "who makes the process groups"),
             flag(
                 "--cpu-threads",
                 _S["cpu_threads"],

@@ -212,12 +212,11 @@ class FinalLayer(nn.Module):
         variance, which nobody reads, are not computed.
         """
         shift, scale = (self.scale_shift_table + t.unsqueeze(2)).unsqueeze(3).unbind(2)
-        order = torch.arange(PATCH * PATCH * self.out_channels)
-        order = order.view(PATCH * PATCH, self.out_channels).T[:channels].flatten()
-        order = order.to(self.linear.weight.device)
-        return F.linear(
-            modulated_norm(x, shift, scale), self.linear.weight[order], self.linear.bias[order]
-        )
+        # By views, for no index tensor is to be needed on the device.
+        weight = self.linear.weight.unflatten(0, (-1, self.out_channels))  # [row·column,8,C]
+        bias = self.linear.bias.unflatten(0, (-1, self.out_channels))
+        weight, bias = (part.transpose(0, 1)[:channels].flatten(0, 1) for part in (weight, bias))
+        return F.linear(modulated_norm(x, shift, scale), weight, bias)
 
 
 class Rotary(nn.Module):
@@ -302,8 +301,10 @@ class STDiT3(nn.Module):
 
     def null_tokens(self, masks: Tensor) -> list[Tensor]:
         """The null embedding under each sample's mask [B,L] of 0/1 → B × [L_b, caption]."""
-        null = self.y_embedder.y_embedding
-        return [null[: mask.numel()][mask.cpu().bool().to(null.device)] for mask in masks]
+        # On the CPU, the result moved: some accelerators have no sound indexing by a mask.
+        null = self.y_embedder.y_embedding.cpu()
+        tokens = [null[: mask.numel()][mask.cpu().bool()] for mask in masks]
+        return [kept.to(self.device) for kept in tokens]
 
     def head(self, x: Tensor, tables: StepTables, channels: int | None = None) -> Tensor:
         """x [B,T,S,C] → patches [B,T,S,channels·4]; by default only the velocity's channels."""

@@ -193,7 +193,7 @@ class VideoVAE(nn.Module):
             WeightFiles.open(Path(vae3d), ("model", "pytorch_model")),
             dtype=dtype,
             device=device,
-            aliases=_older_attention_names(),
+            aliases=older_attention_names(),
             keep_float32=lambda name: name in ("shift", "scale"),
             skip=None if with_encoder else lambda name: name.startswith(_ENCODER_PARTS),
         )
@@ -210,7 +210,7 @@ class VideoVAE(nn.Module):
         with torch.device("meta"):
             vae = cls(VideoVAEConfig.read(vae3d, vae2d))
         weights = WeightFiles.open(Path(vae3d), ("model", "pytorch_model"))
-        names = _older_attention_names()
+        names = older_attention_names()
         load_module(
             vae, weights, dtype=torch.float32, device="cpu", aliases=names, skip=lambda _: True
         )
@@ -350,7 +350,7 @@ def _autoencoder_class() -> Any:
     return AutoencoderKL
 
 
-def _older_attention_names() -> dict[str, str]:
+def older_attention_names() -> dict[str, str]:
     """Names that diffusers gave the attention's weights before 0.18, to today's."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from opensora_sp.denoiser import Piece, cut
@@ -122,18 +122,29 @@ def project_step(
     one_rank_seconds: float,
     link_bytes_per_second: float,
     call_seconds: float = 20e-6,
+    between_bytes_per_second: float | None = None,
+    nodes: Sequence[int] = (),
 ) -> Projection:
     """The distance model: a measured one-rank step, spread over a mesh with given links.
 
     Compute falls with the slowest rank's share of the FLOPs at the FLOP/s that the one rank
-    showed; the exchange is its bytes at the link's speed plus a latency per call.
+    showed; the exchange is its bytes at the link's speed plus a latency per call. With `nodes`,
+    each rank's node, a group that is spread over several runs at `between_bytes_per_second`: an
+    all-to-all has ended when its slowest link has.
     """
+    across = link_bytes_per_second if between_bytes_per_second is None else between_bytes_per_second
+
+    def speed(kind: str) -> float:
+        groups = mesh.guidance_groups() if kind == "velocity" else mesh.sequence_groups()
+        spread = nodes and any(len({nodes[rank] for rank in ranks}) > 1 for ranks in groups)
+        return across if spread else link_bytes_per_second
+
     alone = step_flops(work, Mesh(), 0)
     ranks = range(mesh.replica_size)
     compute = max(step_flops(work, mesh, rank) / alone for rank in ranks) * one_rank_seconds
-    traffic = [step_traffic(work, mesh, rank, runtime).values() for rank in ranks]
+    traffic = [step_traffic(work, mesh, rank, runtime).items() for rank in ranks]
     exchange = max(
-        sum(calls * call_seconds + size / link_bytes_per_second for calls, size in kinds)
+        sum(calls * call_seconds + size / speed(kind) for kind, (calls, size) in kinds)
         for kinds in traffic
     )
     return Projection(compute=compute, exchange=exchange)

@@ -34,6 +34,7 @@ class Comm:
     """A process group, this rank's index in it, and the ledger its collectives are booked in.
 
     through_host: the backend does not serve the device, so buffers pass through host memory.
+    elsewhere: the indices in it of ranks on other nodes.
     """
 
     group: Any
@@ -41,6 +42,7 @@ class Comm:
     size: int
     ledger: Ledger = field(default_factory=Ledger)
     through_host: bool = False
+    elsewhere: frozenset[int] = frozenset()
 
 
 class Transfer:
@@ -68,8 +70,15 @@ class Transfer:
             recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
         )
         self._send, self._recv = send, recv
-        leaving = (sum(send_sizes) - send_sizes[comm.rank]) * send.element_size()
-        comm.ledger.add(kind, calls=1, bytes_sent=leaving, seconds=time.perf_counter() - started)
+        leaving = sum(send_sizes) - send_sizes[comm.rank]
+        between = sum(send_sizes[rank] for rank in comm.elsewhere)
+        comm.ledger.add(
+            kind,
+            calls=1,
+            bytes_sent=leaving * send.element_size(),
+            seconds=time.perf_counter() - started,
+            bytes_between=between * send.element_size(),
+        )
 
     def wait(self) -> Tensor:
         """The received tensor in its final shape."""
@@ -193,7 +202,13 @@ def hand_out(
     travelling = buffer.cpu() if comm.through_host else buffer
     dist.broadcast(travelling, dist.get_global_rank(comm.group, source), group=comm.group)
     leaving = travelling.numel() * travelling.element_size() if comm.rank == source else 0
-    comm.ledger.add("hand_out", calls=1, bytes_sent=leaving, seconds=time.perf_counter() - started)
+    comm.ledger.add(
+        "hand_out",
+        calls=1,
+        bytes_sent=leaving,
+        seconds=time.perf_counter() - started,
+        bytes_between=leaving if comm.elsewhere else 0,
+    )
     arrived = travelling.to(device)
     if faults.reach("hand-out"):
         arrived.view(-1)[:1] += 1

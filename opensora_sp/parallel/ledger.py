@@ -12,12 +12,14 @@ class Entry:
     calls: int = 0
     bytes_sent: int = 0
     seconds: float = 0.0
+    bytes_between: int = 0
 
     def __sub__(self, other: Entry) -> Entry:
         return Entry(
             self.calls - other.calls,
             self.bytes_sent - other.bytes_sent,
             self.seconds - other.seconds,
+            self.bytes_between - other.bytes_between,
         )
 
 
@@ -26,18 +28,28 @@ class Ledger:
     """Calls, bytes and seconds per kind of collective.
 
     bytes_sent counts what leaves this rank for another one; what it sends to itself is free.
+    bytes_between is the part of it that leaves the node.
     seconds is how long the host stood still for the collective: on a CPU the exposed part of the
     exchange, on an accelerator only what was waited for on the host.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
 
-    def add(self, kind: str, *, calls: int = 0, bytes_sent: int = 0, seconds: float = 0.0) -> None:
+    def add(
+        self,
+        kind: str,
+        *,
+        calls: int = 0,
+        bytes_sent: int = 0,
+        seconds: float = 0.0,
+        bytes_between: int = 0,
+    ) -> None:
         """Book a collective, or the seconds it was waited for."""
         entry = self.entries.setdefault(kind, Entry())
         entry.calls += calls
         entry.bytes_sent += bytes_sent
         entry.seconds += seconds
+        entry.bytes_between += bytes_between
 
     def snapshot(self) -> dict[str, Entry]:
         """A copy of the entries, to subtract from a later one."""

@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,12 @@ from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.liveness import Liveness
 from opensora_sp.parallel.mesh import Mesh, Place
+from opensora_sp.parallel.nodes import node_name, number_nodes
 from opensora_sp.parallel.peers import Process
 from opensora_sp.parallel.stages import Limits
+
+if TYPE_CHECKING:
+    from opensora_sp.parallel.colossal import Colossal
 
 T = TypeVar("T")
 # Collectives wait this long for a peer. Long phases of the leading rank are waited for on the
@@ -52,7 +56,10 @@ class MeshComms:
 
 @dataclass
 class Session:
-    """One process of the run; with a world of one there are no process groups at all."""
+    """One process of the run; with a world of one there are no process groups at all.
+
+    nodes: the number of each rank's node. colossal: makes the groups of a mesh, where asked to.
+    """
 
     rank: int
     local_rank: int
@@ -62,6 +69,8 @@ class Session:
     world: Comm
     side: Any = None
     liveness: Liveness | None = None
+    nodes: tuple[int, ...] = (0,)
+    colossal: Colossal | None = None
 
     @property
     def leads(self) -> bool:
@@ -129,18 +138,28 @@ class Session:
         """Make the groups of a mesh. Every rank calls this at the same point."""
         if mesh.size != self.world_size:
             raise ValueError(f"mesh {mesh} on {self.world_size} ranks")
+        made = None if self.colossal is None else self.colossal.groups(mesh)
         return MeshComms(
             mesh=mesh,
             place=mesh.place(self.rank),
-            sequence=self._group_of(mesh.sequence_groups()),
-            guidance=self._group_of(mesh.guidance_groups()),
+            sequence=self._group_of(mesh.sequence_groups(), made),
+            guidance=self._group_of(mesh.guidance_groups(), made),
         )
 
-    def _group_of(self, groups: Sequence[list[int]]) -> Comm:
-        """The group that holds this rank; all ranks must make all groups, in the same order."""
+    def _group_of(
+        self, groups: Sequence[list[int]], made: Mapping[tuple[int, ...], Any] | None = None
+    ) -> Comm:
+        """The group that holds this rank; all ranks must make all groups, in the same order.
+
+        made: this rank's groups by their ranks, where somebody else has made them all.
+        """
         found: Comm | None = None
         for ranks in groups:
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group = None
+            if len(ranks) > 1 and made is None:
+                group = dist.new_group(ranks)
+            elif len(ranks) > 1 and self.rank in ranks and made is not None:
+                group = made[tuple(ranks)]
             if self.rank in ranks:
                 found = Comm(
                     group,
@@ -148,10 +167,16 @@ class Session:
                     len(ranks),
                     self.ledger,
                     self.world.through_host,
+                    _elsewhere(ranks, self.rank, self.nodes),
                 )
         if found is None:
             raise ValueError(f"rank {self.rank} is in none of {groups}")
         return found
+
+
+def _elsewhere(ranks: Sequence[int], rank: int, nodes: Sequence[int]) -> frozenset[int]:
+    """The places in a group of ranks that are on other nodes than this rank."""
+    return frozenset(i for i, other in enumerate(ranks) if nodes[other] != nodes[rank])
 
 
 def alone(device: str | None = None) -> Session:
@@ -177,16 +202,18 @@ def open_session(
     device: str | None = None,
     backend: str | None = None,
     *,
+    launcher: str = "torch",
     timeout_s: float = COLLECTIVE_TIMEOUT_S,
     limits: Limits | None = None,
 ) -> Iterator[Session]:
     """The session of this process, as torchrun's environment describes it; alone without one.
 
     device: gcu, cuda, cpu or None for the first of them that is here. backend: None for the
-    device's own. limits: of silence and of stages. Raises UserError for what is not there. Groups
-    are destroyed on a clean exit. With peers, an exception that leaves the block ends the run on
-    all ranks, says why once, and comes out as JobEnded; the groups are left to die with the
-    process then, for peers may be stuck inside them.
+    device's own. launcher: torch, or colossalai to have it make the groups. limits: of silence
+    and of stages. Raises UserError for what is not there. Groups are destroyed on a clean exit.
+    With peers, an exception that leaves the block ends the run on all ranks, says why once, and
+    comes out as JobEnded; the groups are left to die with the process then, for peers may be
+    stuck inside them.
     """
     rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank = _environment("LOCAL_RANK", 0)
@@ -203,9 +230,12 @@ def open_session(
             raise UserError(
                 f"WORLD_SIZE={world} in the environment, but {name} is missing: start with torchrun"
             )
+    colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
         timeout = timedelta(seconds=timeout_s)
-        if launcher_keeps_store():
+        if colossal is not None:
+            colossal.launch()
+        elif launcher_keeps_store():
             store = connect_store("groups", timeout)
             dist.init_process_group(
                 row.name, store=store, rank=rank, world_size=world, timeout=timeout
@@ -215,7 +245,9 @@ def open_session(
         side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
-    session = Session(rank, local_rank, world, here, row, comm, side)
+    session = Session(rank, local_rank, world, here, row, comm, side, colossal=colossal)
+    session.nodes = number_nodes(session.collect(node_name()))
+    session.world = replace(comm, elsewhere=_elsewhere(range(world), rank, session.nodes))
     liveness = Liveness(
         rank, Board.connect(rank, world), session.collect(Process.current()), limits or Limits()
     )
@@ -231,6 +263,13 @@ def open_session(
     except BaseException as error:
         raise liveness.failed(error) from error
     _close(session)
+
+
+def _colossal(device: torch.device, backend: Backend) -> Colossal:
+    """ColossalAI, imported now that it is asked for."""
+    from opensora_sp.parallel.colossal import Colossal
+
+    return Colossal(device, backend)
 
 
 def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:

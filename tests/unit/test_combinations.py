@@ -56,6 +56,7 @@ MEETING: dict[str, list[str]] = {
     "--cfg-scale 1 + --guidance": ["--cfg-scale", "1", "--guidance", "serial"],
     "--cfg-scale 1 + --guidance-parallel 2": ["--cfg-scale", "1", "--guidance-parallel", "2"],
     "--device + --backend": ["--device", "cpu", "--backend", "nccl"],
+    "--launcher colossalai + --timeout": ["--launcher", "colossalai", "--timeout", "60"],
     "--device cpu + --dtype fp16": ["--device", "cpu", "--dtype", "fp16"],
     "--watermark + a small picture": ["--watermark", "true", "--image-size", "31", "64"],
     "--prompt-generator without --llm-refine": ["--prompt-generator", "some-model"],
