@@ -232,16 +232,7 @@ def open_session(
             )
     colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
-        timeout = timedelta(seconds=timeout_s)
-        if colossal is not None:
-            colossal.launch()
-        elif launcher_keeps_store():
-            store = connect_store("groups", timeout)
-            dist.init_process_group(
-                row.name, store=store, rank=rank, world_size=world, timeout=timeout
-            )
-        else:
-            dist.init_process_group(row.name, timeout=timeout)
+        _make_world(row.name, rank, world, timedelta(seconds=timeout_s), colossal)
         side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
@@ -263,6 +254,19 @@ def open_session(
     except BaseException as error:
         raise liveness.failed(error) from error
     _close(session)
+
+
+def _make_world(
+    backend: str, rank: int, world: int, timeout: timedelta, colossal: Colossal | None
+) -> None:
+    """The process group of all ranks."""
+    if colossal is not None:
+        colossal.launch()
+    elif launcher_keeps_store():
+        store = connect_store("groups", timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def _colossal(device: torch.device, backend: Backend) -> Colossal:
