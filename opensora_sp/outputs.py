@@ -31,13 +31,16 @@ def open_outputs(
 ) -> Iterator[list[Sink]]:
     """A sink for each task of a batch: its file on the leading rank, nothing that lasts elsewhere.
 
-    The files are there when the block has ended well; finishing them is part of stage "write".
+    The files are there when the block has ended well; opening and finishing them is stage
+    "write".
     """
     if not pipeline.session.leads:
         yield [Collector() for _ in batch]
         return
     with ExitStack() as stack:
-        yield [stack.enter_context(open_output(pipeline, settings, t, sheet)) for t in batch]
+        with pipeline.clock.stage("write"):
+            sinks = [stack.enter_context(open_output(pipeline, settings, t, sheet)) for t in batch]
+        yield sinks
         with pipeline.clock.stage("write"):
             stack.close()
 
