@@ -107,10 +107,10 @@ def _busy(rank: Mapping[str, Any]) -> float:
 def ledger_summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Per collective: calls, bytes and seconds of one run (the last), rank by rank."""
     kinds = sorted({kind for rank in runs[-1]["ranks"] for kind in rank["ledger"]})
-    empty = {"calls": 0, "bytes_sent": 0, "seconds": 0.0}
+    empty = {"calls": 0, "bytes_sent": 0, "bytes_between": 0, "seconds": 0.0}
     return {
         kind: {
-            name: [rank["ledger"].get(kind, empty)[name] for rank in runs[-1]["ranks"]]
+            name: [{**empty, **rank["ledger"].get(kind, {})}[name] for rank in runs[-1]["ranks"]]
             for name in empty
         }
         for kind in kinds
