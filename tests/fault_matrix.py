@@ -81,6 +81,7 @@ def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0, forked: bool = 
     logs.mkdir()
     flags = ["--prompt", "one", "two", "--image-size", "32", "48", "--num-frames", "17"]
     flags += ["--num-sampling-steps", "2", "--device", "cpu", "--verbose", "0"]
+    flags += ["--text-cache", "off"]  # or the second cell would have no text to encode
     flags += ["--save-dir", str(outputs), "--heartbeat-timeout", str(HEARTBEAT_S)]
     flags += POINTS[cell.point].needs
     if cell.way == "hang":

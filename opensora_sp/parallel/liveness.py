@@ -54,13 +54,15 @@ class Liveness:
 
     board None: the process is alone; only its own deadlines are watched then.
     peers: every rank's process, in rank order. directories: where outputs are written, looked
-    through for what a killed rank left.
+    through for what a killed rank left. stop_grace: seconds that the main thread has to leave in
+    order after a signal.
     """
 
     def __init__(
         self, rank: int, board: Board | None, peers: Sequence[Process], limits: Limits
     ) -> None:
         self.rank, self.directories = rank, list[Path]()
+        self.stop_grace = STOP_GRACE_S
         self._board, self._peers, self._limits = board, list(peers), limits
         self._stages = Stages()
         self._count = 0
@@ -206,7 +208,7 @@ class Liveness:
                 number = self._wakeup.recv(1)[0]
                 if number in (signal.SIGINT, signal.SIGTERM):
                     self._signalled = (number, time.monotonic())
-        if self._signalled is None or time.monotonic() - self._signalled[1] < STOP_GRACE_S:
+        if self._signalled is None or time.monotonic() - self._signalled[1] < self.stop_grace:
             return None
         return self._stop(self._signalled[0])
 

@@ -57,6 +57,7 @@ MEETING: dict[str, list[str]] = {
     "--cfg-scale 1 + --guidance-parallel 2": ["--cfg-scale", "1", "--guidance-parallel", "2"],
     "--device + --backend": ["--device", "cpu", "--backend", "nccl"],
     "--device cpu + --dtype fp16": ["--device", "cpu", "--dtype", "fp16"],
+    "--resume + --overwrite": ["--resume", "--overwrite"],
     "--watermark + a small picture": ["--watermark", "true", "--image-size", "31", "64"],
     "--prompt-generator without --llm-refine": ["--prompt-generator", "some-model"],
     "--prompt-as-path + --sample-name": ["--prompt-as-path", "--sample-name", "x"],
