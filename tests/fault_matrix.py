@@ -216,7 +216,7 @@ def _judge(cell: Cell, outcome: Outcome, outputs: Path, max_restarts: int) -> No
     if (outcome.code == 0) != (max_restarts > 0):
         wrong.append(f"exit code {outcome.code}")
     found = sorted(path.name for path in outputs.iterdir()) if outputs.exists() else []
-    wrong += [f"{name} is left" for name in found if name.startswith(".opensora-sp")]
+    wrong += [f"{path.name} is left" for path in outputs.rglob("*.tmp")]
     wrong += [f"{n} does not play" for n in found if n.endswith(".mp4") and not _plays(outputs / n)]
     if max_restarts and [n for n in found if n.endswith(".mp4")] != [
         "sample_0000.mp4",
