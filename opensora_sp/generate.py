@@ -18,7 +18,9 @@ from opensora_sp.kept import KeptFrames, dropped_frames, noise_key
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
 from opensora_sp.prompts import caption_for_clip
 from opensora_sp.request import Request
+from opensora_sp.resume import Begun, Progress
 from opensora_sp.sampling import VelocityFunction, sample, timesteps
+from opensora_sp.saved_state import Position
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,15 +88,17 @@ def generate(
     noise: Tensor | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     keep_latents: bool = True,
+    progress: Progress | None = None,
 ) -> Result:
     """Generate requests of one shape together. Every rank calls this with the same arguments.
 
     noise, step_noise: as for `Pipeline.generate`.
     keep_latents: return the latents; without, memory does not grow with the number of clips.
+    progress: saves the state on the way, and knows what is there already.
     """
     check_batch(requests)
     with torch.no_grad(), pipeline.arithmetic():
-        latents = _generate(pipeline, requests, sinks, noise, step_noise, keep_latents)
+        latents = _generate(pipeline, requests, sinks, noise, step_noise, keep_latents, progress)
     return Result(
         requests=requests, latents=latents, sinks=sinks, seconds=dict(pipeline.clock.seconds)
     )
@@ -107,18 +111,38 @@ def _generate(
     noise: Tensor | None,
     step_noise: Callable[[int], Tensor] | None,
     keep_latents: bool,
+    progress: Progress | None,
 ) -> list[Tensor | None]:
     """Clip by clip: text, start, denoise, decode, write; the latents of each clip."""
     first = requests[0]
-    kept = KeptFrames(pipeline, requests)
+    progress = progress or Progress(pipeline, [], Position())
+    kept = KeptFrames(pipeline, requests, needed=not progress.is_finished(first.loop - 1))
     latents: list[Tensor | None] = []
     for clip in range(first.loop):
-        captions = [caption(request, clip) for request in requests]
-        text = pipeline.text(captions, pipeline.max_length(first))
-        with pipeline.clock.stage("draw noise"):
-            drawn = draw_noise(requests, clip) if noise is None else noise
-        start, mask = kept.start(clip, drawn)
-        latents.append(denoise(pipeline, requests, clip, text, start, mask, step_noise))
+        if progress.is_finished(clip):
+            latents.append(progress.latents(clip))
+        else:
+            begun = progress.begun(clip)
+            if begun is None:
+                with pipeline.clock.stage("draw noise"):
+                    drawn = draw_noise(requests, clip) if noise is None else noise
+                begun = Begun(0, *kept.start(clip, drawn))
+            captions = [caption(request, clip) for request in requests]
+            text = pipeline.text(captions, pipeline.max_length(first))
+            latents.append(
+                denoise(
+                    pipeline,
+                    requests,
+                    clip,
+                    text,
+                    begun.z,
+                    begun.mask,
+                    step_noise,
+                    first_step=begun.step,
+                    progress=progress,
+                )
+            )
+            progress.finish(clip, latents[-1], last=clip + 1 == first.loop)
         repeated = dropped_frames(first) if clip else 0
         for index, chunk in enumerate(decode(pipeline, first, latents[-1])):
             kept.watch(clip, index, chunk)
@@ -160,10 +184,14 @@ def denoise(
     start: Tensor,
     frame_mask: Tensor | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
+    *,
+    first_step: int = 0,
+    progress: Progress | None = None,
 ) -> Tensor | None:
     """Starting latents [B,4,T,H,W] → latents [B,4,T,H,W] on the leading rank.
 
     Sharded in between. frame_mask [B,T]: which frames of `start` are kept, see `sample`.
+    first_step: `start` is what the steps before it have made. progress: told of every step.
     """
     request = requests[0]
     denoiser: Denoiser = pipeline.denoiser(request)
@@ -188,28 +216,34 @@ def denoise(
         drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
         return denoiser.shard(drawn)
 
+    progress = progress or Progress(pipeline, [], Position())
     clock = pipeline.clock
-    with clock.stage("denoise"), _progress(pipeline, times) as bar:
+    with clock.stage("denoise"), _bar(pipeline, times, first_step) as bar:
         with clock.part("prepare"):
-            velocity = _Watched(pipeline, denoiser.prepare(conditions), len(times))
-            shard = denoiser.shard(start)
+            velocity = _Watched(pipeline, denoiser.prepare(conditions), len(times), first_step)
+            z = denoiser.shard(start)
         step_ended = clock.steps(pipeline.session.ledger)
 
-        def on_step(step: int) -> None:
+        def on_step(step: int, z: Tensor) -> None:
             bar.update()
             step_ended(step)
+            if step + 1 < len(times):
+                progress.watch(clip, step + 1, frame_mask, lambda: denoiser.gather(z))
 
-        shard = sample(shard, times, velocity, frame_mask, noise_at, on_step)
-        velocity.check(shard, "the denoised latents")
+        with progress.stoppable():
+            z = sample(z, times, velocity, frame_mask, noise_at, on_step, first_step)
+        velocity.check(z, "the denoised latents")
         with clock.part("gather"):
-            return denoiser.gather(shard)
+            return denoiser.gather(z)
 
 
 class _Watched:
     """The velocity, with the run's progress told to the peers and its numbers looked at."""
 
-    def __init__(self, pipeline: Pipeline, velocity: VelocityFunction, steps: int) -> None:
-        self._pipeline, self._velocity, self._steps, self._step = pipeline, velocity, steps, 0
+    def __init__(
+        self, pipeline: Pipeline, velocity: VelocityFunction, steps: int, done: int
+    ) -> None:
+        self._pipeline, self._velocity, self._steps, self._step = pipeline, velocity, steps, done
 
     def __call__(self, z: Tensor, t: float, generate: Tensor | None) -> Tensor:
         self._step += 1
@@ -267,9 +301,10 @@ def write(pipeline: Pipeline, chunk: Tensor, sinks: Sequence[Sink]) -> None:
             sink.write(frames)
 
 
-def _progress(pipeline: Pipeline, times: Sequence[float]) -> Any:
+def _bar(pipeline: Pipeline, times: Sequence[float], first_step: int) -> Any:
     """A bar with steps, pace and ETA on rank 0's standard error."""
     from tqdm import tqdm
 
-    show = pipeline.show_progress and pipeline.session.leads
-    return tqdm(total=len(times), desc="denoise", unit="step", disable=not show)
+    show = pipeline.show_progress and pipeline.session.whole.leads
+    steps = len(times)
+    return tqdm(total=steps, initial=first_step, desc="denoise", unit="step", disable=not show)

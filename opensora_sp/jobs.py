@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from opensora_sp import faults
 from opensora_sp.atomic import remove_leftovers
 from opensora_sp.deadlines import parse_deadlines
-from opensora_sp.generate import caption, generate
+from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.generate import generate
+from opensora_sp.identity import Identity, identity_of, latents_identity, model_digests
+from opensora_sp.manifest import FOLDER, Stage, write_record
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import describe, open_outputs
+from opensora_sp.parallel.agreement import ensure_agreement
+from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.nodes import crossing_note
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.parallel.stages import Limits
 from opensora_sp.pipeline import Parallelism, Pipeline
 from opensora_sp.refine import refine_batches
 from opensora_sp.request import Job, Request, RunSettings, Task
+from opensora_sp.resume import Progress
 from opensora_sp.runtime import Runtime
+from opensora_sp.saved_state import Position, StateFiles
+from opensora_sp.schedule import Work, deal, regroup
 from opensora_sp.sheet_sink import RunSheet
+from opensora_sp.standing import Standing, captions_left, look_at_all
+from opensora_sp.text_cache import default_directory
 
 
 def run_job(job: Job) -> int:
@@ -29,15 +42,17 @@ def run_job(job: Job) -> int:
     Raises UserError for what a person can mend; anything else is a bug.
     """
     settings, started = job.settings, time.perf_counter()
-    with open_job_session(settings) as session:
-        pipeline = load_pipeline(settings, session)
-        batches = _unfinished(job, session)
-        if settings.llm_refine and batches:
-            batches = refine_batches(
-                batches, session, settings.prompt_generator, verbose=settings.verbose > 0
-            )
-        if batches:
-            _generate_all(pipeline, settings, batches, started)
+    with open_job_session(settings) as whole:
+        mesh = mesh_of(job, whole.world_size)
+        session = whole.split(mesh) if mesh.replicas > 1 else whole
+        pipeline = load_pipeline(settings, session, mesh)
+        models = whole.together(lambda: model_digests(pipeline.checkpoints), leading_only=True)
+        models = whole.share(models)
+        _agree(job, whole)
+        works = _unfinished(job, whole, models)
+        if works:
+            announce(pipeline, works[0].tasks[0].request, mesh)
+            _generate_all(pipeline, job, deal(works, mesh.replicas), models, started)
     return 0
 
 
@@ -60,14 +75,28 @@ def open_job_session(settings: RunSettings) -> Iterator[Session]:
 
 def _tidy(session: Session, settings: RunSettings) -> None:
     """Remove what a killed run left where this one writes; a killed rank's is removed at once."""
+    places = [settings.save_dir, settings.save_dir / FOLDER]
     if session.liveness is not None:
-        session.liveness.directories.append(settings.save_dir)
+        session.liveness.directories += places
     if session.leads:
-        remove_leftovers(settings.save_dir)
+        for place in places:
+            remove_leftovers(place)
 
 
-def load_pipeline(settings: RunSettings, session: Session) -> Pipeline:
-    """The pipeline that the settings ask for; collective."""
+def mesh_of(job: Job, world: int) -> Mesh:
+    """How the ranks share the job."""
+    settings = job.settings
+    return plan_mesh(
+        world,
+        guided=job.tasks[0].request.cfg_scale != 1,
+        replicas=settings.replicas or 1,
+        guidance=settings.guidance_parallel,
+        sequence=settings.sequence_parallel,
+    )
+
+
+def load_pipeline(settings: RunSettings, session: Session, mesh: Mesh) -> Pipeline:
+    """The pipeline that the settings ask for, for one replica of the mesh; collective."""
     return Pipeline.load(
         settings.checkpoints,
         session=session,
@@ -78,100 +107,216 @@ def load_pipeline(settings: RunSettings, session: Session) -> Pipeline:
             chunks=session.backend.chunks,
             check_blocks=settings.check_finite == "blocks",
         ),
-        parallelism=Parallelism(
-            replicas=settings.replicas or 1,
-            guidance=settings.guidance_parallel,
-            sequence=settings.sequence_parallel,
-        ),
+        parallelism=Parallelism(guidance=mesh.guidance, sequence=mesh.sequence),
         show_progress=settings.verbose > 0,
         allow_remote=settings.allow_remote,
         check_finite=settings.check_finite,
+        text_cache=_text_cache(settings),
     )
 
 
-def _unfinished(job: Job, session: Session) -> list[Sequence[Task]]:
-    """The batches that are still to be made, as the leading rank sees them."""
-    if not job.settings.skip_existing:
-        return list(job.batches())
-    there = session.share([task.output.exists() for task in job.tasks] if session.leads else None)
-    finished = {task for task, exists in zip(job.tasks, there, strict=True) if exists}
-    if session.leads:
-        for task in sorted(finished, key=lambda task: task.output):
-            print(f"{task.output} is there already, skipped", file=sys.stderr)
-    # A video does not depend on what it is batched with, so a batch may lose some of its own.
-    batches = ([task for task in batch if task not in finished] for batch in job.batches())
-    return [batch for batch in batches if batch]
+def _text_cache(settings: RunSettings) -> Path | None:
+    if settings.text_cache == "off":
+        return None
+    return default_directory() if settings.text_cache == "auto" else Path(settings.text_cache)
 
 
-def _generate_all(
-    pipeline: Pipeline, settings: RunSettings, batches: Sequence[Sequence[Task]], started: float
-) -> None:
-    leads, first = pipeline.session.leads, batches[0][0].request
-    if not first.is_image:
-        # A broken encoder is found now, not after hours of denoising.
-        pipeline.session.together(
-            lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
+def _agree(job: Job, whole: Session) -> None:
+    """All ranks have the same list before them, or the replicas would leave parts of it out."""
+    if whole.world_size > 1:
+        text = "".join(f"{task.request.digest()}{task.output.name}\n" for task in job.tasks)
+        facts = {"list of requests": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        ensure_agreement(whole, facts)
+
+
+def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> list[Work]:
+    """What is still to be made, as rank 0 sees it; prompts refined where that is asked for."""
+    looked = whole.together(lambda: look_at_all(job, models), leading_only=True)
+    standings = dict(zip(job.tasks, whole.share(looked), strict=True))
+    works = regroup(job.batches(), {task: found.position for task, found in standings.items()})
+    return _refine(works, standings, job.settings, whole) if job.settings.llm_refine else works
+
+
+def _refine(
+    works: Sequence[Work], standings: dict[Task, Standing], settings: RunSettings, whole: Session
+) -> list[Work]:
+    """The works with refined prompts; what has been begun goes on with the prompt it has."""
+    fresh = [work.tasks for work in works if work.start == Position()]
+    answers = iter(
+        refine_batches(fresh, whole, settings.prompt_generator, verbose=settings.verbose > 0)
+        if fresh
+        else ()
+    )
+    return [
+        replace(work, tasks=tuple(next(answers)))
+        if work.start == Position()
+        else replace(
+            work, tasks=tuple(_with_prompt(task, standings[task].refined) for task in work.tasks)
         )
-    announce(pipeline, first)
-    encode_all_text(pipeline, batches)
-    pipeline.release_text_encoder()
-    sheet = RunSheet() if settings.sheet and leads else None
-    for batch in batches:
-        _run_batch(pipeline, settings, batch, sheet)
-        with pipeline.session.stage("between outputs"):
-            faults.reach("between-outputs")
-    if sheet is not None:
-        _write_sheet(pipeline, settings, sheet, first, started)
+        for work in works
+    ]
 
 
-def announce(pipeline: Pipeline, request: Request) -> None:
-    """Say on the leading rank what is about to be made, and on what."""
-    session = pipeline.session
-    if not session.leads or not pipeline.show_progress:
+def _with_prompt(task: Task, refined: str | None) -> Task:
+    if refined is None:
+        return task
+    request = replace(task.request, prompt=refined)
+    return replace(task, request=request, original_prompt=task.request.prompt)
+
+
+def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
+    """Say on rank 0 what is about to be made, and on what."""
+    whole = pipeline.session.whole
+    if not whole.leads or not pipeline.show_progress:
         return
     known = pipeline.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
         print(f"note: this transformer knows {known} text tokens at most", file=sys.stderr)
-    if (note := crossing_note(pipeline.mesh(request), session.nodes)) is not None:
+    if (note := crossing_note(mesh, whole.nodes)) is not None:
         print(f"note: {note}", file=sys.stderr)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     print(
         f"{request.num_frames} frames of {request.height}x{request.width} as {frames}x{height}x"
         f"{width} latents ({rows * columns} patches a frame), {request.steps} steps, "
-        f"{pipeline.dtype} on {session.world_size} x {session.device.type} "
-        f"({pipeline.mesh(request)})",
+        f"{pipeline.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
         file=sys.stderr,
     )
 
 
-def encode_all_text(pipeline: Pipeline, batches: Sequence[Sequence[Task]]) -> None:
+def _generate_all(
+    pipeline: Pipeline,
+    job: Job,
+    lists: Sequence[Sequence[Work]],
+    models: dict[str, str],
+    started: float,
+) -> None:
+    """Every replica its list, after rank 0 has encoded the texts of all of them."""
+    settings, session, whole = job.settings, pipeline.session, pipeline.session.whole
+    mine = lists[session.replica]
+    first = next(works for works in lists if works)[0].tasks[0].request
+    if not first.is_image:
+        # A broken encoder is found now, not after hours of denoising.
+        whole.together(
+            lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
+        )
+    _encode_all_text(pipeline, lists)
+    sheet = RunSheet() if settings.sheet and session.leads else None
+
+    def run_list() -> None:
+        for work in mine:
+            _run(pipeline, settings, work, models, sheet)
+            with session.stage("between outputs"):
+                faults.reach("between-outputs")
+
+    _wait_for_replicas(whole, run_list)
+    if settings.sheet:
+        sheets = whole.collect(None if sheet is None else sheet.without_sinks())
+        if whole.leads:
+            timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
+            order = [task.output for task in job.tasks]
+            joined = RunSheet.joined([one for one in sheets if one is not None], order)
+            joined.write(settings, describe(pipeline, settings, first), timings)
+            print(settings.sheet_path, flush=True)
+
+
+def _wait_for_replicas(whole: Session, run_list: Callable[[], None]) -> None:
+    """Run this replica's list and return when every replica has done its own.
+
+    A mistake that ends one of the lists ends the run when the others have made theirs.
+    """
+    fault: SharedFault | None = None
+    try:
+        run_list()
+    except SharedFault as error:
+        fault = error
+
+    def outcome() -> None:
+        if fault is not None:
+            raise fault
+
+    whole.together(outcome)
+
+
+def _encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> None:
     """Every caption of the run in one go, so that T5 can give its memory back before denoising."""
-    requests = [task.request for batch in batches for task in batch]
-    captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
-    pipeline.encode_captions(captions, pipeline.max_length(requests[0]))
+    captions = [
+        [caption for work in works for caption in captions_left(work.tasks, work.start)]
+        for works in lists
+    ]
+    length = next(
+        pipeline.max_length(task.request) for works in lists for w in works for task in w.tasks
+    )
+    pipeline.encode_captions([caption for part in captions for caption in part], length)
+    pipeline.release_text_encoder()
+    pipeline.deal_captions([list(dict.fromkeys(part)) for part in captions], length)
 
 
-def _run_batch(
-    pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task], sheet: RunSheet | None
+def _run(
+    pipeline: Pipeline,
+    settings: RunSettings,
+    work: Work,
+    models: dict[str, str],
+    sheet: RunSheet | None,
 ) -> None:
+    """Make the outputs of one batch, from where they stand."""
     started = time.perf_counter()
-    requests = [task.request for task in batch]
-    with open_outputs(pipeline, settings, batch, sheet) as sinks:
-        generate(pipeline, requests, sinks, keep_latents=False)
-    if pipeline.session.leads:
-        seconds = time.perf_counter() - started
-        if sheet is not None:
-            sheet.took(batch, seconds)
-        if pipeline.show_progress:
-            print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
-        for task in batch:
-            print(task.output, flush=True)
+    requests = [task.request for task in work.tasks]
+    leads = pipeline.session.leads
+    identities = [identity_of(t, settings, models) if leads else {} for t in work.tasks]
+    files = [
+        StateFiles(
+            task.output,
+            latents_identity(identity) if leads else {},
+            refined=None if task.original_prompt is None else task.request.prompt,
+            about=f"{pipeline.session.device.type}, {pipeline.mesh(task.request)}",
+        )
+        for task, identity in zip(work.tasks, identities, strict=True)
+    ]
+
+    def stands(stage: Stage) -> None:
+        if leads:
+            for task, identity in zip(work.tasks, identities, strict=True):
+                _put_down(task, identity, stage)
+
+    progress = Progress(
+        pipeline,
+        files,
+        work.start,
+        every=settings.save_every,
+        stops=True,
+        on_latents=lambda: stands("latents saved"),
+    )
+    if not work.denoised:
+        stands("denoising")
+    with open_outputs(pipeline, settings, work.tasks, sheet) as sinks:
+        generate(pipeline, requests, sinks, keep_latents=False, progress=progress)
+    stands("done")
+    if leads:
+        _finish(pipeline, settings, work, files, sheet, time.perf_counter() - started)
 
 
-def _write_sheet(
-    pipeline: Pipeline, settings: RunSettings, sheet: RunSheet, first: Request, started: float
+def _finish(
+    pipeline: Pipeline,
+    settings: RunSettings,
+    work: Work,
+    files: Sequence[StateFiles],
+    sheet: RunSheet | None,
+    seconds: float,
 ) -> None:
-    timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
-    sheet.write(settings, describe(pipeline, settings, first), timings)
-    print(settings.sheet_path, flush=True)
+    if not settings.keep_state:
+        for one in files:
+            one.remove()
+    if sheet is not None:
+        sheet.took(work.tasks, seconds)
+    if pipeline.show_progress:
+        print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
+    for task in work.tasks:
+        print(task.output, flush=True)
+
+
+def _put_down(task: Task, identity: Identity, stage: Stage) -> None:
+    try:
+        write_record(task.output, identity, stage)
+    except UserError as error:
+        print(f"note: the record of {task.output} is not written: {error}", file=sys.stderr)

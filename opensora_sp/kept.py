@@ -34,12 +34,18 @@ def dropped_frames(request: Request) -> int:
 
 
 class KeptFrames:
-    """What every clip of a batch keeps. Made on every rank; full on the leading one only."""
+    """What every clip of a batch keeps. Made on every rank; full on the leading one only.
 
-    def __init__(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
+    needed: whether any clip is still to be denoised; without, nothing is read or encoded.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, requests: Sequence[Request], *, needed: bool = True
+    ) -> None:
         self._pipeline, self._requests = pipeline, requests
         self._groups = [parse_mask_strategy(request.mask_strategy) for request in requests]
-        self._needed = any(request.reference_path for request in requests) or requests[0].loop > 1
+        keeps = any(request.reference_path for request in requests) or requests[0].loop > 1
+        self._needed = needed and keeps
         # Per request, per reference: normalised latents [4,T,h,w] on the CPU.
         self._latents: list[list[Tensor]] = [[] for _ in requests]
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that the next clip continues
@@ -105,7 +111,7 @@ class KeptFrames:
                     self._latents[i][other] = clip_latents.new_empty((4, 0, *latents.shape[-2:]))
 
     def _continues(self, clip: int) -> bool:
-        return clip + 1 < self._requests[0].loop
+        return self._needed and clip + 1 < self._requests[0].loop
 
     def _read_all(self) -> None:
         for i, request in enumerate(self._requests):

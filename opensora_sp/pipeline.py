@@ -9,6 +9,7 @@ Every rank runs the same lines; the result's frames and latents are on the leadi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from opensora_sp import faults
 from opensora_sp.denoiser import Denoiser
 from opensora_sp.errors import UserError
 from opensora_sp.finite import require_finite
+from opensora_sp.identity import text_encoder_digest
 from opensora_sp.models.checkpoint import WeightFiles, load_module
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, build_stdit3
 from opensora_sp.parallel.agreement import hand_out_checked
@@ -33,6 +35,7 @@ from opensora_sp.request import CheckFinite, Checkpoints, Request
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.arithmetic import arithmetic
 from opensora_sp.sizes import SPATIAL_FACTOR, TIME_FACTOR
+from opensora_sp.text_cache import TextCache
 from opensora_sp.timing import Clock
 from opensora_sp.validate import shown
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from opensora_sp.models.video_vae import VideoVAE
 
 EMBEDDED = Path(__file__).parent / "assets" / "embedded"
+_CAPTIONS_AT_ONCE = 64  # of a long list, sent to another replica in one go
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -62,9 +66,8 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """What a person fixed of the mesh; None leaves it to `plan_mesh`."""
+    """What a person fixed of one video's mesh; None leaves it to `plan_mesh`."""
 
-    replicas: int = 1
     guidance: int | None = None
     sequence: int | None = None
 
@@ -83,10 +86,11 @@ class Pipeline:
     show_progress: bool = False
     allow_remote: bool = False
     check_finite: CheckFinite = "steps"
+    text_cache: Path | None = None
     _transformer: STDiT3 | None = None
     _text_encoder: TextEncoder | None = None
     _vae: VideoVAE | None = None
-    _captions: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _captions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _comms: dict[Mesh, MeshComms] = field(default_factory=dict)
 
     @classmethod
@@ -101,14 +105,16 @@ class Pipeline:
         show_progress: bool = False,
         allow_remote: bool = False,
         check_finite: CheckFinite = "steps",
+        text_cache: Path | None = None,
         transformer_only: bool = False,
     ) -> Pipeline:
         """Check every weight's name and shape (no data is read yet) and be ready to generate.
 
         checkpoints None is the embedded model; session None is this process alone. dtype is fp32,
-        fp16 or bf16. check_finite: where to look for NaN. transformer_only leaves the text encoder
-        and the VAE out of the check. Raises CheckpointError naming the weight and the file that
-        does not fit.
+        fp16 or bf16. check_finite: where to look for NaN. text_cache: where embeddings of captions
+        are kept; None keeps them in memory only. transformer_only leaves the text encoder and the
+        VAE out of the check. Raises CheckpointError naming the weight and the file that does not
+        fit.
         """
         session = session or alone()
         checkpoints = checkpoints or embedded_checkpoints()
@@ -123,6 +129,7 @@ class Pipeline:
             show_progress=show_progress,
             allow_remote=allow_remote,
             check_finite=check_finite,
+            text_cache=text_cache,
         )
         session.together(
             lambda: load_transformer(checkpoints.dit, pipeline.config, check_only=True)
@@ -156,7 +163,6 @@ class Pipeline:
         return plan_mesh(
             self.session.world_size,
             guided=request.cfg_scale != 1,
-            replicas=fixed.replicas,
             guidance=fixed.guidance,
             sequence=fixed.sequence,
         )
@@ -217,12 +223,37 @@ class Pipeline:
         return min(request.model_max_length or longest, longest)
 
     def encode_captions(self, captions: Sequence[str], max_length: int) -> None:
-        """Encode cleaned captions ahead of their use, on the leading rank. Collective."""
+        """Encode cleaned captions ahead of their use, on rank 0 of all ranks. Collective of all.
+
+        A replica's leader then needs those of its own videos: `deal_captions`.
+        """
         with self.clock.stage("wait"):
-            self.session.together(lambda: self._encode(captions, max_length), leading_only=True)
+            self.session.whole.together(
+                lambda: self._encode(captions, max_length), leading_only=True
+            )
+
+    def deal_captions(self, wanted: Sequence[Sequence[str]], max_length: int) -> None:
+        """Give the leader of each replica the embeddings of its captions. Collective of all."""
+        session = self.session
+        for replica, captions in enumerate(wanted):
+            own = session.leads and session.replica == replica
+            for start in range(0, len(captions) if replica else 0, _CAPTIONS_AT_ONCE):
+                part = [(c, max_length) for c in captions[start : start + _CAPTIONS_AT_ONCE]]
+                known = {k: self._captions[k] for k in part} if session.whole.leads else None
+                shared = session.whole.share(known)
+                if own:
+                    self._captions.update(shared)
 
     def _encode(self, captions: Sequence[str], max_length: int) -> None:
         missing = [c for c in dict.fromkeys(captions) if (c, max_length) not in self._captions]
+        if not missing:
+            return
+        cache = self._open_text_cache(max_length)
+        known = {c: t for c in missing if cache and (t := cache.get(c)) is not None}
+        self._captions |= {(caption, max_length): tokens for caption, tokens in known.items()}
+        missing = [caption for caption in missing if caption not in known]
+        if self.show_progress and known:
+            print(f"text: {len(known)} captions from the cache", file=sys.stderr, flush=True)
         if not missing:
             return
         encoder = self._load_text_encoder(max_length)
@@ -233,7 +264,23 @@ class Pipeline:
                 encoded = encoder.encode([caption])
                 if self.check_finite != "off":
                     require_finite(encoded.y, f"the text embedding of {shown(caption)}")
-                self._captions[caption, max_length] = (encoded.y[0].cpu(), encoded.mask[0])
+                tokens = encoded.y[0, encoded.mask[0].bool()].to("cpu", self.dtype)
+                self._captions[caption, max_length] = tokens
+                if cache:
+                    cache.put(caption, tokens)
+        if cache:
+            cache.prune()
+
+    def _open_text_cache(self, max_length: int) -> TextCache | None:
+        if self.text_cache is None:
+            return None
+        return TextCache(
+            self.text_cache,
+            encoder=text_encoder_digest(self.checkpoints.t5),
+            max_length=max_length,
+            dtype=self.dtype,
+            width=self.config.caption_channels,
+        )
 
     def forget_captions(self) -> None:
         """Drop the embeddings made so far, so that encoding can be measured again."""
@@ -241,7 +288,7 @@ class Pipeline:
 
     def token_counts(self, captions: Sequence[str], max_length: int) -> list[int]:
         """Real text tokens of captions that have been encoded; on the leading rank."""
-        return [int(self._captions[caption, max_length][1].sum()) for caption in captions]
+        return [len(self._captions[caption, max_length]) for caption in captions]
 
     def release_text_encoder(self) -> None:
         """Give T5's memory back; embeddings already made are kept."""
@@ -251,18 +298,19 @@ class Pipeline:
             module.empty_cache()  # type: ignore[union-attr]
 
     def text(self, captions: Sequence[str], max_length: int) -> Text:
-        """Cleaned captions → their embeddings on every rank: encoded on rank 0, handed out."""
-        self.encode_captions(captions, max_length)
-        session, flat, masks = self.session, None, None
+        """Cleaned captions → their embeddings on every rank of the video, from the leading one."""
+        session, flat = self.session, None
+        with self.clock.stage("wait"):
+            session.together(lambda: self._encode(captions, max_length), leading_only=True)
+        lengths: list[int] = []
         if session.leads:
             rows = [self._captions[caption, max_length] for caption in captions]
-            masks = torch.stack([mask for _, mask in rows])
-            flat = torch.cat([y[mask.bool()] for y, mask in rows])
+            flat, lengths = torch.cat(rows), [len(row) for row in rows]
         with self.clock.stage("hand out"):
-            masks = session.share(masks)
-            lengths = [int(count) for count in masks.sum(1)]
+            lengths = session.share(lengths)
             shape = (sum(lengths), self.config.caption_channels)
             flat = hand_out_checked(session, flat, shape, self.dtype)
+        masks = (torch.arange(max_length) < torch.tensor(lengths)[:, None]).to(torch.int64)
         return Text(list(flat.split(lengths)), masks)
 
     def _load_text_encoder(self, max_length: int) -> TextEncoder:

@@ -105,6 +105,12 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "sheet": boolean(),
     "llm_refine": boolean(),
     "prompt_generator": optional(text(empty=False), word="null"),
+    "text_cache": path("DIR|off"),
+    "save_every": integer(0),
+    "resume": boolean(),
+    "decode_only": boolean(),
+    "keep_state": boolean(),
+    "overwrite": boolean(),
 }
 
 
@@ -216,6 +222,8 @@ class RunSettings:
     shared among the ranks of the node. `sample_name` None: "sample", or nothing before the prompt
     with `prompt_as_path`. `timeout` and
     `heartbeat_timeout` are in seconds; `deadlines` as for `opensora_sp.deadlines.parse_deadlines`.
+    `text_cache` is a directory, "auto" or "off". `save_every` counts denoising steps; 0 saves
+    finished clips only.
 
     Raises UserError, naming the field, for a value that is not legal.
     """
@@ -249,6 +257,12 @@ class RunSettings:
     sheet: bool = False
     llm_refine: bool = False
     prompt_generator: str | None = None
+    text_cache: str = "auto"
+    save_every: int = 10
+    resume: bool = False
+    decode_only: bool = False
+    keep_state: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in SETTINGS_KINDS.items():
@@ -257,10 +271,7 @@ class RunSettings:
 
     @property
     def skip_existing(self) -> bool:
-        """Whether an output that is there already is left alone.
-
-        Ask it on the rank that writes, and tell the others: they may see another file system.
-        """
+        """Whether an output that is there already is left alone, whatever it shows."""
         return self.prompt_as_path
 
     @property

@@ -43,31 +43,44 @@ def sample(
     velocity: VelocityFunction,
     frame_mask: Tensor | None = None,
     noise_at: Callable[[int], Tensor] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    first_step: int = 0,
 ) -> Tensor:
     """Integrate z from the first time to 0 in len(times) Euler steps.
 
     z: noise, with the latents of kept frames in place, [B,T,...] float32. frame_mask [B,T] in
     0..1 on the CPU: 1 generates a frame, 0 keeps it, a fraction edits it from that time on.
     noise_at(step): fresh noise of z's shape for frames that join then. Without a frame_mask, or
-    with one of ones, it is a plain run.
+    with one of ones, it is a plain run. on_step(step, z) sees z after every step. first_step: z is
+    what on_step saw after the step before; nothing else is needed to go on from there.
     """
     if frame_mask is not None and bool((frame_mask == 1).all()):
         frame_mask = None
-    joined = None if frame_mask is None else frame_mask == 1
-    for i, t in enumerate(times):
+    joined = None if frame_mask is None else _joined_before(frame_mask, times, first_step)
+    for i in range(first_step, len(times)):
+        t = times[i]
         following = times[i + 1] if i + 1 < len(times) else 0.0
         if frame_mask is None or joined is None:
             z = z + velocity(z, t, None) * ((t - following) / TRAINING_TIMESTEPS)
         else:
             if noise_at is None:
                 raise ValueError("a run with a frame mask needs noise_at")
-            generate = frame_mask.float() * TRAINING_TIMESTEPS >= torch.tensor(t)
+            generate = _generated_at(frame_mask, t)
             z = _masked_step(z, t, following, velocity, generate, generate & ~joined, noise_at, i)
             joined = generate
         if on_step is not None:
-            on_step(i)
+            on_step(i, z)
     return z
+
+
+def _generated_at(frame_mask: Tensor, t: float) -> Tensor:
+    """The frames that are generated at time t, bool [B,T]."""
+    return frame_mask.float() * TRAINING_TIMESTEPS >= torch.tensor(t)
+
+
+def _joined_before(frame_mask: Tensor, times: Sequence[float], step: int) -> Tensor:
+    """The frames that had joined when a step begins, bool [B,T]."""
+    return _generated_at(frame_mask, times[step - 1]) if step else frame_mask == 1
 
 
 def _masked_step(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.kept import dropped_frames
@@ -32,7 +33,7 @@ class PickingSink:
     most `MOST_WIDE` pixels wide.
     """
 
-    def __init__(self, sink: Sink, count: int) -> None:
+    def __init__(self, sink: Sink | None, count: int) -> None:
         self.frames: dict[int, NDArray[np.uint8]] = {}
         self._sink = sink
         self._chosen = chosen_frames(count)
@@ -44,7 +45,8 @@ class PickingSink:
             if 0 <= index - self._seen < len(frames):
                 self.frames[index] = thumbnail(frames[index - self._seen])
         self._seen += len(frames)
-        self._sink.write(frames)
+        if self._sink is not None:
+            self._sink.write(frames)
 
 
 def thumbnail(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -77,6 +79,21 @@ class RunSheet:
         picked = PickingSink(sink, total_frames(task.request))
         self._watched.append(_Watched(task, picked))
         return picked
+
+    def without_sinks(self) -> RunSheet:
+        """What was picked alone, which can be sent to another rank."""
+        kept = []
+        for watched in self._watched:
+            picked = PickingSink(None, 0)
+            picked.frames = watched.picked.frames
+            kept.append(replace(watched, picked=picked))
+        return RunSheet(kept)
+
+    @staticmethod
+    def joined(sheets: Sequence[RunSheet], order: Sequence[Path]) -> RunSheet:
+        """One sheet of several ranks' outputs, in the order of the whole run's."""
+        every = [watched for sheet in sheets for watched in sheet._watched]
+        return RunSheet(sorted(every, key=lambda watched: order.index(watched.task.output)))
 
     def took(self, batch: Sequence[Task], seconds: float) -> None:
         """Note how long a finished batch took, for each of its tasks."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+
+# Whatever a test starts, it must neither read nor write the embeddings in a person's own cache.
+_CACHE = tempfile.mkdtemp(prefix="opensora-sp-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 ASSETS = Path(__file__).resolve().parent.parent / "opensora_sp" / "assets"
 

@@ -23,7 +23,7 @@ from opensora_sp.benchmark.profile import profiled, trace_path
 from opensora_sp.benchmark.recording import Phase, rank_record, recorded
 from opensora_sp.benchmark.weights import describe_weights
 from opensora_sp.generate import Sink, caption, generate
-from opensora_sp.jobs import announce, encode_all_text, load_pipeline, open_job_session
+from opensora_sp.jobs import announce, load_pipeline, mesh_of, open_job_session
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import open_outputs
 from opensora_sp.parallel.session import Session
@@ -104,7 +104,9 @@ def _measure(
 ) -> None:
     """Everything between the first and the last version of the report."""
     with clock.stage("check"):
-        pipeline = load_pipeline(job.settings, session)
+        mesh = mesh_of(job, session.world_size)
+        pipeline = load_pipeline(job.settings, session, mesh)
+        pipeline.text_cache = None  # texts are encoded to be measured
     draft.check_seconds = clock.seconds["check"]
     pipeline.clock = clock
     draft.facts["run"] = run_facts(pipeline, job)
@@ -113,7 +115,7 @@ def _measure(
         session.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
         )
-    announce(pipeline, first)
+    announce(pipeline, first, mesh)
     meter = MemoryMeter(session.device)
     runs = _planned_runs(job, options)
     tokens = _encode_texts(pipeline, runs, meter, draft)
@@ -145,7 +147,7 @@ def _encode_texts(
         draft.doing = f"texts of {run.kind} run {run.number}"
         pipeline.forget_captions()
         with recorded(pipeline, meter) as run.text:
-            encode_all_text(pipeline, run.batches)
+            _encode_run(pipeline, run)
     pipeline.release_text_encoder()
     # The last run is a measured one, so its captions are all there are.
     requests = [task.request for batch in runs[-1].batches for task in batch]
@@ -153,6 +155,12 @@ def _encode_texts(
     length = pipeline.max_length(requests[0])
     counts = pipeline.token_counts(captions, length) if pipeline.session.leads else None
     return dict(zip(captions, pipeline.session.share(counts), strict=True))
+
+
+def _encode_run(pipeline: Pipeline, run: _Run) -> None:
+    requests = [task.request for batch in run.batches for task in batch]
+    captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
+    pipeline.encode_captions(captions, pipeline.max_length(requests[0]))
 
 
 def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Draft) -> None:

@@ -37,6 +37,11 @@ def _plan(job: Job, values: Values) -> Callable[[], int]:
         if values[name]:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} belongs to infer: the benchmark measures generation alone")
+    if values["replicas"] not in (None, 1):
+        raise UserError(
+            f"--replicas {values['replicas']} belongs to infer: the benchmark measures one "
+            "video on all ranks"
+        )
     options = BenchmarkOptions.from_values(values)
     check_baseline_request(job, options)
 

@@ -188,6 +188,12 @@ COMBINATIONS: tuple[Combination, ...] = (
         text="--sample-name {sample_name!r} is put before each prompt in the file names",
     ),
     Combination(
+        features="--resume + --overwrite",
+        outcome="refused",
+        meets=lambda v: v["resume"] and v["overwrite"],
+        text="--resume goes on with what is there and --overwrite begins it again: choose one",
+    ),
+    Combination(
         features="--prompt-generator without --llm-refine",
         outcome="note",
         meets=lambda v: v["prompt_generator"] is not None and not v["llm_refine"],

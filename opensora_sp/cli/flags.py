@@ -26,7 +26,7 @@ FEATURES: Mapping[str, Feature] = {
     "llm-refine": Feature("prompt refinement by a language model", available=True),
     "compile": Feature("compilation", available=False),
     "mesh": Feature("choosing how ranks are grouped", available=True),
-    "replicas": Feature("replicas", available=False),
+    "replicas": Feature("replicas", available=True),
     "overlap": Feature("switching overlap off", available=True),
 }
 

@@ -89,5 +89,5 @@ def _run(prepared: Prepared) -> int:
             # Here the ranks may differ: what one finds (its device) the others need not.
             return refuse(error, same_everywhere=False)
         except Stopped as stopped:
-            print("stopped: nothing unfinished is left behind", file=sys.stderr)
+            print("stopped: the same command goes on from what is saved", file=sys.stderr)
             return 128 + stopped.number

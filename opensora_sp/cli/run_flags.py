@@ -69,8 +69,54 @@ RUN_GROUPS: tuple[Group, ...] = (
                 "also write sheet.html: three frames of each output, settings, timings",
                 nargs=0,
             ),
+            flag(
+                "--overwrite",
+                _BOOL,
+                False,
+                "make every output anew; without, finished ones are skipped and others kept",
+                nargs=0,
+            ),
             flag("--verbose", _verbosity(), 1, "0 quiet, 1 progress, 2 everything"),
             flag("--log-dir", _S["log_dir"], None, "also write what each rank says to rank-N.log"),
+        ),
+    ),
+    (
+        "Saving and going on (in .opensora-sp/ of the save directory)",
+        (
+            flag(
+                "--save-every",
+                _S["save_every"],
+                10,
+                "steps between two saves of what is being denoised; 0: finished clips only",
+            ),
+            flag(
+                "--resume",
+                _BOOL,
+                False,
+                "go on where a run was cut off (it does so anyway), and say if nothing was begun",
+                nargs=0,
+            ),
+            flag(
+                "--decode-only",
+                _BOOL,
+                False,
+                "turn saved latents into files; refused where a video is not denoised yet",
+                nargs=0,
+            ),
+            flag(
+                "--keep-state",
+                _BOOL,
+                False,
+                "keep the latents of finished videos, so that --decode-only can use them again",
+                nargs=0,
+            ),
+            flag(
+                "--text-cache",
+                _S["text_cache"],
+                "auto",
+                "where embeddings of prompts are kept, so that one seen before needs no T5",
+                shown_default="opensora-sp/text in the user's cache directory",
+            ),
         ),
     ),
     (
@@ -129,9 +175,9 @@ RUN_GROUPS: tuple[Group, ...] = (
                 "--replicas",
                 _S["replicas"],
                 None,
-                "groups of ranks that make different videos",
+                "groups of ranks that make different videos; their number divides the ranks",
                 feature="replicas",
-                shown_default="auto",
+                shown_default="auto: 1, every video on all ranks",
             ),
             flag(
                 "--overlap", _BOOL, True, "exchange while computing; same result", feature="overlap"

@@ -175,7 +175,6 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
         session=session,
         dtype=arguments.dtype,
         parallelism=Parallelism(
-            replicas=1,
             guidance=arguments.guidance_parallel,
             sequence=arguments.sequence_parallel,
         ),

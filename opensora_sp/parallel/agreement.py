@@ -55,7 +55,8 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
         expected = common if 2 * count > len(values) else value
         for rank, found in enumerate(values):
             if found != expected:
-                others = "rank 0" if rank else "the others"
+                first, rank = session.world_rank(0), session.world_rank(rank)
+                others = f"rank {first}" if rank != first else "the others"
                 raise DisagreementError(
                     f"rank {rank} differs from {others} in its {name} ({found} instead of "
                     f"{expected}): the ranks would not compute the same video",
@@ -75,9 +76,10 @@ def hand_out_checked(
     expected = session.share(None if tensor is None else checksum([tensor]))
     arrived = hand_out(session.world, tensor, shape, dtype, session.device)
     if session.world_size > 1 and checksum([arrived]) != expected:
+        rank = session.whole.rank
         raise DisagreementError(
-            f"what rank {session.rank} was handed (a tensor of shape {tuple(shape)}) is not what "
-            "the leading rank sent: check the links between the devices",
-            session.rank,
+            f"what rank {rank} was handed (a tensor of shape {tuple(shape)}) is not what the "
+            "leading rank sent: check the links between the devices",
+            rank,
         )
     return arrived

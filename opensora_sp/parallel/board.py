@@ -39,7 +39,7 @@ class Fault:
 
     def __str__(self) -> str:
         if self.stopped:
-            return f"stopped by {self.what}: nothing unfinished is left behind"
+            return f"stopped by {self.what}: the same command goes on from what is saved"
         return f"error: rank {self.rank}, {self.stage}: {self.what}"
 
 

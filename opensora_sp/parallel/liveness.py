@@ -57,7 +57,8 @@ class Liveness:
     board None: the process is alone; only its own deadlines are watched then.
     peers: every rank's process, in rank order. directories: where outputs are written, looked
     through for what a killed rank left. at_end: called with what happened before this process is
-    ended over it, in the watching thread.
+    ended over it, in the watching thread. stop_grace: seconds that the main thread has to leave in
+    order after a signal.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Liveness:
     ) -> None:
         self.rank, self.directories = rank, list[Path]()
         self.at_end: list[Callable[[str], None]] = []
+        self.stop_grace = STOP_GRACE_S
         self._board, self._peers, self._limits = board, list(peers), limits
         self._stages = Stages()
         self._count = 0
@@ -242,7 +244,7 @@ class Liveness:
                 number = self._wakeup.recv(1)[0]
                 if number in (signal.SIGINT, signal.SIGTERM):
                     self._signalled = (number, time.monotonic())
-        if self._signalled is None or time.monotonic() - self._signalled[1] < STOP_GRACE_S:
+        if self._signalled is None or time.monotonic() - self._signalled[1] < self.stop_grace:
             return None
         return self._stop(self._signalled[0])
 

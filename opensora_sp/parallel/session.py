@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -27,10 +27,11 @@ from opensora_sp.parallel.backend import (
 from opensora_sp.parallel.board import Board, connect_store, launcher_keeps_store
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
-from opensora_sp.parallel.liveness import Liveness
+from opensora_sp.parallel.liveness import STOP_GRACE_S, Liveness
 from opensora_sp.parallel.mesh import Mesh, Place
 from opensora_sp.parallel.nodes import node_name, number_nodes
 from opensora_sp.parallel.peers import Process
+from opensora_sp.parallel.signals import default_signals, handled_signals
 from opensora_sp.parallel.stages import Limits
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT_S = 1800.0
 SIDE_TIMEOUT_S = 24 * 3600.0
 RELEASE_S = 0.1
+# torchrun kills a rank 30 s after it was told to stop: a step and its saving have to fit in.
+SAVE_GRACE_S = 25.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Session:
     """One process of the run; with a world of one there are no process groups at all.
 
     nodes: the number of each rank's node. colossal: makes the groups of a mesh, where asked to.
+    A replica's session (see `split`) counts its ranks from 0 and has groups of its own.
     """
 
     rank: int
@@ -71,11 +75,23 @@ class Session:
     liveness: Liveness | None = None
     nodes: tuple[int, ...] = (0,)
     colossal: Colossal | None = None
+    replica: int = 0
+    parent: Session | None = None
+    made: dict[Mesh, MeshComms] = field(default_factory=dict)
 
     @property
     def leads(self) -> bool:
-        """Rank 0: encodes the text, reports, writes."""
+        """Rank 0: writes its videos; of the whole world also encodes the text and reports."""
         return self.rank == 0
+
+    @property
+    def whole(self) -> Session:
+        """The session of all ranks, where this one is a replica's."""
+        return self if self.parent is None else self.parent
+
+    def world_rank(self, rank: int) -> int:
+        """What the whole world calls a rank of this session."""
+        return self.whole.rank - self.rank + rank
 
     @property
     def ledger(self) -> Ledger:
@@ -96,12 +112,33 @@ class Session:
         if self.liveness is not None:
             self.liveness.progress(detail)
 
+    @contextmanager
+    def signals_noted(self, into: list[int]) -> Iterator[None]:
+        """Collect Ctrl-C and SIGTERM as numbers while the block runs, instead of being stopped.
+
+        For work that all ranks have to leave at the same point. A second signal ends this process
+        at once, as everywhere, and so does the watching thread when the point does not come.
+        """
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            into.append(number)
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
+
+        with handled_signals(note):
+            if self.liveness is not None:
+                self.liveness.stop_grace = SAVE_GRACE_S
+            yield
+            if self.liveness is not None and not into:
+                self.liveness.stop_grace = STOP_GRACE_S
+
     def share(self, value: T | None, source: int = 0) -> T:
         """One rank's picklable value on every rank, over the side group."""
         if self.side is None:
             return value  # type: ignore[return-value]
         box = [value]
-        dist.broadcast_object_list(box, src=source, group=self.side)
+        first = dist.get_global_rank(self.side, source)
+        dist.broadcast_object_list(box, src=first, group=self.side)
         return box[0]  # type: ignore[return-value]
 
     def collect(self, value: T) -> list[T]:
@@ -126,6 +163,7 @@ class Session:
                 error = caught
         for rank, fault in enumerate(self.collect(None if error is None else str(error))):
             if fault is not None:
+                rank = self.world_rank(rank)
                 raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error
         return result
 
@@ -134,10 +172,43 @@ class Session:
         if self.side is not None:
             dist.barrier(group=self.side)
 
+    def split(self, mesh: Mesh) -> Session:
+        """The session of this rank's replica, for a mesh of all ranks. Collective.
+
+        Replicas work through different lists at their own pace, so every group that any of them
+        needs is made here, where all ranks meet: making one later would wait for the others.
+        """
+        if self.parent is not None or mesh.replicas == 1:
+            raise ValueError(f"{mesh}: nothing to split")
+        place, size = mesh.place(self.rank), mesh.replica_size
+        replicas = [mesh.replica_ranks(first) for first in range(0, mesh.size, size)]
+        one = Mesh(guidance=mesh.guidance, sequence=mesh.sequence)
+        comms = self.build(mesh)
+        world, side = self._group_of(replicas), None
+        for ranks in replicas if size > 1 else []:
+            group = _side_group(ranks)
+            side = group if self.rank in ranks else side
+        session = replace(
+            self,
+            rank=world.rank,
+            world_size=size,
+            world=world,
+            side=side,
+            replica=place.replica,
+            parent=self,
+            made={},
+        )
+        session.made[one] = MeshComms(one, one.place(world.rank), comms.sequence, comms.guidance)
+        return session
+
     def build(self, mesh: Mesh) -> MeshComms:
-        """Make the groups of a mesh. Every rank calls this at the same point."""
+        """The groups of a mesh. Every rank calls this at the same point."""
+        if mesh in self.made:
+            return self.made[mesh]
         if mesh.size != self.world_size:
             raise ValueError(f"mesh {mesh} on {self.world_size} ranks")
+        if self.parent is not None and mesh.size > 1:
+            raise ValueError(f"mesh {mesh} was not made when the session was split")
         made = None if self.colossal is None else self.colossal.groups(mesh)
         return MeshComms(
             mesh=mesh,
@@ -233,7 +304,7 @@ def open_session(
     colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
         _make_world(row.name, rank, world, timedelta(seconds=timeout_s), colossal)
-        side = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
+        side = _side_group()
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
     session = Session(rank, local_rank, world, here, row, comm, side, colossal=colossal)
@@ -287,19 +358,9 @@ def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:
         session.liveness.close()
 
 
-@contextmanager
-def default_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end this process at once while the block runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _side_group(ranks: list[int] | None = None) -> Any:
+    """A group for control data and long waits; ranks None: all of them."""
+    return dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
 
 
 def _close(session: Session) -> None:

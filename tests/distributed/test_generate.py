@@ -118,7 +118,7 @@ def test_the_real_commands(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == str(out / "sample_0000.mp4")
-        assert [path.name for path in out.iterdir()] == ["sample_0000.mp4"]
+        assert sorted(p.name for p in out.iterdir()) == [".opensora-sp", "sample_0000.mp4"]
         with av.open(str(out / "sample_0000.mp4")) as container:
             assert container.streams.video[0].average_rate == 24
             frames.append(

@@ -58,6 +58,7 @@ MEETING: dict[str, list[str]] = {
     "--device + --backend": ["--device", "cpu", "--backend", "nccl"],
     "--launcher colossalai + --timeout": ["--launcher", "colossalai", "--timeout", "60"],
     "--device cpu + --dtype fp16": ["--device", "cpu", "--dtype", "fp16"],
+    "--resume + --overwrite": ["--resume", "--overwrite"],
     "--watermark + a small picture": ["--watermark", "true", "--image-size", "31", "64"],
     "--prompt-generator without --llm-refine": ["--prompt-generator", "some-model"],
     "--prompt-as-path + --sample-name": ["--prompt-as-path", "--sample-name", "x"],

@@ -1,0 +1,179 @@
+"""How far a video has come, on disk: the sampler's latents, and those of every finished clip.
+
+Beside an output's record in `.opensora-sp/`: OUTPUT.clip0000.safetensors, the final latents of a
+clip, and OUTPUT.step.safetensors, those of the clip that is being denoised. All are whole latents
+[4,T,H,W] float32, so nothing depends on the mesh that made them; randomness is keyed, so there is
+no generator to save; decoded frames are made again from the clips. Every file carries the identity
+of its request and a checksum, and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from opensora_sp.atomic import atomic_output, reported
+from opensora_sp.errors import UserError
+from opensora_sp.identity import Identity, difference
+from opensora_sp.manifest import FOLDER
+from opensora_sp.parallel.agreement import checksum
+
+_FORMAT = "opensora-sp latents 1"
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where a video stands: `clip` clips are finished, and `step` steps of the next one."""
+
+    clip: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """The latents z [4,T,H,W] after `step` steps of a clip, and its frame mask [T], if any."""
+
+    z: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class StateFiles:
+    """The saved state of one output, which is of one request.
+
+    identity: what decides its latents. refined: the prompt that a language model made, which has
+    to be the same again when the run goes on. about: what else is worth writing down.
+    """
+
+    output: Path
+    identity: Identity
+    refined: str | None = None
+    about: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.output.parent / FOLDER
+
+    @property
+    def step_path(self) -> Path:
+        """The clip that is being denoised."""
+        return self.folder / f"{self.output.name}.step.safetensors"
+
+    def clip_path(self, clip: int) -> Path:
+        """A finished clip."""
+        return self.folder / f"{self.output.name}.clip{clip:04d}.safetensors"
+
+    def finished_clips(self) -> int:
+        """How many clips from the first on are saved."""
+        clip = 0
+        while self.clip_path(clip).is_file():
+            clip += 1
+        return clip
+
+    def position(self) -> Position:
+        """Where the video stands, by files that are all read and checked.
+
+        Raises UserError for a file that is damaged or of another request; nothing is deleted.
+        """
+        clips = self.finished_clips()
+        for clip in range(clips):
+            self.load_clip(clip)
+        if not self.step_path.is_file():
+            return Position(clips)
+        about, _ = self._read(self.step_path)
+        clip, step = int(about["clip"]), int(about["step"])
+        if clip > clips:
+            self._refuse(self.step_path, f"is of clip {clip}, but clip {clips} is not there")
+        # One that is left of a clip which has been finished since is not needed any more.
+        return Position(clips, step if clip == clips else 0)
+
+    def refined_prompt(self) -> str | None:
+        """The prompt that a language model made when the saved part was made."""
+        paths = [self.step_path, self.clip_path(0)]
+        for path in paths:
+            if path.is_file():
+                return self._read(path)[0].get("refined")
+        return None
+
+    def save_step(self, position: Position, z: Tensor, mask: Tensor | None) -> None:
+        """Save z [4,T,H,W] and the frame mask [T] of the clip that is being denoised."""
+        tensors = {"latents": z} if mask is None else {"latents": z, "mask": mask}
+        self._write(self.step_path, tensors, position)
+
+    def save_clip(self, clip: int, latents: Tensor) -> None:
+        """Save the final latents [4,T,H,W] of a clip, in place of its steps."""
+        self._write(self.clip_path(clip), {"latents": latents}, Position(clip + 1))
+        self.step_path.unlink(missing_ok=True)
+
+    def load_step(self) -> SavedStep:
+        """What `save_step` saved. Raises UserError as `position` does."""
+        tensors = self._read(self.step_path)[1]
+        return SavedStep(tensors["latents"], tensors.get("mask"))
+
+    def load_clip(self, clip: int) -> Tensor:
+        """What `save_clip` saved. Raises UserError as `position` does."""
+        return self._read(self.clip_path(clip))[1]["latents"]
+
+    def exists(self) -> bool:
+        """Whether anything is saved."""
+        return self.step_path.is_file() or self.clip_path(0).is_file()
+
+    def remove(self) -> None:
+        """Delete everything that is saved of this output."""
+        self.step_path.unlink(missing_ok=True)
+        clips = re.compile(re.escape(self.output.name) + r"\.clip\d{4,}\.safetensors")
+        found = [path for path in self.folder.glob("*.safetensors") if clips.fullmatch(path.name)]
+        # From the last one on: what is left when this is cut short is still a whole state.
+        for path in sorted(found, reverse=True):
+            path.unlink(missing_ok=True)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], position: Position) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
+        about = {
+            "format": _FORMAT,
+            "identity": json.dumps(self.identity, sort_keys=True),
+            "clip": str(position.clip),
+            "step": str(position.step),
+            "checksum": checksum(tensors[name] for name in sorted(tensors)),
+            "torch": torch.__version__,
+            "made on": self.about,
+        }
+        if self.refined is not None:
+            about["refined"] = self.refined
+        with atomic_output(path) as temporary, reported(path):
+            save_file(tensors, str(temporary), metadata=about)
+
+    def _read(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                about: dict[str, str] = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            before: Any = json.loads(about["identity"])
+            whole = about["checksum"] == checksum(tensors[name] for name in sorted(tensors))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            self._refuse(path, f"is damaged ({type(error).__name__}: it was cut short or changed)")
+        if about.get("format") != _FORMAT or not whole:
+            self._refuse(path, "is damaged (its checksum or format is not right)")
+        if found := difference(before, self.identity):
+            raise UserError(
+                f"{path} is the saved state of another request, {found}: ask for the same, choose "
+                "another --sample-name or --save-dir, or begin again with --overwrite"
+            )
+        return about, tensors
+
+    def _refuse(self, path: Path, problem: str) -> NoReturn:
+        raise UserError(
+            f"{path} {problem}: move it away to go on from what is saved before it, or begin "
+            "again with --overwrite"
+        )
