@@ -52,6 +52,7 @@ def run_job(job: Job) -> int:
         works = _unfinished(job, whole, models)
         if works:
             announce(pipeline, works[0].tasks[0].request, mesh)
+            _advise(settings, whole, works)
             _generate_all(pipeline, job, deal(works, mesh.replicas), models, started)
     return 0
 
@@ -182,6 +183,17 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
         f"{pipeline.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
         file=sys.stderr,
     )
+
+
+def _advise(settings: RunSettings, whole: Session, works: Sequence[Work]) -> None:
+    """More replicas are a person's choice: whether a video fits fewer ranks is not known here."""
+    ranks, asked = whole.world_size, settings.replicas is not None
+    if whole.leads and settings.verbose > 0 and not asked and ranks > 1 and len(works) > 1:
+        print(
+            f"note: {len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
+            f"R at a time on {ranks}/R ranks each, faster if one fits their memory",
+            file=sys.stderr,
+        )
 
 
 def _generate_all(

@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 300.0
-PRELOADED = ["torch", "torch.distributed"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "transformers.models.t5.modeling_t5",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "av",
+]
 # After the first failure the others get this long to fail by themselves, so that the report can
 # say which of them did.
 GRACE_S = 1.0

@@ -1,0 +1,195 @@
+"""What a run finds before it begins: finished, begun, of another request; and who does the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opensora_sp.errors import UserError
+from opensora_sp.identity import difference, identity_of, latents_identity, sampled_digest
+from opensora_sp.manifest import read_record, record_path, write_record
+from opensora_sp.request import Job, Request, RunSettings, Task
+from opensora_sp.saved_state import Position, StateFiles
+from opensora_sp.schedule import deal, regroup
+from opensora_sp.standing import look_at_all
+
+MODELS = {"dit": "d", "t5": "t", "vae2d": "v2", "vae3d": "v3"}
+
+
+def task(folder: Path, index: int = 0, **more: Any) -> Task:
+    request = Request(prompt=f"p{index}", prompt_index=index, height=32, width=48, **more)
+    return Task(request=request, output=folder / f"sample_{index:04d}.mp4")
+
+
+def job(folder: Path, *tasks: Task, **settings: Any) -> Job:
+    return Job(settings=RunSettings(save_dir=folder, verbose=0, **settings), tasks=tasks)
+
+
+def positions(work: Job) -> list[Position | None]:
+    return [standing.position for standing in look_at_all(work, MODELS)]
+
+
+def finish(one: Task, content: bytes = b"frames", **settings: Any) -> None:
+    one.output.write_bytes(content)
+    identity = identity_of(one, RunSettings(**settings), MODELS)
+    write_record(one.output, identity, "done")
+
+
+def begin(one: Task, clip: int, step: int) -> StateFiles:
+    files = StateFiles(one.output, latents_identity(identity_of(one, RunSettings(), MODELS)))
+    for number in range(clip):
+        files.save_clip(number, torch.randn(4, 2, 4, 6))
+    if step:
+        files.save_step(Position(clip, step), torch.randn(4, 2, 4, 6), None)
+    return files
+
+
+def test_finished_outputs_are_skipped_and_the_rest_waits(tmp_path: Path) -> None:
+    done, new = task(tmp_path, 0), task(tmp_path, 1)
+    finish(done)
+    assert positions(job(tmp_path, done, new)) == [None, Position()]
+    record = read_record(new.output)
+    assert record is not None
+    assert record.stage == "waiting"
+    assert positions(job(tmp_path, done, new, overwrite=True)) == [Position(), Position()]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 7}, "its seed was 42 and is 7 now"),
+        ({"steps": 9}, "its steps was 30 and is 9 now"),
+        ({"save_fps": 8}, "its save_fps was 24 and is 8 now"),
+    ],
+)
+def test_a_changed_request_is_refused_before_anything_is_touched(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    finish(task(tmp_path, 1))
+    with pytest.raises(UserError, match=f"sample_0001.mp4 is there already, but {said}.*--overw"):
+        look_at_all(job(tmp_path, task(tmp_path, 0), task(tmp_path, 1, **change)), MODELS)
+    assert not record_path(task(tmp_path, 0).output).exists()
+    assert task(tmp_path, 1).output.read_bytes() == b"frames"
+
+
+def test_other_weights_and_settings_are_other_requests(tmp_path: Path) -> None:
+    one = task(tmp_path)
+    finish(one)
+    with pytest.raises(UserError, match="its dit weights were others"):
+        look_at_all(job(tmp_path, one), {**MODELS, "dit": "other"})
+    with pytest.raises(UserError, match="its dtype was 'bf16' and is 'fp32' now"):
+        look_at_all(job(tmp_path, one, dtype="fp32"), MODELS)
+    # How it is computed is no part of what it shows.
+    small = dataclasses.replace(one, request=dataclasses.replace(one.request, micro_batch_size=1))
+    assert positions(job(tmp_path, small)) == [None]
+
+
+def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
+    one = task(tmp_path)
+    finish(one)
+    one.output.touch()  # another time, the same content
+    assert positions(job(tmp_path, one)) == [None]
+    one.output.write_bytes(b"fraaes")
+    with pytest.raises(UserError, match="was changed since it was made"):
+        look_at_all(job(tmp_path, one), MODELS)
+    one.output.unlink()
+    assert positions(job(tmp_path, one)) == [Position()]
+
+
+def test_a_file_of_which_nothing_is_known_is_treated_as_the_reference_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = task(tmp_path)
+    one.output.write_bytes(b"somebody's")
+    assert positions(job(tmp_path, one, prompt_as_path=True)) == [None]
+    assert positions(job(tmp_path, one)) == [Position()]
+    finish(one)
+    changed = task(tmp_path, seed=7)
+    assert positions(job(tmp_path, changed, prompt_as_path=True)) == [None]
+    assert "skipped, although its seed was 42 and is 7 now" in capsys.readouterr().err
+
+
+def test_an_unreadable_record_is_none(tmp_path: Path) -> None:
+    one = task(tmp_path)
+    finish(one)
+    good = json.loads(record_path(one.output).read_text())
+    changed = {**good, "identity": {**good["identity"], "dtype": "fp32"}}
+    for text in ("", "{", "[]", json.dumps({**good, "version": 9}), json.dumps(changed)):
+        record_path(one.output).write_text(text)
+        assert read_record(one.output) is None
+
+
+def test_a_state_may_be_used_for_another_kind_of_file(tmp_path: Path) -> None:
+    begin(task(tmp_path), 1, 0)
+    marked = task(tmp_path, save_fps=8)
+    only = job(tmp_path, marked, watermark=True, decode_only=True, overwrite=True)
+    assert positions(only) == [Position(1)]
+    with pytest.raises(UserError, match="saved state of another request, its seed was 42"):
+        look_at_all(job(tmp_path, task(tmp_path, seed=7)), MODELS)
+
+
+def test_a_state_of_an_earlier_clip_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    """A kill between the two writes at the end of a clip leaves both."""
+    one = task(tmp_path, loop=3)
+    files = begin(one, 1, 20)
+    kept = files.step_path.read_bytes()
+    files.save_clip(1, torch.randn(4, 2, 4, 6))
+    files.step_path.write_bytes(kept)
+    assert positions(job(tmp_path, one)) == [Position(2)]
+    files.clip_path(0).unlink()
+    with pytest.raises(UserError, match="is of clip 1, but clip 0 is not there"):
+        look_at_all(job(tmp_path, one), MODELS)
+
+
+def test_overwrite_begins_again(tmp_path: Path) -> None:
+    one = task(tmp_path, loop=2)
+    files = begin(one, 1, 4)
+    assert positions(job(tmp_path, one)) == [Position(1, 4)]
+    assert positions(job(tmp_path, one, overwrite=True)) == [Position()]
+    assert not files.exists()
+
+
+def test_a_picture_is_known_by_what_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"one")
+    one = task(tmp_path, reference_path=str(tmp_path / "a.png"), mask_strategy="0")
+    before = identity_of(one, RunSettings(), MODELS)
+    (tmp_path / "a.png").write_bytes(b"two")
+    assert difference(before, identity_of(one, RunSettings(), MODELS)) is not None
+
+
+def test_large_files_are_told_apart_by_their_samples(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    content = bytearray(6 << 20)
+    path.write_bytes(content)
+    before = sampled_digest([path])
+    content[-1] = 1
+    path.write_bytes(content)
+    assert sampled_digest([path]) != before
+
+
+def test_batches_are_parted_where_their_videos_stand_apart(tmp_path: Path) -> None:
+    a, b, c, d = (task(tmp_path, i) for i in range(4))
+    standing = {a: Position(0, 4), b: None, c: Position(0, 4), d: Position()}
+    works = regroup([(a, b, c), (d,)], standing)
+    assert [(work.tasks, work.start) for work in works] == [
+        ((a, c), Position(0, 4)),
+        ((d,), Position()),
+    ]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_lists_are_dealt_evenly_and_completely(replicas: int, tmp_path: Path) -> None:
+    works = regroup(
+        [(task(tmp_path, i),) for i in range(10)],
+        {task(tmp_path, i): Position(0, 25 if i % 3 == 0 else 0) for i in range(10)},
+    )
+    lists = deal(works, replicas)
+    dealt = [work for part in lists for work in part]
+    assert sorted(w.tasks[0].output for w in dealt) == [w.tasks[0].output for w in works]
+    loads = [sum(work.steps + 1 for work in part) for part in lists]
+    assert max(loads) - min(loads) <= 31  # the largest piece: 30 steps and a decode
