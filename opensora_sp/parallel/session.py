@@ -195,6 +195,7 @@ class Session:
             world=world,
             side=side,
             replica=place.replica,
+            nodes=tuple(self.nodes[rank] for rank in mesh.replica_ranks(self.rank)),
             parent=self,
             made={},
         )
