@@ -20,6 +20,7 @@ from opensora_sp.pipeline import Parallelism, Pipeline
 from opensora_sp.refine import refine_batches
 from opensora_sp.request import Job, Request, RunSettings, Task
 from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.fitting import choose_memory
 from opensora_sp.sheet_sink import RunSheet
 
 
@@ -30,7 +31,7 @@ def run_job(job: Job) -> int:
     """
     settings, started = job.settings, time.perf_counter()
     with open_job_session(settings) as session:
-        pipeline = load_pipeline(settings, session)
+        pipeline = load_pipeline(job, session)
         batches = _unfinished(job, session)
         if settings.llm_refine and batches:
             batches = refine_batches(
@@ -66,17 +67,22 @@ def _tidy(session: Session, settings: RunSettings) -> None:
         remove_leftovers(settings.save_dir)
 
 
-def load_pipeline(settings: RunSettings, session: Session) -> Pipeline:
-    """The pipeline that the settings ask for; collective."""
+def load_pipeline(job: Job, session: Session) -> Pipeline:
+    """The pipeline that the job's settings ask for, in a memory mode that fits; collective."""
+    settings = job.settings
     return Pipeline.load(
         settings.checkpoints,
         session=session,
         dtype=settings.dtype,
-        runtime=Runtime(
+        weights_from=settings.weights_from,
+        runtime=Runtime.of(
+            choose_memory(job, session),
             serial_guidance=settings.guidance == "serial",
             overlap=settings.overlap,
             chunks=session.backend.chunks,
             check_blocks=settings.check_finite == "blocks",
+            vae_decode=settings.vae_decode,
+            text_encoder=settings.t5_device,
         ),
         parallelism=Parallelism(
             replicas=settings.replicas or 1,

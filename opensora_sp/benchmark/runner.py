@@ -104,7 +104,7 @@ def _measure(
 ) -> None:
     """Everything between the first and the last version of the report."""
     with clock.stage("check"):
-        pipeline = load_pipeline(job.settings, session)
+        pipeline = load_pipeline(job, session)
     draft.check_seconds = clock.seconds["check"]
     pipeline.clock = clock
     draft.facts["run"] = run_facts(pipeline, job)
