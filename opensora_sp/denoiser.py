@@ -7,10 +7,9 @@ on one device that is `Local`, the identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +20,15 @@ from opensora_sp.models.stdit3 import (
     SpatialBlock,
     STDiT3,
     StepTables,
+    TemporalBlock,
     patchify,
     real_cells,
     unpatchify,
 )
 from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.chunks import boxes, ranges
+from opensora_sp.runtime.pieces import Piece, cut
+from opensora_sp.runtime.residency import Layers
 from opensora_sp.sizes import PATCH
 
 
@@ -39,20 +42,6 @@ class Stream:
     x: Tensor
     tables: StepTables
     text: Sequence[Sequence[KeyValue]]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Frames start..stop of one stream, exchanged in one go.
-
-    `before` counts the frames of all pieces that come earlier in the loop: whoever splits the
-    piece unevenly starts its longer parts there, so that the pieces' sum comes out even.
-    """
-
-    stream: int
-    start: int
-    stop: int
-    before: int
 
 
 class Pending(Protocol):
@@ -113,20 +102,6 @@ class Blocking:
         return Ready(self.inner.to_patches(attended, piece, batch).wait())
 
 
-def cut(shapes: Sequence[tuple[int, int]], chunks: int) -> list[list[Piece]]:
-    """The pieces of each stream, given its (samples, frames): one each, or parts of a lone one."""
-    pieces: list[list[Piece]] = []
-    before = 0
-    for s, (batch, frames) in enumerate(shapes):
-        parts = max(1, min(chunks, frames)) if len(shapes) == 1 else 1
-        edges = [frames * i // parts for i in range(parts + 1)]
-        pieces.append([])
-        for start, stop in pairwise(edges):
-            pieces[-1].append(Piece(s, start, stop, before))
-            before += batch * (stop - start)
-    return pieces
-
-
 class _Attention:
     """The spatial attention of all streams, in three moves that the loop interleaves."""
 
@@ -134,13 +109,19 @@ class _Attention:
         self.streams = streams
         self.reshard = reshard if runtime.overlap else Blocking(reshard)
         self.pieces = cut([(s.x.shape[0], s.x.shape[1]) for s in streams], runtime.chunks)
+        self.tokens = runtime.tokens
 
     def send(self, block: SpatialBlock, s: int) -> list[Pending]:
         """Start stream s on its way to frame sharding."""
         stream = self.streams[s]
         return [
             self.reshard.to_frames(
-                block.attn_in(stream.x[:, p.start : p.stop], stream.tables.frames(p.start, p.stop)),
+                _by_tokens(
+                    block.attn_in,
+                    stream.x[:, p.start : p.stop],
+                    stream.tables.frames(p.start, p.stop),
+                    self.tokens,
+                ),
                 p,
             )
             for p in self.pieces[s]
@@ -150,7 +131,7 @@ class _Attention:
         """Attend within whole frames as they arrive and start them on their way back."""
         batch = self.streams[s].x.shape[0]
         return [
-            self.reshard.to_patches(block.attend(pending.wait()), piece, batch)
+            self.reshard.to_patches(_attend(block, pending.wait(), self.tokens), piece, batch)
             for piece, pending in zip(self.pieces[s], arriving, strict=True)
         ]
 
@@ -159,16 +140,60 @@ class _Attention:
     ) -> Tensor:
         """Finish the spatial block on each piece as it returns → x [B,T,S_local,C]."""
         stream = self.streams[s]
-        parts = [
-            block.rest(
-                stream.x[:, p.start : p.stop],
-                pending.wait(),
-                stream.tables.frames(p.start, p.stop),
-                text,
-            )
-            for p, pending in zip(self.pieces[s], returning, strict=True)
-        ]
+        parts = []
+        for p, pending in zip(self.pieces[s], returning, strict=True):
+            x, attended = stream.x[:, p.start : p.stop], pending.wait()
+            tables = stream.tables.frames(p.start, p.stop)
+            if torch.is_grad_enabled():
+                parts.append(block.rest(x, attended, tables, text))
+                continue
+            for t, c in boxes(x.shape, self.tokens):
+                some = tables.frames(t.start, t.stop)
+                block.rest(x[:, t, c], attended[:, t, c], some, text, in_place=True)
+        if not parts:
+            return stream.x
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def along_time(
+        self, block: TemporalBlock, s: int, text: Sequence[KeyValue], rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The temporal block → x [B,T,S_local,C]; local, some positions at a time."""
+        x, tables = self.streams[s].x, self.streams[s].tables
+        if torch.is_grad_enabled():
+            return block(x, tables, text, rotary)
+        for c in ranges(x.shape[2], x.shape[0] * x.shape[1], self.tokens):
+            block(x[:, :, c], tables, text, rotary, in_place=True)
+        return x
+
+
+def _by_tokens(
+    compute: Callable[[Tensor, StepTables], Tensor],
+    x: Tensor,
+    tables: StepTables,
+    tokens: int | None,
+) -> Tensor:
+    """compute(x [B,T,S,C], tables) → [B,T,S,c], as many tokens at a time as there is room for."""
+    parts = list(boxes(x.shape, tokens))
+    if len(parts) <= 1 or torch.is_grad_enabled():
+        return compute(x, tables)
+    whole: Tensor | None = None
+    for t, c in parts:
+        some = compute(x[:, t, c], tables.frames(t.start, t.stop))
+        if whole is None:
+            whole = some.new_empty((*x.shape[:3], some.shape[-1]))
+        whole[:, t, c] = some
+    assert whole is not None
+    return whole
+
+
+def _attend(block: SpatialBlock, h: Tensor, tokens: int | None) -> Tensor:
+    """Whole frames h [F,S,C] → [F,S,C], some at a time; h is nobody else's and is overwritten."""
+    parts = list(ranges(h.shape[0], h.shape[1], tokens))
+    if len(parts) <= 1 or torch.is_grad_enabled():
+        return block.attend(h)
+    for frames in parts:
+        h[frames] = block.attend(h[frames])
+    return h
 
 
 def run_blocks(
@@ -178,38 +203,59 @@ def run_blocks(
     runtime: Runtime | None = None,
     *,
     equal_inputs: bool = False,
+    layers: Layers | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
 
     equal_inputs: every stream enters with the same x and tables (the two guidance halves, which
     differ in their text only), so the first spatial attention may be computed once for all.
+    layers: the model's blocks, where they are not all on its device.
 
-    The collectives run in the order of this code, which is the same on every rank.
+    The collectives run in the order of this code, which is the same on every rank. Without
+    gradients each stream's x is updated where it lies, so streams must not share it.
     """
     runtime = runtime or Runtime()
     rotary = model.rotary(streams[0].x.shape[1])
     attention = _Attention(streams, reshard, runtime)
     everyone = list(range(len(streams)))
-    share = equal_inputs and runtime.share_first
-    pairs = model.pairs
+    arriving: dict[int, list[Pending]] = {}
 
-    arriving = {s: attention.send(pairs[0][0], s) for s in (everyone[:1] if share else everyone)}
-    for i, (spatial, temporal) in enumerate(pairs):
-        returning = {s: attention.attend(spatial, s, arriving[s]) for s in arriving}
+    for i, (spatial, temporal), following in _with_next(layers or model.layers()):
+        if not arriving:
+            share = equal_inputs and runtime.share_first
+            arriving = {s: attention.send(spatial, s) for s in everyone[: 1 if share else None]}
+        returning = {s: attention.attend(spatial, s, arriving.pop(s)) for s in list(arriving)}
         if len(returning) < len(streams):
-            once: list[Pending] = [Ready(pending.wait()) for pending in returning[0]]
-            returning = dict.fromkeys(everyone, once)
+            returning = dict.fromkeys(everyone, _arrived(returning[0]))
         for s, stream in enumerate(streams):
-            x = attention.finish(spatial, s, returning[s], stream.text[2 * i])
+            stream.x = attention.finish(spatial, s, returning.pop(s), stream.text[2 * i])
             if runtime.check_blocks:
-                require_finite(x, f"the output of spatial block {i} (guidance stream {s})")
-            stream.x = temporal(x, stream.tables, stream.text[2 * i + 1], rotary)
+                require_finite(stream.x, f"the output of spatial block {i} (guidance stream {s})")
+            stream.x = attention.along_time(temporal, s, stream.text[2 * i + 1], rotary)
             if runtime.check_blocks:
                 require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
-            if i + 1 < len(pairs):
+            if following is not None:
                 # Sent before the next stream is finished here: that is what hides the exchange.
-                arriving[s] = attention.send(pairs[i + 1][0], s)
+                arriving[s] = attention.send(following[0], s)
     return [stream.x for stream in streams]
+
+
+def _arrived(pending: list[Pending]) -> list[Pending]:
+    """Waited for once, to be read by several."""
+    return [Ready(part.wait()) for part in pending]
+
+
+Pair = tuple[SpatialBlock, TemporalBlock]
+
+
+def _with_next(layers: Layers) -> Iterator[tuple[int, Pair, Pair | None]]:
+    """(number, pair of blocks, the pair after it or None); both are on the device."""
+    passing: Iterator[Any] = iter(layers)
+    here = next(passing)
+    for number in range(len(layers)):
+        following = next(passing, None)
+        yield number, here, following
+        here = following
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +301,7 @@ class Denoiser:
     ) -> None:
         self.model, self.size, self.runtime = model, size, runtime
         self.share = share
+        self.layers = model.layers(streamed=runtime.residency == "streamed")
 
     def shard(self, z: Tensor) -> Tensor:
         """Latents [B,4,T,H,W] → this rank's patches [B,T,S_local,16] on the model's device."""
@@ -282,13 +329,15 @@ class Velocity:
         model, share = denoiser.model, denoiser.share
         self._model, self._share, self._runtime = model, share, denoiser.runtime
         self._positions = denoiser.positions(conditions.height, conditions.width)
-        self._conditions = conditions
+        self._fps, self._cfg_scale = conditions.fps, conditions.cfg_scale
+        self._layers = denoiser.layers
         guided = conditions.cfg_scale != 1
         self._halves = share.halves if guided else (0,)
         self._swap = share.swap if guided else None
         self._text = {
             half: model.text_kv(
-                model.null_tokens(conditions.masks) if half else list(conditions.tokens)
+                model.null_tokens(conditions.masks) if half else list(conditions.tokens),
+                self._layers,
             )
             for half in self._halves
         }
@@ -305,7 +354,7 @@ class Velocity:
         velocity = velocities[0]
         if len(velocities) == 2:
             conditional, unconditional = velocities
-            velocity = torch.lerp(unconditional, conditional, self._conditions.cfg_scale)
+            velocity = torch.lerp(unconditional, conditional, self._cfg_scale)
         if self._padding is not None:
             velocity = velocity.masked_fill(self._padding, 0.0)
         return velocity
@@ -319,17 +368,24 @@ class Velocity:
         return [mine[0], other] if self._halves == (0,) else [other, mine[0]]
 
     def _own_halves(self, z: Tensor, t: float, generate: Tensor | None) -> list[Tensor]:
-        model, batch = self._model, z.shape[0]
-        x = model.embed(z, self._positions)
-        fps = torch.full((batch,), float(self._conditions.fps))
+        model, batch, runtime = self._model, z.shape[0], self._runtime
+        fps = torch.full((batch,), float(self._fps))
         tables = model.tables(torch.full((batch,), t), fps, generate)
-        streams = [Stream(x, tables, self._text[half]) for half in self._halves]
-        together = [streams] if not self._runtime.serial_guidance else [[s] for s in streams]
-        outputs = [
-            out
-            for group in together
-            for out in run_blocks(
-                model, group, self._share.reshard, self._runtime, equal_inputs=len(group) > 1
-            )
-        ]
-        return [model.head(out, tables) for out in outputs]
+        together = [[h] for h in self._halves] if runtime.serial_guidance else [self._halves]
+        return [v for halves in together for v in self._velocities(z, tables, halves)]
+
+    def _velocities(self, z: Tensor, tables: StepTables, halves: Sequence[int]) -> list[Tensor]:
+        """The velocities of guidance halves that advance together."""
+        x = self._model.embed(z, self._positions)
+        streams = [Stream(x.clone(), tables, self._text[half]) for half in halves[1:]]
+        streams.insert(0, Stream(x, tables, self._text[halves[0]]))
+        del x  # or it outlives its stream
+        outputs = run_blocks(
+            self._model,
+            streams,
+            self._share.reshard,
+            self._runtime,
+            equal_inputs=len(streams) > 1,
+            layers=self._layers,
+        )
+        return [_by_tokens(self._model.head, x, tables, self._runtime.tokens) for x in outputs]

@@ -16,6 +16,7 @@ from opensora_sp.denoiser import Conditions, Denoiser
 from opensora_sp.finite import require_finite
 from opensora_sp.kept import KeptFrames, dropped_frames, noise_key
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
+from opensora_sp.parallel.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.prompts import caption_for_clip
 from opensora_sp.request import Request
 from opensora_sp.resume import Begun, Progress
@@ -144,10 +145,10 @@ def _generate(
             )
             progress.finish(clip, latents[-1], last=clip + 1 == first.loop)
         repeated = dropped_frames(first) if clip else 0
-        for index, chunk in enumerate(decode(pipeline, first, latents[-1])):
-            kept.watch(clip, index, chunk)
-            write(pipeline, chunk[:, :, min(repeated, chunk.shape[2]) :], sinks)
-            repeated = max(0, repeated - chunk.shape[2])
+        for decoded in decode(pipeline, requests, latents[-1], kept.watched_from(clip)):
+            kept.watch(decoded.pixels)
+            write(pipeline, decoded.frames[:, repeated:], sinks)
+            repeated = max(0, repeated - decoded.frames.shape[1])
         kept.finish(clip, latents[-1])
         if not keep_latents:
             latents[-1] = None
@@ -271,34 +272,45 @@ def _agree(pipeline: Pipeline, requests: Sequence[Request], text: Text, start: T
             ensure_agreement(session, facts)
 
 
-def decode(pipeline: Pipeline, request: Request, latents: Tensor | None) -> Iterator[Tensor]:
-    """Yield the decoded videos [B,3,f,H,W] in [-1, 1], the next f frames at a time.
+def decode(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    latents: Tensor | None,
+    keep_from: int | None = None,
+) -> Iterator[Decoded]:
+    """Decode the latents [B,4,T,H,W] of the leading rank, a few frames at a time, in order.
 
-    Only one chunk of pixels exists at a time. Yields nothing on ranks without latents.
+    Yields nothing on other ranks. Collective where the ranks share the work. keep_from: the chunk
+    from which on pixels are wanted beside the frames.
     """
-    if latents is None:
+    request = requests[0]
+    if pipeline.shares_decode(request):
+        vae = pipeline.shared_vae(request)
+        _, height, width = request.latent_shape
+        shape = (len(requests), 4, height, width)
+        frames = request.num_frames
+        parts = decode_shared(pipeline.session, vae, latents, shape, frames, keep_from)
+    elif latents is None:
         return
-    vae = pipeline.vae(request, encoder=request.loop > 1)
-    chunks = vae.decode_chunks(latents, request.num_frames)
+    else:
+        parts = decode_alone(pipeline.vae(request), latents, request.num_frames, keep_from)
     while True:
         with pipeline.clock.stage("decode"):
             faults.reach("decode")
-            chunk = next(chunks, None)
-        if chunk is None:
+            decoded = next(parts, None)
+        if decoded is None:
             return
-        yield chunk
+        yield decoded
 
 
-def write(pipeline: Pipeline, chunk: Tensor, sinks: Sequence[Sink]) -> None:
-    """Hand decoded frames [B,3,f,H,W] to the sinks as uint8."""
-    from opensora_sp.media import to_uint8
-
-    for video, sink in zip(chunk, sinks, strict=True):
-        with pipeline.clock.stage("convert"):
-            frames = to_uint8(video)
+def write(pipeline: Pipeline, frames: Tensor, sinks: Sequence[Sink]) -> None:
+    """Hand decoded frames, uint8 [B,f,H,W,3], to the sinks."""
+    if frames.shape[1] == 0:
+        return
+    for video, sink in zip(frames, sinks, strict=True):
         with pipeline.clock.stage("write"):
             faults.reach("encode-to-file")
-            sink.write(frames)
+            sink.write(video.numpy())
 
 
 def _bar(pipeline: Pipeline, times: Sequence[float], first_step: int) -> Any:

@@ -29,6 +29,7 @@ from opensora_sp.refine import refine_batches
 from opensora_sp.request import Job, Request, RunSettings, Task
 from opensora_sp.resume import Progress
 from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.fitting import choose_memory
 from opensora_sp.saved_state import Position, StateFiles
 from opensora_sp.schedule import Work, deal, regroup
 from opensora_sp.sheet_sink import RunSheet
@@ -45,7 +46,7 @@ def run_job(job: Job) -> int:
     with open_job_session(settings) as whole:
         mesh = mesh_of(job, whole.world_size)
         session = whole.split(mesh) if mesh.replicas > 1 else whole
-        pipeline = load_pipeline(settings, session, mesh)
+        pipeline = load_pipeline(job, session, mesh)
         models = whole.together(lambda: model_digests(pipeline.checkpoints), leading_only=True)
         models = whole.share(models)
         _agree(job, whole)
@@ -96,17 +97,22 @@ def mesh_of(job: Job, world: int) -> Mesh:
     )
 
 
-def load_pipeline(settings: RunSettings, session: Session, mesh: Mesh) -> Pipeline:
-    """The pipeline that the settings ask for, for one replica of the mesh; collective."""
+def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
+    """The pipeline of one replica of the mesh, in a memory mode that fits; collective."""
+    settings = job.settings
     return Pipeline.load(
         settings.checkpoints,
         session=session,
         dtype=settings.dtype,
-        runtime=Runtime(
+        weights_from=settings.weights_from,
+        runtime=Runtime.of(
+            choose_memory(job, session),
             serial_guidance=settings.guidance == "serial",
             overlap=settings.overlap,
             chunks=session.backend.chunks,
             check_blocks=settings.check_finite == "blocks",
+            vae_decode=settings.vae_decode,
+            text_encoder=settings.t5_device,
         ),
         parallelism=Parallelism(guidance=mesh.guidance, sequence=mesh.sequence),
         show_progress=settings.verbose > 0,

@@ -18,6 +18,7 @@ from opensora_sp.conditioning import (
     parse_mask_strategy,
     plan_strategy,
 )
+from opensora_sp.models.video_vae import split_chunks
 from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.randomness import NoiseKey
 from opensora_sp.request import Request
@@ -81,14 +82,19 @@ class KeptFrames:
             z = hand_out_checked(session, placed, noise.shape, noise.dtype)
         return z.cpu(), mask
 
-    def watch(self, clip: int, index: int, chunk: Tensor) -> None:
-        """Look at decoded chunk number `index` [B,3,f,H,W] of a clip; keeps what is continued."""
-        request = self._requests[0]
-        if self._continues(clip) and request.loop_carry == "frames":
-            if index == 0:
-                self._tail.clear()
-            if index >= self._first_chunk(clip):
-                self._tail.append(chunk.float().cpu())
+    def watched_from(self, clip: int) -> int | None:
+        """The chunk from which on `watch` needs a clip's pixels; None where nothing continues it.
+
+        The same on every rank.
+        """
+        if not self._continues(clip) or self._requests[0].loop_carry != "frames":
+            return None
+        return self._first_chunk(clip)
+
+    def watch(self, pixels: Tensor | None) -> None:
+        """Look at the next decoded pixels [B,3,f,H,W] of a clip, from `watched_from` on."""
+        if pixels is not None:
+            self._tail.append(pixels.float().cpu())
 
     def finish(self, clip: int, latents: Tensor | None) -> None:
         """Make the finished clip a reference of the next one; latents [B,4,T,H,W] where known."""
@@ -157,7 +163,7 @@ class KeptFrames:
         frames, length = request.latent_shape[0], request.condition_frame_length
         group = Group(clip + 1, 0, -length, 0, length, 0.0)
         start = plan_strategy([group], clip + 1, [frames], frames, request.align)[0].ref_start
-        chunks = self._vae().chunks(request.num_frames)
+        chunks = split_chunks(request.num_frames, request.micro_frame_size)
         return max(n for n, chunk in enumerate(chunks) if chunk.latent_start <= start)
 
     def _encode_tail(self, clip: int, latents: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ class KeptFrames:
         would. The frames before them are zeros that no strategy reaches.
         """
         request, vae = self._requests[0], self._vae()
-        chunks = vae.chunks(request.num_frames)
+        chunks = split_chunks(request.num_frames, request.micro_frame_size)
         first = self._first_chunk(clip)
         start, latent_start = chunks[first].frame_start, chunks[first].latent_start
         tail = torch.cat(self._tail, dim=2)

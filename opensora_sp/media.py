@@ -52,6 +52,8 @@ def to_uint8(video: Tensor) -> NDArray[np.uint8]:
     """
     import torch
 
+    from opensora_sp.pixels import to_bytes
+
     if video.ndim < 4 or video.shape[-4] != 3 or any(n != 1 for n in video.shape[:-4]):
         raise ValueError(f"a video is [3, F, H, W], not {list(video.shape)}")
     video = video.detach().reshape(video.shape[-4:])  # [3, F, H, W]
@@ -59,14 +61,8 @@ def to_uint8(video: Tensor) -> NDArray[np.uint8]:
     frames = torch.empty(count, height, width, 3, dtype=torch.uint8)
     # A few frames at a time: a float32 copy of a long 720p video would be gigabytes.
     for start in range(0, count, _FRAMES_AT_ONCE):
-        part = video[:, start : start + _FRAMES_AT_ONCE].float()
-        if not bool(torch.isfinite(part).all()):
-            raise UserError(
-                f"the decoded video has NaN or infinite values near frame {start}: "
-                "run it with --dtype bf16 or fp32, or check the weights"
-            )
-        part = (part.clamp(-1, 1) + 1).mul_(127.5).add_(0.5).floor_()
-        frames[start : start + _FRAMES_AT_ONCE] = part.permute(1, 2, 3, 0).to("cpu", torch.uint8)
+        stop = start + _FRAMES_AT_ONCE
+        frames[start:stop] = to_bytes(video[:, start:stop], start)
     return frames.numpy()
 
 

@@ -17,15 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora_sp import faults
 from opensora_sp.denoiser import Denoiser
 from opensora_sp.errors import UserError
 from opensora_sp.finite import require_finite
 from opensora_sp.identity import text_encoder_digest
-from opensora_sp.models.checkpoint import WeightFiles, load_module
-from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, build_stdit3
+from opensora_sp.loading import (
+    WeightsFrom,
+    load_transformer,
+    open_transformer,
+    transformer_config,
+)
+from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
@@ -34,6 +39,7 @@ from opensora_sp.parallel.session import MeshComms, Session, alone
 from opensora_sp.request import CheckFinite, Checkpoints, Request
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.arithmetic import arithmetic
+from opensora_sp.runtime.residency import Turns, release_cached
 from opensora_sp.sizes import SPATIAL_FACTOR, TIME_FACTOR
 from opensora_sp.text_cache import TextCache
 from opensora_sp.timing import Clock
@@ -86,10 +92,12 @@ class Pipeline:
     show_progress: bool = False
     allow_remote: bool = False
     check_finite: CheckFinite = "steps"
+    weights_from: WeightsFrom = "disk"
     text_cache: Path | None = None
     _transformer: STDiT3 | None = None
     _text_encoder: TextEncoder | None = None
     _vae: VideoVAE | None = None
+    _turns: Turns | None = None
     _captions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _comms: dict[Mesh, MeshComms] = field(default_factory=dict)
 
@@ -107,14 +115,16 @@ class Pipeline:
         check_finite: CheckFinite = "steps",
         text_cache: Path | None = None,
         transformer_only: bool = False,
+        weights_from: WeightsFrom = "disk",
     ) -> Pipeline:
         """Check every weight's name and shape (no data is read yet) and be ready to generate.
 
         checkpoints None is the embedded model; session None is this process alone. dtype is fp32,
         fp16 or bf16. check_finite: where to look for NaN. text_cache: where embeddings of captions
         are kept; None keeps them in memory only. transformer_only leaves the text encoder and the
-        VAE out of the check. Raises CheckpointError naming the weight and the file that does not
-        fit.
+        VAE out of the check. weights_from "rank0": only the leading rank has the checkpoints; it
+        hands the transformer out and decodes alone. Raises CheckpointError naming the weight and
+        the file that does not fit.
         """
         session = session or alone()
         checkpoints = checkpoints or embedded_checkpoints()
@@ -125,15 +135,15 @@ class Pipeline:
             runtime=runtime or Runtime(),
             parallelism=parallelism or Parallelism(),
             clock=Clock(session.device, session.stage),
-            config=STDiT3Config.load(checkpoints.dit),
+            config=transformer_config(session, checkpoints.dit, weights_from),
+            weights_from=weights_from,
             show_progress=show_progress,
             allow_remote=allow_remote,
             check_finite=check_finite,
             text_cache=text_cache,
         )
-        session.together(
-            lambda: load_transformer(checkpoints.dit, pipeline.config, check_only=True)
-        )
+        files = open_transformer(session, checkpoints.dit, weights_from)
+        session.together(lambda: load_transformer(files, pipeline.config, check_only=True))
         if not transformer_only:
             session.together(pipeline._check_leading_models, leading_only=True)
         return pipeline
@@ -174,6 +184,7 @@ class Pipeline:
             self._comms[mesh] = self.session.build(mesh)
         frames, *size = request.latent_shape
         layout = Layout(frames=frames, size=(size[0], size[1]), ranks=mesh.sequence)
+        self._take_turn(self.transformer)
         return parallelize(self.transformer, self._comms[mesh], layout, self.runtime)
 
     @property
@@ -182,36 +193,73 @@ class Pipeline:
         if self._transformer is None:
             with self.clock.stage("load"):
                 faults.reach("load")
+                files = open_transformer(self.session, self.checkpoints.dit, self.weights_from)
                 self._transformer = self.session.together(
                     lambda: load_transformer(
-                        self.checkpoints.dit, self.config, self.dtype, self.session.device
+                        files,
+                        self.config,
+                        self.dtype,
+                        self.session.device,
+                        residency=self.runtime.residency,
                     )
                 )
         assert self._transformer is not None
         return self._transformer
 
+    def shares_decode(self, request: Request) -> bool:
+        """Whether all ranks decode a request's frames; the same answer on every rank."""
+        ranks = self.session.world_size
+        if ranks == 1 or self.runtime.vae_decode == "rank0" or self.weights_from == "rank0":
+            return False
+        # One group of frames cannot be shared: the others would only load the VAE for nothing.
+        return self.runtime.vae_decode == "shared" or request.num_frames > request.micro_batch_size
+
+    def shared_vae(self, request: Request) -> VideoVAE:
+        """The VAE on every rank, for a decode that they share. Collective at first use."""
+        vae = self.session.together(
+            lambda: self._load_vae(request, encoder=self.session.leads and request.loop > 1)
+        )
+        assert vae is not None
+        return vae
+
     def vae(self, request: Request, *, encoder: bool = False) -> VideoVAE:
         """The video VAE, on the leading rank only; its encoder where references need it."""
         if not self.session.leads:
             raise RuntimeError(f"rank {self.session.rank} has no use for the VAE")
+        return self._load_vae(request, encoder=encoder or request.loop > 1)
+
+    def _load_vae(self, request: Request, *, encoder: bool) -> VideoVAE:
         if self._vae is None or (encoder and self._vae.temporal_vae.encoder is None):
             with self.clock.stage("load"):
                 from opensora_sp.models.video_vae import VideoVAE  # its imports take seconds
 
                 self._vae = None
+                self._take_turn(None)
                 self._vae = VideoVAE.load(
                     self.checkpoints.vae3d,
                     self.checkpoints.vae2d,
                     dtype=self.dtype,
                     device=self.session.device,
                     with_encoder=encoder,
+                    at_home=self.runtime.residency != "resident",
                 )
+        self._take_turn(self._vae)
         self._vae.config = replace(
             self._vae.config,
             micro_frame_size=request.micro_frame_size,
-            micro_batch_size=request.micro_batch_size,
+            micro_batch_size=self.runtime.group(request.micro_batch_size),
         )
         return self._vae
+
+    def _take_turn(self, module: nn.Module | None) -> None:
+        """Make room for what runs next, and bring it to the device, where models take turns."""
+        if self.runtime.residency == "resident":
+            return
+        if isinstance(module, STDiT3) and self.runtime.residency == "streamed":
+            module = None  # it brings its layers itself
+        if self._turns is None:
+            self._turns = Turns(self.session.device)
+        self._turns.take(module)
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """The context that this pipeline's models run in."""
@@ -231,6 +279,8 @@ class Pipeline:
             self.session.whole.together(
                 lambda: self._encode(captions, max_length), leading_only=True
             )
+        if self.runtime.residency != "resident":
+            self.release_text_encoder()
 
     def deal_captions(self, wanted: Sequence[Sequence[str]], max_length: int) -> None:
         """Give the leader of each replica the embeddings of its captions. Collective of all."""
@@ -257,7 +307,7 @@ class Pipeline:
         if not missing:
             return
         encoder = self._load_text_encoder(max_length)
-        with self.arithmetic(), self.clock.stage("encode text"):
+        with arithmetic(encoder.device, self.dtype), self.clock.stage("encode text"):
             faults.reach("encode")
             for caption in missing:
                 # One at a time: a caption's embedding must not depend on its neighbours.
@@ -293,9 +343,7 @@ class Pipeline:
     def release_text_encoder(self) -> None:
         """Give T5's memory back; embeddings already made are kept."""
         self._text_encoder = None
-        module = getattr(torch, self.session.device.type, None)
-        if self.session.device.type != "cpu" and hasattr(module, "empty_cache"):
-            module.empty_cache()  # type: ignore[union-attr]
+        release_cached(self.session.device)
 
     def text(self, captions: Sequence[str], max_length: int) -> Text:
         """Cleaned captions → their embeddings on every rank of the video, from the leading one."""
@@ -319,11 +367,14 @@ class Pipeline:
                 from opensora_sp.models.text_encoder import TextEncoder  # its imports take seconds
 
                 self._text_encoder = None
+                self._take_turn(None)
+                on_cpu = self.runtime.text_encoder == "cpu"
                 self._text_encoder = TextEncoder.load(
                     self.checkpoints.t5,
                     dtype=self.dtype,
-                    device=self.session.device,
+                    device=torch.device("cpu") if on_cpu else self.session.device,
                     max_length=max_length,
+                    streamed=self.runtime.residency == "streamed" and not on_cpu,
                 )
         return self._text_encoder
 
@@ -344,24 +395,3 @@ class Pipeline:
                 f"{self.checkpoints.vae3d} shrinks time and space by {factors}, but Open-Sora 1.2 "
                 f"and this program count on {(TIME_FACTOR, SPATIAL_FACTOR)}"
             )
-
-
-def load_transformer(
-    directory: Path,
-    config: STDiT3Config,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    check_only: bool = False,
-) -> STDiT3:
-    """STDiT3 from a checkpoint directory; check_only compares names and shapes, reads no data."""
-    model = build_stdit3(config)
-    load_module(
-        model,
-        WeightFiles.open(directory, "model"),
-        dtype=dtype,
-        device=device,
-        keep_float32=lambda name: name == "rope.freqs",
-        skip=(lambda _: True) if check_only else None,
-    )
-    return model

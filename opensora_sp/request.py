@@ -32,6 +32,10 @@ BACKENDS = ("eccl", "nccl", "gloo")
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 GUIDANCE = ("auto", "together", "serial")
+MEMORY = ("auto", "speed", "balanced", "small")
+T5_DEVICE = ("device", "cpu")
+WEIGHTS_FROM = ("disk", "rank0")
+VAE_DECODE = ("auto", "rank0", "shared")
 LOOP_CARRY = ("frames", "latents")
 CheckFinite = Literal["off", "steps", "blocks"]
 
@@ -99,6 +103,12 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "guidance_parallel": optional(integer(1, 2), word="auto"),
     "replicas": optional(integer(1), word="auto"),
     "overlap": boolean(),
+    "vae_decode": choice(*VAE_DECODE),
+    "weights_from": choice(*WEIGHTS_FROM),
+    "memory": choice(*MEMORY),
+    "t5_device": choice(*T5_DEVICE),
+    "device_memory": optional(text(empty=False, metavar="SIZE"), word="auto"),
+    "no_plan": boolean(),
     "allow_remote": boolean(),
     "lossless": boolean(),
     "watermark": boolean(),
@@ -251,6 +261,12 @@ class RunSettings:
     guidance_parallel: int | None = None
     replicas: int | None = None
     overlap: bool = True
+    vae_decode: Literal["auto", "rank0", "shared"] = "auto"
+    weights_from: Literal["disk", "rank0"] = "disk"
+    memory: Literal["auto", "speed", "balanced", "small"] = "auto"
+    t5_device: Literal["device", "cpu"] = "device"
+    device_memory: str | None = None
+    no_plan: bool = False
     allow_remote: bool = False
     lossless: bool = False
     watermark: bool = False

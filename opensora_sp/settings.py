@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora_sp import sizes
@@ -32,7 +33,7 @@ from opensora_sp.preflight import (
     read_prompt_file,
 )
 from opensora_sp.prompts import PromptJson, parse_prompt_json, split_loops
-from opensora_sp.request import Job, Request, RunSettings, Task
+from opensora_sp.request import Checkpoints, Job, Request, RunSettings, Task
 from opensora_sp.validate import shown
 
 Values = dict[str, Any]
@@ -190,7 +191,7 @@ def _convert_one(flag: Flag, text: str | None) -> Any:
 def print_config(values: Values, program: str = "infer") -> str:
     """The resolved configuration as YAML, headed by the shapes that follow from it."""
     values = compose_references(values, len(values["prompt"] or [""]))
-    height, width = _size(values)
+    height, width = size_of(values)
     frames = values["num_frames"]
     latent = sizes.latent_shape(frames, height, width, values["micro_frame_size"])
     rows, columns = sizes.patch_grid(*latent[1:])
@@ -206,7 +207,8 @@ def _is_written(flag: Flag, program: str) -> bool:
     return not flag.control and flag.program in (None, program)
 
 
-def _size(values: Values) -> tuple[int, int]:
+def size_of(values: Values) -> tuple[int, int]:
+    """(height, width) in pixels as given to the model."""
     return sizes.resolve_size(values["resolution"], values["aspect_ratio"], values["image_size"])
 
 
@@ -215,7 +217,7 @@ def check_request(values: Values, *, world_size: int = 1) -> list[str]:
 
     Returns what is worth telling a person. Raises UserError.
     """
-    height, width = _size(values)
+    height, width = size_of(values)
     notes = sizes.size_notes(height, width, values["num_frames"])
     notes += check_combinations(values)
     for flag in all_flags():
@@ -231,8 +233,19 @@ def check_request(values: Values, *, world_size: int = 1) -> list[str]:
     return notes
 
 
-def build_job(values: Values, *, world_size: int = 1) -> Job:
+def _checkpoints(values: Values, *, leading: bool) -> Checkpoints | None:
+    """The four directories; those that only the leading rank sees are looked at there alone."""
+    names = ("dit", "t5", "vae2d", "vae3d")
+    given = {name: values[f"ckpt_path_{name}"] for name in names}
+    if not leading and values["weights_from"] == "rank0" and None not in given.values():
+        return Checkpoints(**{name: Path(path) for name, path in given.items()})
+    return check_checkpoints(given)
+
+
+def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> Job:
     """The whole run, checked against the files and folders it names; creates nothing.
+
+    leading: whether this process is rank 0.
 
     Raises UserError.
     """
@@ -243,16 +256,14 @@ def build_job(values: Values, *, world_size: int = 1) -> Job:
 
         check_endpoint(values["prompt_generator"])
     requests = _requests(values)
-    checkpoints = check_checkpoints(
-        {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
-    )
+    checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
     save_dir = check_save_dir(values["save_dir"])
     settings = RunSettings(
         checkpoints=checkpoints,
         save_dir=save_dir,
-        **_fields_of(RunSettings, values, without={"save_dir"}),
+        **fields_of(RunSettings, values, without={"save_dir"}),
     )
     tasks = _tasks(requests, settings)
     for task in tasks:
@@ -267,8 +278,8 @@ def _requests(values: Values) -> list[Request]:
     """The first sample of every prompt that is asked for."""
     prompts = _raw_prompts(values)
     values = compose_references(values, len(prompts))
-    height, width = _size(values)
-    shared = _fields_of(Request, values, without={"prompt", *_PER_PROMPT})
+    height, width = size_of(values)
+    shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
     requests = []
@@ -338,7 +349,7 @@ def _tasks(requests: Sequence[Request], settings: RunSettings) -> tuple[Task, ..
     return tuple(tasks)
 
 
-def _fields_of(target: type[Any], values: Values, *, without: set[str]) -> Values:
+def fields_of(target: type[Any], values: Values, *, without: set[str]) -> Values:
     """The values whose keys are fields of the dataclass."""
     names = {field.name for field in dataclasses.fields(target)} - without
     return {name: value for name, value in values.items() if name in names}

@@ -105,7 +105,7 @@ def _measure(
     """Everything between the first and the last version of the report."""
     with clock.stage("check"):
         mesh = mesh_of(job, session.world_size)
-        pipeline = load_pipeline(job.settings, session, mesh)
+        pipeline = load_pipeline(job, session, mesh)
         pipeline.text_cache = None  # texts are encoded to be measured
     draft.check_seconds = clock.seconds["check"]
     pipeline.clock = clock

@@ -10,6 +10,8 @@ from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import leave, stoppable
 from opensora_sp.cli.threads import apply_cpu_threads
 from opensora_sp.errors import JobEnded, Stopped, UserError
+from opensora_sp.planner.devices import parse_memory
+from opensora_sp.planner.requests import plan_job
 from opensora_sp.rank_log import rank_log
 from opensora_sp.request import Job
 from opensora_sp.settings import (
@@ -69,8 +71,18 @@ def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
     if command.print_config:
         check_request(values, world_size=world_size())
         return print_config(values, program.name)
-    job = build_job(values, world_size=world_size())
+    job = build_job(values, world_size=world_size(), leading=rank() == "0")
+    _require_room(job)
     return Prepared(job, program.plan(job, values))
+
+
+def _require_room(job: Job) -> None:
+    """Refuse what does not fit --device-memory; without it the device is asked, after torch."""
+    settings = job.settings
+    if settings.device_memory is not None and rank() == "0":
+        memory = parse_memory(settings.device_memory)
+        if not settings.no_plan:
+            plan_job(job, world_size(), memory)
 
 
 def _run(prepared: Prepared) -> int:

@@ -7,7 +7,7 @@ from opensora_sp.benchmark.kinds import BENCHMARK_KINDS, DEFAULT_REPORT
 from opensora_sp.cli.flags import Flag, Group, flag
 from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S
 from opensora_sp.request import REQUEST_KINDS, SETTINGS_KINDS
-from opensora_sp.validate import Kind, boolean, file_stem, path
+from opensora_sp.validate import Kind, boolean, file_stem, integer, number, optional, path
 
 
 def _verbosity() -> Kind:
@@ -126,6 +126,12 @@ RUN_GROUPS: tuple[Group, ...] = (
             flag("--ckpt-path-t5", path("DIR"), None, "t5-v1_1-xxl"),
             flag("--ckpt-path-vae2d", path("DIR"), None, "pixart_sigma_sdxlvae_T5_diffusers"),
             flag("--ckpt-path-vae3d", path("DIR"), None, "OpenSora-VAE-v1.2"),
+            flag(
+                "--weights-from",
+                _S["weights_from"],
+                "disk",
+                "rank0: only rank 0 sees the paths; it hands the transformer out and decodes alone",
+            ),
             flag("--dtype", _S["dtype"], "bf16", "number format of the run"),
             flag(
                 "--model-max-length",
@@ -182,6 +188,12 @@ RUN_GROUPS: tuple[Group, ...] = (
             flag(
                 "--overlap", _BOOL, True, "exchange while computing; same result", feature="overlap"
             ),
+            flag(
+                "--vae-decode",
+                _S["vae_decode"],
+                "auto",
+                "who decodes: the leading rank, all ranks together, or whichever pays; same frames",
+            ),
             flag("--timeout", _S["timeout"], 1800.0, "seconds a collective may take"),
             flag(
                 "--heartbeat-timeout",
@@ -207,6 +219,29 @@ RUN_GROUPS: tuple[Group, ...] = (
     (
         "Memory and speed",
         (
+            flag(
+                "--memory",
+                _S["memory"],
+                "auto",
+                "auto: the fastest mode that fits; speed: all models stay on the device; balanced: "
+                "they take turns; small: layers pass through it one by one",
+            ),
+            flag(
+                "--device-memory",
+                _S["device_memory"],
+                None,
+                "what a request must fit in, such as 48GB or H100; it is then refused before torch "
+                "is loaded",
+                shown_default="auto: what the device has left",
+            ),
+            flag(
+                "--no-plan",
+                _BOOL,
+                False,
+                "try a request that the plan says does not fit",
+                nargs=0,
+            ),
+            flag("--t5-device", _S["t5_device"], "device", "where the text encoder runs"),
             flag("--batch-size", _S["batch_size"], 1, "prompts denoised together"),
             flag("--micro-batch-size", _R["micro_batch_size"], 4, "frames the VAE takes at once"),
             flag(
@@ -273,6 +308,34 @@ RUN_GROUPS: tuple[Group, ...] = (
                 nargs=2,
                 program="benchmark",
                 control=True,
+            ),
+        ),
+    ),
+    (
+        "Plan (launch/plan.py only)",
+        (
+            flag("--ranks", integer(1, 64), 1, "plan for so many ranks", program="plan"),
+            flag(
+                "--table",
+                _BOOL,
+                False,
+                "every trained size on this device: the mode that fits, its peak in GB",
+                nargs=0,
+                program="plan",
+            ),
+            flag(
+                "--flop-rate",
+                optional(number(0, above=True), word="null"),
+                None,
+                "FLOP/s of one device, as measured, to predict the time from",
+                program="plan",
+            ),
+            flag(
+                "--link-rate",
+                optional(number(0, above=True), word="null"),
+                None,
+                "bytes per second that a rank sends, for the same",
+                program="plan",
             ),
         ),
     ),

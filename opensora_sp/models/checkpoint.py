@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora_sp.errors import CheckpointError
+from opensora_sp.runtime.residency import pinned
 
 Shape = tuple[int, ...]
 
 # Pages of a mapped file count as this process's memory until its mapping is dropped, so a 19 GB
 # text encoder would look like 19 GB. Mapping anew after this many bytes keeps the count low.
-_REMAP_BYTES = 128 << 20
+_REMAP_BYTES = 32 << 20
 _LFS_MARK = b"version https://git-lfs"
 _NAMED_IN_ERRORS = 4
 
@@ -183,6 +184,7 @@ def load_module(
     optional: Collection[str] = (),
     keep_float32: Callable[[str], bool] | None = None,
     skip: Callable[[str], bool] | None = None,
+    at_home: Callable[[str], bool] | None = None,
 ) -> None:
     """Fill a module built on the meta device with a checkpoint's weights, strictly.
 
@@ -195,6 +197,7 @@ def load_module(
         prefix: only the file's names that start with it belong to this module; it is cut off.
         aliases: a name (without prefix) that files use for, or beside, one of the model's names.
         optional: names that either side may lack.
+        at_home: weights that stay in host memory, from where `device` borrows them.
         skip: weights that must be there with the right shape but are not read; they stay on meta.
 
     Raises:
@@ -210,7 +213,11 @@ def load_module(
         if wanted.is_floating_point:
             exact = keep_float32 is not None and keep_float32(target.name)
             wanted = torch.float32 if exact else dtype
-        value = _read(weights, target.sources[0], wanted, torch.device(device))
+        stays = at_home is not None and at_home(target.name)
+        place = torch.device("cpu" if stays else device)
+        value = _read(weights, target.sources[0], wanted, place)
+        if stays:
+            value = pinned(value, torch.device(device))
         _assign(module, target, value)
     weights.release()
     module.requires_grad_(False)

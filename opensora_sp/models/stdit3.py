@@ -30,6 +30,7 @@ from opensora_sp.models.layers import (
     position_table,
     rotary_tables,
 )
+from opensora_sp.runtime.residency import Layers
 from opensora_sp.sizes import PATCH
 
 
@@ -140,13 +141,25 @@ class Block(nn.Module):
         return modulated_norm(x, shift, scale)
 
     def rest(
-        self, x: Tensor, attended: Tensor, tables: StepTables, text: Sequence[KeyValue]
+        self,
+        x: Tensor,
+        attended: Tensor,
+        tables: StepTables,
+        text: Sequence[KeyValue],
+        *,
+        in_place: bool = False,
     ) -> Tensor:
-        """Everything after the self-attention, local to each token: [B,T,S,C] → [B,T,S,C]."""
+        """Everything after the self-attention, local to each token: [B,T,S,C] → [B,T,S,C].
+
+        in_place: x is updated where it lies, which gradients do not allow.
+        """
+        add = torch.Tensor.addcmul_ if in_place else torch.addcmul
         _, _, gate, shift, scale, mlp_gate = self._modulation(tables)
-        x = torch.addcmul(x, gate, self.attn.proj(attended))
-        x = x + self.cross_attn(x, text)
-        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
+        x = add(x, gate, self.attn.proj(attended))
+        crossed = self.cross_attn(x, text)
+        x = x.add_(crossed) if in_place else x + crossed
+        del crossed
+        return add(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
 
 
 class SpatialBlock(Block):
@@ -166,10 +179,12 @@ class TemporalBlock(Block):
         tables: StepTables,
         text: Sequence[KeyValue],
         rotary: tuple[Tensor, Tensor],
+        *,
+        in_place: bool = False,
     ) -> Tensor:
-        """x [B,T,S,C] with all T frames → the same shape."""
+        """x [B,T,S,C] with all T frames → the same shape; in_place as for `rest`."""
         attended = self.attn.along_time(self.attn_in(x, tables), rotary)
-        return self.rest(x, attended, tables, text)
+        return self.rest(x, attended, tables, text, in_place=in_place)
 
 
 class PatchEmbedder(nn.Module):
@@ -262,6 +277,11 @@ class STDiT3(nn.Module):
         """The blocks in the order they run."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
+    def layers(self, *, streamed: bool = False) -> Layers:
+        """The pairs in order; streamed: their weights are in host memory, and pass through."""
+        # Two are kept: while a pair is finished, the next one's first attention is prepared.
+        return Layers(self.pairs, self.device, streamed=streamed, keep=2)
+
     def positions(self, grid: tuple[int, int], height: float, width: float) -> Tensor:
         """Position table [S,C] for a grid of patches, in the run's dtype on the model's device."""
         config = self.config
@@ -290,14 +310,19 @@ class STDiT3(nn.Module):
             now = torch.where(chosen, now, still[:, None])  # [B,T,C]
         return StepTables(now, self.t_block(now).unflatten(-1, (6, -1)))
 
-    def text_kv(self, tokens: Sequence[Tensor]) -> list[list[KeyValue]]:
+    def text_kv(
+        self, tokens: Sequence[Tensor], layers: Layers | None = None
+    ) -> list[list[KeyValue]]:
         """Each sample's real tokens [L_b, caption_channels] → per block, per sample, k and v.
 
         In the order the blocks run: spatial 0, temporal 0, spatial 1, … Once per video.
+        layers: the blocks, where they are not all on the model's device.
         """
         texts = [self.y_embedder.y_proj(y.to(self.device, self.dtype)) for y in tokens]
-        blocks = [block for pair in self.pairs for block in pair]
-        return [[block.cross_attn.key_value(text) for text in texts] for block in blocks]
+        pairs: Any = layers or self.layers()
+        return [
+            [block.cross_attn.key_value(text) for text in texts] for pair in pairs for block in pair
+        ]
 
     def null_tokens(self, masks: Tensor) -> list[Tensor]:
         """The null embedding under each sample's mask [B,L] of 0/1 → B × [L_b, caption]."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from opensora_sp.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
+from opensora_sp.runtime.residency import StreamedList
 
 _WEIGHT_STEMS = ("pytorch_model", "model")
+_LAYERS = "encoder.block."
 _PIECES_FILE = "spiece.model"
 
 
@@ -44,12 +46,19 @@ class TextEncoder:
 
     @classmethod
     def load(
-        cls, directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int
+        cls,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,
+        streamed: bool = False,
     ) -> TextEncoder:
         """Read config.json, spiece.model and the weights of `directory`; never asks a hub.
 
         `max_length` is L, the end token counted. In float16 the second feed-forward matrices
-        (`wo`) stay float32, because their sums overflow it.
+        (`wo`) stay float32, because their sums overflow it. streamed: the layers stay in host
+        memory and pass through the device one by one.
 
         Raises:
             CheckpointError: a file that is missing, broken or not T5's, or weights that do not fit.
@@ -61,7 +70,10 @@ class TextEncoder:
             dtype=dtype,
             device=device,
             keep_float32=_is_wo if dtype == torch.float16 else None,
+            at_home=(lambda name: name.startswith(_LAYERS)) if streamed else None,
         )
+        if streamed:
+            model.encoder.block = StreamedList(list(model.encoder.block), device)
         return cls(model, pieces, max_length=max_length, device=device)
 
     @classmethod

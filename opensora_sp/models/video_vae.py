@@ -174,10 +174,12 @@ class VideoVAE(nn.Module):
         with_encoder: bool,
         micro_frame_size: int | None = None,
         micro_batch_size: int | None = None,
+        at_home: bool = False,
     ) -> VideoVAE:
         """Load the published directories; micro sizes default to those of the checkpoint.
 
-        Without the encoder its weights are checked but neither read nor kept.
+        Without the encoder its weights are checked but neither read nor kept. at_home: all weights
+        stay in host memory, from where `device` borrows them.
 
         Raises:
             CheckpointError: a directory, file or weight is absent or does not fit.
@@ -196,6 +198,7 @@ class VideoVAE(nn.Module):
             aliases=older_attention_names(),
             keep_float32=lambda name: name in ("shift", "scale"),
             skip=None if with_encoder else lambda name: name.startswith(_ENCODER_PARTS),
+            at_home=(lambda _: True) if at_home else None,
         )
         if not with_encoder:
             vae.drop_encoder()
@@ -323,6 +326,19 @@ class VideoVAE(nn.Module):
         """Scaled spatial latents [B, 4, frames, h, w] of one chunk's z [B, 4, t, h, w]."""
         z = (z_chunk.to(self.device, torch.float32) * self.scale + self.shift).to(self.dtype)
         return torch.cat([self.temporal_vae.decode(sample, frames) for sample in z.split(1)])
+
+    def decode_groups(
+        self, z_chunk: Tensor, frames: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield frames start..stop of one chunk's z [B, 4, t, h, w], a group at a time.
+
+        Each [B, 3, f, 8h, 8w]; `start` lies on the border of a group. Only one group of pixels
+        exists at a time.
+        """
+        latents = self.decode_chunk_temporal(z_chunk, frames)
+        size, stop = self.config.micro_batch_size or frames, frames if stop is None else stop
+        for first in range(start, stop, size):
+            yield self.decode_frames(latents[:, :, first : min(first + size, stop)])
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, f, 8h, 8w] of scaled spatial latents [B, 4, f, h, w], in groups.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from opensora_sp.denoiser import Piece, cut
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.pieces import Piece, cut
 from opensora_sp.sizes import PATCH
 
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_sp import faults
-from opensora_sp.denoiser import Piece
 from opensora_sp.parallel.layout import Layout, bounds
 from opensora_sp.parallel.ledger import Ledger
+from opensora_sp.runtime.pieces import Piece
 
 _FAULT_POINTS = {
     "patches_to_frames": "exchange",
@@ -85,8 +85,9 @@ class Transfer:
         started = time.perf_counter()
         self._work.wait()
         self._comm.ledger.add(self._kind, seconds=time.perf_counter() - started)
-        del self._send
-        return self._finish(self._recv.to(self._device))
+        received = self._recv.to(self._device)
+        del self._send, self._recv  # callers may keep this object longer than the result
+        return self._finish(received)
 
 
 def _check(kind: str, buffer: Tensor, sizes: Sequence[int], comm: Comm) -> None:
@@ -140,11 +141,15 @@ class Exchange:
         local = patches[self.comm.rank]
         if mine != shares[self.comm.rank]:
             raise RuntimeError(f"frames_to_patches: {mine} frames, expected {shares}")
-        sorted_by_rank = [part.reshape(-1) for part in attended.split(list(patches), dim=1)]
+        # Straight into the buffer: parts and their concatenation would be two more copies of it.
+        sorted_by_rank = attended.new_empty(attended.numel())
+        places = bounds([mine * count * channels for count in patches])
+        for part, (start, stop) in zip(attended.split(list(patches), dim=1), places, strict=True):
+            sorted_by_rank[start:stop].view(part.shape).copy_(part)
         return Transfer(
             self.comm,
             "frames_to_patches",
-            torch.cat(sorted_by_rank),
+            sorted_by_rank,
             [mine * count * channels for count in patches],
             [share * local * channels for share in shares],
             lambda received: received.view(batch, frames, local, channels),
@@ -179,6 +184,28 @@ def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor
     send = [z.numel() if rank == to else 0 for rank in range(comm.size)]
     whole = Transfer(comm, "gather_latents", z.contiguous().view(-1), send, recv, join).wait()
     return whole if leads else None
+
+
+def spread(
+    comm: Comm, parts: Sequence[Tensor] | None, sizes: Sequence[int], like: Tensor, source: int = 0
+) -> Transfer:
+    """Each rank's own flat part, of `sizes[rank]` elements, from the rank that has them all.
+
+    like: any tensor of the dtype and device that the parts have. An all-to-all with empty parts,
+    for the same reason as `gather_patches`.
+    """
+    leads = comm.rank == source
+    flat = torch.cat([part.reshape(-1) for part in parts or []]) if leads else like.new_empty(0)
+    send = list(sizes) if leads else [0] * comm.size
+    recv = [sizes[comm.rank] if rank == source else 0 for rank in range(comm.size)]
+    return Transfer(comm, "latents", flat.contiguous(), send, recv, lambda got: got)
+
+
+def bring(comm: Comm, mine: Tensor, sizes: Sequence[int], to: int = 0) -> Transfer:
+    """Flat parts of `sizes[rank]` elements, end to end on rank `to`; empty on the others."""
+    send = [mine.numel() if rank == to else 0 for rank in range(comm.size)]
+    recv = list(sizes) if comm.rank == to else [0] * comm.size
+    return Transfer(comm, "frames", mine, send, recv, lambda got: got)
 
 
 def hand_out(

@@ -17,12 +17,13 @@ from torch import Tensor
 from opensora_sp.denoiser import Conditions, Denoiser
 from opensora_sp.errors import UserError
 from opensora_sp.generate import draw_noise
+from opensora_sp.loading import load_transformer
 from opensora_sp.models.stdit3 import STDiT3
 from opensora_sp.parallel.cost import Workload, project_step
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.parallel.parallelize import parallelize
-from opensora_sp.pipeline import Pipeline, load_transformer
+from opensora_sp.pipeline import Pipeline
 from opensora_sp.randomness import NoiseKey
 from opensora_sp.request import Request
 from opensora_sp.runtime.memory import free_bytes

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from opensora_sp.denoiser import Conditions, Denoiser, Stream, run_blocks
+from opensora_sp.loading import load_transformer
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, unpatchify
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, legal_meshes
 from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import MeshComms, Session
-from opensora_sp.pipeline import load_transformer
 from opensora_sp.sampling import sample, timesteps
 from opensora_sp.verification.suite import (
     Check,

@@ -1,0 +1,92 @@
+"""Whether a request fits, by which mode, and what it costs: answered without torch or a model."""
+
+import sys
+from collections.abc import Sequence
+
+from opensora_sp import __version__
+from opensora_sp.cli.console import refuse
+from opensora_sp.cli.flag_docs import help_text
+from opensora_sp.errors import UserError
+from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.report import describe, grid, verdict
+from opensora_sp.planner.requests import options_of, shape_of
+from opensora_sp.preflight import check_checkpoints
+from opensora_sp.request import Request, RunSettings
+from opensora_sp.settings import (
+    Values,
+    check_request,
+    fields_of,
+    parse_command_line,
+    resolve,
+    size_of,
+)
+
+DOES_NOT_FIT = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns 0 where it fits, 1 where not, 2 where it is refused."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return refuse(error, same_everywhere=True)
+
+
+def _main(argv: Sequence[str]) -> int:
+    command = parse_command_line(argv)
+    if command.help:
+        sys.stdout.write(help_text("plan"))
+        return 0
+    if command.version:
+        print(f"opensora_sp {__version__}")
+        return 0
+    values = resolve(command, program="plan")
+    notes = check_request(values, world_size=values["ranks"])
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return _answer(values)
+
+
+def _answer(values: Values) -> int:
+    height, width = size_of(values)
+    request = Request(
+        **fields_of(Request, values, without={"prompt", "reference_path", "mask_strategy"}),
+        prompt="",
+        reference_path="given" if values["reference_path"] or _typed(values) else "",
+        height=height,
+        width=width,
+        steps=values["num_sampling_steps"],
+    )
+    checkpoints = check_checkpoints(
+        {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
+    )
+    settings = RunSettings(**fields_of(RunSettings, values, without={"save_dir"}))
+    # Without paths the published models are meant: the embedded one fits everywhere.
+    models = ModelSizes() if checkpoints is None else ModelSizes.read(checkpoints)
+    if settings.device_memory is None:
+        raise UserError(
+            f"--device-memory is needed, such as 48GB or one of the cards {', '.join(CARDS)}"
+        )
+    memory = parse_memory(settings.device_memory)
+    shape, options = shape_of(request, settings, settings.batch_size), options_of(settings)
+    ranks = values["ranks"]
+    if values["table"]:
+        print(
+            f"{memory / GB:.0f} GB ({usable(memory) / GB:.1f} for tensors), {ranks} rank(s), "
+            f"{shape.dtype}: the fastest mode that fits, GB by stage"
+        )
+        print(grid(ranks, models, options, memory, shape))
+        return 0
+    plan, said, fits = verdict(shape, ranks, models, options, memory)
+    print(describe(plan, memory, values["flop_rate"], values["link_rate"]))
+    print(said)
+    return 0 if fits else DOES_NOT_FIT
+
+
+def _typed(values: Values) -> bool:
+    return any(values[key] is not None for key in ("image", "last_image", "extend", "edit"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

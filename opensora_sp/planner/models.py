@@ -1,0 +1,103 @@
+"""Sizes of the four models, as published or as their config.json say, and what follows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.errors import UserError
+from opensora_sp.request import Checkpoints
+
+# Both VAEs at the published widths, in weights; the second number is without the encoders.
+_VAE_WEIGHTS, _VAE_DECODER_WEIGHTS = 393_341_015, 214_756_295
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """Defaults are the published models: STDiT3-XL/2, T5 v1.1 XXL, the OpenSora VAE.
+
+    vae_widths: channels of the spatial VAE's levels; filters: of the temporal one's finest level.
+    """
+
+    channels: int = 1152
+    depth: int = 28
+    mlp_ratio: float = 4.0
+    caption: int = 4096
+    tokens: int = 300
+    t5_width: int = 4096
+    t5_inner: int = 4096
+    t5_hidden: int = 10240
+    t5_layers: int = 24
+    t5_heads: int = 64
+    t5_vocabulary: int = 32128
+    vae_widths: tuple[int, ...] = (128, 256, 512, 512)
+    filters: int = 128
+
+    @classmethod
+    def read(cls, checkpoints: Checkpoints) -> ModelSizes:
+        """From the directories' config.json. Raises UserError where one cannot be read."""
+        dit, t5 = _json(checkpoints.dit), _json(checkpoints.t5)
+        inner = checkpoints.vae2d / "vae"
+        spatial = _json(inner if inner.is_dir() else checkpoints.vae2d)
+        temporal = _json(checkpoints.vae3d).get("vae_temporal") or {}
+        heads = t5.get("num_heads", 64)
+        return cls(
+            channels=dit.get("hidden_size", 1152),
+            depth=dit.get("depth", 28),
+            mlp_ratio=dit.get("mlp_ratio", 4.0),
+            caption=dit.get("caption_channels", 4096),
+            tokens=dit.get("model_max_length", 300),
+            t5_width=t5.get("d_model", 4096),
+            t5_inner=t5.get("d_kv", 64) * heads,
+            t5_hidden=t5.get("d_ff", 10240),
+            t5_layers=t5.get("num_layers", 24),
+            t5_heads=heads,
+            t5_vocabulary=t5.get("vocab_size", 32128),
+            vae_widths=tuple(spatial.get("block_out_channels", (128, 256, 512, 512))),
+            filters=temporal.get("filters") or 128,
+        )
+
+    @property
+    def pair_weights(self) -> int:
+        """Weights of one spatial and one temporal block."""
+        c, hidden = self.channels, int(self.channels * self.mlp_ratio)
+        attention = 4 * c * c + 4 * c + 2 * 72
+        crossed = 4 * c * c + 4 * c
+        return 2 * (6 * c + attention + crossed + 2 * c * hidden + hidden + c)
+
+    @property
+    def transformer_weights(self) -> int:
+        """All weights of the transformer."""
+        c = self.channels
+        embedders = 17 * c + 2 * (257 * c + c * c + c) + 6 * (c * c + c)
+        text = (self.caption + 1) * c + c * c + c + self.tokens * self.caption
+        return self.depth * self.pair_weights + embedders + text + 34 * c + 32
+
+    @property
+    def t5_layer_weights(self) -> int:
+        """Weights of one layer of the text encoder."""
+        d = self.t5_width
+        return 4 * d * self.t5_inner + 3 * d * self.t5_hidden + 2 * d
+
+    @property
+    def t5_weights(self) -> int:
+        """All weights of the text encoder."""
+        return self.t5_vocabulary * self.t5_width + self.t5_layers * self.t5_layer_weights
+
+    def vae_weights(self, *, encoder: bool) -> int:
+        """Weights of both VAEs, scaled from the published widths."""
+        scale = (self.vae_widths[0] / 128) ** 2
+        return int(scale * (_VAE_WEIGHTS if encoder else _VAE_DECODER_WEIGHTS))
+
+
+def _json(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content

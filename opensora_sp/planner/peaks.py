@@ -1,0 +1,185 @@
+"""Peak bytes of each stage on one rank: what lives at once where the code holds most.
+
+The formulas follow the code line by line and are held to it by tests that count every tensor
+(`tests/unit/test_planner.py`). They count tensors: fused attention, no workspaces of libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opensora_sp import sizes
+from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.chunks import boxes, ranges
+
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Values that a block makes on its way, per token and channel. Half precision needs more: norms of
+# queries and keys and the rotary embedding pass through float32.
+_ATTEND = {2: 10.03, 4: 6.02}
+_ALONG_TIME = {2: 13.0, 4: 10.0}
+_NORM = 2
+# Of the VAEs, per pixel (in units of the last upsampled width) and per latent cell.
+_PIXEL_WIDTHS, _PIXEL_MORE = 3, 8
+_TEMPORAL_CELL, _TEMPORAL_MORE = 6160, 512
+_ENCODED_PIXEL = 670
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What of a request decides its cost. height, width: pixels given to the model."""
+
+    height: int
+    width: int
+    num_frames: int
+    batch: int = 1
+    guided: bool = True
+    steps: int = 30
+    dtype: str = "bf16"
+    micro_batch: int = 4
+    micro_frames: int = sizes.MICRO_FRAME_SIZE
+    encodes: bool = False  # references, or more than one loop
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """(T, H, W) of the latents."""
+        return sizes.latent_shape(self.num_frames, self.height, self.width, self.micro_frames)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of the run's dtype."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def pixels(self) -> int:
+        """Of a decoded frame."""
+        _, height, width = self.latent
+        return height * width * sizes.SPATIAL_FACTOR**2
+
+
+def denoising_peak(
+    shape: Shape, mesh: Mesh, runtime: Runtime, models: ModelSizes, rank: int = 0
+) -> int:
+    """Most bytes beside the weights that stay: activations, text keys and values, passing layers.
+
+    X is the residual stream of one guidance half on this rank, h halves advance together.
+    """
+    frames, height, width = shape.latent
+    layout = Layout(frames=frames, size=(height, width), ranks=mesh.sequence)
+    place, item, c = mesh.place(rank), shape.itemsize, models.channels
+    halves = 2 if shape.guided and mesh.guidance == 1 else 1
+    together = 1 if runtime.serial_guidance else halves
+    patches, count = layout.patch_split[place.sequence], shape.batch * frames
+    x = count * patches * c * item
+
+    wide = (shape.batch, frames, patches)
+    row = c * item
+    part = max(_tokens(t, s) for t, s in boxes(wide, runtime.tokens)) * shape.batch * row
+    along = float(_most(patches, count, runtime.tokens) * count * row)
+    hidden = 1 + 2 * models.mlp_ratio
+    rest, along = hidden * part, _ALONG_TIME[item] * along
+    one_part = len(list(boxes(wide, runtime.tokens))) == 1
+    norm = _NORM * x if one_part else x + (_NORM + 1) * part
+
+    if mesh.sequence == 1:
+        attend = _attending(count, layout.patch_count, row, runtime.tokens, item)
+        most = max(
+            2 * together * x + max(attend, rest),
+            (2 * together - 1) * x + max(along, norm),
+        )
+    else:
+        parts = _Parts(x, together, rest, along, norm)
+        most = _with_exchange(layout, shape, mesh, runtime, models, rank, parts)
+    kept = 2 * models.depth * shape.batch * models.tokens * 2 * c * item * halves
+    kept += patches * c * item  # positions
+    kept += count * patches * (64 + 64 * (halves > together) + 32 * halves)  # latents, velocities
+    passing = 3 * models.pair_weights * item if runtime.residency == "streamed" else 0
+    return int(most + kept + passing)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of one half: X; how many advance together; the most that each step of a block makes."""
+
+    x: int
+    together: int
+    rest: float
+    along: float
+    norm: float
+
+
+def _with_exchange(
+    layout: Layout,
+    shape: Shape,
+    mesh: Mesh,
+    runtime: Runtime,
+    models: ModelSizes,
+    rank: int,
+    parts: _Parts,
+) -> float:
+    """X, what is under way for the other halves, and this half's exchange at its worst."""
+    x, together = parts.x, parts.together
+    row = models.channels * shape.itemsize
+    count = shape.batch * shape.latent[0]
+    pieces = max(1, min(runtime.chunks, shape.latent[0])) if together == 1 else 1
+    before = [half * count for half in range(together)] if pieces == 1 else [0]
+    sequence = mesh.place(rank).sequence
+    mine = max(layout.frame_split(count, start)[sequence] for start in before)
+    whole = mine * layout.patch_count * row  # this rank's frames, complete
+    piece_whole = -(-mine // pieces) * layout.patch_count * row
+    attend = _attending(-(-mine // pieces), layout.patch_count, row, runtime.tokens, shape.itemsize)
+    waiting = (1 - 1 / pieces) * (x + whole)
+    own = max(
+        waiting + max(2 * piece_whole + x / pieces, piece_whole + attend),
+        x + (1 - 1 / pieces) * whole + parts.rest,
+        max(parts.along, parts.norm, x + whole),
+    )
+    return together * x + (together - 1) * (x + whole) + own
+
+
+def _attending(frames: int, patches: int, row: int, tokens: int | None, item: int) -> float:
+    """What spatial attention makes beside its input, of `frames` whole frames."""
+    return _ATTEND[item] * _most(frames, patches, tokens) * patches * row
+
+
+def _most(length: int, each: int, tokens: int | None) -> int:
+    return max((part.stop - part.start for part in ranges(length, each, tokens)), default=0)
+
+
+def _tokens(frames: slice, patches: slice) -> int:
+    return int((frames.stop - frames.start) * (patches.stop - patches.start))
+
+
+def text_peak(models: ModelSizes, item: int, *, streamed: bool) -> int:
+    """One caption through T5, beside the weights that stay."""
+    scores = 2 * models.t5_heads * models.tokens**2 * 4
+    wide = models.tokens * models.t5_hidden * item // 2
+    return scores + wide + (2 * models.t5_layer_weights * item if streamed else 0)
+
+
+def decoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes, ranks: int = 1) -> int:
+    """One chunk through both VAEs on the leading rank, beside the weights.
+
+    ranks: how many share it; then a round's frames are here as bytes, sent and received.
+    """
+    frames = min(shape.num_frames, shape.micro_frames)
+    group = min(runtime.group(shape.micro_batch), frames)
+    cells = shape.latent[1] * shape.latent[2]
+    width = models.vae_widths[min(1, len(models.vae_widths) - 1)]
+    spatial = group * shape.pixels * (_PIXEL_WIDTHS * width + _PIXEL_MORE) * shape.itemsize
+    latents = -(-frames // sizes.TIME_FACTOR)
+    temporal = (_TEMPORAL_CELL * latents + _TEMPORAL_MORE) * models.filters // 128
+    frame = shape.batch * shape.pixels * 3
+    travelling = (ranks + 1) * frames * frame if ranks > 1 else 0
+    return max(spatial, temporal * cells * shape.itemsize) + travelling
+
+
+def encoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes) -> int:
+    """One chunk of a reference through both VAEs, beside the weights; 0 where none is."""
+    if not shape.encodes:
+        return 0
+    group = min(runtime.group(shape.micro_batch), shape.num_frames)
+    values = _ENCODED_PIXEL * models.vae_widths[0] // 128
+    return group * shape.pixels * values * shape.itemsize

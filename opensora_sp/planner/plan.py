@@ -1,0 +1,235 @@
+"""The plan of a request on N ranks: peaks by stage, cost, and whether it fits, by which mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from opensora_sp import sizes
+from opensora_sp.parallel.cost import Workload, step_flops, step_traffic
+from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
+from opensora_sp.parallel.mesh import Mesh, plan_mesh
+from opensora_sp.planner.devices import usable
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.peaks import (
+    Shape,
+    decoding_peak,
+    denoising_peak,
+    encoding_peak,
+    text_peak,
+)
+from opensora_sp.runtime import Runtime
+from opensora_sp.runtime.options import MEMORY_MODES, MemoryMode
+
+# Of the decoder, fitted to its convolutions: a frame and a chunk's latent frame, per latent cell;
+# the spatial one's attention looks from every cell at every other.
+_FRAME_FLOPS, _FRAME_ATTENTION, _LATENT_FLOPS = 605.5e6, 2048, 478.8e6
+_PROCESS = 1.5e9  # Python, torch and their libraries on the host
+MOST_RANKS = 64
+DURATIONS = ("image", "2s", "4s", "8s", "16s")
+RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes on the busiest rank's device: weights that stay through the stage, and the rest."""
+
+    name: str
+    weights: int
+    peak: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.weights + self.peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A shape on a mesh in one memory mode. flops and sent are the busiest rank's, of a video."""
+
+    shape: Shape
+    mesh: Mesh
+    mode: MemoryMode
+    stages: Sequence[Stage]
+    host: int
+    flops: float
+    sent: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the stage that needs most."""
+        return max(stage.total for stage in self.stages)
+
+    def fits(self, memory: float) -> bool:
+        """Whether a device with so many bytes has room for every stage."""
+        return self.peak <= usable(memory)
+
+    def seconds(self, flop_rate: float, link_rate: float | None) -> float:
+        """Predicted seconds of a video at a device's FLOP/s and a link's bytes per second."""
+        return self.flops / flop_rate + (self.sent / link_rate if link_rate else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a person fixed: None leaves it to the plan."""
+
+    memory: MemoryMode | None = None
+    serial_guidance: bool = False
+    vae_decode: str = "auto"
+    t5_on_cpu: bool = False
+    chunks: int = 2
+    guidance: int | None = None
+    sequence: int | None = None
+
+    def runtime(self, mode: MemoryMode) -> Runtime:
+        """The runtime of a mode."""
+        return Runtime.of(mode, serial_guidance=self.serial_guidance, chunks=self.chunks)
+
+
+def make_plan(
+    shape: Shape, ranks: int, mode: MemoryMode, models: ModelSizes, options: Options
+) -> Plan:
+    """The plan of one mode. Raises UserError where the ranks cannot be grouped as asked."""
+    mesh = plan_mesh(
+        ranks, guided=shape.guided, guidance=options.guidance, sequence=options.sequence
+    )
+    flops, sent = _cost(shape, mesh, models, options.runtime(mode), options)
+    return Plan(
+        shape=shape,
+        mesh=mesh,
+        mode=mode,
+        stages=_stages(shape, mesh, mode, models, options),
+        host=_host(shape, mode, models, options),
+        flops=flops,
+        sent=sent,
+    )
+
+
+def plans(shape: Shape, ranks: int, models: ModelSizes, options: Options) -> list[Plan]:
+    """From the fastest mode to the smallest, or the one that was asked for."""
+    modes = list(MEMORY_MODES) if options.memory is None else [options.memory]
+    return [make_plan(shape, ranks, mode, models, options) for mode in modes]
+
+
+def best(candidates: Sequence[Plan], memory: float) -> Plan | None:
+    """The first that fits."""
+    return next((plan for plan in candidates if plan.fits(memory)), None)
+
+
+def smallest_ranks(
+    shape: Shape, models: ModelSizes, options: Options, memory: float
+) -> tuple[int, Plan] | None:
+    """The fewest ranks on which a mode fits, and its plan."""
+    free = replace(options, guidance=None, sequence=None, memory=None)
+    for ranks in range(1, MOST_RANKS + 1):
+        plan = best(plans(shape, ranks, models, free), memory)
+        if plan is not None:
+            return ranks, plan
+    return None
+
+
+def nearest_request(
+    shape: Shape, ranks: int, models: ModelSizes, options: Options, memory: float
+) -> tuple[str, Plan] | None:
+    """The published size that costs most of those that cost less than this one and fit."""
+    found: list[tuple[float, str, Plan]] = []
+    asked = make_plan(shape, ranks, "small", models, options).flops
+    for name, size in published_sizes():
+        other = replace(shape, height=size[0], width=size[1], num_frames=size[2])
+        plan = best(plans(other, ranks, models, options), memory)
+        if plan is not None and plan.flops < asked:
+            found.append((plan.flops, name, plan))
+    if not found:
+        return None
+    _, name, plan = max(found, key=lambda entry: entry[0])
+    return name, plan
+
+
+def published_sizes() -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """("720p 16s", (height, width, frames)) of every size that is trained, 9:16."""
+    for resolution in RESOLUTIONS:
+        height, width = sizes.resolve_size(resolution, "9:16")
+        for duration in DURATIONS:
+            yield f"{resolution} {duration}", (height, width, sizes.resolve_frames(duration))
+
+
+def _stages(
+    shape: Shape, mesh: Mesh, mode: MemoryMode, models: ModelSizes, options: Options
+) -> list[Stage]:
+    runtime, item = options.runtime(mode), shape.itemsize
+    streamed, resident = mode == "small", mode == "speed"
+    layers = models.depth * models.pair_weights if streamed else 0
+    transformer = (models.transformer_weights - layers) * item
+    vae = models.vae_weights(encoder=shape.encodes) * item
+    text = (models.t5_weights - models.t5_layers * models.t5_layer_weights * streamed) * item
+    stages = []
+    if not options.t5_on_cpu:
+        stages.append(Stage("text", text, text_peak(models, item, streamed=streamed)))
+    if shape.encodes:
+        beside = transformer if resident or streamed else 0
+        stages.append(Stage("references", vae + beside, encoding_peak(shape, runtime, models)))
+    rank_peaks = [denoising_peak(shape, mesh, runtime, models, r) for r in range(mesh.size)]
+    # Where models stay, the VAE is there from the second video on.
+    stages.append(Stage("denoise", transformer + vae * resident, max(rank_peaks)))
+    sharing = mesh.size if options.vae_decode != "rank0" else 1
+    beside = transformer if resident or streamed else 0
+    stages.append(Stage("decode", vae + beside, decoding_peak(shape, runtime, models, sharing)))
+    return stages
+
+
+def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) -> int:
+    """Host memory of the leading rank: weights that wait there, noise, the process itself."""
+    frames, height, width = shape.latent
+    weights = 0
+    if mode != "speed":
+        weights = models.transformer_weights + models.vae_weights(encoder=shape.encodes)
+    text = models.t5_weights if options.t5_on_cpu or mode == "small" else 0
+    # T5 has given its memory back before the others are loaded.
+    noise = 3 * 4 * 4 * shape.batch * frames * height * width
+    return int(_PROCESS + max(weights, text) * shape.itemsize + noise)
+
+
+def _cost(
+    shape: Shape, mesh: Mesh, models: ModelSizes, runtime: Runtime, options: Options
+) -> tuple[float, float]:
+    """FLOPs and bytes sent by the busiest rank, for one batch of videos."""
+    frames, height, width = shape.latent
+    work = Workload(
+        frames=frames,
+        size=(height, width),
+        channels=models.channels,
+        depth=models.depth,
+        text=models.tokens,
+        batch=shape.batch,
+        guided=shape.guided,
+        itemsize=shape.itemsize,
+    )
+    ranks = range(mesh.size)
+    flops = shape.steps * max(step_flops(work, mesh, rank) for rank in ranks)
+    sent = shape.steps * max(
+        sum(size for _, size in step_traffic(work, mesh, rank, runtime).values()) for rank in ranks
+    )
+    decoded = decode_flops(shape, mesh.size if options.vae_decode != "rank0" else 1)
+    text = 2 * models.t5_layers * models.t5_layer_weights * models.tokens
+    return flops + decoded + text * shape.batch, float(sent)
+
+
+def decode_flops(shape: Shape, ranks: int) -> float:
+    """FLOPs of the rank that decodes most of a batch of videos, when `ranks` share it."""
+    lengths = [
+        min(shape.micro_frames, shape.num_frames - start)
+        for start in range(0, shape.num_frames, shape.micro_frames)
+    ]
+    rounds = plan_decode(lengths, ranks, shape.micro_batch)
+    chunks = [
+        sum(-(-lengths[part.chunk] // sizes.TIME_FACTOR) for units in rounds for part in units[r])
+        for r in range(ranks)
+    ]
+    cells = shape.latent[1] * shape.latent[2]
+    frame = cells * (_FRAME_FLOPS + _FRAME_ATTENTION * cells)
+    busiest = max(
+        count * frame + latents * cells * _LATENT_FLOPS
+        for count, latents in zip(decoded_frames(rounds), chunks, strict=True)
+    )
+    return shape.batch * busiest

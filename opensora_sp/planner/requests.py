@@ -1,0 +1,63 @@
+"""From a request and its settings to the shape that is planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.peaks import Shape
+from opensora_sp.planner.plan import Options, Plan
+from opensora_sp.planner.report import check_fits
+from opensora_sp.request import Checkpoints, Job, Request, RunSettings
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
+
+
+def sizes_of(checkpoints: Checkpoints | None) -> ModelSizes:
+    """Of the given checkpoints, or of the embedded model. Raises UserError as `ModelSizes.read`."""
+    if checkpoints is None:
+        names = ("dit", "t5", "vae2d", "vae3d")
+        checkpoints = Checkpoints(**{name: EMBEDDED / name for name in names})
+    return ModelSizes.read(checkpoints)
+
+
+def shape_of(request: Request, settings: RunSettings, batch: int) -> Shape:
+    """What of a request decides its cost, in batches of `batch`."""
+    return Shape(
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        batch=batch,
+        guided=request.cfg_scale != 1,
+        steps=request.steps,
+        dtype=settings.dtype,
+        micro_batch=request.micro_batch_size,
+        micro_frames=request.micro_frame_size,
+        encodes=bool(request.reference_path) or request.loop > 1,
+    )
+
+
+def options_of(settings: RunSettings) -> Options:
+    """What the settings fix of a plan."""
+    return Options(
+        memory=None if settings.memory == "auto" else settings.memory,
+        serial_guidance=settings.guidance == "serial",
+        vae_decode=settings.vae_decode,
+        t5_on_cpu=settings.t5_device == "cpu",
+        guidance=settings.guidance_parallel,
+        sequence=settings.sequence_parallel,
+    )
+
+
+def plan_job(job: Job, ranks: int, memory: float) -> Plan:
+    """The plan of a job's largest batch on devices with so many bytes.
+
+    ranks: of the run; replicas divide them. Raises UserError, with ways out, where no mode fits.
+    """
+    batches = job.batches()
+    batch = max(len(tasks) for tasks in batches)
+    encodes = next((t for t in job.tasks if t.request.reference_path), job.tasks[0])
+    models = sizes_of(job.settings.checkpoints)
+    shape = shape_of(encodes.request, job.settings, batch)
+    ranks //= job.settings.replicas or 1
+    return check_fits(shape, ranks, models, options_of(job.settings), memory)
