@@ -52,6 +52,7 @@ POINTS: Mapping[str, Point] = {
     "decode": Point("decode", (*ENDS, "slow"), leading=True),
     "encode-to-file": Point("write", leading=True),
     "between-outputs": Point("between outputs"),
+    "replica-work": Point("replica work", needs=("--replicas", "2")),
     "report": Point(
         "report",
         leading=True,

@@ -223,6 +223,9 @@ def _generate_all(
 
     def run_list() -> None:
         for work in mine:
+            if session is not whole:
+                with session.stage("replica work"):
+                    faults.reach("replica-work")
             _run(pipeline, settings, work, models, sheet)
             with session.stage("between outputs"):
                 faults.reach("between-outputs")

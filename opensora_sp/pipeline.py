@@ -350,6 +350,8 @@ class Pipeline:
         session, flat = self.session, None
         with self.clock.stage("wait"):
             session.together(lambda: self._encode(captions, max_length), leading_only=True)
+        if self.runtime.residency != "resident":
+            self.release_text_encoder()
         lengths: list[int] = []
         if session.leads:
             rows = [self._captions[caption, max_length] for caption in captions]

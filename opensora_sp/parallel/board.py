@@ -27,7 +27,7 @@ class Fault:
     """What ended the run: the rank that failed first, the stage it was in, what happened.
 
     code: the exit code that all ranks end with. stopped: a person asked for it. recorded: the
-    rank has told its launcher by itself.
+    rank has told its launcher by itself. found_by: the rank that says so.
     """
 
     rank: int
@@ -36,6 +36,7 @@ class Fault:
     code: int = 1
     stopped: bool = False
     recorded: bool = False
+    found_by: int | None = None
 
     def __str__(self) -> str:
         if self.stopped:

@@ -66,6 +66,7 @@ def decode_shared(
         yield from decode_alone(vae, z, num_frames, keep_from)
         return
     work = _Shared(session, vae, shape, num_frames, keep_from)
+    session.wait_for_all()  # the leading rank may have been busy for longer than a collective may
     arriving = work.send_latents(0, z)
     for number, units in enumerate(work.rounds):
         received = arriving.wait()

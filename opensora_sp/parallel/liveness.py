@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -188,8 +189,9 @@ class Liveness:
         """Whether this rank's word is the one that stands."""
         if self._board is None:
             return True
+        mine = replace(fault, found_by=self.rank)  # two may have found the very same
         try:
-            return self._board.claim(fault) == fault
+            return self._board.claim(mine) == mine
         except Exception:  # the store is gone: the lowest rank that is left speaks
             below = self._peers[: self.rank]
             return not any(peer.here and peer.state() == "running" for peer in below)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUEST = Request(prompt="a red ball", height=32, width=48, num_frames=17, steps=2)
 FLAGS = ["--prompt", "a red ball", "--image-size", "32", "48", "--num-frames", "17"]
 FLAGS += ["--num-sampling-steps", "2", "--dtype", "fp32", "--device", "gcu"]
+FLAGS += ["--text-cache", "off"]  # every run is to show T5 on the device
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,8 @@ def command(folder: Path, models: Path, name: str, *more: str) -> list[str]:
     return [*argv, "--benchmark-save-path", str(folder / f"{name}.json"), *more]
 
 
-def benchmark(rank: int, world: int, init_file: str, argv: list[str]) -> list[str]:
-    code = main(argv)
-    assert code == 0
-    return sorted(module for module in ("transformers", "diffusers") if module in sys.modules)
+def benchmark(rank: int, world: int, init_file: str, argv: list[str]) -> None:
+    assert main(argv) == 0
 
 
 def read(folder: Path, name: str) -> Report:
@@ -73,9 +70,7 @@ def check(report: Report, ranks: int) -> None:
         assert min(left) >= -1e-3
         assert min(left) <= 0.05 * records[left.index(min(left))]["seconds"] + 0.1
     for run in report["runs"][1:]:
-        assert {"encode text", "denoise", "decode", "convert", "write"} <= set(
-            run["ranks"][0]["stages"]
-        )
+        assert {"encode text", "denoise", "decode", "write"} <= set(run["ranks"][0]["stages"])
         assert "load" not in run["ranks"][0]["stages"]
     assert all(len(w["sha256"]) == 64 for w in report["model"]["weights"])
 
@@ -83,8 +78,7 @@ def check(report: Report, ranks: int) -> None:
 def test_four_ranks(tmp_path: Path, embedded_dir: Path) -> None:
     more = ["--measure-peak", "--profile", str(tmp_path / "traces"), "--log-dir", str(tmp_path)]
     argv = command(tmp_path, embedded_dir, "four", *more)
-    loaded = run_ranks(benchmark, 4, argv)
-    assert loaded[1:] == [[], [], []]  # only the leading rank pays for T5 and the VAE
+    run_ranks(benchmark, 4, argv)
     report = read(tmp_path, "four")
     check(report, 4)
     assert report["run"]["mesh"] == {"replicas": 1, "guidance": 2, "sequence": 2}

@@ -75,7 +75,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 def same_video(folder: Path, plain: Any) -> None:
     """One file, with the frames of one process up to a grey level of rounding here and there."""
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.mp4")
     with av.open(str(file)) as container:
         frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     difference = np.abs(frames.astype(int) - plain.astype(int))
