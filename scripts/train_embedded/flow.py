@@ -1,0 +1,254 @@
+"""Train the embedded transformer and text encoder: python -m scripts.train_embedded.flow STATE_DIR
+
+Rectified flow on the shards that `latents` writes, through the program's own block loop. Times are
+logit-normal and pass the timestep transform; captions are dropped for the null embedding; some
+clips keep frames, as in image-to-video and extension. What is shipped is the moving average of
+the weights. Shards that appear while this runs are taken in; the state is saved on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensora_sp.denoiser import Local, Stream, run_blocks
+from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, patchify, unpatchify
+from opensora_sp.request import IMAGE_FPS
+from opensora_sp.sizes import patch_grid
+from scripts.train_embedded.architecture import DIT, T5
+from scripts.train_embedded.latents import shard_path
+from scripts.train_embedded.state import pick_device, read_state, save_state
+from scripts.train_embedded.tokens import train_vocabulary
+
+SEED = 15
+TOKENS = 1400  # patches of all frames in a batch, about
+RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
+DROPPED_CAPTIONS = 0.12
+KEPT_FRAMES = 0.3  # of the clips
+EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are known too
+# Small pictures are transformed toward little noise, but what they show is decided in much of it:
+# so many times stay as they were drawn.
+UNTRANSFORMED = 0.45
+AVERAGE = 0.9985
+SAVE_EVERY = 60.0  # seconds
+
+
+class Models(nn.Module):
+    """The transformer and the text encoder, trained together."""
+
+    def __init__(self) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.t5: Any = T5EncoderModel(T5Config(**{**T5, "dropout_rate": 0.0}))
+        self.dit = STDiT3(STDiT3Config.from_dict(DIT, "architecture.py"))
+        start_weights(self.dit)
+
+
+def start_weights(dit: STDiT3) -> None:
+    """Begin where every block passes its input on: gates, cross-attention and head give zero."""
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(dit.x_embedder.proj.weight.flatten(1))
+    for embedder in (dit.t_embedder, dit.fps_embedder):
+        for layer in embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(dit.t_block[1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(dit.final_layer.linear.weight)
+    for pair in dit.pairs:
+        for block in pair:
+            nn.init.normal_(block.scale_shift_table, std=0.02)
+            nn.init.zeros_(block.cross_attn.proj.weight)
+    nn.init.normal_(dit.y_embedder.y_embedding, std=1.0)
+
+
+class Shards:
+    """The encoded clips, by shape; takes in new ones when asked."""
+
+    def __init__(self, directory: Path, pieces: Any) -> None:
+        self.directory, self.pieces, self.read = directory, pieces, 0
+        self.buckets: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+
+    def refresh(self) -> None:
+        """Read the shards that are new."""
+        while (path := shard_path(self.directory, self.read)).exists():
+            shard = torch.load(path, weights_only=True)
+            shard["tokens"] = [[self.ids(text) for text in texts] for texts in shard["captions"]]
+            key = (*shard["size"], shard["frames"])
+            self.buckets.setdefault(key, []).append(shard)
+            self.read += 1
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids with the end token."""
+        return [*self.pieces.encode(text), self.pieces.eos_id()]
+
+    def draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        """A batch of one shape; each shape is as frequent as its shards."""
+        shapes = list(self.buckets)
+        weights = np.array([len(self.buckets[shape]) for shape in shapes], dtype=float)
+        shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
+        shards = self.buckets[shape]
+        z = shards[0]["z"]
+        rows, columns = patch_grid(z.shape[3], z.shape[4])
+        count = max(4, min(48, TOKENS // (rows * columns * z.shape[2])))
+        chosen = [
+            (shards[int(rng.integers(len(shards)))], int(rng.integers(z.shape[0])))
+            for _ in range(count)
+        ]
+        return {
+            "z": torch.stack([shard["z"][i] for shard, i in chosen]),
+            "tokens": [s["tokens"][i][int(rng.integers(len(s["tokens"][i])))] for s, i in chosen],
+            "shape": shape,
+        }
+
+
+def encode_text(models: Models, tokens: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Each text's embeddings [L_i, C]."""
+    longest = max(len(ids) for ids in tokens)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
+    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in tokens], device=device)
+    states = models.t5(input_ids=ids, attention_mask=mask).last_hidden_state
+    return [state[: len(row)] for state, row in zip(states, tokens, strict=True)]
+
+
+def draw_times(rng: np.random.Generator, count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Times in 0..1000, transformed for the shape as the sampler's are; float32 [count]."""
+    u = 1 / (1 + np.exp(-rng.normal(size=count)))
+    even = rng.random(count) < EVEN_TIMES
+    u[even] = rng.random(int(even.sum()))
+    height, width, frames = shape
+    temporal = 1 if frames == 1 else 5 * max(1, frames // 17)
+    ratio = math.sqrt(height * width / 512**2) * math.sqrt(temporal)
+    shifted = ratio * u / (1 + (ratio - 1) * u)
+    t = torch.from_numpy(np.where(rng.random(count) < UNTRANSFORMED, u, shifted)).float() * 1000
+    # Runs in bfloat16 round the time; half of the samples do, so that neither surprises.
+    rounded = torch.from_numpy(rng.random(count) < 0.5)
+    return torch.where(rounded, t.bfloat16().float(), t)
+
+
+def draw_mask(rng: np.random.Generator, clips: int, frames: int) -> Tensor | None:
+    """Which latent frames are generated, bool [B,T]; None for all.
+
+    Kept: the first frame, as a picture; the last one too; whole chunks at the start; or any frames.
+    """
+    if frames == 1 or rng.random() < 0.5:
+        return None
+    mask = torch.ones(clips, frames, dtype=torch.bool)
+    for i in np.flatnonzero(rng.random(clips) < 2 * KEPT_FRAMES):
+        kind = rng.random()
+        if kind < 0.5:
+            mask[i, 0] = False
+            mask[i, -1] = kind > 0.08
+        elif kind < 0.8 and frames > 5:
+            mask[i, : 5 * int(rng.integers(1, frames // 5))] = False
+        else:
+            mask[i] = torch.from_numpy(rng.random(frames) < 0.7)
+            mask[i, int(rng.integers(frames))] = True
+    return mask
+
+
+def loss_of(
+    models: Models, batch: dict[str, Any], rng: np.random.Generator, device: torch.device
+) -> Tensor:
+    """Mean squared error of the velocity over the frames that are generated."""
+    dit, shape = models.dit, batch["shape"]
+    z = batch["z"].to(device)
+    mask = draw_mask(rng, z.shape[0], z.shape[2])
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    noise = torch.randn(z.shape, generator=generator).to(device)
+    t = draw_times(rng, z.shape[0], shape).to(device)
+    level = (t / 1000).view(-1, 1, 1, 1, 1).expand(-1, 1, z.shape[2], 1, 1)
+    if mask is not None:
+        level = level * mask.to(device)[:, None, :, None, None]
+    texts = encode_text(models, batch["tokens"], device)
+    for i in np.flatnonzero(rng.random(len(texts)) < DROPPED_CAPTIONS):
+        texts[i] = dit.y_embedder.y_embedding[: texts[i].shape[0]]
+    size = (z.shape[3], z.shape[4])
+    positions = dit.positions(patch_grid(*size), shape[0], shape[1])
+    fps = torch.full((z.shape[0],), float(IMAGE_FPS if shape[2] == 1 else 24))
+    stream = Stream(
+        x=dit.embed(patchify((1 - level) * z + level * noise), positions),
+        tables=dit.tables(t, fps, mask),
+        text=dit.text_kv(texts),
+    )
+    (out,) = run_blocks(dit, [stream], Local())
+    velocity = unpatchify(dit.head(out, stream.tables), size)
+    if mask is None:
+        return F.mse_loss(velocity, z - noise)
+    error = (velocity - (z - noise)).pow(2).mean(dim=(1, 3, 4))  # [B,T]
+    kept = mask.to(device)
+    return (error * kept).sum() / kept.sum()
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Up, level, and down to almost nothing over the last part of the run."""
+    left = (steps - step) / (COOL_DOWN * steps)
+    return RATE * min(1.0, (step + 1) / WARM_UP, max(0.02, left))
+
+
+def train(directory: Path, steps: int, device: torch.device) -> None:
+    """Train up to step number `steps`, from the saved state on."""
+    from sentencepiece import SentencePieceProcessor
+
+    vocabulary = directory / "spiece.model"
+    if not vocabulary.exists():
+        vocabulary.write_bytes(train_vocabulary())
+    shards = Shards(directory, SentencePieceProcessor(model_proto=vocabulary.read_bytes()))
+    shards.refresh()
+    models = Models().to(device)
+    average = {name: value.clone() for name, value in models.state_dict().items()}
+    optimizer = torch.optim.AdamW(
+        models.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    first = 0
+    if state := read_state(directory / "flow.pt", device):
+        models.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first = state["average"], state["step"]
+    saved, losses = time.monotonic(), []
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, steps)
+        rng = np.random.default_rng([SEED, step])
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(models, shards.draw(rng), rng, device)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        optimizer.step()
+        keep = min(AVERAGE, (step + 1) / (step + 10))
+        for name, value in models.state_dict().items():
+            average[name].lerp_(value, 1 - keep)
+        losses.append(float(loss.detach()))
+        if step + 1 == steps or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            state = {"model": models.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(directory / "flow.pt", {**state, "average": average, "step": step + 1})
+            mean, losses = sum(losses) / len(losses), []
+            print(f"step {step + 1}/{steps} loss {mean:.4f} shards {shards.read}", flush=True)
+            shards.refresh()
+
+
+def main() -> None:
+    """Train to the end, or until interrupted."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where the state is kept")
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
+    arguments = parser.parse_args()
+    train(arguments.directory, arguments.steps, pick_device(arguments.device))
+
+
+if __name__ == "__main__":
+    main()

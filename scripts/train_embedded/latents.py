@@ -1,0 +1,115 @@
+"""Encode clips for the transformer: python -m scripts.train_embedded.latents STATE_DIR
+
+Needs the encoders that `vae` leaves behind. Writes shards of clips of one shape; shard number n
+holds the same clips on every run, so the set can be continued at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opensora_sp.models.video_vae import (
+    MICRO_FRAME_SIZE,
+    SPATIAL_SCALE,
+    VideoVAE,
+    split_chunks,
+)
+from scripts.train_embedded.captions import caption
+from scripts.train_embedded.state import pick_device, read_state, save_state
+from scripts.train_embedded.vae import as_input, build, spatial_encode
+from scripts.train_embedded.world import draw_scene, render
+
+SEED = 14
+SHARD = 192  # clips
+CAPTIONS = 3  # phrasings kept of each clip
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one shape, and how many shards of them come in each round."""
+
+    size: tuple[int, int]
+    frames: int
+    shards: int = 1
+
+
+ROUND = (
+    Bucket((64, 96), 17, 9),
+    Bucket((64, 96), 1, 3),
+    Bucket((96, 96), 17, 2),
+    Bucket((80, 128), 17, 2),
+    Bucket((96, 144), 17, 2),
+    Bucket((64, 96), 34, 2),
+    Bucket((64, 64), 17, 1),
+    Bucket((96, 64), 17, 1),
+    Bucket((64, 96), 51, 1),
+)
+
+
+def schedule(number: int) -> Bucket:
+    """The bucket of shard `number`: the rounds repeat, the shapes interleaved."""
+    order = [(i / b.shards, b) for b in ROUND for i in range(b.shards)]
+    order.sort(key=lambda entry: entry[0])
+    return order[number % len(order)][1]
+
+
+def key_frames(frames: int) -> list[int]:
+    """The frames whose latents a clip's are: the last of every four, counted from a chunk's end."""
+    return [
+        chunk.frame_start + index
+        for chunk in split_chunks(frames, MICRO_FRAME_SIZE)
+        for index in range((chunk.frames - 1) % 4, chunk.frames, 4)
+    ]
+
+
+@torch.no_grad()
+def encode_shard(vae: VideoVAE, number: int) -> dict[str, Any]:
+    """z [N,4,T,h,w] and N × CAPTIONS captions, with the shape they are of."""
+    bucket = schedule(number)
+    rng = np.random.default_rng([SEED, number])
+    keys = key_frames(bucket.frames)
+    z, texts = [], []
+    for _ in range(SHARD):
+        scene = draw_scene(rng, bucket.size, bucket.frames)
+        video = as_input(render(scene, keys))[None].to(vae.device)
+        mean, _ = spatial_encode(vae, video)
+        z.append((mean * SPATIAL_SCALE - vae.shift) / vae.scale)
+        texts.append([caption(scene, rng) for _ in range(CAPTIONS)])
+    whole = {"z": torch.cat(z).cpu(), "captions": texts}
+    return {**whole, "size": list(bucket.size), "frames": bucket.frames}
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """Where shard `number` is kept."""
+    return directory / "latents" / f"{number:04d}.pt"
+
+
+def main() -> None:
+    """Write shards until there are as many as wanted."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where the state is kept")
+    parser.add_argument("--shards", type=int, default=69)
+    parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    state = read_state(arguments.directory / "vae_encoder.pt", device)
+    if state is None:
+        raise SystemExit(f"{arguments.directory} has no vae_encoder.pt: run the vae stage first")
+    vae = build().to(device)
+    vae.load_state_dict(state["model"])
+    (arguments.directory / "latents").mkdir(exist_ok=True)
+    for number in range(arguments.shards):
+        path = shard_path(arguments.directory, number)
+        if not path.exists():
+            save_state(path, encode_shard(vae, number))
+            print(f"{path.name}: {schedule(number)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

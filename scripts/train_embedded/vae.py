@@ -1,0 +1,283 @@
+"""Train the embedded model's two VAEs: python -m scripts.train_embedded.vae STATE_DIR
+
+The spatial VAE first learns single pictures, then jumbles of many objects in any colour, which
+teach more a picture. Then its encoder is fixed, and with it what the transformer learns: the
+temporal encoder hands on the latents of each group's last frame (see `keyframes`), so that a
+clip's latents are those of its key frames and a picture is a clip of one. What is left is to fill
+in the frames between them and to decode well from latents with a little noise, as the
+transformer's have. The state is saved on the way and a run goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensora_sp.models.temporal_vae import TemporalVAEConfig
+from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE, VideoVAEConfig
+from scripts.train_embedded.architecture import VAE2D, VAE3D
+from scripts.train_embedded.keyframes import start_from_key_frames
+from scripts.train_embedded.state import pick_device, read_state, save_state
+from scripts.train_embedded.world import (
+    BACKGROUNDS,
+    COLOURS,
+    EDGE,
+    SHAPES,
+    Array,
+    distance,
+    draw_scene,
+    render,
+)
+
+SEED = 12
+SAVE_EVERY = 90.0  # seconds
+CLIP = 17  # frames of one chunk: what both VAEs work on
+KL_SPATIAL = 1e-4
+FRAMES = 4  # of each clip that are decoded to pixels
+LATENT_NOISE = 0.12  # most noise on a decoder's latents, in their standard deviations
+SIZES = ((64, 64), (64, 96), (96, 64), (72, 72), (96, 96))
+LARGE = ((96, 144), (144, 96), (144, 144))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of the training: what it trains, on how much a step, for how many steps."""
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+
+
+PHASES = (
+    Phase("pictures", 1600, 8, 3e-3),
+    Phase("jumbles", 2200, 8, 2.5e-3),
+    Phase("jumbles", 600, 8, 1.5e-3),
+    Phase("decoders", 900, 2, 5e-4),
+)
+
+
+def build() -> VideoVAE:
+    """Both VAEs with weights drawn from the seed."""
+    torch.manual_seed(SEED)
+    temporal = TemporalVAEConfig.from_dict(VAE3D["vae_temporal"])
+    vae = VideoVAE(VideoVAEConfig(spatial=VAE2D, temporal=temporal))
+    start_from_key_frames(vae.temporal_vae)
+    return vae
+
+
+def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
+    """Clips [B,3,F,H,W] in [-1, 1], all of one size; F is 1 in the phases of single pictures."""
+    if phase == "jumbles":
+        size = ((64, 64), (64, 96))[int(rng.random() < 0.3)]
+        return torch.stack([as_input(jumble(rng, size)) for _ in range(batch)])
+    large = phase == "decoders" and rng.random() < 0.1
+    choices = LARGE if large else SIZES
+    size = choices[int(rng.integers(len(choices)))]
+    clips = []
+    for _ in range(batch):
+        video = render(draw_scene(rng, size, CLIP, training=False))
+        if phase == "pictures":
+            video = video[int(rng.integers(CLIP))][None]
+        clips.append(as_input(video))
+    return torch.stack(clips)
+
+
+def as_input(video: Array) -> Tensor:
+    """[F,H,W,3] in 0..1 → [3,F,H,W] in [-1, 1]."""
+    return torch.from_numpy(video).permute(3, 0, 1, 2) * 2 - 1
+
+
+def jumble(rng: np.random.Generator, size: tuple[int, int]) -> Array:
+    """One picture [1,H,W,3] of several turned objects, colours and background of any kind."""
+    rows = np.arange(size[0], dtype=np.float32)[:, None] + 0.5
+    columns = np.arange(size[1], dtype=np.float32)[None, :] + 0.5
+    choices = [*BACKGROUNDS.values(), *rng.random((5, 3))]
+    first, last = (np.array(choices[int(rng.integers(10))], np.float32) for _ in range(2))
+    part = rows / size[0] + 0 * columns if rng.random() < 0.5 else columns / size[1] + 0 * rows
+    picture = first + (0.0 if rng.random() < 0.6 else 1.0) * part[..., None] * (last - first)
+    for _ in range(int(rng.integers(2, 6))):
+        colours = [*COLOURS.values(), rng.random(3)]
+        colour = np.array(colours[int(rng.integers(len(colours)))], np.float32)
+        x = columns - float(rng.uniform(0, size[1]))
+        y = rows - float(rng.uniform(0, size[0]))
+        angle = float(rng.uniform(0, 2 * math.pi)) if rng.random() < 0.4 else 0.0
+        x, y = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+        radius = float(rng.uniform(0.13, 0.3)) * min(size)
+        away = distance(str(rng.choice(SHAPES)), x, y, radius)
+        picture = picture + np.clip(0.5 - away / EDGE, 0, 1)[..., None] * (colour - picture)
+    return picture[None].astype(np.float32)
+
+
+def divergence(mean: Tensor, std: Tensor) -> Tensor:
+    """KL divergence of a posterior from the standard normal, mean over its elements."""
+    return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+
+
+def difference(made: Tensor, true: Tensor) -> Tensor:
+    """What pixels are trained on: absolute error for edges, squared for PSNR."""
+    return F.l1_loss(made, true) + 2 * F.mse_loss(made, true)
+
+
+def spatial_encode(vae: VideoVAE, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [B,4,F,h,w], unscaled, of video [B,3,F,H,W]."""
+    batch = video.shape[0]
+    posterior = vae.spatial_vae.encode(video.transpose(1, 2).flatten(0, 1))
+    mean, std = (part.unflatten(0, (batch, -1)).transpose(1, 2) for part in posterior)
+    return mean, std
+
+
+def spatial_decode(vae: VideoVAE, latents: Tensor) -> Tensor:
+    """Pixels [B,3,F,H,W] of unscaled latents [B,4,F,h,w]."""
+    frames = vae.spatial_vae.decode(latents.transpose(1, 2).flatten(0, 1))
+    return frames.unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
+
+
+def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator) -> Tensor:
+    """The loss of one step."""
+
+    def sample(mean: Tensor, std: Tensor) -> Tensor:
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+
+    with torch.set_grad_enabled(phase in ("pictures", "jumbles")):
+        mean, std = spatial_encode(vae, video)
+    if phase in ("pictures", "jumbles"):
+        made = spatial_decode(vae, sample(mean, std))
+        return difference(made, video) + KL_SPATIAL * divergence(mean, std)
+    latents = mean * SPATIAL_SCALE
+    key = latents[:, :, (video.shape[2] - 1) % 4 :: 4]
+    noisy = key + LATENT_NOISE * torch.rand((), generator=generator) * sample(0 * key, vae.scale)
+    made = vae.temporal_vae.decode(noisy, video.shape[2])
+    between = F.mse_loss(made / vae.scale[0], latents / vae.scale[0])
+    few = torch.randperm(video.shape[2], generator=generator)[:FRAMES].to(video.device)
+    pictures = spatial_decode(vae, made[:, :, few] / SPATIAL_SCALE)
+    return difference(pictures, video[:, :, few]) + between
+
+
+def trained_parts(vae: VideoVAE, phase: str) -> list[dict[str, Any]]:
+    """The weights that a phase changes, in groups; `share` is each group's part of the rate."""
+    if phase != "decoders":
+        return [{"params": list(vae.spatial_vae.parameters()), "share": 1.0}]
+    spatial, temporal = vae.spatial_vae.module, vae.temporal_vae
+    halves = (
+        ([spatial.decoder, spatial.post_quant_conv], 1.0),
+        # Set by hand and good already: large steps would only undo it.
+        ([temporal.decoder], 0.1),
+    )
+    return [
+        {"params": [w for module in modules for w in module.parameters()], "share": share}
+        for modules, share in halves
+    ]
+
+
+@torch.no_grad()
+def fit_normalisation(vae: VideoVAE, device: torch.device, pictures: int = 256) -> None:
+    """Set shift and scale to the mean and deviation of the latents of fresh pictures."""
+    rng = np.random.default_rng([SEED, 10**6])
+    found = []
+    for _ in range(pictures // 8):
+        mean, _ = spatial_encode(vae, pixels(rng, 8, "pictures").to(device))
+        found.append((mean * SPATIAL_SCALE).transpose(0, 1).flatten(1))
+    z = torch.cat(found, dim=1)
+    vae.shift.copy_(z.mean(1).view_as(vae.shift))
+    vae.scale.copy_(z.std(1).view_as(vae.scale))
+
+
+@torch.no_grad()
+def psnr(vae: VideoVAE, clips: int = 12, seed: int = 999) -> float:
+    """Mean PSNR in dB of held-out clips after a round trip through the posteriors' means."""
+    rng = np.random.default_rng([SEED, 2 * 10**6, seed])
+    values = []
+    for index in range(clips):
+        size = (*SIZES, LARGE[0])[index % 6]
+        video = torch.from_numpy(render(draw_scene(rng, size, CLIP, training=False)))
+        video = (video.permute(3, 0, 1, 2)[None] * 2 - 1).to(vae.device)
+        made = vae.decode(vae.encode(video), CLIP).clamp(-1, 1)
+        values.append(10 * math.log10(4 / float(F.mse_loss(made, video))))
+    return sum(values) / len(values)
+
+
+def train(directory: Path, device: torch.device) -> None:
+    """Run what is left of every phase."""
+    vae = build().to(device)
+    state = read_state(directory / "vae.pt", device)
+    if state:
+        vae.load_state_dict(state["model"])
+    for number, phase in enumerate(PHASES):
+        if state and state["phase"] > number:
+            continue
+        if phase.name == "decoders" and not (state and state["phase"] == number):
+            fit_normalisation(vae, device)
+            save_state(directory / "vae_encoder.pt", {"model": vae.state_dict()})
+        weights = trained_parts(vae, phase.name)
+        optimizer = torch.optim.AdamW(weights, lr=phase.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        first = 0
+        if state and state["phase"] == number:
+            first = state["step"]
+            if first:
+                optimizer.load_state_dict(state["optimizer"])
+        _run_phase(vae, number, phase, first, optimizer, directory, device)
+        state = None
+
+
+def _run_phase(
+    vae: VideoVAE,
+    number: int,
+    phase: Phase,
+    first: int,
+    optimizer: torch.optim.Optimizer,
+    directory: Path,
+    device: torch.device,
+) -> None:
+    """The steps of one phase from `first` on; the state is saved on the way and at the end."""
+    saved, losses = time.monotonic(), []
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for step in range(first, phase.steps):
+        warm = min(1.0, (step + 1) / 50)
+        rate = (
+            phase.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / phase.steps)))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        # Data and noise follow from the step's number alone, so a resumed run is the same run.
+        rng = np.random.default_rng([SEED, number, step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        video = pixels(rng, phase.batch, phase.name).to(device)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(vae, phase.name, video, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        last = step + 1 == phase.steps
+        if last or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(directory / "vae.pt", {**state, "phase": number, "step": step + 1})
+            quality = f"round trip {psnr(vae, 6):.2f} dB" if phase.name == "decoders" else ""
+            mean = sum(losses) / len(losses)
+            losses.clear()
+            print(f"{phase.name} {step + 1}/{phase.steps} loss {mean:.4f} {quality}", flush=True)
+
+
+def main() -> None:
+    """Train to the end, or until interrupted."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where the state is kept")
+    parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    train(arguments.directory, pick_device(arguments.device))
+
+
+if __name__ == "__main__":
+    main()

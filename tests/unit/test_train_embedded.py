@@ -1,0 +1,104 @@
+"""The embedded model's world, the judge of its clips, and a recipe that can be stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.train_embedded.captions import TRAINED, UNTRAINED, caption
+from scripts.train_embedded.judge import as_uint8, look, validate
+from scripts.train_embedded.latents import key_frames, shard_path
+from scripts.train_embedded.world import Scene, Thing, centres, draw_scene, held_out, render
+
+
+def scene(motion: str, *, shape: str = "square", travel: float = 0.6) -> Scene:
+    thing = Thing("blue", shape, motion, 0.45, (0.5, 0.5), travel=travel)
+    return Scene(64, 112, 17, (thing,), "gray", "black")
+
+
+def test_judge_is_right_about_true_renders_and_only_about_them() -> None:
+    shares = validate(40)
+    for name in ("colour", "shape", "motion"):
+        assert shares[name] >= 0.99, shares
+        assert shares[f"{name}, wrong caption"] <= 0.5, shares
+
+
+def test_judge_looks_at_the_clip_it_is_given() -> None:
+    clip = as_uint8(render(scene("left")))
+    assert (look(clip)[0].colour, look(clip)[0].motion) == ("blue", "left")
+    assert look(clip[::-1])[0].motion == "right"
+    assert look(clip[..., ::-1])[0].colour == "red"
+    assert look(np.full_like(clip, 90)) == []
+    away = look(clip)[0].path - (centres(scene("left"), scene("left").things[0]) - 0.5)
+    assert np.abs(away).max() < 0.2, "pixels from the true path"
+
+
+def test_spinning_does_not_change_the_shape() -> None:
+    thing = Thing("red", "triangle", "spin", 0.5, (0.5, 0.5), turns=0.6)
+    seen = look(as_uint8(render(Scene(64, 96, 17, (thing,), "white", "white"))))
+    assert (seen[0].shape, seen[0].motion) == ("triangle", "spin")
+
+
+def test_held_out_combinations_are_never_trained() -> None:
+    rng = np.random.default_rng(0)
+    things = [t for _ in range(300) for t in draw_scene(rng, (64, 96), 17).things]
+    assert not any(held_out(t.colour, t.shape, t.motion) for t in things)
+    free = [draw_scene(rng, (64, 96), 17, training=False).things[0] for _ in range(100)]
+    assert any(held_out(t.colour, t.shape, t.motion) for t in free)
+    assert not set(TRAINED) & set(UNTRAINED)
+
+
+def test_a_seed_is_a_scene_and_its_caption() -> None:
+    first, second, other = (
+        (s := draw_scene(rng, (72, 96), 17), caption(s, rng))
+        for rng in (np.random.default_rng(seed) for seed in (3, 3, 4))
+    )
+    assert first == second
+    assert first != other
+    assert first[0].things[0].colour in first[1] or "magenta" in first[1] or "turquoise" in first[1]
+
+
+@pytest.mark.parametrize(
+    ("frames", "keys"), [(1, [0]), (17, [0, 4, 8, 12, 16]), (20, [0, 4, 8, 12, 16, 19])]
+)
+def test_key_frames_end_each_group(frames: int, keys: list[int]) -> None:
+    assert key_frames(frames) == keys
+
+
+@pytest.mark.skipif(
+    "OPENSORA_SP_SLOW_TESTS" not in os.environ,
+    reason="a minute of training; set OPENSORA_SP_SLOW_TESTS=1",
+)
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
+) -> None:
+    from scripts.train_embedded import flow
+
+    monkeypatch.setattr(flow, "TOKENS", 24)
+    monkeypatch.setattr(flow, "WARM_UP", 1)
+    # The rate falls with what is left of the steps, which the two runs would count differently.
+    monkeypatch.setattr(flow, "COOL_DOWN", 1e-6)
+    z = torch.randn(6, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    texts = [[f"a red ball goes {way}"] for way in ("up", "down", "left", "right", "on", "off")]
+    for name, stops in (("whole", [4]), ("stopped", [2, 4])):
+        directory = tmp_path / name
+        (directory / "latents").mkdir(parents=True)
+        shutil.copy(embedded_dir / "t5" / "spiece.model", directory)
+        shard = {"z": z, "captions": texts, "size": [32, 32], "frames": 17}
+        torch.save(shard, shard_path(directory, 0))
+        for steps in stops:
+            flow.train(directory, steps, torch.device("cpu"))
+    whole, stopped = (
+        torch.load(tmp_path / name / "flow.pt", weights_only=True) for name in ("whole", "stopped")
+    )
+    start = flow.Models().state_dict()
+    for part in ("model", "average"):
+        for name, weight in whole[part].items():
+            torch.testing.assert_close(stopped[part][name], weight, rtol=1e-5, atol=1e-7, msg=name)
+    moved = [not torch.equal(start[name], weight) for name, weight in whole["model"].items()]
+    assert sum(moved) > len(moved) / 2, "the training changes the weights"
