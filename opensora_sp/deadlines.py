@@ -19,7 +19,6 @@ _KIND_OF_STAGE = {
     "hand out": "step",
     "denoise": "step",
     "decode": "decode",
-    "convert": "decode",
     "write": "write",
 }
 

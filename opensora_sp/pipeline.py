@@ -275,10 +275,12 @@ class Pipeline:
 
         A replica's leader then needs those of its own videos: `deal_captions`.
         """
+        self._encode_together(self.session.whole, captions, max_length)
+
+    def _encode_together(self, session: Session, captions: Sequence[str], max_length: int) -> None:
+        """Encode what is missing on the session's leading rank, while the others wait."""
         with self.clock.stage("wait"):
-            self.session.whole.together(
-                lambda: self._encode(captions, max_length), leading_only=True
-            )
+            session.together(lambda: self._encode(captions, max_length), leading_only=True)
         if self.runtime.residency != "resident":
             self.release_text_encoder()
 
@@ -348,10 +350,7 @@ class Pipeline:
     def text(self, captions: Sequence[str], max_length: int) -> Text:
         """Cleaned captions → their embeddings on every rank of the video, from the leading one."""
         session, flat = self.session, None
-        with self.clock.stage("wait"):
-            session.together(lambda: self._encode(captions, max_length), leading_only=True)
-        if self.runtime.residency != "resident":
-            self.release_text_encoder()
+        self._encode_together(session, captions, max_length)
         lengths: list[int] = []
         if session.leads:
             rows = [self._captions[caption, max_length] for caption in captions]

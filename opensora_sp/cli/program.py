@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from opensora_sp import __version__
 from opensora_sp.cli.console import one_line, rank, refuse, world_size
 from opensora_sp.cli.flag_docs import help_text
-from opensora_sp.cli.stopping import leave, stoppable
+from opensora_sp.cli.stopping import stoppable
 from opensora_sp.cli.threads import apply_cpu_threads
 from opensora_sp.errors import JobEnded, Stopped, UserError
+from opensora_sp.parallel.signals import leave
 from opensora_sp.planner.devices import parse_memory
 from opensora_sp.planner.requests import plan_job
 from opensora_sp.rank_log import rank_log

@@ -34,6 +34,7 @@ from opensora_sp.parallel.board import (
     records_for_launcher,
 )
 from opensora_sp.parallel.peers import Process
+from opensora_sp.parallel.signals import STOP_SIGNALS, leave
 from opensora_sp.parallel.stages import Limits, Stages
 
 POLL_S = 0.25
@@ -139,7 +140,7 @@ class Liveness:
         The one that failed first says what happened; those whose connections broke over it wait
         until its fault is known, and are ended by their watching thread.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher may be ending us already
+        for number in STOP_SIGNALS:  # the launcher may be ending us already
             with suppress(ValueError):
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, Exception) and _is_consequence(error):
@@ -244,7 +245,7 @@ class Liveness:
         if self._wakeup is not None and self._signalled is None:
             with suppress(BlockingIOError):
                 number = self._wakeup.recv(1)[0]
-                if number in (signal.SIGINT, signal.SIGTERM):
+                if number in STOP_SIGNALS:
                     self._signalled = (number, time.monotonic())
         if self._signalled is None or time.monotonic() - self._signalled[1] < self.stop_grace:
             return None
@@ -296,7 +297,7 @@ class Liveness:
     def _end(self, fault: Fault) -> NoReturn:
         """End this process, whatever its main thread does."""
         self._deciding.acquire()  # for good
-        told = self._board is not None and self._is_on_board(fault)
+        told = fault.found_by is not None  # only what stands on the board says who found it
         mine = not told and self._claim(fault)
         if mine:
             _say(str(fault))
@@ -311,12 +312,7 @@ class Liveness:
                 tell(str(fault))
         if mine or (self.rank == 0 and not launcher_keeps_store()):
             self._clear_node()  # rank 0 goes last where the others learn of the fault from it
-        _leave(fault.code)
-
-    def _is_on_board(self, fault: Fault) -> bool:
-        with suppress(Exception):
-            return self._board is not None and self._board.fault() == fault
-        return False
+        leave(fault.code)
 
     def _clear_node(self) -> None:
         """Wait until the other ranks of this machine have gone, help those that do not go, and
@@ -373,10 +369,3 @@ def _say(text: str, rank: int | None = None) -> None:
         text = "\n".join(f"rank {rank}: {line}" for line in text.rstrip().splitlines())
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
-
-
-def _leave(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(code)

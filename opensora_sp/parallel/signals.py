@@ -1,12 +1,20 @@
-"""Who handles Ctrl-C and SIGTERM for the length of a block."""
+"""Who handles Ctrl-C and SIGTERM for the length of a block, and leaving without unwinding.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def default_signals() -> AbstractContextManager[None]:
@@ -22,10 +30,17 @@ def handled_signals(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without unwinding: threads of a broken group could wait for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
