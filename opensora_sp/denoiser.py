@@ -8,6 +8,7 @@ on one device that is `Local`, the identity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -250,12 +251,13 @@ Pair = tuple[SpatialBlock, TemporalBlock]
 
 def _with_next(layers: Layers) -> Iterator[tuple[int, Pair, Pair | None]]:
     """(number, pair of blocks, the pair after it or None); both are on the device."""
-    passing: Iterator[Any] = iter(layers)
-    here = next(passing)
-    for number in range(len(layers)):
-        following = next(passing, None)
-        yield number, here, following
-        here = following
+    # Asked for more than there are, the layers would take back the last one before its use.
+    with closing(iter(layers)) as passing:
+        here: Any = next(passing)
+        for number in range(len(layers)):
+            following: Any = next(passing) if number + 1 < len(layers) else None
+            yield number, here, following
+            here = following
 
 
 @dataclass(frozen=True, kw_only=True)

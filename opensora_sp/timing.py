@@ -107,13 +107,14 @@ class Clock:
         self._around = around or (lambda name: nullcontext())
         self.seconds: dict[str, float] = {}
         self.recording: Recording | None = None
+        self._watch: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self.failed_in: str | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a `with` block as stage `name`."""
         recording = self.recording
-        with self._around(name):
+        with self._around(name), self._watch(name):
             synchronize(self.device)
             started = time.perf_counter()
             if recording is not None:
@@ -170,10 +171,17 @@ class Clock:
         return ended
 
     @contextmanager
-    def record(self) -> Iterator[Recording]:
-        """Keep intervals for the length of a `with` block, counted from its start."""
+    def record(
+        self, watch: Callable[[str], AbstractContextManager[None]] | None = None
+    ) -> Iterator[Recording]:
+        """Keep intervals for the length of a `with` block, counted from its start.
+
+        watch(name): a context that each stage also runs in until then.
+        """
         outer, self.recording = self.recording, Recording()
+        unwatched = self._watch
+        self._watch = watch or unwatched
         try:
             yield self.recording
         finally:
-            self.recording = outer
+            self.recording, self._watch = outer, unwatched

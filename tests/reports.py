@@ -31,8 +31,13 @@ def validate(report: Any) -> None:
     validator().validate(report)
 
 
-def rank_record(rank: int, ranks: int, scale: float = 1.0) -> dict[str, Any]:
-    """A rank that denoises for 4 steps of `scale` seconds; rank 0 also encodes and decodes."""
+def rank_record(
+    rank: int, ranks: int, scale: float = 1.0, device: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """A rank that denoises for 4 steps of `scale` seconds; rank 0 also encodes and decodes.
+
+    device: bytes that its device held at the most, by stage.
+    """
     step = scale * (1 + 0.1 * rank)
     spans = [("encode text", 0.5)] if rank == 0 else []
     spans.append(("denoise", STEPS * step))
@@ -58,7 +63,8 @@ def rank_record(rank: int, ranks: int, scale: float = 1.0) -> dict[str, Any]:
         "intervals": intervals,
         "ledger": ledger if ranks > 1 else {},
         "memory": {
-            "peak_device_bytes": None,
+            "peak_device_bytes": device and max(device.values()),
+            "stage_device_bytes": device,
             "peak_host_bytes": (3 + rank) * 2**30,
             "host_peak_of": "run",
             "samples": [[0.0, 2**30, None], [whole, 2 * 2**30, None]],

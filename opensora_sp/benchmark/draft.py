@@ -11,6 +11,7 @@ from typing import Any
 from opensora_sp import __version__
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.errors import UserError
+from opensora_sp.planner.plan import Plan
 from opensora_sp.report import build
 from opensora_sp.report.files import (
     SCHEMA_NAME,
@@ -33,6 +34,7 @@ class Draft:
         self.runs: list[dict[str, Any]] = []
         self.check_seconds: float | None = None
         self.facts: dict[str, Any] = {"run": {"ranks": ranks}, "model": None, "machine": {}}
+        self.plan: Plan | None = None
         self.work: Mapping[str, Any] | None = None
         self.peak: Mapping[str, Any] | None = None
         self.profile: list[str] | None = None
@@ -84,6 +86,7 @@ class Draft:
             "run": self.facts["run"],
             "model": self.facts["model"],
             "summary": build.summary(self.runs),
+            "plan": None if self.plan is None else build.planned_memory(self.plan, self.runs),
             "first_and_warm": build.first_and_warm(self.runs),
             "flops": build.flops_section(self.runs, self.work, self.peak),
             "efficiency": build.efficiency(

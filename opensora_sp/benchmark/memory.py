@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,22 @@ _FIRST_PAUSE_S = 0.02
 
 
 class MemoryMeter:
-    """Peaks since `reset`, of one device and this process."""
+    """Peaks since `reset`, of one device and this process.
+
+    stages: the device's peak within each stage that ran in `stage` since then.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module: Any = getattr(torch, device.type, None)
         self.host_of_run = False
+        self.stages: dict[str, int] = {}
+        self._open: list[str] = []
+        self._highest: int | None = None
 
     def reset(self) -> None:
         """Begin anew: peaks from here on."""
+        self.stages, self._open, self._highest = {}, [], None
         self._call("reset_peak_memory_stats")
         try:
             _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
@@ -40,7 +48,29 @@ class MemoryMeter:
 
     def peak_device_bytes(self) -> int | None:
         """Most bytes allocated on the device, None where the backend cannot tell or has none."""
-        return self._call("max_memory_allocated")
+        self._settle()
+        return self._highest
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the device's peak in a `with` block by itself; what runs inside it counts too."""
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def _settle(self) -> None:
+        """Book the peak since the last time on whatever is open, and begin the next."""
+        peak = self._call("max_memory_allocated")
+        if peak is None:
+            return
+        self._highest = max(peak, self._highest or 0)
+        for name in self._open:
+            self.stages[name] = max(peak, self.stages.get(name, 0))
+        self._call("reset_peak_memory_stats")
 
     def device_bytes(self) -> int | None:
         """Bytes allocated on the device now, or None."""

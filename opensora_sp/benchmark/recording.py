@@ -28,6 +28,7 @@ class Phase:
     ledger: dict[str, Entry] = field(default_factory=dict)
     samples: list[tuple[float, int | None, int | None]] = field(default_factory=list)
     peak_device_bytes: int | None = None
+    stage_bytes: dict[str, int] = field(default_factory=dict)
     peak_host_bytes: int | None = None
     host_peak_of: str = "process"
 
@@ -39,7 +40,7 @@ def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
     session.wait_for_all()
     meter.reset()
     before = session.ledger.snapshot()
-    with clock.record() as recording:
+    with clock.record(meter.stage) as recording:
         phase = Phase(recording)
         sampler = MemorySampler(meter, recording.origin)
         with sampler:
@@ -51,6 +52,7 @@ def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
     phase.ledger = {k: e for k, e in session.ledger.since(before).items() if e.calls}
     phase.samples = sampler.samples
     phase.peak_device_bytes = meter.peak_device_bytes()
+    phase.stage_bytes = dict(meter.stages)
     phase.peak_host_bytes = peak_host_bytes()
     phase.host_peak_of = "run" if meter.host_of_run else "process"
 
@@ -61,6 +63,7 @@ def rank_record(rank: int, phases: Sequence[Phase]) -> dict[str, Any]:
     samples: list[list[float | int | None]] = []
     ledger: dict[str, Entry] = {}
     stages: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     offset = 0.0
     for phase in phases:
         for interval in sorted(phase.recording.intervals, key=lambda i: i.start):
@@ -68,6 +71,8 @@ def rank_record(rank: int, phases: Sequence[Phase]) -> dict[str, Any]:
             if interval.inside is None:
                 own = interval.seconds - interval.nested
                 stages[interval.stage] = stages.get(interval.stage, 0.0) + own
+        for name, peak in phase.stage_bytes.items():
+            peaks[name] = max(peak, peaks.get(name, 0))
         samples += [[round(at + offset, 4), host, device] for at, host, device in phase.samples]
         for kind, spent in phase.ledger.items():
             ledger[kind] = spent - (Entry() - ledger.get(kind, Entry()))
@@ -80,6 +85,7 @@ def rank_record(rank: int, phases: Sequence[Phase]) -> dict[str, Any]:
         "ledger": {kind: dataclasses.asdict(entry) for kind, entry in ledger.items()},
         "memory": {
             "peak_device_bytes": _most(phase.peak_device_bytes for phase in phases),
+            "stage_device_bytes": peaks or None,
             "peak_host_bytes": _most(phase.peak_host_bytes for phase in phases),
             "host_peak_of": phases[-1].host_peak_of,
             "samples": samples,

@@ -28,6 +28,7 @@ from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import open_outputs
 from opensora_sp.parallel.session import Session
 from opensora_sp.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.planner.requests import plan_in_mode
 from opensora_sp.report.build import run_record
 from opensora_sp.report.machine import describe_machine
 from opensora_sp.report.page import write_page
@@ -110,6 +111,7 @@ def _measure(
     draft.check_seconds = clock.seconds["check"]
     pipeline.clock = clock
     draft.facts["run"] = run_facts(pipeline, job)
+    draft.plan = plan_in_mode(job, session.world_size, pipeline.runtime.mode)
     first = job.tasks[0].request
     if not first.is_image:
         session.together(

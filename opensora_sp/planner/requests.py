@@ -6,9 +6,10 @@ from pathlib import Path
 
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
-from opensora_sp.planner.plan import Options, Plan
+from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
 from opensora_sp.request import Checkpoints, Job, Request, RunSettings
+from opensora_sp.runtime.options import MemoryMode
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 
@@ -54,10 +55,18 @@ def plan_job(job: Job, ranks: int, memory: float) -> Plan:
 
     ranks: of the run; replicas divide them. Raises UserError, with ways out, where no mode fits.
     """
-    batches = job.batches()
-    batch = max(len(tasks) for tasks in batches)
+    shape, models, options = _parts(job)
+    return check_fits(shape, ranks // (job.settings.replicas or 1), models, options, memory)
+
+
+def plan_in_mode(job: Job, ranks: int, mode: MemoryMode) -> Plan:
+    """As `plan_job`, of a mode that is chosen already, whether or not it fits."""
+    shape, models, options = _parts(job)
+    return make_plan(shape, ranks // (job.settings.replicas or 1), mode, models, options)
+
+
+def _parts(job: Job) -> tuple[Shape, ModelSizes, Options]:
+    batch = max(len(tasks) for tasks in job.batches())
     encodes = next((t for t in job.tasks if t.request.reference_path), job.tasks[0])
-    models = sizes_of(job.settings.checkpoints)
     shape = shape_of(encodes.request, job.settings, batch)
-    ranks //= job.settings.replicas or 1
-    return check_fits(shape, ranks, models, options_of(job.settings), memory)
+    return shape, sizes_of(job.settings.checkpoints), options_of(job.settings)

@@ -10,12 +10,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opensora_sp.planner.plan import Plan
 from opensora_sp.report.stats import imbalance, spread, stage_summary, step_summary
 
 Run = Mapping[str, Any]
 # Stages of the leading rank that are not generation: what the vendor's "infer time" leaves out.
 _LOADING = ("load",)
 _SAVING = ("convert", "write")
+# The planner's stages by the names that they have in a run.
+_PLANNED = {
+    "text": "encode text",
+    "references": "encode references",
+    "denoise": "denoise",
+    "decode": "decode",
+}
 
 
 def run_record(
@@ -128,6 +136,25 @@ def memory_summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
             row[name] = max(known) if known else None
         peaks.append(row)
     return peaks
+
+
+def planned_memory(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
+    """What the planner said of each stage, beside the most that any rank's device held in it."""
+    counted = measured(runs) or runs
+    ranks = [rank["memory"]["stage_device_bytes"] or {} for run in counted for rank in run["ranks"]]
+    stages = []
+    for stage in plan.stages:
+        name = _PLANNED[stage.name]
+        found = max((peaks[name] for peaks in ranks if name in peaks), default=None)
+        stages.append(
+            {
+                "stage": name,
+                "predicted_bytes": stage.total,
+                "measured_bytes": found,
+                "measured_over_predicted": None if found is None else found / stage.total,
+            }
+        )
+    return {"memory_mode": plan.mode, "stages": stages, "predicted_host_bytes": plan.host}
 
 
 def first_and_warm(runs: Sequence[Run]) -> dict[str, Any]:

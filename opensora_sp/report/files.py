@@ -11,7 +11,7 @@ from opensora_sp.errors import UserError
 from opensora_sp.validate import shown
 
 SCHEMA_NAME = "opensora_sp.benchmark"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
 Report = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 from opensora_sp.report import charts, units
 from opensora_sp.report.build import measured
 from opensora_sp.report.charts import text
-from opensora_sp.report.table import headline
+from opensora_sp.report.table import headline, planned_rows
 
 _STYLE = Path(__file__).with_name("page.css")
 Report = Mapping[str, Any]
@@ -81,6 +81,8 @@ def _sections(report: Report) -> Iterator[str]:
         yield _section("Figures", _figures(found), scroll=True)
         yield '<div class="two">'
         yield _section("Speed and load", _pairs(_speed(report)))
+        if planned := list(planned_rows(report)):
+            yield _section("Device memory by stage, and as planned", _pairs(planned))
         yield _section("First run and later ones", _first_and_warm(report["first_and_warm"]))
         yield "</div>"
     yield '<div class="two">'

@@ -58,6 +58,8 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model load", units.seconds(info["model_load_time"])
     peaks = found["memory"]
     yield "peak device memory", _most(peaks, "peak_device_bytes")
+    for name, said in planned_rows(report):
+        yield f"  in {name}", said
     yield "peak host memory", _most(peaks, "peak_host_bytes")
     for kind, spent in found["ledger"].items():
         calls, sent = max(spent["calls"]), max(spent["bytes_sent"])
@@ -78,6 +80,18 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{units.ratio(gain['speedup']['denoise'])} "
             f"({units.percent(gain['efficiency']['denoise'])})",
         )
+
+
+def planned_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of each planned stage that a device counted: its peak, and what was predicted."""
+    for row in (report.get("plan") or {"stages": ()})["stages"]:
+        if row["measured_bytes"] is not None:
+            yield (
+                row["stage"],
+                f"{units.gibibytes(row['measured_bytes'])}, planned "
+                f"{units.gibibytes(row['predicted_bytes'])} "
+                f"({units.ratio(row['measured_over_predicted'])} of it)",
+            )
 
 
 def _most(peaks: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -49,6 +49,12 @@ class Runtime:
         chosen = {"serial_guidance": serial_guidance, **MEMORY_MODES[mode]}
         return cls(**chosen, **more)
 
+    @property
+    def mode(self) -> MemoryMode:
+        """The memory mode whose choices these are."""
+        found = [m for m, chosen in MEMORY_MODES.items() if chosen["residency"] == self.residency]
+        return found[0]
+
     def group(self, micro_batch: int) -> int:
         """Frames that the spatial VAE takes at once, of a request's micro batch."""
         return micro_batch if self.vae_frames is None else min(micro_batch, self.vae_frames)

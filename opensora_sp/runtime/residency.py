@@ -8,7 +8,7 @@ the computation, from pinned memory where the device has it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -107,7 +107,7 @@ class Layers:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __iter__(self) -> Iterator[Sequence[nn.Module]]:
+    def __iter__(self) -> Generator[Sequence[nn.Module], None, None]:
         if self._lane is None:
             yield from self._layers
             return

@@ -104,6 +104,19 @@ def test_the_command_equals_the_cpu(
     assert {work.partition(":")[0] for work in journals[0]["wide"]} == {"transformers"}
 
 
+@pytest.mark.parametrize("memory", ["balanced", "small"])
+def test_weights_that_come_and_go(
+    memory: str, environment: dict[str, str], cpu: tuple[torch.Tensor, float], tmp_path: Path
+) -> None:
+    """Memory modes lend weights to the device; one used before or after is on another device."""
+    where = {"GCU_TEST_JOURNAL": str(tmp_path), "GCU_TEST_BARE": "0"}
+    more = ["--memory", memory, "--save-dir", str(tmp_path / "out")]
+    run(["launch/infer.py", *FLAGS, *more], {**environment, **where})
+    wanted, tolerance = cpu
+    latents = torch.load(tmp_path / "latents.pt", weights_only=True)
+    assert float((latents - wanted).abs().max() / wanted.abs().max()) <= tolerance
+
+
 def check_journal(journal: dict[str, Any], rank: int, ranks: int) -> None:
     """What one rank did on the device."""
     assert set(journal["set_device"]) == {rank}

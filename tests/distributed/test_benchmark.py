@@ -90,6 +90,12 @@ def test_four_ranks(tmp_path: Path, embedded_dir: Path) -> None:
                 counted = run["ranks"][rank]["ledger"][kind]
                 assert (counted["calls"], counted["bytes_sent"]) == (calls * STEPS, size * STEPS)
     assert len(report["flops"]["peak"]["per_rank"]) == 4
+    assert [row["stage"] for row in report["plan"]["stages"]] == [
+        "encode text",
+        "denoise",
+        "decode",
+    ]
+    assert all(row["predicted_bytes"] > 0 for row in report["plan"]["stages"])
     assert 0 < report["flops"]["fraction_of_peak"]["denoise"] < 1.5
     assert [path.name for path in (tmp_path / "four").iterdir()] == ["bench_0000.mp4"]
     assert (tmp_path / "four.html").stat().st_size > 10_000

@@ -11,17 +11,22 @@ from typing import Any
 
 import jsonschema
 import pytest
-from reports import draft_of, validate
+import torch
+from reports import draft_of, rank_record, validate
 
+from opensora_sp.benchmark.memory import MemoryMeter
 from opensora_sp.benchmark.options import check_baseline_request
 from opensora_sp.cli.benchmark import main
 from opensora_sp.errors import UserError
+from opensora_sp.planner.requests import plan_in_mode
+from opensora_sp.report.build import run_record
 from opensora_sp.report.compare import compare_lines
 from opensora_sp.report.files import check_baseline, read_report
 from opensora_sp.report.machine import describe_machine, run_tool
 from opensora_sp.report.page import page
 from opensora_sp.report.stats import imbalance, spread
 from opensora_sp.report.table import report_lines
+from opensora_sp.timing import Clock
 
 VENDOR_KEYS = [
     *("QPS", "model_load_time", "resolution", "aspect_ratio", "batch_size", "dtype", "scheduler"),
@@ -59,6 +64,77 @@ def test_a_finished_report(tmp_path: Path) -> None:
     assert report["flops"]["achieved_per_second"]["denoise"] == pytest.approx(8e9 / 4.84)
     assert report["first_and_warm"]["warm"]["runs"] == 2
     assert report["first_and_warm"]["first"]["step_seconds"] == pytest.approx(3.0)
+
+
+def test_planned_memory_beside_measured(tmp_path: Path) -> None:
+    draft = draft_of(tmp_path)
+    draft.plan = plan_in_mode(draft._job, 2, "balanced")
+    unknown = draft.write("ok")["plan"]
+    stages = {stage.name: stage.total for stage in draft.plan.stages}
+    assert unknown["memory_mode"] == "balanced"
+    assert [row["predicted_bytes"] for row in unknown["stages"]] == list(stages.values())
+    assert {row["measured_bytes"] for row in unknown["stages"]} == {None}
+    assert "planned" not in "\n".join(report_lines(draft.write("ok")))
+    # The busiest rank of the measured runs counts, whatever a warm-up took.
+    draft.runs.clear()
+    for kind, most in (("warmup", 99), ("measured", 3), ("measured", 4)):
+        peaks: list[dict[str, int] | None] = [{"denoise": most, "decode": 7}, {"denoise": most + 1}]
+        ranks = [rank_record(rank, 2, device=peaks[rank]) for rank in (0, 1)]
+        draft.runs.append(run_record(kind, 0, ranks, frames=17, videos=1))
+    report = draft.write("ok")
+    validate(report)
+    rows = {row["stage"]: row for row in report["plan"]["stages"]}
+    assert rows["denoise"]["measured_bytes"] == 5
+    assert rows["denoise"]["measured_over_predicted"] == pytest.approx(5 / stages["denoise"])
+    assert rows["decode"]["measured_bytes"] == 7
+    assert rows["encode text"]["measured_bytes"] is None
+    assert "in decode" in "\n".join(report_lines(report))
+    assert "as planned" in page(report)
+
+
+class _Device:
+    """Counts like an accelerator's allocator."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def hold(self, size: int) -> None:
+        self.now = size
+        self.most = max(self.most, size)
+
+    def max_memory_allocated(self, device: object) -> int:
+        return self.most
+
+    def reset_peak_memory_stats(self, device: object) -> None:
+        self.most = self.now
+
+
+def test_peaks_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Device()
+    meter = MemoryMeter(torch.device("meta"))
+    monkeypatch.setattr(meter, "_module", device)
+    device.hold(50)
+    device.hold(1)
+    meter.reset()
+    clock = Clock(torch.device("cpu"))
+    with clock.record(meter.stage):
+        device.hold(8)
+        device.hold(2)
+        with clock.stage("denoise"):
+            device.hold(5)
+            device.hold(3)
+            with clock.stage("hand out"):
+                device.hold(4)
+        device.hold(2)
+        with clock.stage("decode"):
+            device.hold(6)
+        with clock.stage("denoise"):
+            pass
+    assert meter.stages == {"denoise": 6, "hand out": 4, "decode": 6}
+    assert meter.peak_device_bytes() == 8
+    meter.reset()
+    assert meter.stages == {}
+    assert meter.peak_device_bytes() == 6
 
 
 def test_the_schema_bites(tmp_path: Path) -> None:
