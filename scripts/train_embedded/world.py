@@ -51,7 +51,7 @@ OTHER_MOTIONS = ("still", "bounce", "grow", "spin")
 MOTIONS = (*DIRECTIONS, *OTHER_MOTIONS)
 PANS = ("left", "right", "up", "down")  # where the camera turns; the picture goes the other way
 
-EDGE = 1.6  # pixels over which an edge fades
+EDGE = 2.2  # pixels over which an edge fades
 
 
 @dataclass(frozen=True)
