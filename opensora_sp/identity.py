@@ -81,6 +81,7 @@ def identity_of(task: Task, settings: RunSettings, models: Mapping[str, str]) ->
         "request": request,
         "references": _references(task.request),
         "dtype": settings.dtype,
+        "text weights": settings.t5_weights,
         "refined by": refined,
         "watermark": settings.watermark,
         "lossless": settings.lossless and not task.request.is_image,

@@ -113,6 +113,7 @@ def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
             check_blocks=settings.check_finite == "blocks",
             vae_decode=settings.vae_decode,
             text_encoder=settings.t5_device,
+            text_weights=settings.t5_weights,
         ),
         parallelism=Parallelism(guidance=mesh.guidance, sequence=mesh.sequence),
         show_progress=settings.verbose > 0,

@@ -328,7 +328,7 @@ class Pipeline:
             return None
         return TextCache(
             self.text_cache,
-            encoder=text_encoder_digest(self.checkpoints.t5),
+            encoder=text_encoder_digest(self.checkpoints.t5) + self.runtime.text_weights,
             max_length=max_length,
             dtype=self.dtype,
             width=self.config.caption_channels,
@@ -376,6 +376,7 @@ class Pipeline:
                     device=torch.device("cpu") if on_cpu else self.session.device,
                     max_length=max_length,
                     streamed=self.runtime.residency == "streamed" and not on_cpu,
+                    eight_bits=self.runtime.text_weights == "int8",
                 )
         return self._text_encoder
 

@@ -34,6 +34,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 GUIDANCE = ("auto", "together", "serial")
 MEMORY = ("auto", "speed", "balanced", "small")
 T5_DEVICE = ("device", "cpu")
+T5_WEIGHTS = ("full", "int8")
 WEIGHTS_FROM = ("disk", "rank0")
 VAE_DECODE = ("auto", "rank0", "shared")
 LOOP_CARRY = ("frames", "latents")
@@ -107,6 +108,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "weights_from": choice(*WEIGHTS_FROM),
     "memory": choice(*MEMORY),
     "t5_device": choice(*T5_DEVICE),
+    "t5_weights": choice(*T5_WEIGHTS),
     "device_memory": optional(text(empty=False, metavar="SIZE"), word="auto"),
     "no_plan": boolean(),
     "allow_remote": boolean(),
@@ -265,6 +267,7 @@ class RunSettings:
     weights_from: Literal["disk", "rank0"] = "disk"
     memory: Literal["auto", "speed", "balanced", "small"] = "auto"
     t5_device: Literal["device", "cpu"] = "device"
+    t5_weights: Literal["full", "int8"] = "full"
     device_memory: str | None = None
     no_plan: bool = False
     allow_remote: bool = False

@@ -242,6 +242,12 @@ RUN_GROUPS: tuple[Group, ...] = (
                 nargs=0,
             ),
             flag("--t5-device", _S["t5_device"], "device", "where the text encoder runs"),
+            flag(
+                "--t5-weights",
+                _S["t5_weights"],
+                "full",
+                "int8: the text encoder's matrices take half the memory and a little accuracy",
+            ),
             flag("--batch-size", _S["batch_size"], 1, "prompts denoised together"),
             flag("--micro-batch-size", _R["micro_batch_size"], 4, "frames the VAE takes at once"),
             flag(

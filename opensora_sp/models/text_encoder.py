@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opensora_sp.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
+from opensora_sp.models.eight_bits import quantize_
 from opensora_sp.runtime.residency import StreamedList
 
 _WEIGHT_STEMS = ("pytorch_model", "model")
@@ -53,27 +54,38 @@ class TextEncoder:
         device: torch.device,
         max_length: int,
         streamed: bool = False,
+        eight_bits: bool = False,
     ) -> TextEncoder:
         """Read config.json, spiece.model and the weights of `directory`; never asks a hub.
 
         `max_length` is L, the end token counted. In float16 the second feed-forward matrices
         (`wo`) stay float32, because their sums overflow it. streamed: the layers stay in host
-        memory and pass through the device one by one.
+        memory and pass through the device one by one. eight_bits: the layers' matrices are kept
+        as int8 with a scale per row.
 
         Raises:
             CheckpointError: a file that is missing, broken or not T5's, or weights that do not fit.
         """
         model, pieces = cls._open(directory)
+        weights = WeightFiles.open(directory, _WEIGHT_STEMS)
+        layers = list(model.encoder.block)
         load_module(
             model,
-            WeightFiles.open(directory, _WEIGHT_STEMS),
+            weights,
             dtype=dtype,
             device=device,
             keep_float32=_is_wo if dtype == torch.float16 else None,
-            at_home=(lambda name: name.startswith(_LAYERS)) if streamed else None,
+            at_home=_is_in_layers if streamed else None,
+            skip=_is_in_layers if eight_bits else None,
         )
+        if eight_bits:
+            # Layer by layer, so that no more than one is ever there in full.
+            for number, layer in enumerate(layers):
+                _load_layer(
+                    layer, number, weights, dtype, torch.device("cpu") if streamed else device
+                )
         if streamed:
-            model.encoder.block = StreamedList(list(model.encoder.block), device)
+            model.encoder.block = StreamedList(layers, device)
         return cls(model, pieces, max_length=max_length, device=device)
 
     @classmethod
@@ -138,6 +150,25 @@ class TextEncoder:
                 )
             states.append(state)
         return TextEmbedding(y=torch.cat(states), mask=mask)
+
+
+def _load_layer(
+    layer: nn.Module, number: int, weights: WeightFiles, dtype: torch.dtype, device: torch.device
+) -> None:
+    """One layer's weights, its matrices in 8 bits."""
+    load_module(
+        layer,
+        weights,
+        dtype=dtype,
+        device=device,
+        prefix=f"{_LAYERS}{number}.",
+        keep_float32=_is_wo if dtype == torch.float16 else None,
+    )
+    quantize_(layer)
+
+
+def _is_in_layers(name: str) -> bool:
+    return name.startswith(_LAYERS)
 
 
 def build_t5(config: Mapping[str, Any], *, origin: str = "config.json") -> Any:

@@ -84,7 +84,19 @@ class ModelSizes:
     @property
     def t5_weights(self) -> int:
         """All weights of the text encoder."""
-        return self.t5_vocabulary * self.t5_width + self.t5_layers * self.t5_layer_weights
+        return self.t5_other_weights + self.t5_layers * self.t5_layer_weights
+
+    @property
+    def t5_other_weights(self) -> int:
+        """Of the text encoder, the weights outside its layers: token embeddings."""
+        return self.t5_vocabulary * self.t5_width
+
+    def t5_layer_bytes(self, item: int, *, int8: bool) -> int:
+        """One layer of the text encoder as it is kept: matrices in 8 bits have a scale per row."""
+        if not int8:
+            return self.t5_layer_weights * item
+        rows = 3 * self.t5_inner + 2 * self.t5_width + 2 * self.t5_hidden
+        return self.t5_layer_weights - 2 * self.t5_width + 4 * rows + 2 * self.t5_width * item
 
     def vae_weights(self, *, encoder: bool) -> int:
         """Weights of both VAEs, scaled from the published widths."""

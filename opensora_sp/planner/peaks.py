@@ -152,11 +152,16 @@ def _tokens(frames: slice, patches: slice) -> int:
     return int((frames.stop - frames.start) * (patches.stop - patches.start))
 
 
-def text_peak(models: ModelSizes, item: int, *, streamed: bool) -> int:
-    """One caption through T5, beside the weights that stay."""
+def text_peak(models: ModelSizes, item: int, passing: int, int8: bool) -> int:
+    """One caption through T5, beside the weights that stay.
+
+    passing: bytes of a layer where layers pass through; int8: a matrix is widened for its product.
+    """
     scores = 2 * models.t5_heads * models.tokens**2 * 4
     wide = models.tokens * models.t5_hidden * item // 2
-    return scores + wide + (2 * models.t5_layer_weights * item if streamed else 0)
+    # The largest matrix is widened when the scores are gone, their bias is not.
+    matrix = models.t5_hidden * models.t5_width * item + scores // 2 + 7 * wide
+    return max(scores + wide, matrix if int8 else 0) + 2 * passing
 
 
 def decoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes, ranks: int = 1) -> int:

@@ -78,6 +78,7 @@ class Options:
     serial_guidance: bool = False
     vae_decode: str = "auto"
     t5_on_cpu: bool = False
+    t5_int8: bool = False
     chunks: int = 2
     guidance: int | None = None
     sequence: int | None = None
@@ -162,10 +163,13 @@ def _stages(
     layers = models.depth * models.pair_weights if streamed else 0
     transformer = (models.transformer_weights - layers) * item
     vae = models.vae_weights(encoder=shape.encodes) * item
-    text = (models.t5_weights - models.t5_layers * models.t5_layer_weights * streamed) * item
+    layer = models.t5_layer_bytes(item, int8=options.t5_int8)
+    text = models.t5_other_weights * item + models.t5_layers * layer * (not streamed)
     stages = []
     if not options.t5_on_cpu:
-        stages.append(Stage("text", text, text_peak(models, item, streamed=streamed)))
+        stages.append(
+            Stage("text", text, text_peak(models, item, layer if streamed else 0, options.t5_int8))
+        )
     if shape.encodes:
         beside = transformer if resident or streamed else 0
         stages.append(Stage("references", vae + beside, encoding_peak(shape, runtime, models)))
@@ -184,10 +188,13 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     weights = 0
     if mode != "speed":
         weights = models.transformer_weights + models.vae_weights(encoder=shape.encodes)
-    text = models.t5_weights if options.t5_on_cpu or mode == "small" else 0
+    text = 0
+    if options.t5_on_cpu or mode == "small":
+        layer = models.t5_layer_bytes(shape.itemsize, int8=options.t5_int8)
+        text = models.t5_other_weights * shape.itemsize + models.t5_layers * layer
     # T5 has given its memory back before the others are loaded.
     noise = 3 * 4 * 4 * shape.batch * frames * height * width
-    return int(_PROCESS + max(weights, text) * shape.itemsize + noise)
+    return int(_PROCESS + max(weights * shape.itemsize, text) + noise)
 
 
 def _cost(

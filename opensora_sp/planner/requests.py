@@ -45,6 +45,7 @@ def options_of(settings: RunSettings) -> Options:
         serial_guidance=settings.guidance == "serial",
         vae_decode=settings.vae_decode,
         t5_on_cpu=settings.t5_device == "cpu",
+        t5_int8=settings.t5_weights == "int8",
         guidance=settings.guidance_parallel,
         sequence=settings.sequence_parallel,
     )

@@ -28,6 +28,7 @@ class Runtime:
     tokens: tokens that a block computes at once, attention included (whole frames or whole
         positions, at least one); None all of them.
     text_encoder: T5 runs on the session's device, or on the CPU.
+    text_weights: T5's matrices in the run's dtype, or in 8 bits.
     vae_frames: frames that the spatial VAE takes at once, where that is fewer than a request's
         micro batch.
     """
@@ -41,6 +42,7 @@ class Runtime:
     residency: Residency = "resident"
     tokens: int | None = None
     text_encoder: Literal["device", "cpu"] = "device"
+    text_weights: Literal["full", "int8"] = "full"
     vae_frames: int | None = None
 
     @classmethod

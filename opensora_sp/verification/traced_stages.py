@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opensora_sp.denoiser import Conditions, Denoiser
+from opensora_sp.models.eight_bits import quantize_
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.models.temporal_vae import TemporalVAEConfig
 from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig
@@ -104,7 +105,11 @@ def traced_decoding(
 
 
 def traced_text(
-    *, streamed: bool, tokens: int = 300, dtype: torch.dtype = torch.bfloat16
+    *,
+    streamed: bool,
+    tokens: int = 300,
+    dtype: torch.dtype = torch.bfloat16,
+    eight_bits: bool = False,
 ) -> Traced:
     """One caption through T5-XXL's encoder."""
     from transformers import T5Config, T5EncoderModel
@@ -113,6 +118,9 @@ def traced_text(
         config = T5Config.from_dict(T5_XXL)
         model: Any = _made(lambda: T5EncoderModel(config), dtype)
         at_home = 0
+        if eight_bits:
+            for block in model.encoder.block:
+                quantize_(block)
         if streamed:
             at_home = _bytes(*model.encoder.block)
             model.encoder.block = StreamedList(list(model.encoder.block), torch.device("cpu"))

@@ -1,11 +1,12 @@
 """Train the embedded model's two VAEs: python -m scripts.train_embedded.vae STATE_DIR
 
 The spatial VAE first learns single pictures, then jumbles of many objects in any colour, which
-teach more a picture. Then its encoder is fixed, and with it what the transformer learns: the
-temporal encoder hands on the latents of each group's last frame (see `keyframes`), so that a
-clip's latents are those of its key frames and a picture is a clip of one. What is left is to fill
-in the frames between them and to decode well from latents with a little noise, as the
-transformer's have. The state is saved on the way and a run goes on from it.
+teach more a picture, then both. Then its encoder is fixed, and with it what the transformer
+learns: the temporal encoder hands on the latents of each group's last frame (see `keyframes`), so
+that a clip's latents are those of its key frames and a picture is a clip of one. The temporal
+decoder fades from one to the next and stays as it is set. What is left is to decode well what it
+fades, and latents with a little noise, as the transformer's have. The state is saved on the way
+and a run goes on from it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ SAVE_EVERY = 90.0  # seconds
 CLIP = 17  # frames of one chunk: what both VAEs work on
 KL_SPATIAL = 1e-4
 FRAMES = 4  # of each clip that are decoded to pixels
-LATENT_NOISE = 0.12  # most noise on a decoder's latents, in their standard deviations
+LATENT_NOISE = 0.08  # most noise on a decoder's latents, in their standard deviations
 SIZES = ((64, 64), (64, 96), (96, 64), (72, 72), (96, 96))
 LARGE = ((96, 144), (144, 96), (144, 144))
 
@@ -62,7 +62,8 @@ PHASES = (
     Phase("pictures", 1600, 8, 3e-3),
     Phase("jumbles", 2200, 8, 2.5e-3),
     Phase("jumbles", 600, 8, 1.5e-3),
-    Phase("decoders", 900, 2, 5e-4),
+    Phase("mixed", 1600, 8, 1.5e-3),
+    Phase("decoder", 1500, 4, 5e-4),
 )
 
 
@@ -77,10 +78,12 @@ def build() -> VideoVAE:
 
 def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
     """Clips [B,3,F,H,W] in [-1, 1], all of one size; F is 1 in the phases of single pictures."""
+    if phase == "mixed":
+        phase = "jumbles" if rng.random() < 0.4 else "pictures"
     if phase == "jumbles":
         size = ((64, 64), (64, 96))[int(rng.random() < 0.3)]
         return torch.stack([as_input(jumble(rng, size)) for _ in range(batch)])
-    large = phase == "decoders" and rng.random() < 0.1
+    large = phase == "decoder" and rng.random() < 0.1
     choices = LARGE if large else SIZES
     size = choices[int(rng.integers(len(choices)))]
     clips = []
@@ -125,7 +128,7 @@ def divergence(mean: Tensor, std: Tensor) -> Tensor:
 
 def difference(made: Tensor, true: Tensor) -> Tensor:
     """What pixels are trained on: absolute error for edges, squared for PSNR."""
-    return F.l1_loss(made, true) + 2 * F.mse_loss(made, true)
+    return F.l1_loss(made, true) + 8 * F.mse_loss(made, true)
 
 
 def spatial_encode(vae: VideoVAE, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,35 +151,26 @@ def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator
     def sample(mean: Tensor, std: Tensor) -> Tensor:
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
-    with torch.set_grad_enabled(phase in ("pictures", "jumbles")):
-        mean, std = spatial_encode(vae, video)
-    if phase in ("pictures", "jumbles"):
+    keys = slice((video.shape[2] - 1) % 4, None, 4)
+    with torch.set_grad_enabled(phase != "decoder"):
+        mean, std = spatial_encode(vae, video[:, :, keys] if phase == "decoder" else video)
+    if phase != "decoder":
         made = spatial_decode(vae, sample(mean, std))
         return difference(made, video) + KL_SPATIAL * divergence(mean, std)
     latents = mean * SPATIAL_SCALE
-    key = latents[:, :, (video.shape[2] - 1) % 4 :: 4]
-    noisy = key + LATENT_NOISE * torch.rand((), generator=generator) * sample(0 * key, vae.scale)
-    made = vae.temporal_vae.decode(noisy, video.shape[2])
-    between = F.mse_loss(made / vae.scale[0], latents / vae.scale[0])
+    noise = sample(0 * latents, vae.scale)
+    latents = latents + LATENT_NOISE * torch.rand((), generator=generator) * noise
+    with torch.no_grad():
+        made = vae.temporal_vae.decode(latents, video.shape[2])
     few = torch.randperm(video.shape[2], generator=generator)[:FRAMES].to(video.device)
-    pictures = spatial_decode(vae, made[:, :, few] / SPATIAL_SCALE)
-    return difference(pictures, video[:, :, few]) + between
+    return difference(spatial_decode(vae, made[:, :, few] / SPATIAL_SCALE), video[:, :, few])
 
 
-def trained_parts(vae: VideoVAE, phase: str) -> list[dict[str, Any]]:
-    """The weights that a phase changes, in groups; `share` is each group's part of the rate."""
-    if phase != "decoders":
-        return [{"params": list(vae.spatial_vae.parameters()), "share": 1.0}]
-    spatial, temporal = vae.spatial_vae.module, vae.temporal_vae
-    halves = (
-        ([spatial.decoder, spatial.post_quant_conv], 1.0),
-        # Set by hand and good already: large steps would only undo it.
-        ([temporal.decoder], 0.1),
-    )
-    return [
-        {"params": [w for module in modules for w in module.parameters()], "share": share}
-        for modules, share in halves
-    ]
+def trained_weights(vae: VideoVAE, phase: str) -> list[torch.nn.Parameter]:
+    """The weights that a phase changes."""
+    spatial = vae.spatial_vae.module
+    halves = (spatial.decoder, spatial.post_quant_conv) if phase == "decoder" else (spatial,)
+    return [weight for half in halves for weight in half.parameters()]
 
 
 @torch.no_grad()
@@ -215,10 +209,10 @@ def train(directory: Path, device: torch.device) -> None:
     for number, phase in enumerate(PHASES):
         if state and state["phase"] > number:
             continue
-        if phase.name == "decoders" and not (state and state["phase"] == number):
+        if phase.name == "decoder" and not (state and state["phase"] == number):
             fit_normalisation(vae, device)
             save_state(directory / "vae_encoder.pt", {"model": vae.state_dict()})
-        weights = trained_parts(vae, phase.name)
+        weights = trained_weights(vae, phase.name)
         optimizer = torch.optim.AdamW(weights, lr=phase.rate, betas=(0.9, 0.98), weight_decay=0.0)
         first = 0
         if state and state["phase"] == number:
@@ -240,14 +234,14 @@ def _run_phase(
 ) -> None:
     """The steps of one phase from `first` on; the state is saved on the way and at the end."""
     saved, losses = time.monotonic(), []
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights = trained_weights(vae, phase.name)
     for step in range(first, phase.steps):
         warm = min(1.0, (step + 1) / 50)
         rate = (
             phase.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / phase.steps)))
         )
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            group["lr"] = rate
         # Data and noise follow from the step's number alone, so a resumed run is the same run.
         rng = np.random.default_rng([SEED, number, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -263,7 +257,7 @@ def _run_phase(
             saved = time.monotonic()
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(directory / "vae.pt", {**state, "phase": number, "step": step + 1})
-            quality = f"round trip {psnr(vae, 6):.2f} dB" if phase.name == "decoders" else ""
+            quality = f"round trip {psnr(vae, 6):.2f} dB" if phase.name == "decoder" else ""
             mean = sum(losses) / len(losses)
             losses.clear()
             print(f"{phase.name} {step + 1}/{phase.steps} loss {mean:.4f} {quality}", flush=True)

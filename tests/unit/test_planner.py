@@ -21,7 +21,11 @@ from opensora_sp.planner.plan import Options, make_plan, plans, smallest_ranks
 from opensora_sp.planner.report import check_fits, verdict
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.options import MEMORY_MODES
-from opensora_sp.verification.traced_stages import traced_decoding, traced_denoising
+from opensora_sp.verification.traced_stages import (
+    traced_decoding,
+    traced_denoising,
+    traced_text,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = Shape(height=720, width=1280, num_frames=408)
@@ -78,6 +82,18 @@ def test_decoding_peaks_are_those_that_are_counted(
     size = (shape.latent[1], shape.latent[2])
     counted = traced_decoding(size, runtime.group(4), frames=frames)
     assert 0.95 * counted.peak <= decoding_peak(shape, runtime, MODELS) <= 1.15 * counted.peak
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_text_peaks_are_those_that_are_counted(streamed: bool, eight_bits: bool) -> None:
+    counted = traced_text(streamed=streamed, eight_bits=eight_bits)
+    shape = Shape(height=240, width=426, num_frames=51)
+    options = Options(t5_int8=eight_bits)
+    plan = make_plan(shape, 1, "small" if streamed else "speed", MODELS, options)
+    text = next(stage for stage in plan.stages if stage.name == "text")
+    assert text.weights == pytest.approx(counted.weights, rel=1e-4)
+    assert 0.95 * counted.peak <= text.peak <= 1.15 * counted.peak
 
 
 def test_weights_are_the_published_ones() -> None:

@@ -12,6 +12,7 @@ from opensora_sp.identity import text_encoder_digest
 from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.parallel.session import alone
 from opensora_sp.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.runtime import Runtime
 from opensora_sp.text_cache import TextCache, default_directory
 
 
@@ -90,6 +91,14 @@ def test_a_prompt_seen_before_needs_no_encoder(
     again = texts()
     assert len(first) == len(again) == 3
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    pipeline = Pipeline.load(
+        session=alone("cpu"),
+        dtype="fp32",
+        text_cache=tmp_path / "text",
+        runtime=Runtime(text_weights="int8"),
+    )
+    with pytest.raises(pytest.fail.Exception, match="loaded again"):  # other embeddings
+        pipeline.text(["a cat"], 16)
 
 
 def test_the_encoder_is_known_by_its_content(tmp_path: Path) -> None:

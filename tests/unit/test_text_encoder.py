@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from opensora_sp.errors import CheckpointError
+from opensora_sp.models.eight_bits import EightBitLinear
 from opensora_sp.models.text_encoder import TextEncoder, build_t5
 
 CPU = torch.device("cpu")
@@ -95,6 +96,53 @@ def test_float16_keeps_wo_in_float32(suite_dir: Path) -> None:
     assert kept
     assert all(name.endswith("DenseReluDense.wo.weight") for name in kept)
     assert encoder.encode(["a cat"]).y.dtype == torch.float16
+
+
+def test_eight_bits_are_near_and_take_half_the_memory(suite_dir: Path) -> None:
+    texts = ["a red ball moves left", "two cats"]
+    whole = load(suite_dir / "t5")
+    wanted = whole.encode(texts).y
+    for streamed in (False, True):
+        encoder = TextEncoder.load(
+            suite_dir / "t5",
+            dtype=torch.float32,
+            device=CPU,
+            max_length=20,
+            streamed=streamed,
+            eight_bits=True,
+        )
+        # What a run of the same rounded weights gives, whichever way they come to the device.
+        rounded = load(suite_dir / "t5")
+        with torch.no_grad():
+            for name, weight in rounded.model.named_parameters():
+                if name.startswith("encoder.block.") and weight.ndim == 2 and "bias" not in name:
+                    step = weight.abs().amax(1, keepdim=True) / 127
+                    weight.copy_((weight / step).round() * step)
+        found = encoder.encode(texts).y
+        assert torch.allclose(found, rounded.encode(texts).y, atol=1e-5)
+        away = (found - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()
+        assert 0 < away < 0.1  # attention of random weights multiplies a difference
+        left = [m for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)]
+        assert not left
+    with pytest.raises(AssertionError):  # the rounding is no accident of the comparison
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_eight_bits_in_float16_multiply_wo_in_float32(suite_dir: Path) -> None:
+    encoder = TextEncoder.load(
+        suite_dir / "t5", dtype=torch.float16, device=CPU, max_length=20, eight_bits=True
+    )
+    kept = {n: m for n, m in encoder.model.named_modules() if isinstance(m, EightBitLinear)}
+    assert {m.dtype for n, m in kept.items() if n.endswith(".wo")} == {torch.float32}
+    assert {m.dtype for n, m in kept.items() if not n.endswith(".wo")} == {torch.float16}
+    assert {m.weight.dtype for m in kept.values()} == {torch.int8}
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    weight = torch.tensor([[0.0, 0.0], [1.0, -0.5]])
+    made = EightBitLinear.of(weight)(torch.eye(2)).T
+    assert torch.equal(made[0], weight[0])
+    assert torch.allclose(made, weight, atol=0.5 / 127)
 
 
 def test_non_finite_embeddings_name_the_stage_and_text(suite_dir: Path) -> None:
