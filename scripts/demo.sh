@@ -13,4 +13,4 @@ export OMP_NUM_THREADS=1
 exec "$ROOT/.venv/bin/torchrun" --nproc_per_node 2 \
     --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0 --local_addr 127.0.0.1 \
     launch/infer.py --config configs/embedded.yaml --save-dir samples/demo \
-    --prompt "a small boat drifts over a calm lake at sunset" "$@"
+    --prompt "a red ball rolls to the right over a gray background" "$@"
