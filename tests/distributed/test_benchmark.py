@@ -82,7 +82,9 @@ def test_four_ranks(tmp_path: Path, embedded_dir: Path) -> None:
     report = read(tmp_path, "four")
     check(report, 4)
     assert report["run"]["mesh"] == {"replicas": 1, "guidance": 2, "sequence": 2}
-    work = Workload(frames=5, size=(8, 12), channels=96, depth=2, itemsize=4)
+    config = json.loads((embedded_dir / "dit" / "config.json").read_text(encoding="utf-8"))
+    channels, depth = config["hidden_size"], config["depth"]
+    work = Workload(frames=5, size=(8, 12), channels=channels, depth=depth, itemsize=4)
     for rank in range(4):
         planned = step_traffic(work, Mesh(guidance=2, sequence=2), rank, Runtime())
         for run in report["runs"][1:]:
