@@ -31,12 +31,16 @@ from scripts.train_embedded.tokens import train_vocabulary
 SEED = 15
 TOKENS = 1400  # patches of all frames in a batch, about
 RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
+# Shape and place are learnt from pictures first, of which a batch holds four times as many.
+# (until step, share of the batches)
+PICTURES = ((9000, 0.5), (math.inf, 0.2))
 DROPPED_CAPTIONS = 0.12
 KEPT_FRAMES = 0.3  # of the clips
 EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are known too
-# Small pictures are transformed toward little noise, but what they show is decided in much of it:
-# so many times stay as they were drawn.
-UNTRANSFORMED = 0.45
+# Small pictures are transformed toward little noise, but what they show, and where, is decided in
+# much of it: so many times stay as they were drawn, and so many come from the noisy end.
+UNTRANSFORMED = 0.6
+NOISY_TIMES, NOISY_FROM = 0.3, 0.6
 AVERAGE = 0.9985
 SAVE_EVERY = 60.0  # seconds
 
@@ -94,9 +98,10 @@ class Shards:
         """Token ids with the end token."""
         return [*self.pieces.encode(text), self.pieces.eos_id()]
 
-    def draw(self, rng: np.random.Generator) -> dict[str, Any]:
-        """A batch of one shape; each shape is as frequent as its shards."""
-        shapes = list(self.buckets)
+    def draw(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
+        """A batch of pictures or of clips of one shape, which is as frequent as its shards."""
+        pictures = rng.random() < next(share for until, share in PICTURES if step < until)
+        shapes = [shape for shape in self.buckets if (shape[2] == 1) == pictures]
         weights = np.array([len(self.buckets[shape]) for shape in shapes], dtype=float)
         shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
         shards = self.buckets[shape]
@@ -133,6 +138,9 @@ def draw_times(rng: np.random.Generator, count: int, shape: tuple[int, int, int]
     ratio = math.sqrt(height * width / 512**2) * math.sqrt(temporal)
     shifted = ratio * u / (1 + (ratio - 1) * u)
     t = torch.from_numpy(np.where(rng.random(count) < UNTRANSFORMED, u, shifted)).float() * 1000
+    noisy = rng.random(count) < NOISY_TIMES
+    high = torch.from_numpy(rng.uniform(1000 * NOISY_FROM, 1000, size=count)).float()
+    t = torch.where(torch.from_numpy(noisy), high, t)
     # Runs in bfloat16 round the time; half of the samples do, so that neither surprises.
     rounded = torch.from_numpy(rng.random(count) < 0.5)
     return torch.where(rounded, t.bfloat16().float(), t)
@@ -223,7 +231,7 @@ def train(directory: Path, steps: int, device: torch.device) -> None:
             group["lr"] = rate_at(step, steps)
         rng = np.random.default_rng([SEED, step])
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(models, shards.draw(rng), rng, device)
+        loss = loss_of(models, shards.draw(rng, step), rng, device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()

@@ -27,6 +27,7 @@ from scripts.train_embedded.world import draw_scene, render
 
 SEED = 14
 SHARD = 192  # clips
+PICTURES = 1536  # in a shard of single pictures, which cost little
 CAPTIONS = 3  # phrasings kept of each clip
 
 
@@ -37,6 +38,11 @@ class Bucket:
     size: tuple[int, int]
     frames: int
     shards: int = 1
+
+    @property
+    def count(self) -> int:
+        """Clips in a shard."""
+        return SHARD if self.frames > 1 else PICTURES
 
 
 ROUND = (
@@ -75,7 +81,7 @@ def encode_shard(vae: VideoVAE, number: int) -> dict[str, Any]:
     rng = np.random.default_rng([SEED, number])
     keys = key_frames(bucket.frames)
     z, texts = [], []
-    for _ in range(SHARD):
+    for _ in range(bucket.count):
         scene = draw_scene(rng, bucket.size, bucket.frames)
         video = as_input(render(scene, keys))[None].to(vae.device)
         mean, _ = spatial_encode(vae, video)

@@ -63,7 +63,7 @@ PHASES = (
     Phase("jumbles", 2200, 8, 2.5e-3),
     Phase("jumbles", 600, 8, 1.5e-3),
     Phase("mixed", 1600, 8, 1.5e-3),
-    Phase("decoder", 1500, 4, 5e-4),
+    Phase("decoder", 1000, 4, 5e-4),
 )
 
 
