@@ -99,24 +99,28 @@ class Shards:
         return [*self.pieces.encode(text), self.pieces.eos_id()]
 
     def draw(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
-        """A batch of pictures or of clips of one shape, which is as frequent as its shards."""
+        """A batch of pictures, or of clips of one shape; every clip comes up equally often."""
         pictures = rng.random() < next(share for until, share in PICTURES if step < until)
         shapes = [shape for shape in self.buckets if (shape[2] == 1) == pictures]
-        weights = np.array([len(self.buckets[shape]) for shape in shapes], dtype=float)
+        # A batch of small clips holds more of them.
+        weights = np.array([len(self.buckets[s]) * self._count(s) for s in shapes], dtype=float)
         shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
-        shards = self.buckets[shape]
-        z = shards[0]["z"]
-        rows, columns = patch_grid(z.shape[3], z.shape[4])
-        count = max(4, min(48, TOKENS // (rows * columns * z.shape[2])))
+        shards, count = self.buckets[shape], self._count(shape)
         chosen = [
-            (shards[int(rng.integers(len(shards)))], int(rng.integers(z.shape[0])))
-            for _ in range(count)
+            (shard, int(rng.integers(shard["z"].shape[0])))
+            for shard in (shards[int(rng.integers(len(shards)))] for _ in range(count))
         ]
         return {
             "z": torch.stack([shard["z"][i] for shard, i in chosen]),
             "tokens": [s["tokens"][i][int(rng.integers(len(s["tokens"][i])))] for s, i in chosen],
             "shape": shape,
         }
+
+    def _count(self, shape: tuple[int, int, int]) -> int:
+        """Clips in a batch of this shape."""
+        z = self.buckets[shape][0]["z"]
+        rows, columns = patch_grid(z.shape[3], z.shape[4])
+        return max(4, min(48, TOKENS // (rows * columns * z.shape[2])))
 
 
 def encode_text(models: Models, tokens: list[list[int]], device: torch.device) -> list[Tensor]:
