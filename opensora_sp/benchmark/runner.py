@@ -97,6 +97,8 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
             with session.stage("report"):
                 faults.reach("report")
                 _finish(draft, options)
+        # Whoever had left could not say that the leading rank was killed over its report.
+        session.wait_for_all()
     return 0
 
 

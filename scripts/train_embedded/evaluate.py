@@ -131,7 +131,8 @@ def prompts(clips: Clips) -> None:
     everything: list[Asked] = []
     videos: list[NDArray[np.uint8]] = []
     for number, size in enumerate(SIZES):
-        part = asked[number::4]
+        # Shapes follow one another in the list: each size is to have its share of every one.
+        part = [a for i, a in enumerate(asked) if (i + i // len(SHAPES)) % len(SIZES) == number]
         made = [v for seed in SEEDS for v in clips.make(ask(part, seed, size))]
         print(f"  {size[0]}x{size[1]}: {score(part * 2, made)}", flush=True)
         everything += part * 2
