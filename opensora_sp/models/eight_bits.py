@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora_sp.runtime.residency import pinned
+
 _LARGEST = 127
 
 
@@ -38,10 +40,16 @@ class EightBitLinear(nn.Module):
         return F.linear(x.to(self.dtype), self.weight.to(self.dtype).mul_(self.scale))
 
 
-def quantize_(module: nn.Module) -> None:
-    """Put an EightBitLinear in the place of every Linear without bias below `module`."""
+def quantize_(module: nn.Module, lent_to: torch.device | None = None) -> None:
+    """Put an EightBitLinear in the place of every Linear without bias below `module`.
+
+    lent_to: the device that borrows the matrices from host memory, as `load_module`'s at_home.
+    """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear) and child.bias is None:
-            setattr(module, name, EightBitLinear.of(child.weight))
+            made = EightBitLinear.of(child.weight)
+            if lent_to is not None:
+                made.weight = pinned(made.weight, lent_to)
+            setattr(module, name, made)
         else:
-            quantize_(child)
+            quantize_(child, lent_to)

@@ -81,9 +81,7 @@ class TextEncoder:
         if eight_bits:
             # Layer by layer, so that no more than one is ever there in full.
             for number, layer in enumerate(layers):
-                _load_layer(
-                    layer, number, weights, dtype, torch.device("cpu") if streamed else device
-                )
+                _load_layer(layer, number, weights, dtype, device, streamed=streamed)
         if streamed:
             model.encoder.block = StreamedList(layers, device)
         return cls(model, pieces, max_length=max_length, device=device)
@@ -153,18 +151,24 @@ class TextEncoder:
 
 
 def _load_layer(
-    layer: nn.Module, number: int, weights: WeightFiles, dtype: torch.dtype, device: torch.device
+    layer: nn.Module,
+    number: int,
+    weights: WeightFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    streamed: bool,
 ) -> None:
-    """One layer's weights, its matrices in 8 bits."""
+    """One layer's weights, its matrices in 8 bits; streamed: in host memory."""
     load_module(
         layer,
         weights,
         dtype=dtype,
-        device=device,
+        device="cpu" if streamed else device,
         prefix=f"{_LAYERS}{number}.",
         keep_float32=_is_wo if dtype == torch.float16 else None,
     )
-    quantize_(layer)
+    quantize_(layer, lent_to=device if streamed else None)
 
 
 def _is_in_layers(name: str) -> bool:

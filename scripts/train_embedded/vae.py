@@ -212,8 +212,8 @@ def train(directory: Path, device: torch.device) -> None:
         if phase.name == "decoder" and not (state and state["phase"] == number):
             fit_normalisation(vae, device)
             save_state(directory / "vae_encoder.pt", {"model": vae.state_dict()})
-        weights = trained_weights(vae, phase.name)
-        optimizer = torch.optim.AdamW(weights, lr=phase.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        trained = trained_weights(vae, phase.name)
+        optimizer = torch.optim.AdamW(trained, lr=phase.rate, betas=(0.9, 0.98), weight_decay=0.0)
         first = 0
         if state and state["phase"] == number:
             first = state["step"]
@@ -234,7 +234,7 @@ def _run_phase(
 ) -> None:
     """The steps of one phase from `first` on; the state is saved on the way and at the end."""
     saved, losses = time.monotonic(), []
-    weights = trained_weights(vae, phase.name)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for step in range(first, phase.steps):
         warm = min(1.0, (step + 1) / 50)
         rate = (
