@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from opensora_sp.prompts import caption_for_clip
-from scripts.train_embedded.world import Scene, Thing
+from scripts.train_embedded.world import COLOURS, MOTIONS, PANS, SHAPES, Scene, Thing
 
 SHAPE_WORDS = {
     "circle": ("circle", "ball", "disc"),
@@ -149,6 +149,19 @@ def _on(scene: Scene, rng: np.random.Generator) -> str:
     if scene.background == scene.to:
         return f" {over} a {first} background"
     return f" {over} a background that fades from {first} to {last}"
+
+
+FACTS = (*COLOURS, *SHAPES, *MOTIONS, *(f"pan {way}" for way in PANS))
+
+
+def facts(scene: Scene) -> list[bool]:
+    """Which of FACTS a caption of the scene tells; a picture's tells no motion."""
+    told = {fact for thing in scene.things for fact in (thing.colour, thing.shape)}
+    if scene.frames > 1:
+        told |= {thing.motion for thing in scene.things}
+    if scene.pan:
+        told = (told - {"still"}) | {f"pan {scene.pan}"}
+    return [fact in told for fact in FACTS]
 
 
 def caption(scene: Scene, rng: np.random.Generator, templates: tuple[str, ...] = TRAINED) -> str:

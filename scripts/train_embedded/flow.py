@@ -24,6 +24,7 @@ from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, patchify, unpatchify
 from opensora_sp.request import IMAGE_FPS
 from opensora_sp.sizes import patch_grid
 from scripts.train_embedded.architecture import DIT, T5
+from scripts.train_embedded.captions import FACTS
 from scripts.train_embedded.latents import shard_path
 from scripts.train_embedded.state import pick_device, read_state, save_state
 from scripts.train_embedded.tokens import train_vocabulary
@@ -42,11 +43,21 @@ EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are 
 UNTRANSFORMED = 0.6
 NOISY_TIMES, NOISY_FROM = 0.3, 0.6
 AVERAGE = 0.9985
+PLACES, TOLD = 0.3, 0.2  # weights of what is read from the blocks' states
+WORDS_ALONE, CAPTIONS = 500, 160  # first steps, which learn what captions tell, and captions in one
 SAVE_EVERY = 60.0  # seconds
 
 
 class Models(nn.Module):
-    """The transformer and the text encoder, trained together."""
+    """The transformer and the text encoder, trained together, and readers that are not shipped.
+
+    Two things are of no use by themselves, so that nothing of what is denoised leads there, and
+    everything depends on them. Rotary embeddings tell how far apart two frames are, not where in
+    the clip either one is: out of pure noise nothing could start to move. And what shifts the
+    whole picture is learnt from the text at once (colours), while words that only mean something
+    at some place (shapes, directions) first disturb, and are faded out for good. So layers read
+    both from the blocks' states, and their errors are part of the loss.
+    """
 
     def __init__(self) -> None:
         from transformers import T5Config, T5EncoderModel
@@ -56,6 +67,32 @@ class Models(nn.Module):
         self.t5: Any = T5EncoderModel(T5Config(**{**T5, "dropout_rate": 0.0}))
         self.dit = STDiT3(STDiT3Config.from_dict(DIT, "architecture.py"))
         start_weights(self.dit)
+        width, pairs = self.dit.config.hidden_size, self.dit.pairs
+        self.places = nn.ModuleList(nn.Linear(width, 1) for _ in pairs[1:])
+        self.facts = nn.ModuleList(nn.Linear(width, len(FACTS)) for _ in pairs)
+        self._seen: list[Tensor] = []
+        for _, temporal in pairs:
+            temporal.register_forward_hook(lambda _module, _inputs, out: self._seen.append(out))
+
+    def read_error(self, facts: Tensor, told: list[int]) -> Tensor:
+        """Error of what is read from the clips that passed last; a number.
+
+        facts: what their captions tell [B,facts]; told: the clips whose captions were not dropped.
+        """
+        states = [F.layer_norm(x, x.shape[-1:]) for x in self._seen]  # [B,T,S,C]
+        self._seen = []
+        error = states[0].new_zeros(())
+        for state, reader in zip(states, self.facts, strict=True):
+            read = reader(state[told].mean((1, 2)))
+            if told:
+                error = error + TOLD * F.binary_cross_entropy_with_logits(read, facts[told])
+        frames = states[0].shape[1]
+        if frames == 1:
+            return error
+        true = torch.linspace(-1, 1, frames, device=error.device)[:, None, None]
+        for state, place in zip(states[1:], self.places, strict=True):
+            error = error + PLACES * (place(state) - true).pow(2).mean()
+        return error
 
 
 def start_weights(dit: STDiT3) -> None:
@@ -113,8 +150,21 @@ class Shards:
         return {
             "z": torch.stack([shard["z"][i] for shard, i in chosen]),
             "tokens": [s["tokens"][i][int(rng.integers(len(s["tokens"][i])))] for s, i in chosen],
+            "facts": torch.stack([shard["facts"][i] for shard, i in chosen]).float(),
             "shape": shape,
         }
+
+    def draw_captions(self, rng: np.random.Generator, count: int) -> tuple[list[list[int]], Tensor]:
+        """Captions of clips and pictures alike: their token ids, and what they tell."""
+        groups = list(self.buckets.values())
+        tokens, facts = [], []
+        for _ in range(count):
+            shards = groups[int(rng.integers(len(groups)))]
+            shard = shards[int(rng.integers(len(shards)))]
+            i = int(rng.integers(len(shard["tokens"])))
+            tokens.append(shard["tokens"][i][int(rng.integers(len(shard["tokens"][i])))])
+            facts.append(shard["facts"][i])
+        return tokens, torch.stack(facts).float()
 
     def _count(self, shape: tuple[int, int, int]) -> int:
         """Clips in a batch of this shape."""
@@ -174,7 +224,7 @@ def draw_mask(rng: np.random.Generator, clips: int, frames: int) -> Tensor | Non
 def loss_of(
     models: Models, batch: dict[str, Any], rng: np.random.Generator, device: torch.device
 ) -> Tensor:
-    """Mean squared error of the velocity over the frames that are generated."""
+    """Mean squared error of the velocity over the frames that are generated, and of readings."""
     dit, shape = models.dit, batch["shape"]
     z = batch["z"].to(device)
     mask = draw_mask(rng, z.shape[0], z.shape[2])
@@ -185,8 +235,10 @@ def loss_of(
     if mask is not None:
         level = level * mask.to(device)[:, None, :, None, None]
     texts = encode_text(models, batch["tokens"], device)
-    for i in np.flatnonzero(rng.random(len(texts)) < DROPPED_CAPTIONS):
+    dropped = np.flatnonzero(rng.random(len(texts)) < DROPPED_CAPTIONS)
+    for i in dropped:
         texts[i] = dit.y_embedder.y_embedding[: texts[i].shape[0]]
+    told = sorted(set(range(len(texts))) - set(dropped.tolist()))
     size = (z.shape[3], z.shape[4])
     positions = dit.positions(patch_grid(*size), shape[0], shape[1])
     fps = torch.full((z.shape[0],), float(IMAGE_FPS if shape[2] == 1 else 24))
@@ -197,11 +249,27 @@ def loss_of(
     )
     (out,) = run_blocks(dit, [stream], Local())
     velocity = unpatchify(dit.head(out, stream.tables), size)
-    if mask is None:
-        return F.mse_loss(velocity, z - noise)
     error = (velocity - (z - noise)).pow(2).mean(dim=(1, 3, 4))  # [B,T]
-    kept = mask.to(device)
-    return (error * kept).sum() / kept.sum()
+    made = torch.ones_like(error) if mask is None else mask.to(device)
+    loss = (error * made).sum() / made.sum()
+    return loss + models.read_error(batch["facts"].to(device), told)
+
+
+def words_loss(
+    models: Models, shards: Shards, rng: np.random.Generator, device: torch.device
+) -> Tensor:
+    """Error of what is read of many captions, each told to a scrap of noise."""
+    dit = models.dit
+    tokens, facts = shards.draw_captions(rng, CAPTIONS)
+    noise = torch.from_numpy(rng.normal(size=(CAPTIONS, 4, 1, 4, 4))).float().to(device)
+    t = torch.from_numpy(rng.uniform(0, 1000, CAPTIONS)).float().to(device)
+    stream = Stream(
+        x=dit.embed(patchify(noise), dit.positions(patch_grid(4, 4), 32, 32)),
+        tables=dit.tables(t, torch.full((CAPTIONS,), 24.0), None),
+        text=dit.text_kv(encode_text(models, tokens, device)),
+    )
+    run_blocks(dit, [stream], Local())
+    return models.read_error(facts.to(device), list(range(CAPTIONS)))
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -235,7 +303,10 @@ def train(directory: Path, steps: int, device: torch.device) -> None:
             group["lr"] = rate_at(step, steps)
         rng = np.random.default_rng([SEED, step])
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(models, shards.draw(rng, step), rng, device)
+        if step < WORDS_ALONE:
+            loss = words_loss(models, shards, rng, device)
+        else:
+            loss = loss_of(models, shards.draw(rng, step), rng, device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()

@@ -20,7 +20,7 @@ from opensora_sp.models.video_vae import (
     VideoVAE,
     split_chunks,
 )
-from scripts.train_embedded.captions import caption
+from scripts.train_embedded.captions import caption, facts
 from scripts.train_embedded.state import pick_device, read_state, save_state
 from scripts.train_embedded.vae import as_input, build, spatial_encode
 from scripts.train_embedded.world import draw_scene, render
@@ -76,18 +76,19 @@ def key_frames(frames: int) -> list[int]:
 
 @torch.no_grad()
 def encode_shard(vae: VideoVAE, number: int) -> dict[str, Any]:
-    """z [N,4,T,h,w] and N × CAPTIONS captions, with the shape they are of."""
+    """z [N,4,T,h,w], N × CAPTIONS captions and what they tell [N,facts], with the clips' shape."""
     bucket = schedule(number)
     rng = np.random.default_rng([SEED, number])
     keys = key_frames(bucket.frames)
-    z, texts = [], []
+    z, texts, told = [], [], []
     for _ in range(bucket.count):
         scene = draw_scene(rng, bucket.size, bucket.frames)
         video = as_input(render(scene, keys))[None].to(vae.device)
         mean, _ = spatial_encode(vae, video)
         z.append((mean * SPATIAL_SCALE - vae.shift) / vae.scale)
         texts.append([caption(scene, rng) for _ in range(CAPTIONS)])
-    whole = {"z": torch.cat(z).cpu(), "captions": texts}
+        told.append(facts(scene))
+    whole = {"z": torch.cat(z).cpu(), "captions": texts, "facts": torch.tensor(told)}
     return {**whole, "size": list(bucket.size), "frames": bucket.frames}
 
 

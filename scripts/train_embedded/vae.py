@@ -4,9 +4,9 @@ The spatial VAE first learns single pictures, then jumbles of many objects in an
 teach more a picture, then both. Then its encoder is fixed, and with it what the transformer
 learns: the temporal encoder hands on the latents of each group's last frame (see `keyframes`), so
 that a clip's latents are those of its key frames and a picture is a clip of one. The temporal
-decoder fades from one to the next and stays as it is set. What is left is to decode well what it
-fades, and latents with a little noise, as the transformer's have. The state is saved on the way
-and a run goes on from it.
+decoder starts out fading from one to the next and learns to move what moved. What is left is to
+decode well what it makes, and latents with a little noise, as the transformer's have. The state is
+saved on the way and a run goes on from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_sp.models.temporal_vae import TemporalVAEConfig
+from opensora_sp.models.temporal_vae import ResBlock, TemporalVAEConfig
 from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE, VideoVAEConfig
 from scripts.train_embedded.architecture import VAE2D, VAE3D
 from scripts.train_embedded.keyframes import start_from_key_frames
@@ -42,7 +42,7 @@ SEED = 12
 SAVE_EVERY = 90.0  # seconds
 CLIP = 17  # frames of one chunk: what both VAEs work on
 KL_SPATIAL = 1e-4
-FRAMES = 4  # of each clip that are decoded to pixels
+FRAMES = 4  # of each clip that are compared
 LATENT_NOISE = 0.08  # most noise on a decoder's latents, in their standard deviations
 SIZES = ((64, 64), (64, 96), (96, 64), (72, 72), (96, 96))
 LARGE = ((96, 144), (144, 96), (144, 144))
@@ -63,8 +63,10 @@ PHASES = (
     Phase("jumbles", 2200, 8, 2.5e-3),
     Phase("jumbles", 600, 8, 1.5e-3),
     Phase("mixed", 1600, 8, 1.5e-3),
+    Phase("motion", 3000, 8, 1e-3),
     Phase("decoder", 1000, 4, 5e-4),
 )
+SPATIAL = ("pictures", "jumbles", "mixed")  # what trains both halves of the spatial VAE
 
 
 def build() -> VideoVAE:
@@ -83,7 +85,7 @@ def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
     if phase == "jumbles":
         size = ((64, 64), (64, 96))[int(rng.random() < 0.3)]
         return torch.stack([as_input(jumble(rng, size)) for _ in range(batch)])
-    large = phase == "decoder" and rng.random() < 0.1
+    large = phase not in SPATIAL and rng.random() < 0.1
     choices = LARGE if large else SIZES
     size = choices[int(rng.integers(len(choices)))]
     clips = []
@@ -151,23 +153,33 @@ def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator
     def sample(mean: Tensor, std: Tensor) -> Tensor:
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
-    keys = slice((video.shape[2] - 1) % 4, None, 4)
-    with torch.set_grad_enabled(phase != "decoder"):
-        mean, std = spatial_encode(vae, video[:, :, keys] if phase == "decoder" else video)
-    if phase != "decoder":
+    frames, keys = video.shape[2], slice((video.shape[2] - 1) % 4, None, 4)
+    with torch.set_grad_enabled(phase in SPATIAL):
+        mean, std = spatial_encode(vae, video if phase in SPATIAL else video[:, :, keys])
+    if phase in SPATIAL:
         made = spatial_decode(vae, sample(mean, std))
         return difference(made, video) + KL_SPATIAL * divergence(mean, std)
     latents = mean * SPATIAL_SCALE
     noise = sample(0 * latents, vae.scale)
     latents = latents + LATENT_NOISE * torch.rand((), generator=generator) * noise
+    with torch.set_grad_enabled(phase == "motion"):
+        made = vae.temporal_vae.decode(latents, frames)
+    few = torch.randperm(frames, generator=generator)[:FRAMES].to(video.device)
+    made, video = made[:, :, few], video[:, :, few]
+    if phase == "decoder":
+        return difference(spatial_decode(vae, made / SPATIAL_SCALE), video)
     with torch.no_grad():
-        made = vae.temporal_vae.decode(latents, video.shape[2])
-    few = torch.randperm(video.shape[2], generator=generator)[:FRAMES].to(video.device)
-    return difference(spatial_decode(vae, made[:, :, few] / SPATIAL_SCALE), video[:, :, few])
+        true, _ = spatial_encode(vae, video)
+    return F.mse_loss(made / vae.scale, true * SPATIAL_SCALE / vae.scale)
 
 
 def trained_weights(vae: VideoVAE, phase: str) -> list[torch.nn.Parameter]:
     """The weights that a phase changes."""
+    if phase == "motion":
+        # The residual branches start at zero, beside the fade; what carries the fade stays.
+        blocks = [m for m in vae.temporal_vae.decoder.modules() if isinstance(m, ResBlock)]
+        parts = [part for b in blocks for part in (b.norm1, b.conv1, b.norm2, b.conv2)]
+        return [weight for part in parts for weight in part.parameters()]
     spatial = vae.spatial_vae.module
     halves = (spatial.decoder, spatial.post_quant_conv) if phase == "decoder" else (spatial,)
     return [weight for half in halves for weight in half.parameters()]
@@ -209,7 +221,7 @@ def train(directory: Path, device: torch.device) -> None:
     for number, phase in enumerate(PHASES):
         if state and state["phase"] > number:
             continue
-        if phase.name == "decoder" and not (state and state["phase"] == number):
+        if phase.name == "motion" and not (state and state["phase"] == number):
             fit_normalisation(vae, device)
             save_state(directory / "vae_encoder.pt", {"model": vae.state_dict()})
         trained = trained_weights(vae, phase.name)
@@ -257,7 +269,7 @@ def _run_phase(
             saved = time.monotonic()
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(directory / "vae.pt", {**state, "phase": number, "step": step + 1})
-            quality = f"round trip {psnr(vae, 6):.2f} dB" if phase.name == "decoder" else ""
+            quality = f"round trip {psnr(vae, 6):.2f} dB" if phase.name not in SPATIAL else ""
             mean = sum(losses) / len(losses)
             losses.clear()
             print(f"{phase.name} {step + 1}/{phase.steps} loss {mean:.4f} {quality}", flush=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from scripts.train_embedded.captions import TRAINED, UNTRAINED, caption
+from scripts.train_embedded.captions import FACTS, TRAINED, UNTRAINED, caption, facts
 from scripts.train_embedded.judge import as_uint8, look, validate
 from scripts.train_embedded.latents import key_frames, shard_path
 from scripts.train_embedded.world import Scene, Thing, centres, draw_scene, held_out, render
@@ -63,6 +64,14 @@ def test_a_seed_is_a_scene_and_its_caption() -> None:
     assert first[0].things[0].colour in first[1] or "magenta" in first[1] or "turquoise" in first[1]
 
 
+def test_facts_are_what_the_caption_tells() -> None:
+    told = {name for name, is_told in zip(FACTS, facts(scene("left")), strict=True) if is_told}
+    assert told == {"blue", "square", "left"}
+    panned = replace(scene("still"), pan="up")
+    told = {name for name, is_told in zip(FACTS, facts(panned), strict=True) if is_told}
+    assert told == {"blue", "square", "pan up"}
+
+
 @pytest.mark.parametrize(
     ("frames", "keys"), [(1, [0]), (17, [0, 4, 8, 12, 16]), (20, [0, 4, 8, 12, 16, 19])]
 )
@@ -81,6 +90,9 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
 
     monkeypatch.setattr(flow, "TOKENS", 24)
     monkeypatch.setattr(flow, "WARM_UP", 1)
+    monkeypatch.setattr(flow, "PICTURES", ((float("inf"), 0.0),))
+    monkeypatch.setattr(flow, "WORDS_ALONE", 1)
+    monkeypatch.setattr(flow, "CAPTIONS", 3)
     # The rate falls with what is left of the steps, which the two runs would count differently.
     monkeypatch.setattr(flow, "COOL_DOWN", 1e-6)
     z = torch.randn(6, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -89,7 +101,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
         directory = tmp_path / name
         (directory / "latents").mkdir(parents=True)
         shutil.copy(embedded_dir / "t5" / "spiece.model", directory)
-        shard = {"z": z, "captions": texts, "size": [32, 32], "frames": 17}
+        facts = torch.eye(6, len(FACTS)) > 0
+        shard = {"z": z, "captions": texts, "facts": facts, "size": [32, 32], "frames": 17}
         torch.save(shard, shard_path(directory, 0))
         for steps in stops:
             flow.train(directory, steps, torch.device("cpu"))
