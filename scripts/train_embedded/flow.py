@@ -34,7 +34,7 @@ TOKENS = 1400  # patches of all frames in a batch, about
 RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
 # Shape and place are learnt from pictures first, of which a batch holds four times as many.
 # (until step, share of the batches)
-PICTURES = ((9000, 0.5), (math.inf, 0.2))
+PICTURES = ((6500, 0.5), (math.inf, 0.25))
 DROPPED_CAPTIONS = 0.12
 KEPT_FRAMES = 0.3  # of the clips
 EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are known too

@@ -4,9 +4,9 @@ The spatial VAE first learns single pictures, then jumbles of many objects in an
 teach more a picture, then both. Then its encoder is fixed, and with it what the transformer
 learns: the temporal encoder hands on the latents of each group's last frame (see `keyframes`), so
 that a clip's latents are those of its key frames and a picture is a clip of one. The temporal
-decoder starts out fading from one to the next and learns to move what moved. What is left is to
-decode well what it makes, and latents with a little noise, as the transformer's have. The state is
-saved on the way and a run goes on from it.
+decoder starts out fading from one to the next and learns to move what moved, first in latents.
+At last both decoders learn the pixels together, from latents with a little noise, as the
+transformer's have. The state is saved on the way and a run goes on from it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PHASES = (
     Phase("jumbles", 600, 8, 1.5e-3),
     Phase("mixed", 1600, 8, 1.5e-3),
     Phase("motion", 3000, 8, 1e-3),
-    Phase("decoder", 1000, 4, 5e-4),
+    Phase("decoder", 1400, 4, 5e-4),
 )
 SPATIAL = ("pictures", "jumbles", "mixed")  # what trains both halves of the spatial VAE
 
@@ -162,8 +162,7 @@ def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator
     latents = mean * SPATIAL_SCALE
     noise = sample(0 * latents, vae.scale)
     latents = latents + LATENT_NOISE * torch.rand((), generator=generator) * noise
-    with torch.set_grad_enabled(phase == "motion"):
-        made = vae.temporal_vae.decode(latents, frames)
+    made = vae.temporal_vae.decode(latents, frames)
     few = torch.randperm(frames, generator=generator)[:FRAMES].to(video.device)
     made, video = made[:, :, few], video[:, :, few]
     if phase == "decoder":
@@ -175,14 +174,15 @@ def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator
 
 def trained_weights(vae: VideoVAE, phase: str) -> list[torch.nn.Parameter]:
     """The weights that a phase changes."""
-    if phase == "motion":
+    spatial = vae.spatial_vae.module
+    parts: list[torch.nn.Module] = [spatial]
+    if phase not in SPATIAL:
         # The residual branches start at zero, beside the fade; what carries the fade stays.
         blocks = [m for m in vae.temporal_vae.decoder.modules() if isinstance(m, ResBlock)]
         parts = [part for b in blocks for part in (b.norm1, b.conv1, b.norm2, b.conv2)]
-        return [weight for part in parts for weight in part.parameters()]
-    spatial = vae.spatial_vae.module
-    halves = (spatial.decoder, spatial.post_quant_conv) if phase == "decoder" else (spatial,)
-    return [weight for half in halves for weight in half.parameters()]
+    if phase == "decoder":
+        parts += [spatial.decoder, spatial.post_quant_conv]
+    return [weight for part in parts for weight in part.parameters()]
 
 
 @torch.no_grad()
