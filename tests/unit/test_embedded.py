@@ -81,23 +81,27 @@ def test_tokens_are_t5s_and_fit_the_embedding(embedded_dir: Path) -> None:
     assert dit["caption_channels"] == config["d_model"]
 
 
-def test_it_shows_the_colour_that_the_prompt_says() -> None:
+def test_it_shows_what_the_prompt_says() -> None:
     from opensora_sp.pipeline import Pipeline
     from opensora_sp.request import Request
     from scripts.train_embedded.judge import look
 
-    colours = ("red", "green", "blue")
+    asked = [
+        ("red ball", "to the right", ("red", "circle", "right")),
+        ("green square", "to the left", ("green", "square", "left")),
+        ("blue triangle", "up", ("blue", "triangle", "up")),
+    ]
     requests = [
         Request(
-            prompt=f"a {colour} ball moves to the right on a gray background",
+            prompt=f"a {thing} moves {way} over a gray background",
             prompt_index=index,
             height=64,
             width=96,
             num_frames=17,
-            steps=10,
         )
-        for index, colour in enumerate(colours)
+        for index, (thing, way, _) in enumerate(asked)
     ]
     result = Pipeline.load(dtype="fp32").generate(requests)
-    seen = [look(video) if video is not None else [] for video in result.videos]
-    assert [objects[0].colour if objects else None for objects in seen] == list(colours)
+    seen = [look(video)[0] for video in result.videos if video is not None]
+    found = [(thing.colour, thing.shape, thing.motion) for thing in seen]
+    assert found == [what for _, _, what in asked]
