@@ -2,8 +2,10 @@
 
 Rectified flow on the shards that `latents` writes, through the program's own block loop. Times are
 logit-normal and pass the timestep transform; captions are dropped for the null embedding; some
-clips keep frames, as in image-to-video and extension. What is shipped is the moving average of
-the weights. Shards that appear while this runs are taken in; the state is saved on the way.
+clips keep frames, as in image-to-video and extension. The first steps learn what captions tell,
+alone; that, and the frames' places, are read from the blocks all along (see `Models`). What is
+shipped is the moving average of the weights. Shards that appear while this runs are taken in; the
+state is saved on the way.
 """
 
 from __future__ import annotations
@@ -327,7 +329,7 @@ def main() -> None:
     """Train to the end, or until interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the state is kept")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=30_000)
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()
     train(arguments.directory, arguments.steps, pick_device(arguments.device))
