@@ -145,13 +145,10 @@ class Shards:
         weights = np.array([len(self.buckets[s]) * self._count(s) for s in shapes], dtype=float)
         shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
         shards, count = self.buckets[shape], self._count(shape)
-        chosen = [
-            (shard, int(rng.integers(shard["z"].shape[0])))
-            for shard in (shards[int(rng.integers(len(shards)))] for _ in range(count))
-        ]
+        chosen = [_pick(rng, shards) for _ in range(count)]
         return {
             "z": torch.stack([shard["z"][i] for shard, i in chosen]),
-            "tokens": [s["tokens"][i][int(rng.integers(len(s["tokens"][i])))] for s, i in chosen],
+            "tokens": [_phrasing(rng, shard, i) for shard, i in chosen],
             "facts": torch.stack([shard["facts"][i] for shard, i in chosen]).float(),
             "shape": shape,
         }
@@ -161,10 +158,8 @@ class Shards:
         groups = list(self.buckets.values())
         tokens, facts = [], []
         for _ in range(count):
-            shards = groups[int(rng.integers(len(groups)))]
-            shard = shards[int(rng.integers(len(shards)))]
-            i = int(rng.integers(len(shard["tokens"])))
-            tokens.append(shard["tokens"][i][int(rng.integers(len(shard["tokens"][i])))])
+            shard, i = _pick(rng, groups[int(rng.integers(len(groups)))])
+            tokens.append(_phrasing(rng, shard, i))
             facts.append(shard["facts"][i])
         return tokens, torch.stack(facts).float()
 
@@ -173,6 +168,18 @@ class Shards:
         z = self.buckets[shape][0]["z"]
         rows, columns = patch_grid(z.shape[3], z.shape[4])
         return max(4, min(48, TOKENS // (rows * columns * z.shape[2])))
+
+
+def _pick(rng: np.random.Generator, shards: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """One clip of all: its shard, and which one of it."""
+    shard = shards[int(rng.integers(len(shards)))]
+    return shard, int(rng.integers(shard["z"].shape[0]))
+
+
+def _phrasing(rng: np.random.Generator, shard: dict[str, Any], clip: int) -> list[int]:
+    """The token ids of one of the clip's captions."""
+    choices: list[list[int]] = shard["tokens"][clip]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def encode_text(models: Models, tokens: list[list[int]], device: torch.device) -> list[Tensor]:
@@ -237,10 +244,9 @@ def loss_of(
     if mask is not None:
         level = level * mask.to(device)[:, None, :, None, None]
     texts = encode_text(models, batch["tokens"], device)
-    dropped = np.flatnonzero(rng.random(len(texts)) < DROPPED_CAPTIONS)
-    for i in dropped:
+    dropped = rng.random(len(texts)) < DROPPED_CAPTIONS
+    for i in np.flatnonzero(dropped):
         texts[i] = dit.y_embedder.y_embedding[: texts[i].shape[0]]
-    told = sorted(set(range(len(texts))) - set(dropped.tolist()))
     size = (z.shape[3], z.shape[4])
     positions = dit.positions(patch_grid(*size), shape[0], shape[1])
     fps = torch.full((z.shape[0],), float(IMAGE_FPS if shape[2] == 1 else 24))
@@ -254,7 +260,7 @@ def loss_of(
     error = (velocity - (z - noise)).pow(2).mean(dim=(1, 3, 4))  # [B,T]
     made = torch.ones_like(error) if mask is None else mask.to(device)
     loss = (error * made).sum() / made.sum()
-    return loss + models.read_error(batch["facts"].to(device), told)
+    return loss + models.read_error(batch["facts"].to(device), np.flatnonzero(~dropped).tolist())
 
 
 def words_loss(

@@ -94,7 +94,8 @@ def test_text_peaks_are_those_that_are_counted(streamed: bool, eight_bits: bool)
     text = next(stage for stage in plan.stages if stage.name == "text")
     assert text.weights == pytest.approx(counted.weights, rel=1e-4)
     # Weights are nearly all of it; torch 2.3 has 35 MB more alive at once than later ones.
-    assert 0.96 * counted.total <= text.total <= 1.05 * counted.total
+    least = 0.96 if torch.__version__.startswith("2.3.") else 0.99
+    assert least * counted.total <= text.total <= 1.05 * counted.total
 
 
 def test_weights_are_the_published_ones() -> None:
