@@ -5,13 +5,14 @@ logit-normal and pass the timestep transform; captions are dropped for the null 
 clips keep frames, as in image-to-video and extension. The first steps learn what captions tell,
 alone; that, and the frames' places, are read from the blocks all along (see `Models`). What is
 shipped is the moving average of the weights. Shards that appear while this runs are taken in; the
-state is saved on the way.
+state is saved on the way. Under torchrun the ranks share each step's batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from opensora_sp.denoiser import Local, Stream, run_blocks
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, patchify, unpatchify
 from opensora_sp.request import IMAGE_FPS
-from opensora_sp.sizes import patch_grid
+from opensora_sp.sizes import latent_frames, patch_grid
 from scripts.train_embedded.architecture import DIT, T5
 from scripts.train_embedded.captions import FACTS
-from scripts.train_embedded.latents import shard_path
+from scripts.train_embedded.latents import key_frames
+from scripts.train_embedded.shards import Shards
 from scripts.train_embedded.state import pick_device, read_state, save_state
 from scripts.train_embedded.tokens import train_vocabulary
+from scripts.train_embedded.vae import CLIP
 
 SEED = 15
-TOKENS = 1400  # patches of all frames in a batch, about
 RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
-# Shape and place are learnt from pictures first, of which a batch holds four times as many.
-# (until step, share of the batches)
-PICTURES = ((6500, 0.5), (math.inf, 0.25))
 DROPPED_CAPTIONS = 0.12
-KEPT_FRAMES = 0.3  # of the clips
+MASKED, KEPT_FRAMES = 0.65, 0.6  # batches with clips that keep frames, and those clips' share
 EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are known too
 # Small pictures are transformed toward little noise, but what they show, and where, is decided in
 # much of it: so many times stay as they were drawn, and so many come from the noisy end.
@@ -47,6 +47,7 @@ NOISY_TIMES, NOISY_FROM = 0.3, 0.6
 AVERAGE = 0.9985
 PLACES, TOLD = 0.3, 0.2  # weights of what is read from the blocks' states
 WORDS_ALONE, CAPTIONS = 500, 160  # first steps, which learn what captions tell, and captions in one
+READERS_ALONE = 200  # steps that new readers of a restored model learn in
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -70,7 +71,7 @@ class Models(nn.Module):
         self.dit = STDiT3(STDiT3Config.from_dict(DIT, "architecture.py"))
         start_weights(self.dit)
         width, pairs = self.dit.config.hidden_size, self.dit.pairs
-        self.places = nn.ModuleList(nn.Linear(width, 1) for _ in pairs[1:])
+        self.places = nn.ModuleList(nn.Linear(width, 2) for _ in pairs[1:])
         self.facts = nn.ModuleList(nn.Linear(width, len(FACTS)) for _ in pairs)
         self._seen: list[Tensor] = []
         for _, temporal in pairs:
@@ -91,10 +92,22 @@ class Models(nn.Module):
         frames = states[0].shape[1]
         if frames == 1:
             return error
-        true = torch.linspace(-1, 1, frames, device=error.device)[:, None, None]
+        true = places_of(frames).to(error.device)[:, None]
         for state, place in zip(states[1:], self.places, strict=True):
             error = error + PLACES * (place(state) - true).pow(2).mean()
         return error
+
+
+def places_of(count: int) -> Tensor:
+    """What tells each latent frame's place: its time in -1..1, and 1 where a chunk begins; [T,2].
+
+    Latent frames lie four frames apart, but the first of a chunk one frame after the last of the
+    chunk before: without this, clips jumped there as far as the object moves in four frames.
+    """
+    chunk = latent_frames(CLIP)
+    keys = torch.tensor(key_frames(count // chunk * CLIP), dtype=torch.float32)
+    starts = (torch.arange(count) % chunk == 0).float()
+    return torch.stack([2 * keys / keys[-1] - 1, starts], dim=1)
 
 
 def start_weights(dit: STDiT3) -> None:
@@ -115,71 +128,6 @@ def start_weights(dit: STDiT3) -> None:
             nn.init.normal_(block.scale_shift_table, std=0.02)
             nn.init.zeros_(block.cross_attn.proj.weight)
     nn.init.normal_(dit.y_embedder.y_embedding, std=1.0)
-
-
-class Shards:
-    """The encoded clips, by shape; takes in new ones when asked."""
-
-    def __init__(self, directory: Path, pieces: Any) -> None:
-        self.directory, self.pieces, self.read = directory, pieces, 0
-        self.buckets: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
-
-    def refresh(self) -> None:
-        """Read the shards that are new."""
-        while (path := shard_path(self.directory, self.read)).exists():
-            shard = torch.load(path, weights_only=True)
-            shard["tokens"] = [[self.ids(text) for text in texts] for texts in shard["captions"]]
-            key = (*shard["size"], shard["frames"])
-            self.buckets.setdefault(key, []).append(shard)
-            self.read += 1
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids with the end token."""
-        return [*self.pieces.encode(text), self.pieces.eos_id()]
-
-    def draw(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
-        """A batch of pictures, or of clips of one shape; every clip comes up equally often."""
-        pictures = rng.random() < next(share for until, share in PICTURES if step < until)
-        shapes = [shape for shape in self.buckets if (shape[2] == 1) == pictures]
-        # A batch of small clips holds more of them.
-        weights = np.array([len(self.buckets[s]) * self._count(s) for s in shapes], dtype=float)
-        shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
-        shards, count = self.buckets[shape], self._count(shape)
-        chosen = [_pick(rng, shards) for _ in range(count)]
-        return {
-            "z": torch.stack([shard["z"][i] for shard, i in chosen]),
-            "tokens": [_phrasing(rng, shard, i) for shard, i in chosen],
-            "facts": torch.stack([shard["facts"][i] for shard, i in chosen]).float(),
-            "shape": shape,
-        }
-
-    def draw_captions(self, rng: np.random.Generator, count: int) -> tuple[list[list[int]], Tensor]:
-        """Captions of clips and pictures alike: their token ids, and what they tell."""
-        groups = list(self.buckets.values())
-        tokens, facts = [], []
-        for _ in range(count):
-            shard, i = _pick(rng, groups[int(rng.integers(len(groups)))])
-            tokens.append(_phrasing(rng, shard, i))
-            facts.append(shard["facts"][i])
-        return tokens, torch.stack(facts).float()
-
-    def _count(self, shape: tuple[int, int, int]) -> int:
-        """Clips in a batch of this shape."""
-        z = self.buckets[shape][0]["z"]
-        rows, columns = patch_grid(z.shape[3], z.shape[4])
-        return max(4, min(48, TOKENS // (rows * columns * z.shape[2])))
-
-
-def _pick(rng: np.random.Generator, shards: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
-    """One clip of all: its shard, and which one of it."""
-    shard = shards[int(rng.integers(len(shards)))]
-    return shard, int(rng.integers(shard["z"].shape[0]))
-
-
-def _phrasing(rng: np.random.Generator, shard: dict[str, Any], clip: int) -> list[int]:
-    """The token ids of one of the clip's captions."""
-    choices: list[list[int]] = shard["tokens"][clip]
-    return choices[int(rng.integers(len(choices)))]
 
 
 def encode_text(models: Models, tokens: list[list[int]], device: torch.device) -> list[Tensor]:
@@ -214,10 +162,10 @@ def draw_mask(rng: np.random.Generator, clips: int, frames: int) -> Tensor | Non
 
     Kept: the first frame, as a picture; the last one too; whole chunks at the start; or any frames.
     """
-    if frames == 1 or rng.random() < 0.5:
+    if frames == 1 or rng.random() > MASKED:
         return None
     mask = torch.ones(clips, frames, dtype=torch.bool)
-    for i in np.flatnonzero(rng.random(clips) < 2 * KEPT_FRAMES):
+    for i in np.flatnonzero(rng.random(clips) < KEPT_FRAMES):
         kind = rng.random()
         if kind < 0.5:
             mask[i, 0] = False
@@ -280,14 +228,45 @@ def words_loss(
     return models.read_error(facts.to(device), list(range(CAPTIONS)))
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Up, level, and down to almost nothing over the last part of the run."""
+def rate_at(step: int, steps: int, begun: int) -> float:
+    """Up from step `begun`, level, and down to almost nothing over the last part of the run."""
     left = (steps - step) / (COOL_DOWN * steps)
-    return RATE * min(1.0, (step + 1) / WARM_UP, max(0.02, left))
+    return RATE * min(1.0, (step - begun + 1) / WARM_UP, max(0.02, left))
 
 
-def train(directory: Path, steps: int, device: torch.device) -> None:
-    """Train up to step number `steps`, from the saved state on."""
+def add_gradients(models: Models) -> None:
+    """Give every rank the sum of all ranks' gradients."""
+    if not dist.is_initialized():
+        return
+    weights = list(models.parameters())
+    own = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    flat = torch.cat([gradient.flatten() for gradient in own])
+    dist.all_reduce(flat)
+    parts = flat.split([weight.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.grad = part.view_as(weight)
+
+
+def teach_readers(models: Models, shards: Shards, first: int, device: torch.device) -> None:
+    """Let new readers learn to read a model that was trained without them; it stays as it is."""
+    readers = [*models.places.parameters(), *models.facts.parameters()]
+    optimizer = torch.optim.AdamW(readers, lr=10 * RATE, weight_decay=0.0)
+    for step in range(READERS_ALONE):
+        rng = np.random.default_rng([SEED, first, step])
+        models.zero_grad(set_to_none=True)
+        loss = loss_of(models, shards.draw(rng, first), rng, device)
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0 or step + 1 == READERS_ALONE:
+            print(f"readers {step + 1}/{READERS_ALONE} loss {float(loss.detach()):.4f}", flush=True)
+
+
+def train(directory: Path, steps: int, batches: int, device: torch.device) -> None:
+    """Train up to step number `steps`, from the saved state on.
+
+    batches: of each step, divided among the ranks of the process group, if there is one. How many
+    ranks there are changes nothing but the time, and the order of sums.
+    """
     from sentencepiece import SentencePieceProcessor
 
     vocabulary = directory / "spiece.model"
@@ -300,34 +279,45 @@ def train(directory: Path, steps: int, device: torch.device) -> None:
     optimizer = torch.optim.AdamW(
         models.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
-    first = 0
+    first = begun = 0
     if state := read_state(directory / "flow.pt", device):
         models.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+            begun = state["begun"]
+        else:  # of `restore`
+            teach_readers(models, shards, first, device)
+            begun = first
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saved, losses = time.monotonic(), []
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps)
-        rng = np.random.default_rng([SEED, step])
+            group["lr"] = rate_at(step, steps, begun)
         optimizer.zero_grad(set_to_none=True)
-        if step < WORDS_ALONE:
-            loss = words_loss(models, shards, rng, device)
-        else:
-            loss = loss_of(models, shards.draw(rng, step), rng, device)
-        loss.backward()
+        for number in range(rank, batches, world):
+            rng = np.random.default_rng([SEED, step, number])
+            if step < WORDS_ALONE:
+                loss = words_loss(models, shards, rng, device)
+            else:
+                loss = loss_of(models, shards.draw(rng, step), rng, device)
+            (loss / batches).backward()
+            losses.append(float(loss.detach()))
+        add_gradients(models)
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
         keep = min(AVERAGE, (step + 1) / (step + 10))
         for name, value in models.state_dict().items():
             average[name].lerp_(value, 1 - keep)
-        losses.append(float(loss.detach()))
         if step + 1 == steps or time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
-            state = {"model": models.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(directory / "flow.pt", {**state, "average": average, "step": step + 1})
-            mean, losses = sum(losses) / len(losses), []
-            print(f"step {step + 1}/{steps} loss {mean:.4f} shards {shards.read}", flush=True)
+            if rank == 0:
+                state = {"model": models.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"average": average, "step": step + 1, "begun": begun}
+                save_state(directory / "flow.pt", state)
+                mean = sum(losses) / len(losses)
+                print(f"step {step + 1}/{steps} loss {mean:.4f} shards {shards.read}", flush=True)
+            losses = []
             shards.refresh()
 
 
@@ -336,9 +326,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the state is kept")
     parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--batches", type=int, default=2, help="of each step, for all ranks")
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()
-    train(arguments.directory, arguments.steps, pick_device(arguments.device))
+    device = pick_device(arguments.device)
+    if "WORLD_SIZE" in os.environ:  # of torchrun
+        dist.init_process_group()
+        if device.type != "cpu":
+            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    train(arguments.directory, arguments.steps, arguments.batches, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

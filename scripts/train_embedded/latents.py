@@ -47,14 +47,17 @@ class Bucket:
 
 ROUND = (
     Bucket((64, 96), 17, 12),
-    Bucket((64, 96), 1, 3),
-    Bucket((96, 96), 17, 3),
-    Bucket((80, 128), 17, 3),
-    Bucket((96, 144), 17, 3),
-    Bucket((64, 96), 34, 2),
+    Bucket((64, 96), 1, 2),
+    Bucket((96, 96), 1, 1),
+    Bucket((80, 128), 1, 1),
+    Bucket((96, 144), 1, 2),
+    Bucket((96, 96), 17, 4),
+    Bucket((80, 128), 17, 5),
+    Bucket((96, 144), 17, 8),
+    Bucket((64, 96), 34, 8),
     Bucket((64, 64), 17, 1),
     Bucket((96, 64), 17, 1),
-    Bucket((64, 96), 51, 1),
+    Bucket((64, 96), 51, 4),
 )
 
 
@@ -101,7 +104,7 @@ def main() -> None:
     """Write shards until there are as many as wanted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the state is kept")
-    parser.add_argument("--shards", type=int, default=87)
+    parser.add_argument("--shards", type=int, default=294)
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)

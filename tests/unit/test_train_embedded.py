@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training import small_training, write_clips
 
 from scripts.train_embedded.captions import FACTS, TRAINED, UNTRAINED, caption, facts
 from scripts.train_embedded.judge import as_uint8, look, validate
-from scripts.train_embedded.latents import key_frames, shard_path
+from scripts.train_embedded.latents import key_frames
 from scripts.train_embedded.world import Scene, Thing, centres, draw_scene, held_out, render
 
 
@@ -79,33 +78,18 @@ def test_key_frames_end_each_group(frames: int, keys: list[int]) -> None:
     assert key_frames(frames) == keys
 
 
-@pytest.mark.skipif(
-    "OPENSORA_SP_SLOW_TESTS" not in os.environ,
-    reason="a minute of training; set OPENSORA_SP_SLOW_TESTS=1",
-)
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
 ) -> None:
     from scripts.train_embedded import flow
 
-    monkeypatch.setattr(flow, "TOKENS", 24)
-    monkeypatch.setattr(flow, "WARM_UP", 1)
-    monkeypatch.setattr(flow, "PICTURES", ((float("inf"), 0.0),))
-    monkeypatch.setattr(flow, "WORDS_ALONE", 1)
-    monkeypatch.setattr(flow, "CAPTIONS", 3)
-    # The rate falls with what is left of the steps, which the two runs would count differently.
-    monkeypatch.setattr(flow, "COOL_DOWN", 1e-6)
-    z = torch.randn(6, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-    texts = [[f"a red ball goes {way}"] for way in ("up", "down", "left", "right", "on", "off")]
+    for module, name, value in small_training():
+        monkeypatch.setattr(module, name, value)
     for name, stops in (("whole", [4]), ("stopped", [2, 4])):
         directory = tmp_path / name
-        (directory / "latents").mkdir(parents=True)
-        shutil.copy(embedded_dir / "t5" / "spiece.model", directory)
-        facts = torch.eye(6, len(FACTS)) > 0
-        shard = {"z": z, "captions": texts, "facts": facts, "size": [32, 32], "frames": 17}
-        torch.save(shard, shard_path(directory, 0))
+        write_clips(directory, embedded_dir)
         for steps in stops:
-            flow.train(directory, steps, torch.device("cpu"))
+            flow.train(directory, steps, 2, torch.device("cpu"))
     whole, stopped = (
         torch.load(tmp_path / name / "flow.pt", weights_only=True) for name in ("whole", "stopped")
     )
@@ -115,3 +99,39 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
             torch.testing.assert_close(stopped[part][name], weight, rtol=1e-5, atol=1e-7, msg=name)
     moved = [not torch.equal(start[name], weight) for name, weight in whole["model"].items()]
     assert sum(moved) > len(moved) / 2, "the training changes the weights"
+
+
+def test_the_shipped_model_makes_states_that_make_the_shipped_model(
+    tmp_path: Path, embedded_dir: Path
+) -> None:
+    from scripts.train_embedded.export import export
+    from scripts.train_embedded.restore import restore
+
+    restore(embedded_dir, tmp_path / "states", step=7, again=True)
+    export(tmp_path / "states", tmp_path / "model")
+    made = {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*.*")}
+    assert {Path("dit/model.safetensors"), Path("t5/spiece.model")} < made
+    for name in made:
+        if name.suffix == ".bin":  # archives carry the time
+            ours, shipped = (
+                torch.load(d / name, weights_only=True) for d in (tmp_path / "model", embedded_dir)
+            )
+            assert ours.keys() == shipped.keys()
+            assert all(torch.equal(ours[key], shipped[key]) for key in ours)
+        else:
+            assert (tmp_path / "model" / name).read_bytes() == (embedded_dir / name).read_bytes(), (
+                name
+            )
+    with pytest.raises(SystemExit, match=r"flow\.pt"):
+        restore(embedded_dir, tmp_path / "states", step=7, again=True)
+
+
+def test_a_frames_place_knows_that_chunks_follow_at_once() -> None:
+    from scripts.train_embedded.flow import places_of
+
+    times, starts = places_of(10).T
+    frames = (times + 1) / 2 * 33
+    torch.testing.assert_close(
+        frames, torch.tensor([0.0, 4, 8, 12, 16, 17, 21, 25, 29, 33]), rtol=0, atol=1e-4
+    )
+    assert starts.nonzero().flatten().tolist() == [0, 5]

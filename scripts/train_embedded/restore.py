@@ -1,0 +1,65 @@
+"""Training states from the shipped model: python -m scripts.train_embedded.restore STATES
+
+For going on where the earlier states are gone: the stages' states, with the weights of
+opensora_sp/assets/embedded or of --model. What is not shipped begins anew: the optimizers and the
+readers of `flow`, which it teaches first. The VAE's last phase is to be run once more by
+`vae`, unless --keep-vae; without either, `latents` and `flow` work all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scripts.train_embedded.export import TARGET
+from scripts.train_embedded.flow import Models
+from scripts.train_embedded.state import save_state
+from scripts.train_embedded.vae import PHASES, build
+
+
+def restore(model: Path, states: Path, step: int, again: bool) -> None:
+    """Write the states of `vae`, `latents` and `flow`; none may be there.
+
+    step: which step `flow` goes on from. again: whether the VAE's last phase is to be run again.
+    """
+    names = ("vae.pt", "vae_encoder.pt", "flow.pt", "spiece.model")
+    if found := [name for name in names if (states / name).exists()]:
+        raise SystemExit(f"{states} holds {', '.join(found)}: give an empty directory")
+    states.mkdir(parents=True, exist_ok=True)
+    vae = build()
+    vae.load_state_dict(_float32(load_file(model / "vae3d" / "model.safetensors")))
+    save_state(states / "vae_encoder.pt", {"model": vae.state_dict()})
+    phase = len(PHASES) - int(again)
+    save_state(states / "vae.pt", {"model": vae.state_dict(), "phase": phase, "step": 0})
+    models = Models()
+    models.dit.load_state_dict(_float32(load_file(model / "dit" / "model.safetensors")))
+    text: dict[str, Tensor] = {}
+    for shard in sorted((model / "t5").glob("*.bin")):
+        text |= torch.load(shard, weights_only=True)
+    models.t5.load_state_dict(text)
+    weights = models.state_dict()
+    save_state(states / "flow.pt", {"model": weights, "average": weights, "step": step})
+    (states / "spiece.model").write_bytes((model / "t5" / "spiece.model").read_bytes())
+
+
+def _float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.float() for name, weight in weights.items()}
+
+
+def main() -> None:
+    """Write the states."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where the states are to be kept")
+    parser.add_argument("--model", type=Path, default=TARGET, help="default: the shipped model")
+    parser.add_argument("--step", type=int, default=15_000, help="that flow goes on from")
+    parser.add_argument("--keep-vae", action="store_true", help="train no VAE any more")
+    arguments = parser.parse_args()
+    restore(arguments.model, arguments.directory, arguments.step, not arguments.keep_vae)
+
+
+if __name__ == "__main__":
+    main()
