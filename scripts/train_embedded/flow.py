@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -37,7 +38,9 @@ from scripts.train_embedded.vae import CLIP
 
 SEED = 15
 RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
-DROPPED_CAPTIONS = 0.12
+# Where a clip is continued, its own motion says what follows: were that known with a caption only,
+# guidance would push it further than it goes.
+DROPPED_CAPTIONS, DROPPED_CONTINUED = 0.12, 0.4
 MASKED, KEPT_FRAMES = 0.65, 0.6  # batches with clips that keep frames, and those clips' share
 EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are known too
 # Small pictures are transformed toward little noise, but what they show, and where, is decided in
@@ -164,18 +167,26 @@ def draw_mask(rng: np.random.Generator, clips: int, frames: int) -> Tensor | Non
     """
     if frames == 1 or rng.random() > MASKED:
         return None
-    mask = torch.ones(clips, frames, dtype=torch.bool)
+    mask, chunk = torch.ones(clips, frames, dtype=torch.bool), latent_frames(CLIP)
     for i in np.flatnonzero(rng.random(clips) < KEPT_FRAMES):
         kind = rng.random()
-        if kind < 0.5:
+        if frames > chunk and kind < 0.55:
+            mask[i, : chunk * int(rng.integers(1, frames // chunk))] = False
+        elif kind < 0.75:
             mask[i, 0] = False
-            mask[i, -1] = kind > 0.08
-        elif kind < 0.8 and frames > 5:
-            mask[i, : 5 * int(rng.integers(1, frames // 5))] = False
+            mask[i, -1] = rng.random() > 0.16
         else:
             mask[i] = torch.from_numpy(rng.random(frames) < 0.7)
             mask[i, int(rng.integers(frames))] = True
     return mask
+
+
+def dropped_shares(mask: Tensor | None, clips: int) -> NDArray[np.float64]:
+    """How likely each clip's caption is dropped [B]; mask [B,T] as of `draw_mask`."""
+    shares = np.full(clips, DROPPED_CAPTIONS)
+    if mask is not None and mask.shape[1] > (chunk := latent_frames(CLIP)):
+        shares[~mask[:, :chunk].any(dim=1).numpy()] = DROPPED_CONTINUED
+    return shares
 
 
 def loss_of(
@@ -192,7 +203,7 @@ def loss_of(
     if mask is not None:
         level = level * mask.to(device)[:, None, :, None, None]
     texts = encode_text(models, batch["tokens"], device)
-    dropped = rng.random(len(texts)) < DROPPED_CAPTIONS
+    dropped = rng.random(len(texts)) < dropped_shares(mask, len(texts))
     for i in np.flatnonzero(dropped):
         texts[i] = dit.y_embedder.y_embedding[: texts[i].shape[0]]
     size = (z.shape[3], z.shape[4])

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from opensora_sp.sizes import patch_grid
 from scripts.train_embedded.latents import shard_path
+from scripts.train_embedded.vae import CLIP
 
 TOKENS = 1400  # patches of all frames in a batch, about
 # Shape and place are learnt from pictures first, of which a batch holds four times as many.
 # (until step, share of the batches)
 PICTURES = ((6500, 0.5), (math.inf, 0.25))
+LONG = 2.0  # clips of several chunks come up so many times as often
 
 
 class Shards:
@@ -40,11 +42,12 @@ class Shards:
         return [*self.pieces.encode(text), self.pieces.eos_id()]
 
     def draw(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
-        """A batch of pictures, or of clips of one shape; every clip comes up equally often."""
+        """A batch of pictures, or of clips of one shape, in which each comes up equally often."""
         pictures = rng.random() < next(share for until, share in PICTURES if step < until)
         shapes = [shape for shape in self.buckets if (shape[2] == 1) == pictures]
         # A batch of small clips holds more of them.
         weights = np.array([len(self.buckets[s]) * self._count(s) for s in shapes], dtype=float)
+        weights *= [LONG if shape[2] > CLIP else 1.0 for shape in shapes]
         shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
         shards, count = self.buckets[shape], self._count(shape)
         chosen = [_pick(rng, shards) for _ in range(count)]

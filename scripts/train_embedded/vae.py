@@ -65,6 +65,7 @@ PHASES = (
     Phase("mixed", 1600, 8, 1.5e-3),
     Phase("motion", 3000, 8, 1e-3),
     Phase("decoder", 1400, 4, 5e-4),
+    Phase("decoder", 1800, 4, 5e-4),
 )
 SPATIAL = ("pictures", "jumbles", "mixed")  # what trains both halves of the spatial VAE
 
