@@ -38,6 +38,7 @@ class Bucket:
     size: tuple[int, int]
     frames: int
     shards: int = 1
+    things: int | None = None  # objects; None: mostly one
 
     @property
     def count(self) -> int:
@@ -58,6 +59,9 @@ ROUND = (
     Bucket((64, 64), 17, 1),
     Bucket((96, 64), 17, 1),
     Bucket((64, 96), 51, 4),
+    Bucket((144, 144), 17, 3),
+    Bucket((144, 144), 1, 1),
+    Bucket((64, 96), 17, 4, things=2),
 )
 
 
@@ -85,7 +89,7 @@ def encode_shard(vae: VideoVAE, number: int) -> dict[str, Any]:
     keys = key_frames(bucket.frames)
     z, texts, told = [], [], []
     for _ in range(bucket.count):
-        scene = draw_scene(rng, bucket.size, bucket.frames)
+        scene = draw_scene(rng, bucket.size, bucket.frames, things=bucket.things)
         video = as_input(render(scene, keys))[None].to(vae.device)
         mean, _ = spatial_encode(vae, video)
         z.append((mean * SPATIAL_SCALE - vae.shift) / vae.scale)
@@ -104,7 +108,7 @@ def main() -> None:
     """Write shards until there are as many as wanted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the state is kept")
-    parser.add_argument("--shards", type=int, default=294)
+    parser.add_argument("--shards", type=int, default=342)
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)

@@ -1,9 +1,9 @@
 """Training states from the shipped model: python -m scripts.train_embedded.restore STATES
 
-For going on where the earlier states are gone: the stages' states, with the weights of
+For going on where the earlier states are gone: what the stages leave behind, with the weights of
 opensora_sp/assets/embedded or of --model. What is not shipped begins anew: the optimizers and the
-readers of `flow`, which it teaches first. The VAE's last phase is to be run once more by
-`vae`, unless --keep-vae; without either, `latents` and `flow` work all the same.
+readers of `flow`, which it teaches first. `vae` has nothing left to do then, or with --vae-again
+its last phase; `flow` goes on from step --step and wants --steps beyond it.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the states are to be kept")
     parser.add_argument("--model", type=Path, default=TARGET, help="default: the shipped model")
-    parser.add_argument("--step", type=int, default=15_000, help="that flow goes on from")
-    parser.add_argument("--keep-vae", action="store_true", help="train no VAE any more")
+    parser.add_argument("--step", type=int, default=45_000, help="that flow goes on from")
+    parser.add_argument("--vae-again", action="store_true", help="train the decoders once more")
     arguments = parser.parse_args()
-    restore(arguments.model, arguments.directory, arguments.step, not arguments.keep_vae)
+    restore(arguments.model, arguments.directory, arguments.step, arguments.vae_again)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ TOKENS = 1400  # patches of all frames in a batch, about
 # Shape and place are learnt from pictures first, of which a batch holds four times as many.
 # (until step, share of the batches)
 PICTURES = ((6500, 0.5), (math.inf, 0.25))
-LONG = 2.0  # clips of several chunks come up so many times as often
+LONG = 3.0  # clips of several chunks come up so many times as often
 
 
 class Shards:

@@ -90,6 +90,7 @@ def test_it_shows_what_the_prompt_says() -> None:
         ("red ball", "to the right", ("red", "circle", "right")),
         ("green square", "to the left", ("green", "square", "left")),
         ("blue triangle", "up", ("blue", "triangle", "up")),
+        ("yellow hoop", "down and to the right", ("yellow", "ring", "down-right")),
     ]
     requests = [
         Request(
