@@ -272,19 +272,28 @@ def teach_readers(models: Models, shards: Shards, first: int, device: torch.devi
             print(f"readers {step + 1}/{READERS_ALONE} loss {float(loss.detach()):.4f}", flush=True)
 
 
+def open_shards(directory: Path, rank: int) -> Shards:
+    """The shards that are there; the vocabulary is made where there is none yet."""
+    from sentencepiece import SentencePieceProcessor
+
+    vocabulary = directory / "spiece.model"
+    if rank == 0 and not vocabulary.exists():
+        vocabulary.write_bytes(train_vocabulary())
+    if dist.is_initialized():
+        dist.barrier()
+    shards = Shards(directory, SentencePieceProcessor(model_proto=vocabulary.read_bytes()))
+    shards.refresh()
+    return shards
+
+
 def train(directory: Path, steps: int, batches: int, device: torch.device) -> None:
     """Train up to step number `steps`, from the saved state on.
 
     batches: of each step, divided among the ranks of the process group, if there is one. How many
     ranks there are changes nothing but the time, and the order of sums.
     """
-    from sentencepiece import SentencePieceProcessor
-
-    vocabulary = directory / "spiece.model"
-    if not vocabulary.exists():
-        vocabulary.write_bytes(train_vocabulary())
-    shards = Shards(directory, SentencePieceProcessor(model_proto=vocabulary.read_bytes()))
-    shards.refresh()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shards = open_shards(directory, rank)
     models = Models().to(device)
     average = {name: value.clone() for name, value in models.state_dict().items()}
     optimizer = torch.optim.AdamW(
@@ -300,7 +309,6 @@ def train(directory: Path, steps: int, batches: int, device: torch.device) -> No
         else:  # of `restore`
             teach_readers(models, shards, first, device)
             begun = first
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saved, losses = time.monotonic(), []
     for step in range(first, steps):
         for group in optimizer.param_groups:
