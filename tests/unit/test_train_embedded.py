@@ -135,3 +135,21 @@ def test_a_frames_place_knows_that_chunks_follow_at_once() -> None:
         frames, torch.tensor([0.0, 4, 8, 12, 16, 17, 21, 25, 29, 33]), rtol=0, atol=1e-4
     )
     assert starts.nonzero().flatten().tolist() == [0, 5]
+
+
+def test_training_goes_on_from_the_shipped_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
+) -> None:
+    from scripts.train_embedded import flow
+    from scripts.train_embedded.restore import restore
+
+    for module, name, value in [*small_training(), (flow, "READERS_ALONE", 2)]:
+        monkeypatch.setattr(module, name, value)
+    restore(embedded_dir, tmp_path, step=7, again=False)
+    write_clips(tmp_path, embedded_dir)
+    shipped = torch.load(tmp_path / "flow.pt", weights_only=True)["model"]
+    flow.train(tmp_path, 8, 1, torch.device("cpu"))
+    state = torch.load(tmp_path / "flow.pt", weights_only=True)
+    assert (state["begun"], state["step"]) == (7, 8)
+    moved = {n.split(".")[0] for n, w in state["model"].items() if not torch.equal(w, shipped[n])}
+    assert moved == {"t5", "dit", "places", "facts"}
