@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import distributed as dist
 
 from opensora_sp.denoiser import Local, Stream, run_blocks
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, patchify, unpatchify
+from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.request import IMAGE_FPS
 from opensora_sp.sizes import latent_frames, patch_grid
 from scripts.train_embedded.architecture import DIT, T5
@@ -245,14 +245,20 @@ def rate_at(step: int, steps: int, begun: int) -> float:
     return RATE * min(1.0, (step - begun + 1) / WARM_UP, max(0.02, left))
 
 
-def add_gradients(models: Models) -> None:
-    """Give every rank the sum of all ranks' gradients."""
-    if not dist.is_initialized():
-        return
+def add_gradients(models: Models, session: Session) -> None:
+    """Give every rank the sum of all ranks' gradients; zeros where none has any.
+
+    Zeros with one rank too: the optimizer passes over weights without gradients, and which these
+    are would depend on the number of ranks.
+    """
     weights = list(models.parameters())
     own = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
     flat = torch.cat([gradient.flatten() for gradient in own])
-    dist.all_reduce(flat)
+    if session.side is not None:
+        # Over the side group, in host memory: no device's backend is asked for sums.
+        total = flat.cpu()
+        dist.all_reduce(total, group=session.side)
+        flat = total.to(session.device)
     parts = flat.split([weight.numel() for weight in weights])
     for weight, part in zip(weights, parts, strict=True):
         weight.grad = part.view_as(weight)
@@ -264,36 +270,35 @@ def teach_readers(models: Models, shards: Shards, first: int, device: torch.devi
     optimizer = torch.optim.AdamW(readers, lr=10 * RATE, weight_decay=0.0)
     for step in range(READERS_ALONE):
         rng = np.random.default_rng([SEED, first, step])
-        models.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss = loss_of(models, shards.draw(rng, first), rng, device)
-        loss.backward()
+        loss.backward(inputs=readers)
         optimizer.step()
         if step % 50 == 0 or step + 1 == READERS_ALONE:
             print(f"readers {step + 1}/{READERS_ALONE} loss {float(loss.detach()):.4f}", flush=True)
 
 
-def open_shards(directory: Path, rank: int) -> Shards:
+def open_shards(directory: Path, session: Session) -> Shards:
     """The shards that are there; the vocabulary is made where there is none yet."""
     from sentencepiece import SentencePieceProcessor
 
     vocabulary = directory / "spiece.model"
-    if rank == 0 and not vocabulary.exists():
+    if session.leads and not vocabulary.exists():
         vocabulary.write_bytes(train_vocabulary())
-    if dist.is_initialized():
-        dist.barrier()
+    session.wait_for_all()
     shards = Shards(directory, SentencePieceProcessor(model_proto=vocabulary.read_bytes()))
     shards.refresh()
     return shards
 
 
-def train(directory: Path, steps: int, batches: int, device: torch.device) -> None:
+def train(directory: Path, steps: int, batches: int, session: Session) -> None:
     """Train up to step number `steps`, from the saved state on.
 
-    batches: of each step, divided among the ranks of the process group, if there is one. How many
-    ranks there are changes nothing but the time, and the order of sums.
+    batches: of each step, divided among the session's ranks. How many those are changes nothing
+    but the time, and the order of sums.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    shards = open_shards(directory, rank)
+    device = session.device
+    shards = open_shards(directory, session)
     models = Models().to(device)
     average = {name: value.clone() for name, value in models.state_dict().items()}
     optimizer = torch.optim.AdamW(
@@ -314,7 +319,7 @@ def train(directory: Path, steps: int, batches: int, device: torch.device) -> No
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, begun)
         optimizer.zero_grad(set_to_none=True)
-        for number in range(rank, batches, world):
+        for number in range(session.rank, batches, session.world_size):
             rng = np.random.default_rng([SEED, step, number])
             if step < WORDS_ALONE:
                 loss = words_loss(models, shards, rng, device)
@@ -322,7 +327,7 @@ def train(directory: Path, steps: int, batches: int, device: torch.device) -> No
                 loss = loss_of(models, shards.draw(rng, step), rng, device)
             (loss / batches).backward()
             losses.append(float(loss.detach()))
-        add_gradients(models)
+        add_gradients(models, session)
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
         keep = min(AVERAGE, (step + 1) / (step + 10))
@@ -330,7 +335,7 @@ def train(directory: Path, steps: int, batches: int, device: torch.device) -> No
             average[name].lerp_(value, 1 - keep)
         if step + 1 == steps or time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
-            if rank == 0:
+            if session.leads:
                 state = {"model": models.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"average": average, "step": step + 1, "begun": begun}
                 save_state(directory / "flow.pt", state)
@@ -348,14 +353,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="of each step, for all ranks")
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()
-    device = pick_device(arguments.device)
-    if "WORLD_SIZE" in os.environ:  # of torchrun
-        dist.init_process_group()
-        if device.type != "cpu":
-            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-    train(arguments.directory, arguments.steps, arguments.batches, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with open_session(pick_device(arguments.device).type) as session:
+        train(arguments.directory, arguments.steps, arguments.batches, session)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ def restore(model: Path, states: Path, step: int, again: bool) -> None:
         raise SystemExit(f"{states} holds {', '.join(found)}: give an empty directory")
     states.mkdir(parents=True, exist_ok=True)
     vae = build()
-    vae.load_state_dict(_float32(load_file(model / "vae3d" / "model.safetensors")))
+    vae.load_state_dict(load_file(model / "vae3d" / "model.safetensors"))
     save_state(states / "vae_encoder.pt", {"model": vae.state_dict()})
     phase = len(PHASES) - int(again)
     save_state(states / "vae.pt", {"model": vae.state_dict(), "phase": phase, "step": 0})
     models = Models()
-    models.dit.load_state_dict(_float32(load_file(model / "dit" / "model.safetensors")))
+    models.dit.load_state_dict(load_file(model / "dit" / "model.safetensors"))
     text: dict[str, Tensor] = {}
     for shard in sorted((model / "t5").glob("*.bin")):
         text |= torch.load(shard, weights_only=True)
@@ -44,10 +44,6 @@ def restore(model: Path, states: Path, step: int, again: bool) -> None:
     weights = models.state_dict()
     save_state(states / "flow.pt", {"model": weights, "average": weights, "step": step})
     (states / "spiece.model").write_bytes((model / "t5" / "spiece.model").read_bytes())
-
-
-def _float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: weight.float() for name, weight in weights.items()}
 
 
 def main() -> None:

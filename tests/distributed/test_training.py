@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
+
+from opensora_sp.parallel.session import open_session
 
 
-def _train(rank: int, world: int, init_file: str, directory: str) -> dict[str, torch.Tensor] | None:
+def _train(rank: int, world: int, init_file: str, directory: str) -> dict[str, torch.Tensor]:
     from training import small_training
 
     from scripts.train_embedded import flow
 
     for module, name, value in small_training():
         setattr(module, name, value)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
-    flow.train(Path(directory), 3, 2, torch.device("cpu"))
-    dist.destroy_process_group()
-    if rank != 0:  # rank 0 keeps the state
-        return None
+    with open_session("cpu") as session:
+        flow.train(Path(directory), 3, 2, session)
     state: dict[str, Any] = torch.load(Path(directory) / "flow.pt", weights_only=True)
     return {**state["average"], **{f"model.{n}": w for n, w in state["model"].items()}}
 
