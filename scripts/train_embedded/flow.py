@@ -264,17 +264,17 @@ def add_gradients(models: Models, session: Session) -> None:
         weight.grad = part.view_as(weight)
 
 
-def teach_readers(models: Models, shards: Shards, first: int, device: torch.device) -> None:
+def teach_readers(models: Models, shards: Shards, first: int, session: Session) -> None:
     """Let new readers learn to read a model that was trained without them; it stays as it is."""
     readers = [*models.places.parameters(), *models.facts.parameters()]
     optimizer = torch.optim.AdamW(readers, lr=10 * RATE, weight_decay=0.0)
     for step in range(READERS_ALONE):
         rng = np.random.default_rng([SEED, first, step])
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(models, shards.draw(rng, first), rng, device)
+        loss = loss_of(models, shards.draw(rng, first), rng, session.device)
         loss.backward(inputs=readers)
         optimizer.step()
-        if step % 50 == 0 or step + 1 == READERS_ALONE:
+        if session.leads and (step % 50 == 0 or step + 1 == READERS_ALONE):
             print(f"readers {step + 1}/{READERS_ALONE} loss {float(loss.detach()):.4f}", flush=True)
 
 
@@ -312,7 +312,7 @@ def train(directory: Path, steps: int, batches: int, session: Session) -> None:
             optimizer.load_state_dict(state["optimizer"])
             begun = state["begun"]
         else:  # of `restore`
-            teach_readers(models, shards, first, device)
+            teach_readers(models, shards, first, session)
             begun = first
     saved, losses = time.monotonic(), []
     for step in range(first, steps):
