@@ -289,6 +289,8 @@ def _read(weights: WeightFiles, source: str, dtype: torch.dtype, device: torch.d
     """One weight in its final dtype and place, owned by this process and finite."""
     stored = weights.get(source)
     where = f"weight {source} in {weights.file_of(source)}"
+    if stored.layout != torch.strided or stored.is_meta or stored.is_quantized:
+        raise CheckpointError(f"{where} is no plain tensor ({stored.layout}), but a weight must be")
     if stored.is_floating_point() != dtype.is_floating_point:
         raise CheckpointError(f"{where} is stored as {stored.dtype}, which the model cannot use")
     # A copy, not the mapped pages: the file may be replaced or go away while the model lives.
@@ -304,6 +306,8 @@ def _is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; aminmax passes both on and allocates nothing."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
+    if tensor.element_size() == 1:  # torch compares no 8-bit floats
+        tensor = tensor.float()
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
@@ -329,7 +333,8 @@ def _open_shards(index: Path) -> dict[str, _SafetensorsFile | _PickleFile]:
     shards: dict[str, _SafetensorsFile | _PickleFile] = {}
     for shard in sorted({str(shard) for shard in listed.values()}):
         path = index.parent / shard
-        if not path.is_file():
+        # A link there may lead on, as in the hub's cache; the index itself names neighbours only.
+        if Path(shard).name != shard or not path.is_file():
             raise CheckpointError(
                 f"{index.name} names the shard {shard}, which is not in {index.parent}"
             )

@@ -97,10 +97,17 @@ def _compare(kind: str, directory: Path) -> str | None:
 
 def _compare_hashes(directory: Path) -> str | None:
     wrong = []
-    for line in (directory / SUMS).read_text(encoding="utf-8").splitlines():
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        return f"{SUMS} is not readable text ({type(error).__name__})"
+    for number, line in enumerate(lines, 1):
         expected, _, name = line.partition("  ")
         file = directory / name
-        if not file.is_file():
+        # A list from elsewhere must not have files shown that do not belong to the checkpoint.
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            wrong.append(f"line {number} of {SUMS} names no file of this directory")
+        elif not file.is_file():
             wrong.append(f"{name} is missing")
         elif (actual := sha256(file)) != expected:
             wrong.append(f"{name} has {actual[:12]}… instead of {expected[:12]}…")
