@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from opensora_sp import sizes
 from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S, parse_deadlines
+from opensora_sp.fetch import Remote
 from opensora_sp.validate import (
     Kind,
     boolean,
@@ -112,6 +113,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "device_memory": optional(text(empty=False, metavar="SIZE"), word="auto"),
     "no_plan": boolean(),
     "allow_remote": boolean(),
+    "allow_private": boolean(),
     "lossless": boolean(),
     "watermark": boolean(),
     "sheet": boolean(),
@@ -215,6 +217,11 @@ class Request:
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
+def reference_paths(request: Request) -> list[str]:
+    """The files and addresses that a request names as references, by their numbers."""
+    return [path.strip() for path in request.reference_path.split(";") if path.strip()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """The four checkpoint directories, as they are published."""
@@ -271,6 +278,7 @@ class RunSettings:
     device_memory: str | None = None
     no_plan: bool = False
     allow_remote: bool = False
+    allow_private: bool = False
     lossless: bool = False
     watermark: bool = False
     sheet: bool = False
@@ -287,6 +295,11 @@ class RunSettings:
         for name, kind in SETTINGS_KINDS.items():
             value = getattr(self, name)
             kind.check(name, str(value) if isinstance(value, Path) else value)
+
+    @property
+    def remote(self) -> Remote:
+        """Which addresses references may be fetched from."""
+        return "private" if self.allow_remote and self.allow_private else self.allow_remote
 
     @property
     def skip_existing(self) -> bool:

@@ -18,9 +18,11 @@ from opensora_sp import sizes
 from opensora_sp.cli.combinations import check_combinations
 from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Flag
-from opensora_sp.cli.typed_references import compose
+from opensora_sp.cli.typed_references import compose, flags_of
+from opensora_sp.conditions import Facts
 from opensora_sp.config_file import Raw, read_config, write_config
 from opensora_sp.errors import UserError
+from opensora_sp.fetch import Remote
 from opensora_sp.naming import output_stems
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.preflight import (
@@ -255,7 +257,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.refine import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests = _requests(values)
+    requests, told = _requests(values)
+    notes += told
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
@@ -274,23 +277,31 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     return Job(settings=settings, tasks=tasks, notes=tuple(notes))
 
 
-def _requests(values: Values) -> list[Request]:
-    """The first sample of every prompt that is asked for."""
+def _requests(values: Values) -> tuple[list[Request], list[str]]:
+    """The first sample of every prompt that is asked for, and what is told of their references."""
     prompts = _raw_prompts(values)
+    flags = flags_of(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
     shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
+    remote: Remote = "private" if values["allow_private"] else True
+    remote = values["allow_remote"] and remote
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
-    requests = []
+    requests: list[Request] = []
+    notes: list[str] = []
+    known: dict[str, Facts] = {}
     for place, (index, raw) in enumerate(prompts):
         own = {key: entries[place] for key, entries in conditions.items()}
         split = _split_json(raw, own)
         split_loops(split.prompt)  # only to refuse bad segments now
         request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
-        check_conditions(request, allow_remote=values["allow_remote"])
+        as_typed = (request.reference_path, request.mask_strategy) == tuple(own.values())
+        notes += check_conditions(
+            request, allow_remote=remote, flags=flags if as_typed else (), known=known
+        )
         requests.append(request)
-    return requests
+    return requests, list(dict.fromkeys(notes))
 
 
 def _raw_prompts(values: Values) -> list[tuple[int, str]]:

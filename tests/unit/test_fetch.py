@@ -73,8 +73,8 @@ def test_addresses_are_refused_unless_allowed(server: str) -> None:
     for use in (lambda: check_reference(address), lambda: read_reference(address, 16, 16)):
         with pytest.raises(UserError, match=r"is remote: .*--allow-remote"):
             use()
-    check_reference(address, allow_remote=True)
-    reference = read_reference(address, 16, 16, allow_remote=True)
+    check_reference(address, allow_remote="private")
+    reference = read_reference(address, 16, 16, allow_remote="private")
     assert torch.equal(reference.video[:, 0], fit_image(picture(), 16, 16))
     for other in ("s3://bucket/a.png", "file:///etc/hostname", "ftp://host/a.png"):
         with pytest.raises(UserError, match="only http:// and https://"):
@@ -94,15 +94,15 @@ def test_bad_answers(server: str, monkeypatch: pytest.MonkeyPatch, page: str, sa
     if page == "endless":
         monkeypatch.setattr(fetch, "MAX_REMOTE_SECONDS", 0.3)
     with pytest.raises(UserError, match=said):
-        read_reference(f"{server}/{page}", 16, 16, allow_remote=True)
+        read_reference(f"{server}/{page}", 16, 16, allow_remote="private")
 
 
 def test_too_large_an_answer(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "MAX_REMOTE_BYTES", 1000)
     with pytest.raises(UserError, match="is larger than"):
-        read_reference(f"{server}/endless", 16, 16, allow_remote=True)
+        read_reference(f"{server}/endless", 16, 16, allow_remote="private")
 
 
 def test_nobody_answers(server: str) -> None:
     with pytest.raises(UserError, match="cannot fetch reference"):
-        read_reference("http://127.0.0.1:1/image.png", 16, 16, allow_remote=True)
+        read_reference("http://127.0.0.1:1/image.png", 16, 16, allow_remote="private")
