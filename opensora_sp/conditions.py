@@ -19,7 +19,8 @@ from opensora_sp.conditioning import (
     plan_clip,
 )
 from opensora_sp.errors import UserError
-from opensora_sp.fetch import Remote, is_address, without_secrets
+from opensora_sp.fetch import Remote
+from opensora_sp.redaction import is_address, without_secrets
 from opensora_sp.request import Request, reference_paths
 from opensora_sp.validate import shown
 

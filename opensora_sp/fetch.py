@@ -10,13 +10,12 @@ password, query) is never shown.
 from __future__ import annotations
 
 import base64
-import hashlib
 import http
 import http.client
 import ipaddress
 import queue
-import re
 import socket
+import ssl
 import stat
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from opensora_sp.errors import UserError
+from opensora_sp.redaction import is_address, without_secrets
 
 MAX_REMOTE_BYTES = 512 * 2**20
 MAX_REMOTE_SECONDS = 60.0
@@ -37,36 +37,9 @@ MAX_REDIRECTS = 5
 # Whether addresses are fetched: not at all, public ones, or "private" for all.
 Remote = bool | Literal["private"]
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What may stand in a path or a query as it is; anything else is percent-encoded.
 _SAFE = "%/:=&?~#+!$,;'@()*[]"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def is_address(path: str | Path) -> bool:
-    """Whether this is `scheme://...` rather than a path."""
-    return _ADDRESS.match(str(path)) is not None
-
-
-def without_secrets(path: str | Path) -> str:
-    """A path as it is; an address without user, password, query and fragment, to be shown."""
-    if not is_address(path):
-        return str(path)
-    scheme, _, rest = str(path).partition("://")
-    place = re.split(r"[?#]", rest, maxsplit=1)[0]
-    host, slash, tail = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{tail}"
-
-
-def without_secrets_in(paths: str) -> str:
-    """Paths and addresses joined by `;`, each as `without_secrets`."""
-    return ";".join(without_secrets(path.strip()) for path in paths.split(";"))
-
-
-def address_identity(address: str) -> str:
-    """An address to be stored: without its secrets, but different where they are different."""
-    digest = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{without_secrets(address)} sha256:{digest}"
 
 
 def check_address(path: str | Path, allow_remote: Remote) -> None:
@@ -197,7 +170,7 @@ def _fetch(address: str, file: IO[bytes], allow_remote: Remote) -> None:
                 f"reference {shown} broke off while it was fetched: try again"
             ) from None
         if isinstance(error, OSError):
-            raise UserError(f"cannot fetch reference {shown}: {said(error)}") from None
+            raise UserError(f"cannot fetch reference {shown}: {reason(error)}") from None
         raise UserError(f"cannot fetch reference {shown}: the answer is not HTTP") from None
 
 
@@ -416,6 +389,15 @@ def _too_slow(shown: str) -> UserError:
         f"reference {shown} did not arrive within {MAX_REMOTE_SECONDS:g} s: "
         "download it and give the file"
     )
+
+
+def reason(error: OSError) -> str:
+    """Why a connection failed, in words of this machine only: a proxy's words are left out."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS fails ({(error.reason or 'no reason given').replace('_', ' ').lower()})"
+    return error.strerror or "the connection is refused or broken off"
 
 
 def said(error: BaseException) -> str:

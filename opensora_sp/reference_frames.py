@@ -19,6 +19,7 @@ from opensora_sp import references
 from opensora_sp.errors import UserError
 from opensora_sp.fetch import Remote, open_file
 from opensora_sp.media import exact_rate
+from opensora_sp.redaction import without_secrets
 from opensora_sp.references import _Frames, _no_picture, _opened, _Part, _resampled, _TimedFrame
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ReferenceFrames:
     """
 
     def __init__(self, file: IO[bytes], path: str | Path, fps: float | None) -> None:
-        self._file, self._path = file, path
+        self._file, self._path = file, without_secrets(path)
         self._rate = None if fps is None else exact_rate(fps)
         self.is_image = False
         self._use(self._look(exact=False))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from opensora_sp.errors import UserError
-from opensora_sp.fetch import Remote, check_address, is_address, open_file, said
+from opensora_sp.fetch import Remote, check_address, open_file, said
 from opensora_sp.media import BT709, FULL_RANGE, exact_rate
+from opensora_sp.redaction import is_address, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,11 +167,12 @@ def read_reference(
         UserError: one line that says why this file or address cannot be used.
     """
     rate = None if fps is None else exact_rate(fps)
-    with open_file(path, allow_remote) as file, _opened(file, path) as source:
+    name = without_secrets(path)
+    with open_file(path, allow_remote) as file, _opened(file, name) as source:
         if not isinstance(source, _Frames):
             return Reference(fit_image(source, height, width)[:, None], is_image=True)
         pictures = source.frames() if rate is None else _resampled(source.frames(), rate)
-        return Reference(_fitted(pictures, height, width, path), is_image=False)
+        return Reference(_fitted(pictures, height, width, name), is_image=False)
 
 
 def check_reference(path: str | Path, *, allow_remote: Remote = False) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from opensora_sp import sizes
 from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S, parse_deadlines
 from opensora_sp.fetch import Remote
+from opensora_sp.redaction import references_without_secrets
 from opensora_sp.validate import (
     Kind,
     boolean,
@@ -208,6 +209,10 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON can hold it."""
         return dataclasses.asdict(self)
+
+    def public_dict(self) -> dict[str, Any]:
+        """As `to_dict`, to be shown or stored: addresses without user, password and query."""
+        return self.to_dict() | {"reference_path": references_without_secrets(self.reference_path)}
 
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON of every field."""

@@ -35,6 +35,7 @@ from opensora_sp.preflight import (
     read_prompt_file,
 )
 from opensora_sp.prompts import PromptJson, parse_prompt_json, split_loops
+from opensora_sp.redaction import is_address, redacted
 from opensora_sp.request import Checkpoints, Job, Request, RunSettings, Task
 from opensora_sp.validate import shown
 
@@ -42,6 +43,9 @@ Values = dict[str, Any]
 
 _TYPED = ("image", "last_image", "extend", "edit")
 _PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
+
+
+_LEFT_OUT = "# left out of the addresses below: user, password and query; put them in again\n"
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,24 @@ def print_config(values: Values, program: str = "infer") -> str:
     latent = sizes.latent_shape(frames, height, width, values["micro_frame_size"])
     rows, columns = sizes.patch_grid(*latent[1:])
     kept = {flag.key: values[flag.key] for flag in all_flags() if _is_written(flag, program)}
+    shown_as = {key: _without_logins(kept[key]) for key in ("prompt", "reference_path")}
+    left_out = any(kept[key] != value for key, value in shown_as.items())
+    kept |= shown_as
     return (
         f"# {frames} frame{'s' * (frames > 1)} of {height}x{width} (height x width) pixels: "
         f"latents {latent[0]}x{latent[1]}x{latent[2]}, patches {rows}x{columns}\n"
+        + (_LEFT_OUT if left_out else "")
         + write_config(kept)
     )
+
+
+def _without_logins(entries: list[str] | None) -> list[str] | None:
+    """References, or prompts with references in JSON, without what is secret in addresses."""
+    return entries and [redacted(one) if "://" in one and _names(one) else one for one in entries]
+
+
+def _names(entry: str) -> bool:
+    return is_address(entry) or ";" in entry or "reference_path" in entry
 
 
 def _is_written(flag: Flag, program: str) -> bool:
