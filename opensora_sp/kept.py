@@ -239,6 +239,7 @@ class KeptFrames:
         from opensora_sp.reference_frames import Recounted, open_reference
 
         request, stage = self._requests[i], self._pipeline.clock.stage
+        named = {g.ref for g in self._groups[i] if g.loop < request.loop and g.length}
         with ExitStack() as stack:
             with stage("read references"):
                 files = [
@@ -249,7 +250,9 @@ class KeptFrames:
                             allow_remote=self._pipeline.allow_remote,
                         )
                     )
-                    for path in reference_paths(request)
+                    if number in named
+                    else None
+                    for number, path in enumerate(reference_paths(request))
                 ]
             while True:
                 try:
@@ -258,12 +261,16 @@ class KeptFrames:
                 except Recounted:  # a length was wrong, and with it what is kept
                     continue
 
-    def _read_files(self, i: int, files: Sequence[ReferenceFrames]) -> None:
+    def _read_files(self, i: int, files: Sequence[ReferenceFrames | None]) -> None:
         request = self._requests[i]
-        self._frames[i] = [file.count for file in files]
+        # Of a file that no clip names nothing is known, and nothing is asked.
+        self._frames[i] = [0 if file is None else file.count for file in files]
         self._kept[i] = []
         placements = list(self._all_placements(i))
         for number, file in enumerate(files):
+            if file is None:
+                self._kept[i].append(_Kept(0, request.latent_shape[1:]))
+                continue
             own = [p for p in placements if p.ref == number]
             parts = _parts(own, file.count, request.micro_frame_size)
             with self._pipeline.clock.stage("read references"):

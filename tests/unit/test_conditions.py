@@ -310,6 +310,7 @@ def test_a_wrong_count_is_found_and_mended(
 
         def too_few(*arguments: Any) -> Any:
             found = count(*arguments)
+            assert found is not None
             return reference_frames._Timeline(found.frames[:-20], found.keys[:-2], exact=False)
 
         monkeypatch.setattr(reference_frames, "_count_packets", too_few)
