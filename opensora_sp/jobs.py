@@ -123,7 +123,7 @@ def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
         ),
         parallelism=Parallelism(guidance=mesh.guidance, sequence=mesh.sequence),
         show_progress=settings.verbose > 0,
-        allow_remote=settings.allow_remote,
+        allow_remote=settings.remote,
         check_finite=settings.check_finite,
         text_cache=_text_cache(settings),
     )

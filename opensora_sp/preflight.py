@@ -8,8 +8,10 @@ from importlib import metadata
 from pathlib import Path
 
 from opensora_sp.conditioning import parse_mask_strategy
+from opensora_sp.conditions import Facts, judge, look_at
 from opensora_sp.errors import CheckpointError, PromptFault, UserError
-from opensora_sp.request import Checkpoints, Request
+from opensora_sp.fetch import Remote
+from opensora_sp.request import Checkpoints, Request, reference_paths
 from opensora_sp.validate import shown
 
 BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
@@ -164,25 +166,29 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[
     return prompts
 
 
-def check_conditions(request: Request, *, allow_remote: bool) -> None:
-    """A request's references and strategy, as far as that goes without decoding a picture.
+def check_conditions(
+    request: Request,
+    *,
+    allow_remote: Remote = False,
+    flags: Sequence[str] = (),
+    known: dict[str, Facts] | None = None,
+) -> list[str]:
+    """A request's references and strategy, as far as that goes without decoding the videos.
 
-    Raises UserError naming the group, or PromptFault naming the file or the address that cannot
-    be used: of a list the other prompts can still be made.
+    Args:
+        flags: the typed flag that each reference came from; see `conditions.judge`.
+        known: what is known of files already, by path; filled.
+
+    Returns what is worth telling a person. Raises UserError for a strategy that is none, or
+    PromptFault naming the file, the address or the flag that cannot be used or followed: of a
+    list the other prompts can still be made.
     """
-    from opensora_sp.references import check_reference
-
-    paths = [path.strip() for path in request.reference_path.split(";") if path.strip()]
-    for group in parse_mask_strategy(request.mask_strategy):
-        # A later clip also has every clip before it as a reference.
-        known = len(paths) + (group.loop if group.loop < request.loop else 0)
-        if group.ref >= known:
-            raise UserError(
-                f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "
-                f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
-            )
-    for path in paths:
-        try:
-            check_reference(path, allow_remote=allow_remote)
-        except UserError as error:
-            raise PromptFault(str(error)) from error
+    known = {} if known is None else known
+    parse_mask_strategy(request.mask_strategy)  # a mistake in it is told before a file is opened
+    try:
+        for path in reference_paths(request):
+            if path not in known:
+                known[path] = look_at(path, request, allow_remote=allow_remote)
+        return judge(request, known, flags)
+    except UserError as error:
+        raise PromptFault(str(error)) from error

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 from opensora_sp import sizes
 from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S, parse_deadlines
+from opensora_sp.fetch import Remote
+from opensora_sp.redaction import references_without_secrets
 from opensora_sp.validate import (
     Kind,
     boolean,
@@ -112,6 +114,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "device_memory": optional(text(empty=False, metavar="SIZE"), word="auto"),
     "no_plan": boolean(),
     "allow_remote": boolean(),
+    "allow_private": boolean(),
     "lossless": boolean(),
     "watermark": boolean(),
     "sheet": boolean(),
@@ -207,12 +210,21 @@ class Request:
         """Every field, as JSON can hold it."""
         return dataclasses.asdict(self)
 
+    def public_dict(self) -> dict[str, Any]:
+        """As `to_dict`, to be shown or stored: addresses without user, password and query."""
+        return self.to_dict() | {"reference_path": references_without_secrets(self.reference_path)}
+
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON of every field."""
         canonical = json.dumps(
             self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
         )
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def reference_paths(request: Request) -> list[str]:
+    """The files and addresses that a request names as references, by their numbers."""
+    return [path.strip() for path in request.reference_path.split(";") if path.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +283,7 @@ class RunSettings:
     device_memory: str | None = None
     no_plan: bool = False
     allow_remote: bool = False
+    allow_private: bool = False
     lossless: bool = False
     watermark: bool = False
     sheet: bool = False
@@ -292,6 +305,11 @@ class RunSettings:
     def default_names(self) -> bool:
         """Whether nobody named the outputs: another request then gets a name that is free."""
         return self.sample_name is None and not self.prompt_as_path
+
+    @property
+    def remote(self) -> Remote:
+        """Which addresses references may be fetched from."""
+        return "private" if self.allow_remote and self.allow_private else self.allow_remote
 
     @property
     def skip_existing(self) -> bool:

@@ -135,7 +135,7 @@ class RunSheet:
 
 def _shared(requests: Sequence[Request]) -> dict[str, Any]:
     """The fields, without the prompt, that are the same for every request."""
-    each = [request.to_dict() for request in requests]
+    each = [request.public_dict() for request in requests]
     return {
         name: value
         for name, value in each[0].items()
@@ -153,7 +153,7 @@ def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
         details["length"] = f"{frames / request.save_fps:.2f} s"
     if watched.seconds is not None:
         details["made in"] = f"{watched.seconds:.1f} s"
-    own = request.to_dict()
+    own = request.public_dict()
     details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
     kept = sorted(watched.picked.frames.items())
     return SheetEntry(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opensora_sp.errors import UserError
+from opensora_sp.redaction import redacted
 
 _TRUE = frozenset({"true", "t", "yes", "y", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "0"})
@@ -20,8 +21,8 @@ LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a tempor
 
 
 def shown(value: object) -> str:
-    """The value as an error line shows it: quoted, on one line, shortened when it is long."""
-    text = repr(value)
+    """The value as an error line shows it: quoted, on one line, shortened, without secrets."""
+    text = redacted(repr(value))  # before it is shortened, which could leave half a password
     if len(text) <= _LONGEST_SHOWN:
         return text
     # The middle goes: a path is told apart by its end.
