@@ -1,5 +1,7 @@
 """The two kinds of failure: what a person can mend, and everything else."""
 
+from collections.abc import Mapping
+
 
 class UserError(Exception):
     """A mistake in a request, a file or the environment.
@@ -15,6 +17,17 @@ class CheckpointError(UserError):
 
 class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
     """A mistake found on one rank that every rank was told of, so that all end together."""
+
+
+class RequestFaults(SharedFault):
+    """What a person can mend in some requests of a batch; the others can be made without them.
+
+    found: what is wrong, by place in the batch. Raised on all ranks of the batch alike.
+    """
+
+    def __init__(self, found: Mapping[int, str]) -> None:
+        super().__init__("; ".join(dict.fromkeys(found.values())))
+        self.found = dict(found)
 
 
 class Stopped(SystemExit):

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from opensora_sp import faults
 from opensora_sp.atomic import remove_leftovers
+from opensora_sp.cli.console import REFUSED, one_line
 from opensora_sp.deadlines import parse_deadlines
-from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.errors import RequestFaults, SharedFault, UserError
+from opensora_sp.free_names import place_outputs
 from opensora_sp.generate import generate
 from opensora_sp.identity import Identity, identity_of, latents_identity, model_digests
-from opensora_sp.manifest import FOLDER, Stage, write_record
+from opensora_sp.manifest import FOLDER, Stage, discard_record, write_record
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import describe, open_outputs
 from opensora_sp.parallel.agreement import ensure_agreement
@@ -36,10 +38,13 @@ from opensora_sp.sheet_sink import RunSheet
 from opensora_sp.standing import Standing, captions_left, look_at_all
 from opensora_sp.text_cache import default_directory
 
+Faults = dict[Path, str]  # by output
+
 
 def run_job(job: Job) -> int:
-    """Generate every task of the job on this rank and its peers; returns the exit code 0.
+    """Generate every task of the job on this rank and its peers; returns the exit code.
 
+    0: all are made; 2: some are not, for what a person can mend in them, and rank 0 has said why.
     Raises UserError for what a person can mend; anything else is a bug.
     """
     settings, started = job.settings, time.perf_counter()
@@ -50,12 +55,14 @@ def run_job(job: Job) -> int:
         models = whole.together(lambda: model_digests(pipeline.checkpoints), leading_only=True)
         models = whole.share(models)
         _agree(job, whole)
-        works = _unfinished(job, whole, models)
+        job, works = _unfinished(job, whole, models)
+        missed: Faults = {}
         if works:
             announce(pipeline, works[0].tasks[0].request, mesh)
             _advise(settings, whole, works)
-            _generate_all(pipeline, job, deal(works, mesh.replicas), models, started)
-    return 0
+            missed = _generate_all(pipeline, job, deal(works, mesh.replicas), models, started)
+        _say_faults(job, whole, missed)
+    return REFUSED if missed else 0
 
 
 @contextmanager
@@ -119,14 +126,23 @@ def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
         show_progress=settings.verbose > 0,
         allow_remote=settings.allow_remote,
         check_finite=settings.check_finite,
-        text_cache=_text_cache(settings),
+        text_cache=_text_cache(settings, leads=session.whole.leads),
     )
 
 
-def _text_cache(settings: RunSettings) -> Path | None:
+def _text_cache(settings: RunSettings, *, leads: bool) -> Path | None:
     if settings.text_cache == "off":
         return None
-    return default_directory() if settings.text_cache == "auto" else Path(settings.text_cache)
+    if settings.text_cache != "auto":
+        return Path(settings.text_cache)
+    directory = default_directory()
+    if directory is None and leads and settings.verbose > 0:
+        print(
+            "note: text cache: off, for this user has no home directory: set HOME, or give "
+            "--text-cache DIR",
+            file=sys.stderr,
+        )
+    return directory
 
 
 def _agree(job: Job, whole: Session) -> None:
@@ -137,12 +153,31 @@ def _agree(job: Job, whole: Session) -> None:
         ensure_agreement(whole, facts)
 
 
-def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> list[Work]:
-    """What is still to be made, as rank 0 sees it; prompts refined where that is asked for."""
-    looked = whole.together(lambda: look_at_all(job, models), leading_only=True)
-    standings = dict(zip(job.tasks, whole.share(looked), strict=True))
+def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> tuple[Job, list[Work]]:
+    """The job with its outputs' names, and what of it is still to be made, as rank 0 sees it.
+
+    Prompts are refined where that is asked for.
+    """
+
+    def look() -> tuple[list[str], list[Standing]]:
+        placed = place_outputs(job, models)
+        return [task.output.name for task in placed.tasks], look_at_all(placed, models)
+
+    names, looked = whole.share(whole.together(look, leading_only=True)) or ([], [])
+    job = with_names(job, names)
+    standings = dict(zip(job.tasks, looked, strict=True))
     works = regroup(job.batches(), {task: found.position for task, found in standings.items()})
-    return _refine(works, standings, job.settings, whole) if job.settings.llm_refine else works
+    if job.settings.llm_refine:
+        works = _refine(works, standings, job.settings, whole)
+    return job, works
+
+
+def with_names(job: Job, names: Sequence[str]) -> Job:
+    """The job with these names of its outputs, in the order of its tasks."""
+    named = zip(job.tasks, names, strict=True)
+    return replace(
+        job, tasks=tuple(replace(t, output=t.output.with_name(name)) for t, name in named)
+    )
 
 
 def _refine(
@@ -209,8 +244,11 @@ def _generate_all(
     lists: Sequence[Sequence[Work]],
     models: dict[str, str],
     started: float,
-) -> None:
-    """Every replica its list, after rank 0 has encoded the texts of all of them."""
+) -> Faults:
+    """Every replica its list, after rank 0 has encoded the texts of all of them.
+
+    Returns, on every rank, what kept some outputs from being made.
+    """
     settings, session, whole = job.settings, pipeline.session, pipeline.session.whole
     mine = lists[session.replica]
     first = next(works for works in lists if works)[0].tasks[0].request
@@ -222,24 +260,47 @@ def _generate_all(
     _encode_all_text(pipeline, lists)
     sheet = RunSheet() if settings.sheet and session.leads else None
 
+    missed: Faults = {}
+
     def run_list() -> None:
         for work in mine:
             if session is not whole:
                 with session.stage("replica work"):
                     faults.reach("replica-work")
-            _run(pipeline, settings, work, models, sheet)
+            missed.update(_run_without_faulty(pipeline, settings, work, models, sheet))
             with session.stage("between outputs"):
                 faults.reach("between-outputs")
 
     _wait_for_replicas(whole, run_list)
+    for found in whole.collect(missed):
+        missed.update(found)
     if settings.sheet:
         sheets = whole.collect(None if sheet is None else sheet.without_sinks())
         if whole.leads:
             timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
             order = [task.output for task in job.tasks]
             joined = RunSheet.joined([one for one in sheets if one is not None], order)
-            joined.write(settings, describe(pipeline, settings, first), timings)
-            print(settings.sheet_path, flush=True)
+            if joined.shows_anything:
+                page = joined.write(settings, describe(pipeline, settings, first), timings)
+                print(page, flush=True)
+    return missed
+
+
+def _say_faults(job: Job, whole: Session, missed: Faults) -> None:
+    """One line for each output that could not be made, on rank 0 after everything else."""
+    if not missed:
+        return
+    if whole.leads:
+        for task in job.tasks:
+            if (problem := missed.get(task.output)) is None:
+                continue
+            which = f"{task.output} (prompt {task.request.prompt_index}) is not made: "
+            print(
+                f"error: {which if len(job.tasks) > 1 else ''}{one_line(problem)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    whole.wait_for_all()  # torchrun ends all ranks when the first one has ended
 
 
 def _wait_for_replicas(whole: Session, run_list: Callable[[], None]) -> None:
@@ -272,6 +333,44 @@ def _encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> Non
     pipeline.encode_captions([caption for part in captions for caption in part], length)
     pipeline.release_text_encoder()
     pipeline.deal_captions([list(dict.fromkeys(part)) for part in captions], length)
+
+
+def _run_without_faulty(
+    pipeline: Pipeline,
+    settings: RunSettings,
+    work: Work,
+    models: dict[str, str],
+    sheet: RunSheet | None,
+) -> Faults:
+    """Make what of a batch can be made; what a person can mend in the others, by output.
+
+    A batch whose member turns out to be faulty is begun again without it: a video does not depend
+    on what it is batched with.
+    """
+    missed: Faults = {}
+    while work.tasks:
+        try:
+            _run(pipeline, settings, work, models, sheet)
+            break
+        except RequestFaults as error:
+            faulty = {work.tasks[place]: problem for place, problem in error.found.items()}
+        if sheet is not None:
+            sheet.forget(work.tasks)
+        for task, problem in faulty.items():
+            missed[task.output] = problem
+            if pipeline.session.leads:
+                _give_name_back(task)
+        work = replace(work, tasks=tuple(task for task in work.tasks if task not in faulty))
+    return missed
+
+
+def _give_name_back(task: Task) -> None:
+    """Forget an output of which nothing is there: mended, it is another request."""
+    try:
+        if not StateFiles(task.output, {}).exists():
+            discard_record(task.output)
+    except (UserError, OSError) as error:
+        print(f"note: the record of {task.output} is left behind: {error}", file=sys.stderr)
 
 
 def _run(

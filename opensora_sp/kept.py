@@ -52,7 +52,7 @@ class KeptFrames:
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that the next clip continues
         if self._needed:
             with pipeline.clock.stage("wait"):
-                pipeline.session.together(self._read_all, leading_only=True)
+                pipeline.session.each(len(requests), lambda i: self._read(i, requests[i]))
 
     @property
     def references(self) -> list[list[Tensor]]:
@@ -69,17 +69,13 @@ class KeptFrames:
         session = self._pipeline.session
         noise = noise.clone()
         with self._pipeline.clock.stage("wait"):
-            mask = session.share(
-                session.together(
-                    lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
-                    leading_only=True,
-                )
-            )
+            placed = session.each(len(noise), lambda i: self._place(i, clip, noise[i]))
+            mask = session.share(None if placed is None else torch.stack(placed))
         if bool((mask == 1).all()):
             return noise, None
-        placed = noise if session.leads else None
+        whole = noise if session.leads else None
         with self._pipeline.clock.stage("hand out"):
-            z = hand_out_checked(session, placed, noise.shape, noise.dtype)
+            z = hand_out_checked(session, whole, noise.shape, noise.dtype)
         return z.cpu(), mask
 
     def watched_from(self, clip: int) -> int | None:
@@ -118,10 +114,6 @@ class KeptFrames:
 
     def _continues(self, clip: int) -> bool:
         return self._needed and clip + 1 < self._requests[0].loop
-
-    def _read_all(self) -> None:
-        for i, request in enumerate(self._requests):
-            self._read(i, request)
 
     def _read(self, i: int, request: Request) -> None:
         paths = [path for path in request.reference_path.split(";") if path]

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from opensora_sp import access
 from opensora_sp.errors import UserError
+from opensora_sp.free_names import OTHERWISE
 from opensora_sp.identity import Identity, difference, identity_of, latents_identity
 from opensora_sp.manifest import read_record, write_record
 from opensora_sp.request import Job, RunSettings, Task
 from opensora_sp.saved_state import Position, StateFiles
-
-_OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
 def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
     """Whether an output is there that this run would make, or that it has to leave alone.
 
-    A file of which nothing is known is replaced, as the reference replaces it, or skipped with
-    `prompt_as_path`, as the reference does then.
+    With `prompt_as_path` any file is skipped, as the reference does then. Otherwise a file of which
+    nothing is known, or that somebody put where another request was begun, is refused.
     """
     output = task.output
-    if not output.exists():
+    if not access.exists(output):
         return False
     record = read_record(output)
     found = None
@@ -92,9 +92,11 @@ def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
         if found is None and not record.fits(output):
             found = "it was changed since it was made"
     elif not settings.skip_existing:
-        return False
+        if record is None or difference(record.identity, identity) is not None:
+            raise UserError(f"{output} is there already, and nothing is known of it: {OTHERWISE}")
+        return False  # the run that began it was to replace this file, or ended as it was done
     if found is not None and not settings.skip_existing:
-        raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")
+        raise UserError(f"{output} is there already, but {found}: {OTHERWISE}")
     note = "" if found is None else f", although {found}"
     print(f"{output} is there already, skipped{note}", file=sys.stderr)
     return True

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from opensora_sp import faults
-from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.errors import CheckpointError, RequestFaults, SharedFault, UserError
 from opensora_sp.parallel.backend import (
     Backend,
     device_module,
@@ -166,6 +166,30 @@ class Session:
                 rank = self.world_rank(rank)
                 raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error
         return result
+
+    def each(self, count: int, work: Callable[[int], T]) -> list[T] | None:
+        """Run work for each of `count` requests on the leading rank; its results there, in order.
+
+        UserErrors become one RequestFaults on all ranks, after every request has had its turn; a
+        checkpoint's fault is no request's own and ends it at once. Collective.
+        """
+        found: dict[int, str] = {}
+
+        def run() -> list[T]:
+            results = []
+            for place in range(count):
+                try:
+                    results.append(work(place))
+                except CheckpointError:
+                    raise
+                except UserError as error:
+                    found[place] = str(error)
+            return results
+
+        results = self.together(run, leading_only=True)
+        if faults := self.share(found):
+            raise RequestFaults(faults)
+        return results
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here; waits on the side group, not in a collective."""

@@ -43,9 +43,9 @@ def finish(one: Task, content: bytes = b"frames", **settings: Any) -> None:
 def begin(one: Task, clip: int, step: int) -> StateFiles:
     files = StateFiles(one.output, latents_identity(identity_of(one, RunSettings(), MODELS)))
     for number in range(clip):
-        files.save_clip(number, torch.randn(4, 2, 4, 6))
+        files.save_clip(number, torch.randn(4, 15, 4, 6))
     if step:
-        files.save_step(Position(clip, step), torch.randn(4, 2, 4, 6), None)
+        files.save_step(Position(clip, step), torch.randn(4, 15, 4, 6), None)
     return files
 
 
@@ -101,13 +101,16 @@ def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
     assert positions(job(tmp_path, one)) == [Position()]
 
 
-def test_a_file_of_which_nothing_is_known_is_treated_as_the_reference_does(
+def test_a_file_of_which_nothing_is_known_is_never_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = task(tmp_path)
     one.output.write_bytes(b"somebody's")
     assert positions(job(tmp_path, one, prompt_as_path=True)) == [None]
-    assert positions(job(tmp_path, one)) == [Position()]
+    with pytest.raises(UserError, match="is there already, and nothing is known of it: choose"):
+        look_at_all(job(tmp_path, one), MODELS)
+    assert one.output.read_bytes() == b"somebody's"
+    assert positions(job(tmp_path, one, overwrite=True)) == [Position()]
     finish(one)
     changed = task(tmp_path, seed=7)
     assert positions(job(tmp_path, changed, prompt_as_path=True)) == [None]
@@ -138,7 +141,7 @@ def test_a_state_of_an_earlier_clip_is_not_taken_for_the_next(tmp_path: Path) ->
     one = task(tmp_path, loop=3)
     files = begin(one, 1, 20)
     kept = files.step_path.read_bytes()
-    files.save_clip(1, torch.randn(4, 2, 4, 6))
+    files.save_clip(1, torch.randn(4, 15, 4, 6))
     files.step_path.write_bytes(kept)
     assert positions(job(tmp_path, one)) == [Position(2)]
     files.clip_path(0).unlink()
