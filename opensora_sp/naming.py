@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from opensora_sp.validate import LONGEST_STEM
 
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, surrogates, line separators
+# They turn the direction of text around, so that a name looks like another one.
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HASH_LENGTH = 8
 
 
@@ -18,10 +20,7 @@ def safe_stem(text: str) -> str:
     leading dots go, and what is too long is cut and ends in a hash of the whole, so that two long
     prompts that begin alike have two names.
     """
-    stem = "".join(
-        "_" if char in "/\\" or unicodedata.category(char) in _UNSAFE_CATEGORIES else char
-        for char in text.strip()
-    )
+    stem = "".join("_" if _is_unsafe(char) else char for char in text.strip())
     stem = re.sub(r"^[.\s]+", "", stem)
     if stem.startswith("-"):
         stem = f"_{stem[1:]}"
@@ -62,3 +61,7 @@ def _key(stem: str) -> str:
     """
     folded = unicodedata.normalize("NFD", stem).casefold()
     return unicodedata.normalize("NFC", folded)
+
+
+def _is_unsafe(char: str) -> bool:
+    return char in "/\\" or char in _BIDI or unicodedata.category(char) in _UNSAFE_CATEGORIES
