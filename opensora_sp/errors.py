@@ -1,7 +1,5 @@
 """The two kinds of failure: what a person can mend, and everything else."""
 
-from collections.abc import Mapping
-
 
 class UserError(Exception):
     """A mistake in a request, a file or the environment.
@@ -15,19 +13,23 @@ class CheckpointError(UserError):
     """A checkpoint directory or file that does not fit the model; names the weight and the file."""
 
 
-class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
-    """A mistake found on one rank that every rank was told of, so that all end together."""
+class PromptFault(UserError):  # noqa: N818 (it is the prompt's, not the run's)
+    """A mistake of one prompt, found while the run goes on: the others can still be made.
 
-
-class RequestFaults(SharedFault):
-    """What a person can mend in some requests of a batch; the others can be made without them.
-
-    found: what is wrong, by place in the batch. Raised on all ranks of the batch alike.
+    place: which request of its batch it is, from 0.
     """
 
-    def __init__(self, found: Mapping[int, str]) -> None:
-        super().__init__("; ".join(dict.fromkeys(found.values())))
-        self.found = dict(found)
+    def __init__(self, message: str, place: int = 0) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class SharedPromptFault(PromptFault):
+    """A mistake of one prompt that every rank of its video was told of."""
+
+
+class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
+    """A mistake found on one rank that every rank was told of, so that all end together."""
 
 
 class Stopped(SystemExit):

@@ -101,11 +101,6 @@ def write_record(output: Path, identity: Identity, stage: Stage) -> None:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def discard_record(output: Path) -> None:
-    """Forget an output of which nothing was made, so that its name is free again."""
-    record_path(output).unlink(missing_ok=True)
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's content."""
     hashed = hashlib.sha256()

@@ -66,10 +66,10 @@ class Progress:
 
     def latents(self, clip: int) -> Tensor | None:
         """A finished clip's latents [B,4,T,H,W] on the leading rank. Collective."""
-        clips = self._pipeline.session.each(
-            len(self._files), lambda i: self._files[i].load_clip(clip)
+        return self._pipeline.session.together(
+            lambda: torch.stack([files.load_clip(clip) for files in self._files]),
+            leading_only=True,
         )
-        return None if clips is None else torch.stack(clips)
 
     def begun(self, clip: int) -> Begun | None:
         """Where a clip is to be gone on with, on every rank; None at its beginning. Collective."""
@@ -77,7 +77,9 @@ class Progress:
         if clip != self._start.clip or step == 0:
             return None
         session = self._pipeline.session
-        saved = session.each(len(self._files), lambda i: self._files[i].load_step())
+        saved = session.together(
+            lambda: [files.load_step() for files in self._files], leading_only=True
+        )
         mask = session.share(None if saved is None else (_masks(saved),))[0]
         whole = None if saved is None else torch.stack([one.z for one in saved])
         shape = session.share(None if whole is None else tuple(whole.shape))

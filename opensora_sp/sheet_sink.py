@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp.free_names import free_of_files, names_are_free
 from opensora_sp.kept import dropped_frames
-from opensora_sp.request import Request, RunSettings, Task
+from opensora_sp.request import Request, Task
 from opensora_sp.sheet import SheetEntry, chosen_frames, write_sheet
 
 if TYPE_CHECKING:
@@ -81,11 +80,6 @@ class RunSheet:
         self._watched.append(_Watched(task, picked))
         return picked
 
-    @property
-    def shows_anything(self) -> bool:
-        """Whether any output was made."""
-        return bool(self._watched)
-
     def without_sinks(self) -> RunSheet:
         """What was picked alone, which can be sent to another rank."""
         kept = []
@@ -101,33 +95,33 @@ class RunSheet:
         every = [watched for sheet in sheets for watched in sheet._watched]
         return RunSheet(sorted(every, key=lambda watched: order.index(watched.task.output)))
 
-    def forget(self, batch: Sequence[Task]) -> None:
-        """Take a batch's tasks off the sheet again: they could not be made, or not yet."""
-        self._watched = [watched for watched in self._watched if watched.task not in batch]
-
     def took(self, batch: Sequence[Task], seconds: float) -> None:
         """Note how long a finished batch took, for each of its tasks."""
         for watched in self._watched:
             if watched.task in batch:
                 watched.seconds = seconds
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no output is on it."""
+        return not self._watched
+
+    def forget(self, batch: Sequence[Task]) -> None:
+        """Take the tasks of a batch that is begun anew, or not made at all, off the sheet."""
+        self._watched = [watched for watched in self._watched if watched.task not in batch]
+
     def write(
         self,
-        settings: RunSettings,
+        path: Path,
         description: Mapping[str, Any],
         timings: Mapping[str, float | None],
-    ) -> Path:
-        """Write the page to `settings.sheet_path`, whole or not at all; returns where it is.
-
-        Where nobody chose its name, another page is not replaced: it gets a free name.
+    ) -> None:
+        """Write the page, whole or not at all.
 
         description: of the run, as its files carry it; its "request" is replaced by what all
         requests share, and what differs stands beside each output. timings: seconds by stage.
         Raises UserError where it cannot be written.
         """
-        path = settings.sheet_path
-        if names_are_free(settings) and not settings.overwrite:
-            path = free_of_files(path)
         requests = [watched.task.request for watched in self._watched]
         shared = _shared(requests)
         write_sheet(
@@ -137,7 +131,6 @@ class RunSheet:
             | {k: v for k, v in description.items() if k != "request"},
             timings=timings,
         )
-        return path
 
 
 def _shared(requests: Sequence[Request]) -> dict[str, Any]:

@@ -22,9 +22,8 @@ from opensora_sp.benchmark.options import BenchmarkOptions
 from opensora_sp.benchmark.profile import profiled, trace_path
 from opensora_sp.benchmark.recording import Phase, rank_record, recorded
 from opensora_sp.benchmark.weights import describe_weights
-from opensora_sp.free_names import free_of_files, names_are_free
 from opensora_sp.generate import Sink, caption, generate
-from opensora_sp.jobs import announce, load_pipeline, mesh_of, open_job_session, with_names
+from opensora_sp.jobs import announce, load_pipeline, mesh_of, open_job_session
 from opensora_sp.media import probe_encoder
 from opensora_sp.outputs import open_outputs
 from opensora_sp.parallel.session import Session
@@ -80,7 +79,6 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
     """
     settings = job.settings
     with open_job_session(settings) as session:
-        job = _named_apart(job, session)
         draft = Draft(job, options, ranks=session.world_size)
         clock = Clock(session.device, session.stage)
         if session.liveness is not None and session.leads:
@@ -102,14 +100,6 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
         # Whoever had left could not say that the leading rank was killed over its report.
         session.wait_for_all()
     return 0
-
-
-def _named_apart(job: Job, session: Session) -> Job:
-    """The job with names for its outputs that stand for nothing yet, where nobody chose them."""
-    if not names_are_free(job.settings) or job.settings.overwrite:
-        return job
-    names = [free_of_files(task.output).name for task in job.tasks] if session.leads else None
-    return with_names(job, session.share(names) or [])
 
 
 def _measure(

@@ -3,9 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from opensora_sp.cli.console import rank
 from opensora_sp.cli.program import Program, run_program
-from opensora_sp.free_names import refuse_known_clashes
 from opensora_sp.request import Job
 from opensora_sp.settings import Values
 
@@ -16,9 +14,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(job: Job, _: Values) -> Callable[[], int]:
-    if rank() == "0":
-        refuse_known_clashes(job)
-
     def work() -> int:
         from opensora_sp.jobs import run_job
 

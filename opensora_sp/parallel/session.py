@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from opensora_sp import faults
-from opensora_sp.errors import CheckpointError, RequestFaults, SharedFault, UserError
+from opensora_sp.errors import PromptFault, SharedFault, SharedPromptFault, UserError
 from opensora_sp.parallel.backend import (
     Backend,
     device_module,
@@ -153,43 +153,26 @@ class Session:
         """Run work on every rank, or on the leading one while the others wait; its result.
 
         A UserError on any rank becomes a SharedFault on all of them, so that they end together
-        and in order instead of finding out from broken connections. Collective.
+        and in order instead of finding out from broken connections; one of a single prompt
+        becomes a SharedPromptFault. Collective.
         """
-        result, error = None, None
+        result: T | None = None
+        error: UserError | None = None
         if self.leads or not leading_only:
             try:
                 result = work()
             except UserError as caught:
                 error = caught
-        for rank, fault in enumerate(self.collect(None if error is None else str(error))):
+        place = error.place if isinstance(error, PromptFault) else None
+        for rank, (fault, of) in enumerate(
+            self.collect((None if error is None else str(error), place))
+        ):
+            if fault is not None and of is not None:
+                raise SharedPromptFault(fault, of) from error
             if fault is not None:
                 rank = self.world_rank(rank)
                 raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error
         return result
-
-    def each(self, count: int, work: Callable[[int], T]) -> list[T] | None:
-        """Run work for each of `count` requests on the leading rank; its results there, in order.
-
-        UserErrors become one RequestFaults on all ranks, after every request has had its turn; a
-        checkpoint's fault is no request's own and ends it at once. Collective.
-        """
-        found: dict[int, str] = {}
-
-        def run() -> list[T]:
-            results = []
-            for place in range(count):
-                try:
-                    results.append(work(place))
-                except CheckpointError:
-                    raise
-                except UserError as error:
-                    found[place] = str(error)
-            return results
-
-        results = self.together(run, leading_only=True)
-        if faults := self.share(found):
-            raise RequestFaults(faults)
-        return results
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here; waits on the side group, not in a collective."""

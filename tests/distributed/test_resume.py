@@ -113,9 +113,7 @@ def test_a_state_that_does_not_fit_is_one_line_and_stays(
 
     assert not run(1, tmp_path, *FLAGS, trouble=(0, 1, 3, signal.SIGKILL))
     files = {p.name: p.read_bytes() for p in (tmp_path / FOLDER).iterdir()}
-    assert "another request, its seed was 42 and is 7 now" in refused(
-        "--seed", "7", "--resume", "--sample-name", "sample"
-    )
+    assert "another request, its seed was 42 and is 7 now" in refused("--seed", "7", "--resume")
     step = tmp_path / FOLDER / f"{NAME}.step.safetensors"
     for broken in (
         files[step.name][:-1],
