@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opensora_sp import access
 from opensora_sp.redaction import address_identity
 from opensora_sp.request import Checkpoints, Request, RunSettings, Task, reference_paths
 from opensora_sp.validate import shown
@@ -93,7 +93,7 @@ def identity_of(task: Task, settings: RunSettings, models: Mapping[str, str]) ->
 
 def _references(request: Request) -> list[str]:
     paths = reference_paths(request)
-    return [sampled_digest([Path(p)]) if os.path.isfile(p) else address_identity(p) for p in paths]
+    return [sampled_digest([Path(p)]) if access.is_file(p) else address_identity(p) for p in paths]
 
 
 def latents_identity(identity: Identity) -> Identity:

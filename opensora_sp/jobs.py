@@ -125,14 +125,23 @@ def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
         show_progress=settings.verbose > 0,
         allow_remote=settings.remote,
         check_finite=settings.check_finite,
-        text_cache=_text_cache(settings),
+        text_cache=_text_cache(settings, leads=session.whole.leads),
     )
 
 
-def _text_cache(settings: RunSettings) -> Path | None:
+def _text_cache(settings: RunSettings, *, leads: bool) -> Path | None:
     if settings.text_cache == "off":
         return None
-    return default_directory() if settings.text_cache == "auto" else Path(settings.text_cache)
+    if settings.text_cache != "auto":
+        return Path(settings.text_cache)
+    directory = default_directory()
+    if directory is None and leads and settings.verbose > 0:
+        print(
+            "note: text cache: off, for this user has no home directory: set HOME, or give "
+            "--text-cache DIR",
+            file=sys.stderr,
+        )
+    return directory
 
 
 def _agree(job: Job, whole: Session) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from opensora_sp import access
 from opensora_sp.errors import CheckpointError
 from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
 from opensora_sp.runtime.residency import pinned
@@ -120,11 +121,11 @@ class WeightFiles:
         for name in stems:
             for suffix in (".safetensors", ".bin"):
                 whole = directory / f"{name}{suffix}"
-                if whole.is_file():
+                if access.is_file(whole):
                     file = _open_file(whole)
                     return cls(directory, dict.fromkeys(file.shapes, file))
                 index = directory / f"{name}{suffix}.index.json"
-                if index.is_file():
+                if access.is_file(index):
                     return cls(directory, _open_shards(index))
         wanted = " or ".join(f"{name}.safetensors or {name}.bin" for name in stems)
         raise CheckpointError(
@@ -231,7 +232,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     directory = Path(directory)
     _require_directory(directory)
     path = directory / "config.json"
-    if not path.is_file():
+    if not access.is_file(path):
         raise CheckpointError(
             f"no config.json in {directory}: give a published checkpoint directory"
         )
@@ -334,7 +335,7 @@ def _open_shards(index: Path) -> dict[str, _SafetensorsFile | _PickleFile]:
     for shard in sorted({str(shard) for shard in listed.values()}):
         path = index.parent / shard
         # A link there may lead on, as in the hub's cache; the index itself names neighbours only.
-        if Path(shard).name != shard or not path.is_file():
+        if Path(shard).name != shard or not access.is_file(path):
             raise CheckpointError(
                 f"{index.name} names the shard {shard}, which is not in {index.parent}"
             )
@@ -359,8 +360,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        what = "is a file, not a directory" if directory.exists() else "does not exist"
+    if not access.is_dir(directory):
+        what = "is a file, not a directory" if access.exists(directory) else "does not exist"
         raise CheckpointError(f"checkpoint directory {directory} {what}")
 
 

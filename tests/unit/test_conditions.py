@@ -448,5 +448,8 @@ def test_looking_decodes_one_frame_and_each_file_once(
 def test_json_in_a_prompt_speaks_the_references_own_words(tmp_path: Path) -> None:
     path, short = write(tmp_path / "a.mp4", 40), write(tmp_path / "s.mp4", 9)
     own = f'x {{"reference_path": "{short}", "mask_strategy": "0,0,-5,0,5"}}'
-    with pytest.raises(UserError, match="mask strategy: ref_start -5"):
-        notes_of(tmp_path, "--prompt", own, "--extend", str(path), "--num-frames", "17")
+    argv = ("--prompt", "x", own, "--extend", str(path), "--num-frames", "17")
+    job = build_job(resolve(parse_command_line([*argv, "--save-dir", str(tmp_path / "out")])))
+    assert [task.request.prompt for task in job.tasks] == ["x"]
+    (failed,) = job.failed
+    assert "mask strategy: ref_start -5" in failed
