@@ -30,8 +30,8 @@ from opensora_sp.preflight import (
     check_output,
     check_save_dir,
     check_space,
-    read_prompt_file,
 )
+from opensora_sp.prompt_files import Entry, PromptFile, read_prompt_file
 from opensora_sp.prompts import PromptJson, parse_prompt_json, split_loops
 from opensora_sp.request import Checkpoints, Job, Request, RunSettings, Task
 from opensora_sp.validate import shown
@@ -255,7 +255,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.refine import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests = _requests(values)
+    requests, told = _requests(values)
+    notes += told
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
@@ -274,32 +275,43 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     return Job(settings=settings, tasks=tasks, notes=tuple(notes))
 
 
-def _requests(values: Values) -> list[Request]:
-    """The first sample of every prompt that is asked for."""
-    prompts = _raw_prompts(values)
+def _requests(values: Values) -> tuple[list[Request], list[str]]:
+    """The first sample of every prompt that is asked for, and what is told of their file."""
+    file = _prompts(values)
+    prompts = file.entries
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
     shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
     requests = []
-    for place, (index, raw) in enumerate(prompts):
-        own = {key: entries[place] for key, entries in conditions.items()}
-        split = _split_json(raw, own)
+    for place, entry in enumerate(prompts):
+        own = {key: entry.own.get(key, entries[place]) for key, entries in conditions.items()}
+        split = _split_json(entry.prompt, own)
         split_loops(split.prompt)  # only to refuse bad segments now
-        request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
+        seed = entry.own.get("seed", shared["seed"])
+        request = Request(
+            **shared | {"seed": seed}, **dataclasses.asdict(split), prompt_index=entry.index
+        )
         check_conditions(request, allow_remote=values["allow_remote"])
         requests.append(request)
-    return requests
+    return requests, list(file.notes)
 
 
-def _raw_prompts(values: Values) -> list[tuple[int, str]]:
-    """(index in its list, prompt as written)."""
+def _prompts(values: Values) -> PromptFile:
+    """The prompts as written, from the flag or from a file."""
     if values["prompt"]:
-        return list(enumerate(values["prompt"]))
-    if values["prompt_path"] is not None:
-        return read_prompt_file(values["prompt_path"], values["start_index"], values["end_index"])
-    raise UserError('--prompt or --prompt-path is needed, such as --prompt "a red ball"')
+        return PromptFile(tuple(Entry(index, raw) for index, raw in enumerate(values["prompt"])))
+    if values["prompt_path"] is None:
+        raise UserError('--prompt or --prompt-path is needed, such as --prompt "a red ball"')
+    file = read_prompt_file(values["prompt_path"], values["start_index"], values["end_index"])
+    flags = [f"--{key.replace('_', '-')}" for key in (*_PER_PROMPT, *_TYPED) if values[key]]
+    if flags and any(key in entry.own for entry in file.entries for key in _PER_PROMPT):
+        raise UserError(
+            f"--prompt-path {shown(values['prompt_path'])} has references of its own: leave "
+            f"{' and '.join(flags)} out, or take them out of the file"
+        )
+    return file
 
 
 def _split_json(raw: str, flags: Mapping[str, str]) -> PromptJson:

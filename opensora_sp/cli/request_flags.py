@@ -18,8 +18,8 @@ REQUEST_GROUPS: tuple[Group, ...] = (
         "What to generate",
         (
             flag("--prompt", _R["prompt"], None, "one or more prompts, one output each", nargs="+"),
-            flag("--prompt-path", path("FILE"), None, "UTF-8 text file with one prompt a line"),
-            flag("--start-index", integer(0), 0, "first line of the file to use, from 0"),
+            flag("--prompt-path", path("FILE"), None, "one prompt a line; or .csv, .json, .jsonl"),
+            flag("--start-index", integer(0), 0, "first line or entry of the file, from 0"),
             flag("--end-index", integer(1), None, "line to stop before", shown_default="the end"),
             flag("--num-sample", _S["num_sample"], 1, "outputs per prompt, numbered -0, -1, ..."),
             flag("--seed", _R["seed"], 42, "one seed means one video on any device or rank count"),
