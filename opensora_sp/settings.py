@@ -18,6 +18,7 @@ from opensora_sp import sizes
 from opensora_sp.cli.combinations import check_combinations
 from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Flag
+from opensora_sp.cli.foreign_flags import explain
 from opensora_sp.cli.typed_references import compose
 from opensora_sp.config_file import Raw, read_config, write_config
 from opensora_sp.errors import UserError
@@ -104,6 +105,8 @@ def _dashes(token: str) -> str:
 def _refuse_extra(token: str) -> NoReturn:
     if token.startswith("-"):
         name = token.partition("=")[0]
+        if (said := explain(name)) is not None:
+            raise UserError(f"{shown(name)} is not a flag; {said} (--help lists them all)")
         raise UserError(
             f"{shown(name)} is not a flag{_nearest(name, (flag.name for flag in all_flags()))} "
             "(--help lists them all)"
@@ -126,6 +129,10 @@ def resolve(command: CommandLine, *, program: str = "infer") -> Values:
     if command.config is not None:
         for key, raw in read_config(command.config).items():
             if key not in flags:
+                if (said := explain(key)) is not None:
+                    raise UserError(
+                        f"--config {shown(command.config)}: {shown(key)} is not a key; {said}"
+                    )
                 raise UserError(
                     f"--config {shown(command.config)}: {shown(key)} is not a key"
                     f"{_nearest(key, flags)}"
