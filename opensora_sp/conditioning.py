@@ -17,6 +17,7 @@ from opensora_sp.validate import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_SIGNS = 20  # of one value; no clip has so many frames, and int() ends at 4300 digits
 _FORM = (
     "groups are loop,ref,ref_start,target_start,length,edit_ratio joined by ';' "
     "(defaults 0,0,0,0,1,0)"
@@ -71,6 +72,8 @@ def _parse_group(group: str, text: str) -> Group:
     if len(fields) > 6:
         raise _malformed(text, f"group {shown(group)} has {len(fields)} values, at most 6")
     try:
+        if any(len(field) > _MOST_SIGNS for field in fields):
+            raise ValueError(group)
         numbers = [int(field) for field in fields[:5]]
         ratio = [float(field) for field in fields[5:]]
     except ValueError:

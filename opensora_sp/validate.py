@@ -21,7 +21,10 @@ LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a tempor
 
 def shown(value: object) -> str:
     """The value as an error line shows it: quoted, on one line, shortened when it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of over 4300 digits, lists in lists
+        text = f"<a {type(value).__name__} too long to show>"
     if len(text) <= _LONGEST_SHOWN:
         return text
     # The middle goes: a path is told apart by its end.
@@ -88,7 +91,11 @@ def number(low: float, high: float = math.inf, *, above: bool = False, metavar: 
     def legal(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return math.isfinite(value) and (value > low if above else value >= low) and value <= high
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number that no float holds
+            return False
+        return finite and (value > low if above else value >= low) and value <= high
 
     limits = f"above {low:g}" if above else f"of at least {low:g}"
     limits += "" if math.isinf(high) else f" and at most {high:g}"
@@ -128,7 +135,10 @@ def path(metavar: str = "PATH") -> Kind:
     def legal(value: Any) -> bool:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             return False
-        return all(len(os.fsencode(part)) <= 255 for part in value.split(os.sep))
+        try:
+            return all(len(os.fsencode(part)) <= 255 for part in value.split(os.sep))
+        except UnicodeEncodeError:  # half a surrogate pair, which YAML can write
+            return False
 
     return Kind(metavar, "a usable path", os.path.expanduser, legal)
 
