@@ -76,7 +76,7 @@ def on_ranks(rank: int, world: int, init_file: str) -> Any:
     ]
     with open_session("cpu") as session:
         try:
-            return refine_batches(batches, session)
+            return refine_batches(batches, session, "m")
         except UserError as error:
             return str(error)
 
