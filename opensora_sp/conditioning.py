@@ -20,6 +20,7 @@ from opensora_sp.validate import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_SIGNS = 20  # of one value; no clip has so many frames, and int() ends at 4300 digits
 _FORM = (
     "groups are loop,ref,ref_start,target_start,length,edit_ratio joined by ';' "
     "(defaults 0,0,0,0,1,0)"
@@ -118,6 +119,8 @@ def _parse_group(group: str, text: str) -> Group:
     if from_end:
         fields[2] = "0"
     try:
+        if any(len(field) > _MOST_SIGNS for field in fields):
+            raise ValueError(group)
         numbers = [int(field) for field in fields[:5]]
         ratio = [float(field) for field in fields[5:]]
     except ValueError:

@@ -27,7 +27,8 @@ def read_config(path: str) -> dict[str, Raw]:
     text = access.read_text(path, limit=access.CONFIG_LIMIT, what=what)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    # A number in it may be too large: of an escaped character, or of the version of YAML.
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be read"

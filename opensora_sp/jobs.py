@@ -38,6 +38,7 @@ from opensora_sp.schedule import Work, deal, regroup
 from opensora_sp.sheet_sink import RunSheet
 from opensora_sp.standing import Standing, captions_left, look_at_all, renamed
 from opensora_sp.text_cache import default_directory
+from opensora_sp.told import MOST_NOTES, told
 
 
 def run_job(job: Job) -> int:
@@ -245,6 +246,8 @@ def _generate_all(
         whole.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
         )
+    if settings.verbose > 0:
+        whole.together(lambda: _tell(pipeline, settings, lists), leading_only=True)
     _encode_all_text(pipeline, lists)
     sheet = RunSheet() if settings.sheet and session.leads else None
     failed: list[Failure] = []
@@ -350,6 +353,38 @@ def _wait_for_replicas(whole: Session, run_list: Callable[[], None]) -> None:
             raise fault
 
     whole.together(outcome)
+
+
+def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Work]]) -> None:
+    """Say where the model will be told something else than a prompt's words; rank 0 alone.
+
+    Before T5's weights are loaded, and whether or not its embeddings are cached.
+    """
+    from opensora_sp.models.text_encoder import TextEncoder
+
+    pieces = TextEncoder.tokenizer(pipeline.checkpoints.t5)
+    tasks = {
+        t.request.prompt: t for works in lists for w in works if not w.denoised for t in w.tasks
+    }
+    notes = []
+    for task in tasks.values():
+        for one in told(task.request, pieces, pipeline.max_length(task.request)):
+            notes += one.notes(refined=settings.llm_refine)
+            if settings.verbose > 1:
+                clip = f" from clip {one.clip} on" if one.clips > 1 else ""
+                print(f"{task.output.name}{clip} is told: {one.caption!r}", file=sys.stderr)
+                if one.unread:
+                    print(f"{task.output.name}{clip} is not told: {one.unread!r}", file=sys.stderr)
+    most = len(notes) if settings.verbose > 1 else MOST_NOTES
+    for note in notes[:most]:
+        print(f"note: {note}", file=sys.stderr)
+    if len(notes) > most:
+        print(
+            f"note: {len(notes) - most} more notes of this kind; --verbose 2 shows all of them and "
+            "what the model is told of every prompt",
+            file=sys.stderr,
+        )
+    sys.stderr.flush()
 
 
 def _encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> None:

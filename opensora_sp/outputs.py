@@ -16,6 +16,7 @@ from opensora_sp.media import VideoWriter
 from opensora_sp.pipeline import Pipeline
 from opensora_sp.request import Request, RunSettings, Task
 from opensora_sp.sheet_sink import RunSheet
+from opensora_sp.told import captions
 from opensora_sp.watermark import Watermarked
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def open_output(
 def _open_file(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterator[Sink]:
     request = task.request
     metadata = describe(pipeline, settings, request)
+    metadata["captions"] = captions(request)  # what the model was told, clip by clip
     if task.original_prompt is not None:
         metadata["original_prompt"] = task.original_prompt
     if request.is_image:

@@ -144,26 +144,6 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output} is a directory, but an output has this name: rename one")
 
 
-def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[tuple[int, str]]:
-    """(line index from 0, prompt) of the lines `start` to `end` − 1; blank lines are no prompts.
-
-    The index stays that of the whole file, so that a part of a list gives the videos and names
-    that the whole list would. Raises UserError for a file that cannot be used.
-    """
-    what = f"--prompt-path {shown(path)}"
-    text = access.read_text(path, limit=access.PROMPTS_LIMIT, what=what)
-    # Only line feeds end a prompt: str.splitlines would also break at U+2028 and form feeds.
-    lines = text.removesuffix("\n").split("\n")
-    if start >= len(lines) and any(lines):
-        raise UserError(f"--start-index {start} is beyond the {len(lines)} lines of {what}")
-    prompts = [(index, line.strip()) for index, line in enumerate(lines[:end]) if index >= start]
-    prompts = [(index, prompt) for index, prompt in prompts if prompt]
-    if not prompts:
-        part = "" if (start, end) == (0, None) else f" in lines {start} to {end or 'the end'}"
-        raise UserError(f"{what} holds no prompt{part}")
-    return prompts
-
-
 def check_conditions(
     request: Request,
     *,

@@ -17,6 +17,10 @@ from opensora_sp.validate import shown
 
 _LOOPS_MARK = "|0|"
 _JSON_KEYS = ("reference_path", "mask_strategy")
+# Characters of one text. T5 reads at most 300 tokens of 16 characters; cleaning is not linear in
+# unfinished HTML tags, and every rank would wait for it.
+LONGEST_TEXT = 10_000
+_MOST_DIGITS = 9  # of a clip's number
 _LOOPS_FORM = "write it as |0|text|2|text|..., without other | signs"
 
 
@@ -77,9 +81,11 @@ def split_loops(prompt: str) -> dict[int, str]:
     """The prompt's texts by the first clip each is for; {0: prompt} unless it begins with |0|.
 
     Raises:
-        UserError: a clip number that is not a whole number or comes twice, or a missing text.
+        UserError: a clip number that is not a whole number or comes twice, a missing text, or one
+            of more than `LONGEST_TEXT` characters.
     """
     if not prompt.startswith(_LOOPS_MARK):
+        _check_length(prompt, prompt)
         return {0: prompt}
     fields = prompt.split("|")[1:]
     if len(fields) % 2:
@@ -88,7 +94,7 @@ def split_loops(prompt: str) -> dict[int, str]:
         )
     segments: dict[int, str] = {}
     for number, text in zip(fields[::2], fields[1::2], strict=True):
-        if not re.fullmatch(r"\s*[0-9]+\s*", number):
+        if not re.fullmatch(rf"\s*[0-9]{{1,{_MOST_DIGITS}}}\s*", number):
             raise UserError(
                 f"prompt {shown(prompt)}: {shown(number)} is not a clip number; {_LOOPS_FORM}"
             )
@@ -96,8 +102,17 @@ def split_loops(prompt: str) -> dict[int, str]:
             raise UserError(
                 f"prompt {shown(prompt)} gives clip {int(number)} two texts; {_LOOPS_FORM}"
             )
+        _check_length(prompt, text)
         segments[int(number)] = text
     return segments
+
+
+def _check_length(prompt: str, text: str) -> None:
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"prompt {shown(prompt)} has a text of {len(text)} characters, but {LONGEST_TEXT} are "
+            "allowed (the model reads 300 tokens, about 1300 characters): shorten it"
+        )
 
 
 def prompt_for_loop(prompt: str, clip: int) -> str:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
-DEFAULT_MODEL = "gpt-4o-mini"
 TIMEOUT_S = 60.0  # of one try, from looking up the host to the answer's last byte
 TRIES = 2
 BACKOFF_S = 2.0
@@ -104,9 +103,15 @@ def endpoint_from_environment(
             "OPENAI_API_KEY in the environment holds a space, a line break or a character that is "
             "not ASCII, which no key does: set it again"
         )
-    model = model or environ.get("OPENAI_MODEL", "").strip() or DEFAULT_MODEL
     base_url = environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
     _check_base_url(base_url)
+    model = model or environ.get("OPENAI_MODEL", "").strip()
+    if not model:
+        # No default: what a service offers today it takes away in a year.
+        raise UserError(
+            "--llm-refine needs the name of a language model that OPENAI_BASE_URL serves: give "
+            "--prompt-generator MODEL, such as --prompt-generator gpt-5-mini, or set OPENAI_MODEL"
+        )
     return Endpoint(base_url.rstrip("/"), model, key)
 
 

@@ -18,6 +18,7 @@ from opensora_sp import sizes
 from opensora_sp.cli.combinations import check_combinations
 from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Flag
+from opensora_sp.cli.foreign_flags import explain
 from opensora_sp.cli.typed_references import compose, flags_of
 from opensora_sp.conditions import Facts
 from opensora_sp.config_file import Raw, read_config, write_config
@@ -32,8 +33,8 @@ from opensora_sp.preflight import (
     check_output,
     check_save_dir,
     check_space,
-    read_prompt_file,
 )
+from opensora_sp.prompt_files import Entry, PromptFile, read_prompt_file
 from opensora_sp.prompts import PromptJson, parse_prompt_json, split_loops
 from opensora_sp.redaction import is_address, redacted
 from opensora_sp.request import Checkpoints, Job, Request, RunSettings, Task
@@ -110,6 +111,8 @@ def _dashes(token: str) -> str:
 def _refuse_extra(token: str) -> NoReturn:
     if token.startswith("-"):
         name = token.partition("=")[0]
+        if (said := explain(name)) is not None:
+            raise UserError(f"{shown(name)} is not a flag; {said} (--help lists them all)")
         raise UserError(
             f"{shown(name)} is not a flag{_nearest(name, (flag.name for flag in all_flags()))} "
             "(--help lists them all)"
@@ -132,6 +135,10 @@ def resolve(command: CommandLine, *, program: str = "infer") -> Values:
     if command.config is not None:
         for key, raw in read_config(command.config).items():
             if key not in flags:
+                if (said := explain(key)) is not None:
+                    raise UserError(
+                        f"--config {shown(command.config)}: {shown(key)} is not a key; {said}"
+                    )
                 raise UserError(
                     f"--config {shown(command.config)}: {shown(key)} is not a key"
                     f"{_nearest(key, flags)}"
@@ -299,7 +306,8 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
 
     A reference that cannot be used ends its own prompt alone, where there are others.
     """
-    prompts = _raw_prompts(values)
+    file = _prompts(values)
+    prompts = file.entries
     flags = flags_of(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
@@ -310,13 +318,16 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
     requests: list[Request] = []
     failed: list[str] = []
-    notes: list[str] = []
+    notes = list(file.notes)
     known: dict[str, Facts] = {}
-    for place, (index, raw) in enumerate(prompts):
-        own = {key: entries[place] for key, entries in conditions.items()}
-        split = _split_json(raw, own)
+    for place, entry in enumerate(prompts):
+        own = {key: entry.own.get(key, entries[place]) for key, entries in conditions.items()}
+        split = _split_json(entry.prompt, own)
         split_loops(split.prompt)  # only to refuse bad segments now
-        request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
+        seed = entry.own.get("seed", shared["seed"])
+        request = Request(
+            **shared | {"seed": seed}, **dataclasses.asdict(split), prompt_index=entry.index
+        )
         as_typed = (request.reference_path, request.mask_strategy) == tuple(own.values())
         try:
             notes += check_conditions(
@@ -325,7 +336,7 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
         except PromptFault as fault:
             if len(prompts) == 1:
                 raise
-            failed.append(f"prompt {index} ({shown(split.prompt.strip())}): {fault}")
+            failed.append(f"prompt {entry.index} ({shown(split.prompt.strip())}): {fault}")
             continue
         requests.append(request)
     if not requests:
@@ -333,13 +344,20 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     return requests, failed, list(dict.fromkeys(notes))
 
 
-def _raw_prompts(values: Values) -> list[tuple[int, str]]:
-    """(index in its list, prompt as written)."""
+def _prompts(values: Values) -> PromptFile:
+    """The prompts as written, from the flag or from a file."""
     if values["prompt"]:
-        return list(enumerate(values["prompt"]))
-    if values["prompt_path"] is not None:
-        return read_prompt_file(values["prompt_path"], values["start_index"], values["end_index"])
-    raise UserError('--prompt or --prompt-path is needed, such as --prompt "a red ball"')
+        return PromptFile(tuple(Entry(index, raw) for index, raw in enumerate(values["prompt"])))
+    if values["prompt_path"] is None:
+        raise UserError('--prompt or --prompt-path is needed, such as --prompt "a red ball"')
+    file = read_prompt_file(values["prompt_path"], values["start_index"], values["end_index"])
+    flags = [f"--{key.replace('_', '-')}" for key in (*_PER_PROMPT, *_TYPED) if values[key]]
+    if flags and any(key in entry.own for entry in file.entries for key in _PER_PROMPT):
+        raise UserError(
+            f"--prompt-path {shown(values['prompt_path'])} has references of its own: leave "
+            f"{' and '.join(flags)} out, or take them out of the file"
+        )
+    return file
 
 
 def _split_json(raw: str, flags: Mapping[str, str]) -> PromptJson:

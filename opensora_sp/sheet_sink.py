@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.kept import dropped_frames
 from opensora_sp.request import Request, Task
 from opensora_sp.sheet import SheetEntry, chosen_frames, write_sheet
+from opensora_sp.told import captions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,6 +156,7 @@ def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
         details["made in"] = f"{watched.seconds:.1f} s"
     own = request.public_dict()
     details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
+    details["the model is told"] = " | ".join(captions(request))
     kept = sorted(watched.picked.frames.items())
     return SheetEntry(
         output=watched.task.output,

@@ -26,7 +26,10 @@ LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a tempor
 
 def shown(value: object) -> str:
     """The value as an error line shows it: quoted, on one line, shortened, without secrets."""
-    text = redacted(repr(value))  # before it is shortened, which could leave half a password
+    try:
+        text = redacted(repr(value))  # before it is shortened, which could leave half a password
+    except (ValueError, RecursionError):  # a whole number of over 4300 digits, lists in lists
+        text = f"<a {type(value).__name__} too long to show>"
     if len(text) <= _LONGEST_SHOWN:
         return text
     # The middle goes: a path is told apart by its end.
@@ -93,7 +96,11 @@ def number(low: float, high: float = math.inf, *, above: bool = False, metavar: 
     def legal(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return math.isfinite(value) and (value > low if above else value >= low) and value <= high
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number that no float holds
+            return False
+        return finite and (value > low if above else value >= low) and value <= high
 
     limits = f"above {low:g}" if above else f"of at least {low:g}"
     limits += "" if math.isinf(high) else f" and at most {high:g}"
@@ -140,9 +147,12 @@ def path(metavar: str = "PATH") -> Kind:
     def legal(value: Any) -> bool:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             return False
-        if len(os.fsencode(value)) > LONGEST_PATH:
+        try:
+            if len(os.fsencode(value)) > LONGEST_PATH:
+                return False
+            return all(len(os.fsencode(part)) <= 255 for part in value.split(os.sep))
+        except UnicodeEncodeError:  # half a surrogate pair, which YAML can write
             return False
-        return all(len(os.fsencode(part)) <= 255 for part in value.split(os.sep))
 
     return Kind(metavar, "a usable path", read, legal)
 

@@ -99,10 +99,18 @@ class TextEncoder:
         return int(model.config.d_model)
 
     @staticmethod
+    def tokenizer(directory: Path) -> Any:
+        """The SentencePiece processor of a checkpoint directory, without its model.
+
+        Raises CheckpointError where there is none.
+        """
+        return _load_pieces(Path(directory) / _PIECES_FILE)
+
+    @staticmethod
     def _open(directory: Path) -> tuple[Any, Any]:
         """The model on the meta device and the tokenizer."""
         config = read_config(directory)
-        pieces = _load_pieces(Path(directory) / _PIECES_FILE)
+        pieces = TextEncoder.tokenizer(directory)
         model = build_t5(config, origin=f"{directory}/config.json")
         vocabulary = model.get_input_embeddings().num_embeddings
         if pieces.vocab_size() > vocabulary:

@@ -76,7 +76,7 @@ def on_ranks(rank: int, world: int, init_file: str) -> Any:
     ]
     with open_session("cpu") as session:
         try:
-            return refine_batches(batches, session)
+            return refine_batches(batches, session, "m")
         except UserError as error:
             return str(error)
 
@@ -100,7 +100,17 @@ def test_all_ranks_hear_of_a_failure(server: Server) -> None:
 
 
 def launch(out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    flags = ["--prompt", "a cat", "--llm-refine", "true", "--prompt-as-path", "--device", "cpu"]
+    flags = [
+        "--prompt",
+        "a cat",
+        "--llm-refine",
+        "true",
+        "--prompt-generator",
+        "m",
+        "--prompt-as-path",
+        "--device",
+        "cpu",
+    ]
     flags += ["--image-size", "32", "32", "--num-frames", "1", "--num-sampling-steps", "1"]
     return subprocess.run(
         [

@@ -12,6 +12,8 @@ from opensora_sp.cli.infer import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
+DIGITS = "9" * 5000  # more than int() reads
+
 # What is typed ({tmp} is an empty folder with the files below), and what the line must say.
 REFUSALS: list[tuple[list[str], list[str]]] = [
     ([], ["--prompt", "--prompt-path"]),
@@ -79,6 +81,30 @@ REFUSALS: list[tuple[list[str], list[str]]] = [
     (["--config", "{tmp}/object.yaml"], ["--config", "object.yaml"]),
     (["--config", "{tmp}/tag.yaml"], ["--config", "tag.yaml", "line 1", "python/int"]),
     (["--config", "{tmp}/value.yaml"], ["--cfg-scale", ".nan"]),
+    (["--config", "{tmp}/escape.yaml"], ["--config", "escape.yaml", "not YAML"]),
+    (["--config", "{tmp}/huge_escape.yaml"], ["--config", "huge_escape.yaml", "not YAML"]),
+    (["--config", "{tmp}/version.yaml"], ["--config", "version.yaml", "not YAML"]),
+    (["--config", "{tmp}/half.yaml"], ["--prompt", "ud800", "UTF-8"]),
+    (["--config", "{tmp}/half_path.yaml"], ["--save-dir", "ud800", "usable path"]),
+    (["--config", "{tmp}/half_key.yaml"], ["--config", "ud800", "not a key"]),
+    (["--config", "{tmp}/half_word.yaml"], ["--dtype", "ud800", "bf16"]),
+    (["--config", "{tmp}/half_tag.yaml"], ["--config", "half_tag.yaml"]),
+    (["--prompt", "x", "--seed", DIGITS], ["--seed", "999", "whole number"]),
+    (["--prompt", "x", "--num-frames", DIGITS], ["--num-frames", "999"]),
+    (["--prompt", "x", "--image-size", DIGITS, "64"], ["--image-size", "999"]),
+    (["--prompt", "x", "--cfg-scale", DIGITS], ["--cfg-scale", "999"]),
+    (["--prompt", "x", "--verbose", DIGITS], ["--verbose", "999"]),
+    (["--prompt", "x", "--deadlines", f"step={DIGITS}x"], ["--deadlines"]),
+    (["--prompt", "x", "--aspect-ratio", f"{DIGITS}:9"], ["--aspect-ratio", "999"]),
+    (["--prompt", "x", "--mask-strategy", f"0,{DIGITS}"], ["mask strategy", "whole numbers"]),
+    (["--prompt", "x", "--mask-strategy", f"0,{DIGITS[:4000]}"], ["mask strategy", "999"]),
+    (["--prompt", f"|0|a|{DIGITS}|b"], ["prompt", "not a clip number"]),
+    (["--prompt", f"|0|a|{DIGITS[:4000]}|b"], ["prompt", "not a clip number"]),
+    (["--prompt", 'x{"mask_strategy": ' + DIGITS + "}"], ["prompt", "not JSON"]),
+    (["--prompt", 'x{"mask_strategy": ' + "[" * 50_000], ["prompt", "not JSON"]),
+    (["--prompt", 'x{"mask_strategy": ' + "[" * 400 + "]" * 400 + "}"], ["must be a string"]),
+    (["--prompt", "a." * 20_000], ["prompt", "40000 characters", "10000"]),
+    (["--prompt", f"|0|a|2|{'aGVsbG8' * 2000}"], ["prompt", "14000 characters"]),
 ]
 FILES: dict[str, bytes] = {
     "empty.txt": b"\n\n",
@@ -90,6 +116,14 @@ FILES: dict[str, bytes] = {
     "object.yaml": b"prompt: !!python/object/apply:os.system [ls]\n",
     "tag.yaml": b"seed: !!python/int 3\n",
     "value.yaml": b"cfg_scale: .nan\n",
+    "escape.yaml": b'prompt: "\\U00110000"\n',
+    "huge_escape.yaml": b'prompt: "\\UFFFFFFFF"\n',
+    "version.yaml": b"%YAML 1." + b"9" * 5000 + b"\n---\nseed: 1\n",
+    "half.yaml": b'prompt: "\\ud800"\n',
+    "half_path.yaml": b'save_dir: "\\ud800"\n',
+    "half_key.yaml": b'"\\ud800": 1\n',
+    "half_word.yaml": b'dtype: "\\ud800"\n',
+    "half_tag.yaml": b"seed: !<%ED%A0%80> 1\n",
 }
 
 
@@ -190,7 +224,8 @@ def test_refusals_import_nothing_heavy(folder: Path) -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-"],
+        input=program,  # longer than a command line may be
         capture_output=True,
         text=True,
         timeout=60,

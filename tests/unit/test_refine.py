@@ -278,20 +278,38 @@ def test_nobody_answers_or_not_in_http(server: Server) -> None:
 
 def test_the_environment_describes_the_endpoint() -> None:
     key = {"OPENAI_API_KEY": f" {KEY}\n"}
-    plain = endpoint_from_environment(None, key)
-    assert plain == Endpoint("https://api.openai.com/v1", refine.DEFAULT_MODEL, KEY)
+    plain = endpoint_from_environment("m", key)
+    assert plain == Endpoint("https://api.openai.com/v1", "m", KEY)
     assert (plain.timeout_s, plain.backoff_s) == (60.0, 2.0)
     local = {**key, "OPENAI_BASE_URL": "http://[::1]:8000/v1/", "OPENAI_MODEL": "own"}
     assert endpoint_from_environment(None, local) == Endpoint("http://[::1]:8000/v1", "own", KEY)
     assert endpoint_from_environment("flag", local).model == "flag"
     shown = {flag.key: flag.shown_default for flag in all_flags()}["prompt_generator"]
-    assert refine.DEFAULT_MODEL in str(shown)
+    assert shown == "OPENAI_MODEL"
+
+
+def test_a_model_has_to_be_named_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for model in ("", "  "):
+        monkeypatch.setenv("OPENAI_MODEL", model)
+        argv = ["--prompt", "x", "--llm-refine", "true", "--save-dir", str(tmp_path / "out")]
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert "--prompt-generator MODEL, such as --prompt-generator " in err
+        assert "OPENAI_MODEL" in err
+        assert err.count("\n") == 1
+    monkeypatch.setenv("OPENAI_MODEL", "own")
+    refine.check_endpoint()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
         ({}, "needs OPENAI_API_KEY"),
+        ({"OPENAI_API_KEY": "k"}, "--prompt-generator MODEL"),
         ({"OPENAI_API_KEY": " "}, "needs OPENAI_API_KEY"),
         ({"OPENAI_API_KEY": "secret one"}, "OPENAI_API_KEY .*a space"),
         ({"OPENAI_API_KEY": "secret\r\nX-Header: y"}, "OPENAI_API_KEY .*line break"),
