@@ -32,7 +32,8 @@ from opensora_sp import access
 from opensora_sp.config_file import read_config
 from opensora_sp.errors import UserError
 from opensora_sp.manifest import read_record
-from opensora_sp.preflight import check_checkpoints, check_save_dir; from opensora_sp.prompt_files import read_prompt_file
+from opensora_sp.preflight import check_checkpoints, check_save_dir
+from opensora_sp.prompt_files import read_prompt_file
 from opensora_sp.saved_state import StateFiles
 from opensora_sp.text_cache import TextCache
 import yaml, av
