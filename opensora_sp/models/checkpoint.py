@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_sp.errors import CheckpointError
+from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
 from opensora_sp.runtime.residency import pinned
 
 Shape = tuple[int, ...]
@@ -59,25 +60,19 @@ class _SafetensorsFile:
 
 
 class _PickleFile:
-    """One PyTorch .bin file of named tensors, unpickled with weights_only.
+    """One PyTorch .bin file of named tensors, looked into before it is unpickled.
 
     Files of the older, non-zip form cannot be mapped: they are read whole and kept until the end.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._mappable = file.read(4) == b"PK\x03\x04"
+        self._mappable = is_zipped(path)
         self._tensors: dict[str, Tensor] | None = self._open()
         self.shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in self._tensors.items()}
 
     def _open(self) -> dict[str, Tensor]:
-        try:
-            content = torch.load(
-                str(self.path), map_location="cpu", weights_only=True, mmap=self._mappable
-            )
-        except Exception as error:  # torch.load has no error type of its own
-            _refuse_corrupt(self.path, error)
+        content = load_tensor_file(self.path, mmap=True)
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
         ):
@@ -377,10 +372,7 @@ def _refuse_lfs_pointer(path: Path) -> None:
 
 
 def _refuse_corrupt(path: Path, error: Exception) -> NoReturn:
-    size = path.stat().st_size if path.exists() else 0
-    raise CheckpointError(
-        f"{path} ({size} bytes) is corrupt or cut short, download it again: {_one_line(error)}"
-    ) from error
+    raise corrupt(path, error) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -76,8 +76,12 @@ def load(directory: Path, **options: object) -> Model:
     return model
 
 
+# Torch before 2.6 is not trusted with the old form: tests/unit/test_tensor_files.py.
+OLD_BIN = ["old bin"] if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6) else []
+
+
 @pytest.mark.parametrize(
-    "form", ["safetensors", "safetensors shards", "bin", "bin shards", "old bin"]
+    "form", ["safetensors", "safetensors shards", "bin", "bin shards", *OLD_BIN]
 )
 def test_every_published_form_loads_exactly(tmp_path: Path, form: str) -> None:
     tensors = weights()
@@ -261,7 +265,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
         (_text("model.bin.index.json", "{}"), "has no weight_map"),
         (_shard_lacks_weight, "which lacks it"),
         (_nested, "plain dictionary of named tensors"),
-        (_code_in_pickle, "corrupt or cut short"),
+        (_code_in_pickle, "holds code, not only tensors"),
     ],
 )
 def test_unusable_files_are_one_clear_line(
