@@ -101,7 +101,7 @@ def test_values_that_only_diffusers_can_judge(
         load("vae2d", models)
 
 
-UNREADABLE = {
+UNREADABLE: dict[str, tuple[Any, str]] = {
     "nested": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
     "nested objects": ('{"a":' * 300 + "1" + "}" * 300, "nested too deeply"),
     "not a number": ('{"hidden_size": NaN}', "NaN is not JSON"),
@@ -185,7 +185,7 @@ def test_a_changed_report_is_never_a_traceback(
     assert first_problem(good, SCHEMA_FILE) is None
     right, broken = tmp_path / "report.json", tmp_path / "broken.json"
     refused = 0
-    for place, wrong in _changes(good)[::3]:
+    for place, wrong in _changes(good)[::7]:
         changed = json.loads(json.dumps(good))
         inner = changed
         for key in place[:-1]:
@@ -203,7 +203,7 @@ def test_a_changed_report_is_never_a_traceback(
         if validator().is_valid(changed) and changed["status"] == "ok":
             assert code == 0, (place, wrong, said)
         refused += code == 2
-    assert refused > 100
+    assert refused > 40
 
 
 def test_a_report_without_a_run_is_named(

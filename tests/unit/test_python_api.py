@@ -98,7 +98,11 @@ def test_paths_as_text(tmp_path: Path) -> None:
         transformer_only=True,
     )
     assert pipeline.text_cache == tmp_path
-    for wrong, said in (({"dit": 3}, "dit 3 is not a usable path"), ({"vae": "x"}, "vae is not")):
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"dit": 3}, "dit 3 is not a usable path"),
+        ({"vae": "x"}, "vae is not"),
+    ]
+    for wrong, said in wrongs:
         with pytest.raises(UserError, match=said):
             Checkpoints(**{**names, **wrong})
 
@@ -130,7 +134,7 @@ def pipeline() -> Pipeline:
     return Pipeline.load(session=alone("cpu"), dtype="fp32", transformer_only=True)
 
 
-WRONG: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
+WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "text": (lambda p: p.generate("a red ball"), "'a red ball' is not a Request: make one"),
     "nothing": (lambda p: p.generate([]), "no request is given"),
     "None": (lambda p: p.generate(None), "None is not a Request"),
