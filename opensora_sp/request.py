@@ -347,6 +347,11 @@ class RunSettings(_Named):
         object.__setattr__(self, "save_dir", a_path("save_dir", self.save_dir))
 
     @property
+    def default_names(self) -> bool:
+        """Whether nobody named the outputs: another request then gets a name that is free."""
+        return self.sample_name is None and not self.prompt_as_path
+
+    @property
     def skip_existing(self) -> bool:
         """Whether an output that is there already is left alone, whatever it shows."""
         return self.prompt_as_path
@@ -372,11 +377,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A whole run: settings, its tasks in order, and what is worth telling before it starts."""
+    """A whole run: settings, its tasks in order, and what is worth telling before it starts.
+
+    failed: the prompts that cannot be made, a line each; the run makes the others.
+    """
 
     settings: RunSettings
     tasks: tuple[Task, ...]
     notes: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
     def batches(self) -> tuple[tuple[Task, ...], ...]:
         """The tasks in the groups that are denoised together: one sample of several prompts."""

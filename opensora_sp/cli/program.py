@@ -91,6 +91,8 @@ def _run(prepared: Prepared) -> int:
     if rank() == "0" and job.settings.verbose > 0:
         for note in job.notes:
             print(f"note: {one_line(note)}", file=sys.stderr)
+        for line in job.failed:
+            print(f"note: {one_line(line)}; the other prompts are made", file=sys.stderr)
     settings = job.settings
     apply_cpu_threads(settings.cpu_threads, settings.device, checkpoints=settings.checkpoints)
     with stoppable():
