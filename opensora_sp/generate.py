@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opensora_sp import faults
 from opensora_sp.denoiser import Conditions, Denoiser
+from opensora_sp.errors import UserError
 from opensora_sp.finite import require_finite
 from opensora_sp.kept import KeptFrames, dropped_frames, noise_key
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
@@ -22,6 +23,7 @@ from opensora_sp.request import Request
 from opensora_sp.resume import Begun, Progress
 from opensora_sp.sampling import VelocityFunction, sample, timesteps
 from opensora_sp.saved_state import Position
+from opensora_sp.validate import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +100,8 @@ def generate(
     progress: saves the state on the way, and knows what is there already.
     """
     check_batch(requests)
+    if len(sinks) != len(requests):
+        raise UserError(f"{len(sinks)} sinks for {len(requests)} requests: one for each is needed")
     with torch.no_grad(), pipeline.arithmetic():
         latents = _generate(pipeline, requests, sinks, noise, step_noise, keep_latents, progress)
     return Result(
@@ -156,13 +160,26 @@ def _generate(
 
 
 def check_batch(requests: Sequence[Request]) -> None:
-    """Requests of one batch may differ in prompt, place in the list and seed only."""
+    """Requests of one batch may differ in prompt, place in the list and seed only.
+
+    Raises UserError for others, for none at all and for what is no request.
+    """
+    if not requests:
+        raise UserError("no request is given: one Request or more is needed")
+    for request in requests:
+        if not isinstance(request, Request):
+            raise UserError(
+                f"{shown(request)} is not a Request: make one, such as "
+                'Request(prompt="a red ball", num_frames=51)'
+            )
     free = ("prompt", "prompt_index", "sample_index", "seed", "reference_path", "mask_strategy")
     shared = [{k: v for k, v in r.to_dict().items() if k not in free} for r in requests]
     for other in shared[1:]:
         different = [name for name, value in other.items() if value != shared[0][name]]
         if different:
-            raise ValueError(f"requests of one batch differ in {', '.join(different)}")
+            raise UserError(
+                f"requests of one batch differ in {', '.join(different)}: generate them one by one"
+            )
 
 
 def caption(request: Request, clip: int) -> str:

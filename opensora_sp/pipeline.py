@@ -10,7 +10,7 @@ Every rank runs the same lines; the result's frames and latents are on the leadi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +37,9 @@ from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import MeshComms, Session, alone
-from opensora_sp.request import CheckFinite, Checkpoints, Request
+from opensora_sp.preflight import check_conditions
+from opensora_sp.prompts import split_loops
+from opensora_sp.request import SETTINGS_KINDS, CheckFinite, Checkpoints, Request, a_path
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.arithmetic import arithmetic
 from opensora_sp.runtime.residency import Turns, release_cached
@@ -54,6 +56,21 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "assets" / "embedded"
 _CAPTIONS_AT_ONCE = 64  # of a long list, sent to another replica in one go
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+_CHECKPOINTS = "Checkpoints(dit=..., t5=..., vae2d=..., vae3d=...), the four directories"
+
+
+def _require_kind(name: str, value: object, kind: type[Any], instead: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{name} {shown(value)} is not a {kind.__name__}: give {instead}")
+
+
+def _require_open(session: Session) -> None:
+    if session.whole.closed:
+        raise UserError(
+            "the session is closed: load and generate inside `with open_session() as session:`"
+        )
 
 
 def embedded_checkpoints() -> Checkpoints:
@@ -124,10 +141,22 @@ class Pipeline:
         fp16 or bf16. check_finite: where to look for NaN. text_cache: where embeddings of captions
         are kept; None keeps them in memory only. transformer_only leaves the text encoder and the
         VAE out of the check. weights_from "rank0": only the leading rank has the checkpoints; it
-        hands the transformer out and decodes alone. Raises CheckpointError naming the weight and
-        the file that does not fit.
+        hands the transformer out and decodes alone. Raises UserError for an argument that is not
+        legal, and CheckpointError naming the weight and the file that does not fit.
         """
-        session = session or alone()
+        for name, value in (
+            ("dtype", dtype),
+            ("check_finite", check_finite),
+            ("weights_from", weights_from),
+        ):
+            SETTINGS_KINDS[name].check(name, value)
+        _require_kind("checkpoints", checkpoints, Checkpoints, _CHECKPOINTS)
+        _require_kind("session", session, Session, "with open_session() as session: ...")
+        _require_kind("runtime", runtime, Runtime, "Runtime(...), or leave it out")
+        _require_kind("parallelism", parallelism, Parallelism, "Parallelism(sequence=2)")
+        text_cache = None if text_cache is None else a_path("text_cache", text_cache)
+        session = alone() if session is None else session
+        _require_open(session)
         checkpoints = checkpoints or embedded_checkpoints()
         pipeline = cls(
             session=session,
@@ -160,13 +189,49 @@ class Pipeline:
 
         noise [B,4,T,H,W] float32: start every clip from it instead of the requests' keyed draw.
         step_noise(step), same shape: what frames are noised with that join at a step of a masked
-        run. Every rank must be given the same.
+        run. Every rank must be given the same. Raises UserError for what cannot be generated,
+        before a model is loaded.
         """
-        from opensora_sp.generate import Collector, generate
+        from opensora_sp.generate import Collector, check_batch, generate
 
-        requests = [request] if isinstance(request, Request) else list(request)
+        requests = self._requests(request)
+        check_batch(requests)
+        _require_open(self.session)
+        self._check_noise(requests, noise, step_noise)
+        self.session.together(lambda: self._check_words(requests), leading_only=True)
         collectors = [Collector() for _ in requests]
         return generate(self, requests, collectors, noise=noise, step_noise=step_noise)
+
+    @staticmethod
+    def _requests(request: Request | Sequence[Request]) -> list[Request]:
+        if isinstance(request, Request):
+            return [request]
+        if isinstance(request, str) or not isinstance(request, Iterable):
+            raise UserError(
+                f"{shown(request)} is not a Request: make one, such as "
+                'Request(prompt="a red ball", num_frames=51)'
+            )
+        return list(request)
+
+    def _check_words(self, requests: Sequence[Request]) -> None:
+        """What a prompt, its references and its strategy say, as the command line checks it."""
+        for request in requests:
+            split_loops(request.prompt)
+            check_conditions(request, allow_remote=self.allow_remote)
+
+    @staticmethod
+    def _check_noise(requests: Sequence[Request], noise: Any, step_noise: Any) -> None:
+        shape = (len(requests), 4, *requests[0].latent_shape)
+        if noise is not None:
+            if not isinstance(noise, Tensor):
+                raise UserError(f"noise {shown(noise)} is not a tensor {list(shape)} of float32")
+            if tuple(noise.shape) != shape or noise.dtype != torch.float32:
+                raise UserError(
+                    f"noise {list(noise.shape)} of {noise.dtype} is not {list(shape)} of float32, "
+                    "as these requests need it"
+                )
+        if step_noise is not None and not callable(step_noise):
+            raise UserError(f"step_noise {shown(step_noise)} is not a function of a step's number")
 
     def mesh(self, request: Request) -> Mesh:
         """How the ranks share this request."""

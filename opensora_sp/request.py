@@ -4,6 +4,7 @@ All frozen, all checked when they are made, none needs torch.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from typing import Any, Literal, get_args
 
 from opensora_sp import sizes
 from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S, parse_deadlines
+from opensora_sp.errors import UserError
 from opensora_sp.fetch import Remote
 from opensora_sp.redaction import references_without_secrets
+from opensora_sp.request_rules import check_fields
 from opensora_sp.validate import (
     Kind,
     boolean,
@@ -24,6 +27,7 @@ from opensora_sp.validate import (
     number,
     optional,
     path,
+    shown,
     text,
 )
 
@@ -131,11 +135,55 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
 
 def _check(instance: Any, kinds: Mapping[str, Kind]) -> None:
     for name, kind in kinds.items():
-        kind.check(name, getattr(instance, name))
+        value = _plain(getattr(instance, name))
+        is_path = isinstance(value, Path) and kind.metavar == "DIR"
+        kind.check(name, str(value) if is_path else value)
+        object.__setattr__(instance, name, value)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy as Python's own, without numpy; anything else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def _refuse_unknown(cls: type[Any], arguments: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """UserError for a name that is no field, with the nearest that is one."""
+    if arguments:
+        raise UserError(
+            f"{cls.__name__} {shown(arguments[0])}: values are given by name, as "
+            f"{cls.__name__}({next(iter(fields_of(cls)))}=...)"
+        )
+    for name in given:
+        if name not in fields_of(cls):
+            close = difflib.get_close_matches(name, list(fields_of(cls)), n=1)
+            nearest = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{name} is not a field of {cls.__name__}{nearest}")
+
+
+def fields_of(cls: type[Any]) -> tuple[str, ...]:
+    """Names of a dataclass's fields."""
+    return tuple(cls.__dataclass_fields__)
+
+
+def a_path(name: str, value: Any) -> Path:
+    """A path given as text or as a path. Raises UserError naming `name`."""
+    whole = str(value) if isinstance(value, Path) else value
+    path("DIR").check(name, whole)
+    return Path(path("DIR").read(whole)) if isinstance(value, str) else Path(whole)
+
+
+class _Named:
+    """Refuses unknown names in one line, where a dataclass alone would raise a TypeError."""
+
+    def __new__(cls, *arguments: Any, **given: Any) -> Any:
+        _refuse_unknown(cls, arguments, given)
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(_Named):
     """One video or image of Open-Sora 1.2, and everything that decides its content.
 
     `prompt` is the person's words, without JSON, scores or cleaning (it may hold `|0|` segments).
@@ -144,7 +192,8 @@ class Request:
     it came from: with `seed` they key every random draw, so that one request is one video
     whatever else is generated beside it.
 
-    Raises UserError, naming the field, for a value that is not legal.
+    Raises UserError, naming the field, for a value that is not legal and for values that do not go
+    together (`request_rules`), as the flags do. Scalars of numpy are taken as Python's own.
     """
 
     prompt: str
@@ -174,7 +223,10 @@ class Request:
     model_max_length: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.reference_path, Path):
+            object.__setattr__(self, "reference_path", str(self.reference_path))
         _check(self, REQUEST_KINDS)
+        check_fields(vars(self))
         # 7 and 7.0 are one request: they must have one digest.
         for name in ("cfg_scale", "aes", "flow"):
             value = getattr(self, name)
@@ -228,17 +280,24 @@ def reference_paths(request: Request) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    """The four checkpoint directories, as they are published."""
+class Checkpoints(_Named):
+    """The four checkpoint directories, as they are published; text is taken as a path.
+
+    Raises UserError, naming the field, for what is no path.
+    """
 
     dit: Path
     t5: Path
     vae2d: Path
     vae3d: Path
 
+    def __post_init__(self) -> None:
+        for name in fields_of(type(self)):
+            object.__setattr__(self, name, a_path(name, getattr(self, name)))
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(_Named):
     """How a run is done; nothing here changes what is generated, except `dtype`.
 
     `device` and `backend` None: the first device that is there, and its own backend.
@@ -297,9 +356,8 @@ class RunSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in SETTINGS_KINDS.items():
-            value = getattr(self, name)
-            kind.check(name, str(value) if isinstance(value, Path) else value)
+        _check(self, SETTINGS_KINDS)
+        object.__setattr__(self, "save_dir", a_path("save_dir", self.save_dir))
 
     @property
     def default_names(self) -> bool:

@@ -1,28 +1,9 @@
 """Which features go together: one table, applied to every request and printed in docs/flags.md."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-
 from opensora_sp import sizes
-from opensora_sp.conditioning import FrameLayout
 from opensora_sp.errors import UserError
+from opensora_sp.request_rules import REQUEST_COMBINATIONS, Combination, Values
 from opensora_sp.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
-
-Values = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Combination:
-    """Two features that meet, and what then happens.
-
-    `text` is printed or raised with the values' names in braces filled in.
-    """
-
-    features: str
-    outcome: Literal["note", "refused"]
-    meets: Callable[[Values], bool]
-    text: str
 
 
 def _moved(values: Values) -> bool:
@@ -31,12 +12,6 @@ def _moved(values: Values) -> bool:
 
 def _typed(values: Values) -> list[str]:
     return [k for k in ("image", "last_image", "extend", "edit") if values[k] is not None]
-
-
-def _repeated(values: Values) -> int:
-    """Frames of a later clip that are the end of the one before."""
-    layout = FrameLayout(values["num_frames"], values["micro_frame_size"])
-    return layout.frames_before(values["condition_frame_length"])
 
 
 def _too_small_for_a_mark(values: Values) -> bool:
@@ -76,26 +51,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         meets=lambda v: v["num_frames"] == 1 and v["fps"] != 24,
         text="--fps {fps} has no effect on one frame: the model is told 120",
     ),
-    Combination(
-        features="one frame + --loop",
-        outcome="refused",
-        meets=lambda v: v["num_frames"] == 1 and v["loop"] > 1,
-        text="--loop {loop} needs a video, but --num-frames is 1: choose --loop 1 or more frames",
-    ),
-    Combination(
-        features="--loop + --condition-frame-length",
-        outcome="refused",
-        meets=lambda v: v["loop"] > 1 and v["condition_frame_length"] % 5 != 0,
-        text="--condition-frame-length {condition_frame_length} is not a multiple of 5, which "
-        "--loop {loop} needs: 5 latent frames are one chunk of 17 frames",
-    ),
-    Combination(
-        features="--loop + --num-frames",
-        outcome="refused",
-        meets=lambda v: v["loop"] > 1 and _repeated(v) >= v["num_frames"],
-        text="--loop {loop} with --condition-frame-length {condition_frame_length} repeats every "
-        "one of {num_frames} frames: lower it (5 repeats 17 frames) or give more --num-frames",
-    ),
+    *REQUEST_COMBINATIONS,
     Combination(
         features="--loop + frames that are not whole chunks",
         outcome="note",

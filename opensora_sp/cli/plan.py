@@ -9,6 +9,7 @@ from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.errors import UserError
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
 from opensora_sp.preflight import check_checkpoints
@@ -80,6 +81,8 @@ def _answer(values: Values) -> int:
         return 0
     plan, said, fits = verdict(shape, ranks, models, options, memory)
     print(describe(plan, memory, values["flop_rate"], values["link_rate"]))
+    for line in surprises(plan):
+        print(f"note: {line}")
     print(said)
     return 0 if fits else DOES_NOT_FIT
 

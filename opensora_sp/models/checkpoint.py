@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from opensora_sp import access
 from opensora_sp.errors import CheckpointError
+from opensora_sp.model_configs import checked, read_config_object
 from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
 from opensora_sp.runtime.residency import pinned
+from opensora_sp.validate import Kind
 
 Shape = tuple[int, ...]
 
@@ -223,11 +225,11 @@ def load_module(
     assert not left, f"weights left on the meta device: {_some(left)}"
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint directory's config.json.
+def read_config(directory: Path, kinds: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+    """The checkpoint directory's config.json; its keys in `kinds` are of their kinds.
 
     Raises:
-        CheckpointError: no such directory or file, or not a JSON object.
+        CheckpointError: no such directory or file, not a JSON object, or a key of another kind.
     """
     directory = Path(directory)
     _require_directory(directory)
@@ -236,7 +238,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"no config.json in {directory}: give a published checkpoint directory"
         )
-    return _read_json(path)
+    _refuse_lfs_pointer(path)
+    return checked(read_config_object(path), kinds or {}, path)
 
 
 def _match(

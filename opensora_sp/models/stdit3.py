@@ -8,7 +8,6 @@ is just a smaller tensor. Latents come and go in patch form [B,T,S,P·P·4], eac
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_sp.errors import CheckpointError
+from opensora_sp.model_configs import DIT, checked, read_dit
 from opensora_sp.models.layers import (
     CrossAttention,
     KeyValue,
@@ -57,6 +57,7 @@ class STDiT3Config:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: Path | str) -> STDiT3Config:
         """From a checkpoint's config.json; unknown keys are ignored, impossible values refused."""
+        raw = checked(raw, DIT, source)
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
         patch = list(raw.get("patch_size", (1, PATCH, PATCH)))
         if patch != [1, PATCH, PATCH]:
@@ -67,9 +68,9 @@ class STDiT3Config:
             raise CheckpointError(
                 f"{source}: skip_y_embedder true is not supported (training only)"
             )
-        if config.hidden_size % config.num_heads or config.hidden_size % 4:
+        if config.hidden_size % (2 * config.num_heads) or config.hidden_size % 4:
             raise CheckpointError(
-                f"{source}: hidden_size {config.hidden_size} must be a multiple of 4 and of "
+                f"{source}: hidden_size {config.hidden_size} must be a multiple of 4 and of twice "
                 f"num_heads {config.num_heads}"
             )
         return config
@@ -77,11 +78,7 @@ class STDiT3Config:
     @classmethod
     def load(cls, directory: Path) -> STDiT3Config:
         """Read `config.json` of a DiT checkpoint directory."""
-        path = directory / "config.json"
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable config.json ({error})") from error
+        return cls.from_dict(read_dit(directory), directory / "config.json")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opensora_sp import access
 from opensora_sp.errors import CheckpointError
+from opensora_sp.model_configs import T5, checked
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.eight_bits import quantize_
 from opensora_sp.runtime.residency import StreamedList
@@ -109,7 +110,7 @@ class TextEncoder:
     @staticmethod
     def _open(directory: Path) -> tuple[Any, Any]:
         """The model on the meta device and the tokenizer."""
-        config = read_config(directory)
+        config = read_config(directory, T5)
         pieces = TextEncoder.tokenizer(directory)
         model = build_t5(config, origin=f"{directory}/config.json")
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -190,6 +191,7 @@ def build_t5(config: Mapping[str, Any], *, origin: str = "config.json") -> Any:
     Raises:
         CheckpointError: the config, called `origin` in the message, is not of a T5 encoder.
     """
+    config = checked(config, T5, origin)
     if config.get("model_type") != "t5":
         raise CheckpointError(
             f"{origin} has model_type {config.get('model_type')!r}, not 't5': "

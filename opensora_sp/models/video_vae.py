@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_sp import access
 from opensora_sp.errors import CheckpointError
+from opensora_sp.model_configs import VAE2D, read_vae3d, vae2d_home
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.temporal_vae import TemporalVAE, TemporalVAEConfig
 
@@ -90,14 +90,14 @@ class VideoVAEConfig:
         Raises:
             CheckpointError: a directory or config.json is absent or describes another model.
         """
-        video = read_config(vae3d)
-        inner = Path(vae2d) / "vae"
-        home = inner if access.is_dir(inner) else Path(vae2d)
-        spatial = read_config(home)
+        read_config(vae3d)  # its refusals of a directory that is not there
+        video = read_vae3d(Path(vae3d))
+        home = vae2d_home(Path(vae2d))
+        spatial = read_config(home, VAE2D)
         kind = spatial.get("_class_name", "AutoencoderKL")
         if kind != "AutoencoderKL":
             raise CheckpointError(f"{home / 'config.json'} is of a {kind}, not of an AutoencoderKL")
-        temporal = video.get("vae_temporal") or {}
+        temporal = video["vae_temporal"]
         kind = temporal.get("type", _TEMPORAL_TYPES[0])
         if kind not in _TEMPORAL_TYPES:
             raise CheckpointError(
@@ -108,7 +108,7 @@ class VideoVAEConfig:
             spatial=spatial,
             temporal=TemporalVAEConfig.from_dict(temporal),
             micro_frame_size=video.get("micro_frame_size", MICRO_FRAME_SIZE),
-            micro_batch_size=(video.get("vae_2d") or {}).get("micro_batch_size", MICRO_BATCH_SIZE),
+            micro_batch_size=video["vae_2d"].get("micro_batch_size", MICRO_BATCH_SIZE),
         )
 
 
@@ -119,7 +119,14 @@ class SpatialVAE(nn.Module):
         super().__init__()
         AutoencoderKL = _autoencoder_class()  # noqa: N806
         known = inspect.signature(AutoencoderKL.__init__).parameters
-        self.module: Any = AutoencoderKL(**{k: v for k, v in config.items() if k in known})
+        given = {k: v for k, v in config.items() if k in known}
+        try:
+            self.module: Any = AutoencoderKL(**given)
+        except Exception as error:  # what a bad value raises differs by version and by key
+            reason = " ".join(str(error).split())[:160]
+            raise CheckpointError(
+                f"the spatial VAE's config.json does not describe an AutoencoderKL: {reason}"
+            ) from error
 
     @property
     def factor(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.pieces import Piece, cut
@@ -52,7 +52,7 @@ def step_traffic(
                 for piece in parts:
                     _add(traffic, _piece_traffic(work, layout, place.sequence, piece, blocks))
     if work.guided and mesh.guidance == 2:
-        patches = layout.patch_split[place.sequence]
+        patches = share(layout.patch_count, layout.ranks, place.sequence)
         cells = work.batch * work.frames * patches * work.latent_channels * PATCH**2
         _add(traffic, {"velocity": (1, cells * work.itemsize)})
     return traffic
@@ -62,8 +62,8 @@ def _piece_traffic(
     work: Workload, layout: Layout, rank: int, piece: Piece, blocks: int
 ) -> dict[str, tuple[int, int]]:
     count = work.batch * (piece.stop - piece.start)
-    mine = layout.frame_split(count, piece.before)[rank]
-    patches = layout.patch_split[rank]
+    mine = share(count, layout.ranks, rank, piece.before)
+    patches = share(layout.patch_count, layout.ranks, rank)
     row = work.channels * work.itemsize
     return {
         "patches_to_frames": (blocks, blocks * (count - mine) * patches * row),
@@ -87,11 +87,10 @@ def step_flops(work: Workload, mesh: Mesh, rank: int) -> float:
     s, c = layout.patch_count, work.channels
     halves = 2 if work.guided and mesh.guidance == 1 else 1
     before = [half * work.batch * work.frames for half in range(halves)]
-    frames = sum(
-        layout.frame_split(work.batch * work.frames, start)[place.sequence] for start in before
-    )
+    count = work.batch * work.frames
+    frames = sum(share(count, layout.ranks, place.sequence, start) for start in before)
     by_frames = frames * s * (4 * s * c + 6 * c * c)
-    tokens = halves * work.batch * work.frames * layout.patch_split[place.sequence]
+    tokens = halves * count * share(layout.patch_count, layout.ranks, place.sequence)
     by_patches = tokens * (50 * c * c + 4 * work.frames * c + 8 * work.text * c)
     return float(work.depth * (by_frames + by_patches))
 

@@ -79,8 +79,8 @@ def decode_shared(
         whole = bring(session.world, mine, sizes).wait()
         del mine
         if session.leads:
-            for unit, flat in zip(units, whole.split(sizes), strict=True):
-                yield from work.read(unit, flat)
+            yield from work.read_round(units, whole)
+        del whole  # or the leading rank would hold this round while it decodes the next
 
 
 class _Shared:
@@ -149,6 +149,12 @@ class _Shared:
             else:
                 raw[:, :, at:stop] = pixels
             at = stop
+
+    def read_round(self, units: Sequence[Unit], whole: Tensor) -> Iterator[Decoded]:
+        """On the leading rank: the frames of a round, flat and end to end, in order."""
+        sizes = [self.payload(unit) for unit in units]
+        for unit, flat in zip(units, whole.split(sizes), strict=True):
+            yield from self.read(unit, flat)
 
     def read(self, unit: Unit, flat: Tensor) -> Iterator[Decoded]:
         """On the leading rank: the frames of one unit, part by part."""

@@ -11,8 +11,13 @@ from opensora_sp.sizes import PATCH
 
 def split(total: int, parts: int, start: int = 0) -> tuple[int, ...]:
     """`total` in `parts` of floor or ceil; the longer ones at start, start + 1, … modulo parts."""
+    return tuple(share(total, parts, part, start) for part in range(parts))
+
+
+def share(total: int, parts: int, part: int, start: int = 0) -> int:
+    """One part of `split`, without the others."""
     base, longer = divmod(total, parts)
-    return tuple(base + ((part - start) % parts < longer) for part in range(parts))
+    return base + ((part - start) % parts < longer)
 
 
 def bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:

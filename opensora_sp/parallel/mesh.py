@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from opensora_sp.errors import UserError
@@ -79,9 +80,11 @@ class Place:
 
 def legal_meshes(world: int, guided: bool) -> list[Mesh]:
     """Every mesh of `world` ranks; guidance 2 needs a request with both halves."""
+    small = [r for r in range(1, math.isqrt(world) + 1) if world % r == 0]
+    divisors = sorted({*small, *(world // r for r in small)})
     return [
         Mesh(replicas=r, guidance=g, sequence=world // (r * g))
-        for r in range(1, world + 1)
+        for r in divisors
         for g in ((1, 2) if guided else (1,))
         if world % (r * g) == 0
     ]

@@ -78,6 +78,7 @@ class Session:
     replica: int = 0
     parent: Session | None = None
     made: dict[Mesh, MeshComms] = field(default_factory=dict)
+    closed: bool = False  # its block has been left; of a replica's, its parent's counts
 
     @property
     def leads(self) -> bool:
@@ -363,6 +364,7 @@ def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:
         faults.reach("after-init")
         yield session
     finally:
+        session.closed = True
         session.liveness.close()
 
 
@@ -374,6 +376,7 @@ def _side_group(ranks: list[int] | None = None) -> Any:
 def _close(session: Session) -> None:
     """Destroy the groups when every rank has come here."""
     session.wait_for_all()
+    session.closed = True
     if session.liveness is not None:
         session.liveness.close()
     # gloo's threads let go of a collective's tensors a moment after it was waited for, and need

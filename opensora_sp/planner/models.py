@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from opensora_sp import access
-from opensora_sp.errors import UserError
+from opensora_sp.model_configs import read_dit, read_t5, read_vae2d, read_vae3d
 from opensora_sp.request import Checkpoints
 
 # Both VAEs at the published widths, in weights; the second number is without the encoders.
@@ -38,11 +34,10 @@ class ModelSizes:
 
     @classmethod
     def read(cls, checkpoints: Checkpoints) -> ModelSizes:
-        """From the directories' config.json. Raises UserError where one cannot be read."""
-        dit, t5 = _json(checkpoints.dit), _json(checkpoints.t5)
-        inner = checkpoints.vae2d / "vae"
-        spatial = _json(inner if access.is_dir(inner) else checkpoints.vae2d)
-        temporal = _json(checkpoints.vae3d).get("vae_temporal") or {}
+        """From the directories' config.json. Raises CheckpointError as loading them does."""
+        dit, t5 = read_dit(checkpoints.dit), read_t5(checkpoints.t5)
+        spatial = read_vae2d(checkpoints.vae2d)
+        temporal = read_vae3d(checkpoints.vae3d)["vae_temporal"]
         heads = t5.get("num_heads", 64)
         return cls(
             channels=dit.get("hidden_size", 1152),
@@ -103,14 +98,3 @@ class ModelSizes:
         """Weights of both VAEs, scaled from the published widths."""
         scale = (self.vae_widths[0] / 128) ** 2
         return int(scale * (_VAE_WEIGHTS if encoder else _VAE_DECODER_WEIGHTS))
-
-
-def _json(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return content

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opensora_sp import sizes
-from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.chunks import boxes, ranges
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Values that a block makes on its way, per token and channel. Half precision needs more: norms of
@@ -64,24 +63,27 @@ def denoising_peak(
 ) -> int:
     """Most bytes beside the weights that stay: activations, text keys and values, passing layers.
 
-    X is the residual stream of one guidance half on this rank, h halves advance together.
+    X is the residual stream of one guidance half on this rank, h halves advance together. Rank 0
+    of a sequence group needs most: uneven splits give it the longer part.
+
+    A part of `runtime.tokens` tokens counts as full. Real parts are whole frames or positions and
+    may be a little shorter, but then a smaller video could seem to need more than a larger one.
     """
     frames, height, width = shape.latent
     layout = Layout(frames=frames, size=(height, width), ranks=mesh.sequence)
     place, item, c = mesh.place(rank), shape.itemsize, models.channels
     halves = 2 if shape.guided and mesh.guidance == 1 else 1
     together = 1 if runtime.serial_guidance else halves
-    patches, count = layout.patch_split[place.sequence], shape.batch * frames
+    patches = share(layout.patch_count, mesh.sequence, place.sequence)
+    count = shape.batch * frames
     x = count * patches * c * item
 
-    wide = (shape.batch, frames, patches)
     row = c * item
-    part = max(_tokens(t, s) for t, s in boxes(wide, runtime.tokens)) * shape.batch * row
-    along = float(_most(patches, count, runtime.tokens) * count * row)
-    hidden = 1 + 2 * models.mlp_ratio
-    rest, along = hidden * part, _ALONG_TIME[item] * along
-    one_part = len(list(boxes(wide, runtime.tokens))) == 1
-    norm = _NORM * x if one_part else x + (_NORM + 1) * part
+    part = _at_once(count * patches, shape.batch, runtime.tokens) * row
+    rest = (1 + 2 * models.mlp_ratio) * part
+    along = _ALONG_TIME[item] * _at_once(patches * count, count, runtime.tokens) * row
+    one_part = runtime.tokens is None or count * patches <= runtime.tokens
+    norm = float(_NORM * x if one_part else x + (_NORM + 1) * part)
 
     if mesh.sequence == 1:
         attend = _attending(count, layout.patch_count, row, runtime.tokens, item)
@@ -126,7 +128,7 @@ def _with_exchange(
     pieces = max(1, min(runtime.chunks, shape.latent[0])) if together == 1 else 1
     before = [half * count for half in range(together)] if pieces == 1 else [0]
     sequence = mesh.place(rank).sequence
-    mine = max(layout.frame_split(count, start)[sequence] for start in before)
+    mine = max(share(count, mesh.sequence, sequence, start) for start in before)
     whole = mine * layout.patch_count * row  # this rank's frames, complete
     piece_whole = -(-mine // pieces) * layout.patch_count * row
     attend = _attending(-(-mine // pieces), layout.patch_count, row, runtime.tokens, shape.itemsize)
@@ -141,15 +143,12 @@ def _with_exchange(
 
 def _attending(frames: int, patches: int, row: int, tokens: int | None, item: int) -> float:
     """What spatial attention makes beside its input, of `frames` whole frames."""
-    return _ATTEND[item] * _most(frames, patches, tokens) * patches * row
+    return _ATTEND[item] * _at_once(frames * patches, patches, tokens) * row
 
 
-def _most(length: int, each: int, tokens: int | None) -> int:
-    return max((part.stop - part.start for part in ranges(length, each, tokens)), default=0)
-
-
-def _tokens(frames: slice, patches: slice) -> int:
-    return int((frames.stop - frames.start) * (patches.stop - patches.start))
+def _at_once(total: int, least: int, tokens: int | None) -> int:
+    """Most tokens of `total` that a part can have, which has at least `least`."""
+    return total if tokens is None else min(total, max(tokens, least))
 
 
 def text_peak(models: ModelSizes, item: int, passing: int, int8: bool) -> int:
@@ -167,7 +166,8 @@ def text_peak(models: ModelSizes, item: int, passing: int, int8: bool) -> int:
 def decoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes, ranks: int = 1) -> int:
     """One chunk through both VAEs on the leading rank, beside the weights.
 
-    ranks: how many share it; then a round's frames are here as bytes, sent and received.
+    ranks: how many share it. Then its own frames of a round are here as bytes while it decodes,
+    and afterwards those of all ranks beside them.
     """
     frames = min(shape.num_frames, shape.micro_frames)
     group = min(runtime.group(shape.micro_batch), frames)
@@ -176,9 +176,12 @@ def decoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes, ranks: int
     spatial = group * shape.pixels * (_PIXEL_WIDTHS * width + _PIXEL_MORE) * shape.itemsize
     latents = -(-frames // sizes.TIME_FACTOR)
     temporal = (_TEMPORAL_CELL * latents + _TEMPORAL_MORE) * models.filters // 128
+    alone = max(spatial, temporal * cells * shape.itemsize)
+    if ranks == 1:
+        return alone
     frame = shape.batch * shape.pixels * 3
-    travelling = (ranks + 1) * frames * frame if ranks > 1 else 0
-    return max(spatial, temporal * cells * shape.itemsize) + travelling
+    a_round = min(ranks * shape.micro_frames, shape.num_frames)
+    return frames * frame + max(alone, a_round * frame)
 
 
 def encoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from opensora_sp import sizes
 from opensora_sp.parallel.cost import Workload, step_flops, step_traffic
@@ -46,15 +47,25 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A shape on a mesh in one memory mode. flops and sent are the busiest rank's, of a video."""
+    """A shape on a mesh in one memory mode."""
 
     shape: Shape
     mesh: Mesh
     mode: MemoryMode
     stages: Sequence[Stage]
     host: int
-    flops: float
-    sent: float
+    models: ModelSizes
+    options: Options
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the busiest rank for one batch of videos."""
+        return _cost(self.shape, self.mesh, self.mode, self.models, self.options)[0]
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the busiest rank sends for one batch of videos."""
+        return _cost(self.shape, self.mesh, self.mode, self.models, self.options)[1]
 
     @property
     def peak(self) -> int:
@@ -95,15 +106,14 @@ def make_plan(
     mesh = plan_mesh(
         ranks, guided=shape.guided, guidance=options.guidance, sequence=options.sequence
     )
-    flops, sent = _cost(shape, mesh, models, options.runtime(mode), options)
     return Plan(
         shape=shape,
         mesh=mesh,
         mode=mode,
         stages=_stages(shape, mesh, mode, models, options),
         host=_host(shape, mode, models, options),
-        flops=flops,
-        sent=sent,
+        models=models,
+        options=options,
     )
 
 
@@ -173,13 +183,21 @@ def _stages(
     if shape.encodes:
         beside = transformer if resident or streamed else 0
         stages.append(Stage("references", vae + beside, encoding_peak(shape, runtime, models)))
-    rank_peaks = [denoising_peak(shape, mesh, runtime, models, r) for r in range(mesh.size)]
     # Where models stay, the VAE is there from the second video on.
-    stages.append(Stage("denoise", transformer + vae * resident, max(rank_peaks)))
-    sharing = mesh.size if options.vae_decode != "rank0" else 1
+    denoising = denoising_peak(shape, mesh, runtime, models)
+    stages.append(Stage("denoise", transformer + vae * resident, denoising))
     beside = transformer if resident or streamed else 0
+    sharing = decoding_ranks(shape, mesh, options)
     stages.append(Stage("decode", vae + beside, decoding_peak(shape, runtime, models, sharing)))
     return stages
+
+
+def decoding_ranks(shape: Shape, mesh: Mesh, options: Options) -> int:
+    """How many ranks decode a video, as `Pipeline.shares_decode` decides it."""
+    if options.vae_decode == "rank0":
+        return 1
+    shares = options.vae_decode == "shared" or shape.num_frames > shape.micro_batch
+    return mesh.size if shares else 1
 
 
 def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) -> int:
@@ -197,10 +215,12 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     return int(_PROCESS + max(weights * shape.itemsize, text) + noise)
 
 
+@lru_cache(maxsize=256)
 def _cost(
-    shape: Shape, mesh: Mesh, models: ModelSizes, runtime: Runtime, options: Options
+    shape: Shape, mesh: Mesh, mode: MemoryMode, models: ModelSizes, options: Options
 ) -> tuple[float, float]:
     """FLOPs and bytes sent by the busiest rank, for one batch of videos."""
+    runtime = options.runtime(mode)
     frames, height, width = shape.latent
     work = Workload(
         frames=frames,
@@ -217,7 +237,7 @@ def _cost(
     sent = shape.steps * max(
         sum(size for _, size in step_traffic(work, mesh, rank, runtime).values()) for rank in ranks
     )
-    decoded = decode_flops(shape, mesh.size if options.vae_decode != "rank0" else 1)
+    decoded = decode_flops(shape, decoding_ranks(shape, mesh, options))
     text = 2 * models.t5_layers * models.t5_layer_weights * models.tokens
     return flops + decoded + text * shape.batch, float(sent)
 

@@ -73,6 +73,11 @@ def _advice(least: Plan, ranks: int, models: ModelSizes, options: Options, memor
         free = best(plans(least.shape, ranks, models, replace(options, memory=None)), memory)
         if free is not None:
             ways.append(f"--memory {free.mode} fits")
+    if options.vae_decode != "rank0":
+        rank0 = replace(options, vae_decode="rank0")
+        alone = best(plans(least.shape, ranks, models, rank0), memory)
+        if alone is not None:
+            ways.append(f"--vae-decode rank0 fits (--memory {alone.mode})")
     found = smallest_ranks(least.shape, models, options, memory)
     if found is not None and found[0] != ranks:
         ways.append(f"{found[0]} ranks fit (--memory {found[1].mode})")

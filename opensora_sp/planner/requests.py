@@ -43,7 +43,8 @@ def options_of(settings: RunSettings) -> Options:
     return Options(
         memory=None if settings.memory == "auto" else settings.memory,
         serial_guidance=settings.guidance == "serial",
-        vae_decode=settings.vae_decode,
+        # Where only the leading rank has the weights it decodes alone, whatever was asked for.
+        vae_decode="rank0" if settings.weights_from == "rank0" else settings.vae_decode,
         t5_on_cpu=settings.t5_device == "cpu",
         t5_int8=settings.t5_weights == "int8",
         guidance=settings.guidance_parallel,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.errors import UserError
+from opensora_sp.outside_json import read_object
+from opensora_sp.report.schema_check import first_problem
 from opensora_sp.validate import shown
 
 SCHEMA_NAME = "opensora_sp.benchmark"
@@ -20,13 +22,8 @@ Report = dict[str, Any]
 def read_report(path: Path | str, flag: str) -> Report:
     """A report of this program; UserError naming the flag where the file is none."""
     what = f"{flag} {shown(str(path))}"
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{what} is not JSON ({error})") from None
-    schema = report.get("schema") if isinstance(report, dict) else None
+    report = read_object(Path(path), what)
+    schema = report.get("schema")
     if not isinstance(schema, dict) or schema.get("name") != SCHEMA_NAME:
         raise UserError(f"{what} is not a benchmark report of this program")
     version = str(schema.get("version"))
@@ -34,7 +31,9 @@ def read_report(path: Path | str, flag: str) -> Report:
         raise UserError(
             f"{what} has schema version {version}; this program reads version {SCHEMA_VERSION}"
         )
-    return dict(report)
+    if (problem := first_problem(report, SCHEMA_FILE)) is not None:
+        raise UserError(f"{what} is damaged or was changed by hand: {problem[:200]}")
+    return report
 
 
 def read_finished(path: Path | str, flag: str) -> Report:

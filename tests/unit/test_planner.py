@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,16 @@ from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.devices import GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak
-from opensora_sp.planner.plan import Options, make_plan, plans, smallest_ranks
+from opensora_sp.planner.plan import (
+    Options,
+    decoding_ranks,
+    make_plan,
+    plans,
+    smallest_ranks,
+)
+from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import check_fits, verdict
+from opensora_sp.planner.requests import sizes_of
 from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.options import MEMORY_MODES
 from opensora_sp.verification.traced_stages import (
@@ -182,3 +192,141 @@ def test_the_docs_have_the_table_that_the_planner_writes() -> None:
     command = [sys.executable, "-m", "opensora_sp.planner.report"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (ROOT / "docs" / "memory_table.md").read_text(encoding="utf-8") == done.stdout
+
+
+def _random_shapes(count: int, seed: int) -> list[tuple[Shape, Options, ModelSizes]]:
+    """Requests of every kind on the published and the embedded model, small ones above all."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        side = rng.choice([64, 256, 1024, 4096])
+        shape = Shape(
+            height=rng.randint(16, side),
+            width=rng.randint(16, side),
+            num_frames=rng.choice([1, rng.randint(1, 60), rng.randint(1, 500)]),
+            batch=rng.choice([1, 1, 2, 4, 7]),
+            guided=rng.random() < 0.8,
+            dtype=rng.choice(["bf16", "fp16", "fp32"]),
+            micro_batch=rng.choice([1, 4, 4, 17]),
+            micro_frames=rng.choice([5, 9, 17, 17, 33]),
+            encodes=rng.random() < 0.3,
+        )
+        options = Options(
+            serial_guidance=rng.random() < 0.2,
+            vae_decode=rng.choice(["auto", "rank0", "shared"]),
+            t5_on_cpu=rng.random() < 0.2,
+            t5_int8=rng.random() < 0.2,
+        )
+        found.append((shape, options, rng.choice([MODELS, MODELS, sizes_of(None)])))
+    return found
+
+
+def test_a_larger_request_never_needs_less() -> None:
+    rng = random.Random(1)
+    for shape, options, models in _random_shapes(400, seed=2):
+        ranks = rng.randint(1, 16)
+        side = rng.choice(["height", "width", "num_frames", "batch"])
+        more = rng.choice([1, 8, 16, getattr(shape, side)])
+        larger = replace(shape, **{side: getattr(shape, side) + more})
+        pairs = zip(
+            plans(shape, ranks, models, options),
+            plans(larger, ranks, models, options),
+            strict=True,
+        )
+        for small, large in pairs:
+            for one, other in zip(small.stages, large.stages, strict=True):
+                assert one.total <= other.total, (shape, side, more, ranks, small.mode, one.name)
+
+
+def test_more_ranks_never_need_more_without_a_reason() -> None:
+    rng = random.Random(3)
+    said = 0
+    for shape, options, models in _random_shapes(400, seed=4):
+        few = rng.randint(1, 15)
+        many = few + rng.randint(1, 9)
+        pairs = zip(
+            plans(shape, few, models, options),
+            plans(shape, many, models, options),
+            strict=True,
+        )
+        for fewer, more in pairs:
+            if more.peak > fewer.peak:
+                said += 1
+                assert "would need less" in " ".join(surprises(more))
+                stage = max(more.stages, key=lambda stage: stage.total)
+                # Decoding alone is the same on any number of ranks.
+                assert stage.name != "decode" or decoding_ranks(shape, more.mesh, options) > 1
+        # With the decoder on one rank and one way of guiding, only the first rank's whole frames
+        # are beside what it would hold alone: from two ranks on nothing grows any more.
+        fixed = replace(options, vae_decode="rank0", guidance=1)
+        for mode in MEMORY_MODES:
+            peaks = [make_plan(shape, n, mode, models, fixed).peak for n in range(2, 10)]
+            assert peaks == sorted(peaks, reverse=True), (shape, mode, fixed)
+    assert said > 10
+
+
+def test_a_smaller_mode_never_needs_more_without_a_reason() -> None:
+    said = 0
+    for shape, options, models in _random_shapes(400, seed=5):
+        candidates = plans(shape, 4, models, options)
+        for before, after in pairwise(candidates):
+            if after.peak > before.peak:
+                said += 1
+                assert f"needs less than {after.mode}" in " ".join(surprises(after))
+                assert verdict(shape, 4, models, options, 1e6)[0].peak <= before.peak
+    assert said > 5
+
+
+def test_what_is_expected_is_not_explained() -> None:
+    for ranks in (1, 2, 8):
+        assert [surprises(plan) for plan in plans(LONG, ranks, MODELS, FREE)] == [[], [], []]
+    # Where halves go one after the other anyway, three ranks share one video's patches better.
+    (line,) = surprises(make_plan(LONG, 4, "small", MODELS, FREE))
+    assert "only 2 share a video's patches (--guidance-parallel 1" in line
+    better = replace(FREE, guidance=1)
+    assert surprises(make_plan(LONG, 4, "small", MODELS, better)) == []
+    # Three ranks cannot be paired: each computes both halves, and says so.
+    serial = replace(FREE, vae_decode="rank0", t5_on_cpu=True, memory="speed")
+    tiny = Shape(height=64, width=64, num_frames=1)
+    (line,) = surprises(make_plan(tiny, 3, "speed", MODELS, serial))
+    assert "computes both guidance halves" in line
+
+
+def test_the_least_picture_on_more_ranks_than_patches_is_planned() -> None:
+    for ranks in (1, 2, 3, 64):
+        for frames in (1, 2, 18):
+            shape = Shape(height=16, width=16, num_frames=frames)
+            for plan in plans(shape, ranks, sizes_of(None), FREE):
+                assert 0 < plan.peak < 1e9
+                assert plan.flops > 0
+
+
+def test_the_largest_requests_take_no_longer() -> None:
+    # A hard limit for a hang: both answers take a fraction of a second.
+    flags = ("--device-memory", "24GB", "--image-size", "16384", "16384", "--ranks", "64")
+    for frames in ("16s", "100000"):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch" / "plan.py"), *flags, "--num-frames", frames],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+        assert done.returncode == 1, done.stderr
+        assert "does not fit" in done.stdout
+
+
+def test_a_video_is_shared_as_the_program_shares_it() -> None:
+    # One group of frames is decoded by the leading rank alone, and so it needs no more room.
+    shape = Shape(height=720, width=1280, num_frames=4)
+    alone, eight = (decoding_peak_of(shape, ranks, "auto") for ranks in (1, 8))
+    assert alone == eight
+    assert decoding_peak_of(shape, 8, "shared") > alone
+    # A round's frames exist once, however many ranks there are to share one short video.
+    short = Shape(height=720, width=1280, num_frames=17)
+    assert decoding_peak_of(short, 2, "auto") == decoding_peak_of(short, 64, "auto")
+
+
+def decoding_peak_of(shape: Shape, ranks: int, vae_decode: str) -> int:
+    plan = make_plan(shape, ranks, "speed", MODELS, replace(FREE, vae_decode=vae_decode))
+    return next(stage.peak for stage in plan.stages if stage.name == "decode")

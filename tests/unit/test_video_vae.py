@@ -268,7 +268,7 @@ def test_config_as_published_and_with_other_sizes(tmp_path: Path) -> None:
         ({"vae_temporal": {"type": "Other"}}, {}, "'Other'"),
         ({"vae_temporal": {"temporal_downsample": [True]}}, {}, "temporal_downsample has 1"),
         ({"vae_temporal": {"filters": 40}}, {}, "filters is 40"),
-        ({"micro_frame_size": "17"}, {}, "micro_frame_size is '17'"),
+        ({"micro_frame_size": "17"}, {}, "micro_frame_size '17'"),
         ({}, {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
     ],
 )
