@@ -164,8 +164,10 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[
     return prompts
 
 
-def check_conditions(request: Request, *, allow_remote: bool) -> None:
+def check_conditions(request: Request, *, allow_remote: bool) -> list[str]:
     """A request's references and strategy, as far as that goes without decoding a picture.
+
+    Returns what is worth telling a person of the references.
 
     Raises UserError naming the file, the address or the group.
     """
@@ -180,5 +182,8 @@ def check_conditions(request: Request, *, allow_remote: bool) -> None:
                 f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "
                 f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
             )
-    for path in paths:
-        check_reference(path, allow_remote=allow_remote)
+    return [
+        note
+        for path in paths
+        for note in check_reference(path, allow_remote=allow_remote, fps=request.reference_fps)
+    ]

@@ -255,7 +255,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.refine import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests = _requests(values)
+    requests, told = _requests(values)
+    notes += told
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
@@ -274,23 +275,24 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     return Job(settings=settings, tasks=tasks, notes=tuple(notes))
 
 
-def _requests(values: Values) -> list[Request]:
-    """The first sample of every prompt that is asked for."""
+def _requests(values: Values) -> tuple[list[Request], list[str]]:
+    """The first sample of every prompt that is asked for, and what is told of their references."""
     prompts = _raw_prompts(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
     shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
-    requests = []
+    requests: list[Request] = []
+    notes: list[str] = []
     for place, (index, raw) in enumerate(prompts):
         own = {key: entries[place] for key, entries in conditions.items()}
         split = _split_json(raw, own)
         split_loops(split.prompt)  # only to refuse bad segments now
         request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
-        check_conditions(request, allow_remote=values["allow_remote"])
+        notes += check_conditions(request, allow_remote=values["allow_remote"])
         requests.append(request)
-    return requests
+    return requests, list(dict.fromkeys(notes))
 
 
 def _raw_prompts(values: Values) -> list[tuple[int, str]]:
