@@ -470,6 +470,8 @@ def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterat
         if container.format.name in _NOT_PICTURES:
             raise UserError(f"reference {name} has no picture in it: give an image or a video")
         stream = _film(container, name, notes)
+        # The same for the decoder, whose stream may say another size than the container.
+        stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}
         seconds, rate = _judged(container, stream, name, notes)
         source = _Frames(name, lambda: _video_frames(container, stream), seconds=seconds, rate=rate)
         if "image2" in container.format.name or container.format.name.endswith("_pipe"):
@@ -520,17 +522,20 @@ def _judged(
 
     codec = stream.codec_context
     rate = Fraction(stream.average_rate) if stream.average_rate else None
-    seconds = None
+    lengths = []  # headers may contradict each other
     if stream.duration and stream.time_base:
-        seconds = stream.duration * Fraction(stream.time_base)
+        lengths.append(stream.duration * Fraction(stream.time_base))
     elif container.duration:
-        seconds = Fraction(container.duration, 1_000_000)
+        lengths.append(Fraction(container.duration, 1_000_000))
+    if stream.frames and rate:
+        lengths.append(stream.frames / rate)
+    seconds = max(lengths, default=None)
     width, height = _shown_size(codec.width, codec.height, stream.sample_aspect_ratio)
     check_video(name, width, height, frames=stream.frames, seconds=seconds, rate=rate)
     notes += hdr_notes(int(codec.color_trc))
     if unknown := UNKNOWN_MATRICES.get(int(codec.colorspace)):
-        notes.append(
-            f"has colours as {unknown}, which are not known here and will be off: save it as "
+        raise UserError(
+            f"reference {name} has colours as {unknown}, which cannot be converted: save it as "
             "BT.709 first"
         )
     return seconds, rate
@@ -584,9 +589,20 @@ def _upright(picture: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    sized = stream.codec_context.width > 0
     # Decoding with frame threads would swallow the error at a cut, but only sometimes.
     for packet in container.demux(stream):
         # Broadcast streams, which declare no frame count, may rightly begin in mid-picture.
         if packet.is_corrupt and stream.frames:
             raise ValueError("the file is cut off")
-        yield from packet.decode()
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if sized:
+                raise
+            # FFmpeg forgets a size that is over the limit.
+            most = MOST_FRAME_PIXELS // 10**6
+            raise ValueError(f"{said(error)}, or frames of over {most} million pixels") from error
+        yield from frames
