@@ -10,7 +10,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
@@ -52,6 +51,33 @@ def coded(light: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
+# The shares of red and blue in luma; what is not tagged is BT.601.
+LUMA = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
+
+
+def yuv_frame(rgb: NDArray[Any], pix_fmt: str, matrix: int, full: bool) -> av.VideoFrame:
+    """By the definitions of H.273, not by FFmpeg, which is under test."""
+    red, green, blue = np.moveaxis(rgb / np.iinfo(rgb.dtype).max, -1, 0)
+    kr, kb = LUMA.get(matrix, (0.299, 0.114))
+    y = kr * red + (1 - kr - kb) * green + kb * blue
+    cb, cr = (blue - y) / (2 - 2 * kb), (red - y) / (2 - 2 * kr)
+    depth = next((n for n in (10, 12) if f"p{n}" in pix_fmt), 8)
+    unit, top = 2 ** (depth - 8), 2**depth - 1
+    luma = y * top if full else (16 + 219 * y) * unit
+    chroma = [c * (top if full else 224 * unit) + 128 * unit for c in (cb, cr)]
+    # Every quadrant is of one colour, so leaving samples out is exact.
+    down, across = {"420": (2, 2), "422": (1, 2), "444": (1, 1)}[pix_fmt[3:6]]
+    frame = av.VideoFrame(rgb.shape[1], rgb.shape[0], pix_fmt)
+    for plane, values in zip(
+        frame.planes, [luma, *(c[::down, ::across] for c in chroma)], strict=True
+    ):
+        kind: Any = np.uint8 if depth == 8 else np.dtype("<u2")
+        rows = np.zeros((plane.height, plane.line_size // np.dtype(kind).itemsize), kind)
+        rows[:, : plane.width] = np.clip(np.round(values), 0, top)
+        plane.update(rows.tobytes())
+    return frame
+
+
 def write_video(
     path: Path,
     rgb: NDArray[Any],
@@ -63,14 +89,8 @@ def write_video(
     primaries: int = 2,
     transfer: int = 2,
 ) -> None:
-    """One colour conversion, by FFmpeg, to the tags that the file then has."""
-    source = av.VideoFrame.from_ndarray(rgb, format="rgb48le" if rgb.itemsize == 2 else "rgb24")
-    frame = source.reformat(
-        format=pix_fmt,
-        src_color_range=ColorRange.JPEG,
-        dst_colorspace=Colorspace.ITU601 if matrix in (2, 10, 14) else matrix,
-        dst_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-    )
+    """A film of one picture with these tags of H.273."""
+    frame = yuv_frame(rgb, pix_fmt, matrix, full is True)
     frame.colorspace, frame.color_range = matrix, 0 if full is None else 2 if full else 1
     options = {"libx264": {"crf": "1"}, "libx265": {"crf": "1", "x265-params": "log-level=none"}}
     with av.open(str(path), "w") as container:

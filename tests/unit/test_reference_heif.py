@@ -45,6 +45,7 @@ def encoded(content: bytes, height: int, width: int, codec: str) -> tuple[bytes,
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     file.seek(0)
+    made: Any
     with av.open(file) as made:
         extra = made.streams.video[0].codec_context.extradata
         return bytes(extra or b""), b"".join(bytes(packet) for packet in made.demux(video=0))

@@ -70,7 +70,7 @@ def add_sound(container: Any, codec: str) -> Any:
 def fill_sound(container: Any, stream: Any) -> None:
     size = stream.codec_context.frame_size or 1024
     kind = stream.codec_context.format.name
-    dtype = np.int16 if kind.startswith("s16") else np.float32
+    dtype: Any = {"s16": np.int16, "s32": np.int32}.get(kind.rstrip("p"), np.float32)
     for index in range(5):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, size), dtype), format=kind, layout="mono")
         frame.sample_rate, frame.pts = 16000, index * size
@@ -94,7 +94,8 @@ MAGENTA = np.full((400, 400, 3), (255, 0, 255), np.uint8)
 
 
 def covered(path: Path, *, film: bool, sound: str | None) -> None:
-    with av.open(str(path), "w") as container:
+    container_format = "mp4" if path.suffix in (".m4v", ".m4a") else None
+    with av.open(str(path), "w", format=container_format) as container:
         voice = add_sound(container, sound) if sound else None
         cover = add_cover(container)
         stream = add_film(container, quadrants()) if film else None
@@ -105,7 +106,7 @@ def covered(path: Path, *, film: bool, sound: str | None) -> None:
             fill_sound(container, voice)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "b.m4v", "c.mov", "d.mkv", "e.mp4"])
+@pytest.mark.parametrize("name", ["a.mp4", "b.m4v", "d.mkv", "e.mp4"])
 def test_the_film_is_read_and_not_its_cover(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name.endswith("mkv"):
@@ -138,7 +139,7 @@ def test_sound_with_a_cover_is_refused(tmp_path: Path, name: str) -> None:
 def test_of_several_videos_one_is_chosen_and_told(tmp_path: Path) -> None:
     small, other = np.full((32, 48, 3), 90, np.uint8), np.full((96, 144, 3), 90, np.uint8)
     for name, marked, wanted in (
-        ("large.mp4", None, 1),  # the largest
+        ("large.mkv", None, 1),  # both are default ones: the largest
         ("default.mkv", 1, 1),  # the default one, though another is larger
         ("first.mkv", 0, 0),
     ):
@@ -149,10 +150,8 @@ def test_of_several_videos_one_is_chosen_and_told(tmp_path: Path) -> None:
         with av.open(str(path), "w") as container:
             streams = [add_film(container, each) for each in pictures]
             for number, stream in enumerate(streams):
-                if marked is not None:
-                    stream.disposition = (
-                        Disposition.default if number == marked else Disposition.dub
-                    )
+                chosen = marked in (None, number)
+                stream.disposition = Disposition.default if chosen else Disposition.dub
             for stream, picture in zip(streams, pictures, strict=True):
                 fill(container, stream, picture)
         assert near(seen(path)), name
@@ -242,7 +241,7 @@ def test_turned_mirrored_and_stretched(tmp_path: Path, name: str, shape: Fractio
     for place, colour in enumerate(COLOURS):
         x, y = place % 2 * 2 - 1, place // 2 * 2 - 1
         wanted[(b * x + d * y, a * x + c * y)] = colour
-    across, down = 96 * max(shape, 1), 64 / min(shape, 1)
+    across, down = 96 * max(shape, Fraction(1)), 64 / min(shape, Fraction(1))
     height, width = (across, down) if a == 0 else (down, across)
     found = seen(path, int(height), int(width))
     assert near(found, [wanted[key] for key in sorted(wanted)])
