@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from opensora_sp.conditioning import parse_mask_strategy
-from opensora_sp.errors import CheckpointError, UserError
+from opensora_sp.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.request import Checkpoints, Request
 from opensora_sp.validate import shown
 
@@ -169,7 +169,8 @@ def check_conditions(request: Request, *, allow_remote: bool) -> list[str]:
 
     Returns what is worth telling a person of the references.
 
-    Raises UserError naming the file, the address or the group.
+    Raises UserError naming the group, or PromptFault naming the file or the address that cannot
+    be used: of a list the other prompts can still be made.
     """
     from opensora_sp.references import check_reference
 
@@ -182,8 +183,10 @@ def check_conditions(request: Request, *, allow_remote: bool) -> list[str]:
                 f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "
                 f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
             )
-    return [
-        note
-        for path in paths
-        for note in check_reference(path, allow_remote=allow_remote, fps=request.reference_fps)
-    ]
+    notes: list[str] = []
+    for path in paths:
+        try:
+            notes += check_reference(path, allow_remote=allow_remote, fps=request.reference_fps)
+        except UserError as error:
+            raise PromptFault(str(error)) from error
+    return notes

@@ -20,7 +20,7 @@ from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Flag
 from opensora_sp.cli.typed_references import compose
 from opensora_sp.config_file import Raw, read_config, write_config
-from opensora_sp.errors import UserError
+from opensora_sp.errors import PromptFault, UserError
 from opensora_sp.naming import output_stems
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.preflight import (
@@ -255,7 +255,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.refine import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests, told = _requests(values)
+    requests, failed, told = _requests(values)
     notes += told
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
@@ -272,11 +272,14 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     if settings.sheet:
         check_output(settings.sheet_path)
     check_space(save_dir, [task.request for task in tasks], lossless=settings.lossless)
-    return Job(settings=settings, tasks=tasks, notes=tuple(notes))
+    return Job(settings=settings, tasks=tasks, notes=tuple(notes), failed=tuple(failed))
 
 
-def _requests(values: Values) -> tuple[list[Request], list[str]]:
-    """The first sample of every prompt that is asked for, and what is told of their references."""
+def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
+    """The first sample of every prompt that is asked for, what is wrong with the others, notes.
+
+    A reference that cannot be used ends its own prompt alone, where there are others.
+    """
     prompts = _raw_prompts(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
@@ -284,15 +287,24 @@ def _requests(values: Values) -> tuple[list[Request], list[str]]:
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
     requests: list[Request] = []
+    failed: list[str] = []
     notes: list[str] = []
     for place, (index, raw) in enumerate(prompts):
         own = {key: entries[place] for key, entries in conditions.items()}
         split = _split_json(raw, own)
         split_loops(split.prompt)  # only to refuse bad segments now
         request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
-        notes += check_conditions(request, allow_remote=values["allow_remote"])
+        try:
+            notes += check_conditions(request, allow_remote=values["allow_remote"])
+        except PromptFault as fault:
+            if len(prompts) == 1:
+                raise
+            failed.append(f"prompt {index} ({shown(split.prompt.strip())}): {fault}")
+            continue
         requests.append(request)
-    return requests, list(dict.fromkeys(notes))
+    if not requests:
+        raise UserError(f"none of the {len(prompts)} prompts can be made: {failed[0]}")
+    return requests, failed, list(dict.fromkeys(notes))
 
 
 def _raw_prompts(values: Values) -> list[tuple[int, str]]:

@@ -10,7 +10,6 @@ from PIL import Image
 from opensora_sp.cli.combinations import COMBINATIONS
 from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Feature
-from opensora_sp.cli.threads import available_cores, choose_threads
 from opensora_sp.errors import UserError
 from opensora_sp.request import Job
 from opensora_sp.settings import (
@@ -143,33 +142,6 @@ def test_the_checkpoint_layout_is_accepted_and_a_gap_is_named(
             (broken / file.name).symlink_to(file)
     with pytest.raises(UserError, match=r"--ckpt-path-t5 .*pytorch_model-00002-of-00002\.bin"):
         job_of(tmp_path, *argv, "--ckpt-path-t5", str(broken))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "environ", "expected"),
-    [
-        (None, "cpu", {}, 8),
-        (None, None, {"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "16", "OMP_NUM_THREADS": "1"}, 1),
-        (None, "cpu", {"OMP_NUM_THREADS": "1"}, None),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, None),
-        (None, "cuda", {"LOCAL_WORLD_SIZE": "2"}, None),
-        (5, "cuda", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 5),
-    ],
-)
-def test_threads_of_a_rank(
-    wanted: int | None, device: str | None, environ: dict[str, str], expected: int | None
-) -> None:
-    assert choose_threads(wanted, device, environ, cores=8) == expected
-
-
-def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    free = available_cores(tmp_path / "absent")
-    quota.write_text("max 100000\n")
-    assert available_cores(quota) == free
-    quota.write_text("50000 100000\n")
-    assert available_cores(quota) == 1
 
 
 @pytest.mark.parametrize(

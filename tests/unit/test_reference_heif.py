@@ -42,7 +42,9 @@ def encoded(content: bytes, height: int, width: int, codec: str) -> tuple[bytes,
     with av.open(file, "w", format="mp4") as container:
         stream: Any = container.add_stream(codec, rate=24, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts = 0  # without a time the muxer may refuse it
+        container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     file.seek(0)
     made: Any
