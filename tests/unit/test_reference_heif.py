@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def encoded(content: bytes, height: int, width: int, codec: str) -> tuple[bytes,
     """A picture's decoder configuration and data, as an mp4 holds them."""
     picture = np.frombuffer(content, np.uint8).reshape(height, width, 3)
     options = {
-        "libx265": {"crf": "1", "x265-params": "log-level=none"},
+        "libx265": {"crf": "1", "x265-params": "log-level=none:bframes=0:frame-threads=1"},
         "libsvtav1": {"crf": "1", "preset": "8"},
     }[codec]
     file = io.BytesIO()
@@ -43,7 +44,7 @@ def encoded(content: bytes, height: int, width: int, codec: str) -> tuple[bytes,
         stream: Any = container.add_stream(codec, rate=24, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts = 0  # without a time the muxer may refuse it
+        frame.pts, frame.time_base = 0, Fraction(1, 24)
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     file.seek(0)
