@@ -68,7 +68,7 @@ def look_at(path: str, request: Request, *, allow_remote: Remote) -> Facts:
     from opensora_sp.reference_frames import open_reference
     from opensora_sp.references import check_reference
 
-    notes = check_reference(path, allow_remote=allow_remote)
+    notes = check_reference(path, allow_remote=allow_remote, fps=request.reference_fps)
     if is_address(path):
         return Facts(notes=tuple(notes))
     with open_reference(path, fps=request.reference_fps) as reference:

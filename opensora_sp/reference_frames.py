@@ -20,6 +20,7 @@ from opensora_sp.errors import UserError
 from opensora_sp.fetch import Remote, open_file
 from opensora_sp.media import exact_rate
 from opensora_sp.redaction import without_secrets
+from opensora_sp.reference_bounds import MOST_RESAMPLED
 from opensora_sp.references import _Frames, _no_picture, _opened, _Part, _resampled, _TimedFrame
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ _COUNTED_FORMATS = frozenset({"mov", "mp4", "matroska", "webm"})
 _COUNTED_CODECS = frozenset(
     {"h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg", "prores", "ffv1", "png", "rawvideo", "dnxhd"}
 )
-# Frames that resampling may make; a clip has at most sizes.MOST_FRAMES.
-MOST_RESAMPLED = 1_000_000
 
 
 class Recounted(Exception):  # noqa: N818 (not an error: what was planned from the count is)

@@ -16,8 +16,20 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from opensora_sp.errors import UserError
 from opensora_sp.fetch import Remote, check_address, open_file, said
-from opensora_sp.media import BT709, FULL_RANGE, exact_rate
+from opensora_sp.media import exact_rate
 from opensora_sp.redaction import is_address, without_secrets
+from opensora_sp.reference_bounds import (
+    MOST_FRAME_PIXELS,
+    CutOffError,
+    check_animation,
+    check_frame,
+    check_picture,
+    check_resampled,
+    check_video,
+    check_whole,
+    scan_gif,
+)
+from opensora_sp.reference_kinds import refuse_camera_raw, refuse_unread_kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +48,8 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "P
 _ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")
 # FFmpeg would draw a text file as a video of its letters.
 _NOT_PICTURES = ("tty",)
+# Frames a second for which the model's own 24 may stand without a word: 25 and 23.976 do.
+_ABOUT_24 = (Fraction(22), Fraction(26))
 
 
 @dataclass(frozen=True)
@@ -153,10 +167,11 @@ def read_reference(
 ) -> Reference:
     """Read one reference and fit it to a size.
 
-    Images of any mode are turned upright by their EXIF tag and converted to RGB (an alpha channel
-    is dropped, 16-bit grey keeps its upper eight bits). Animations and videos give their frames
-    as they are, one for one; with `fps`, the frame that is on screen at every multiple of 1/fps
-    seconds. A video's rotation tag is honoured.
+    Images of any mode are turned upright by their EXIF tag and converted to sRGB by their colour
+    profile (an alpha channel is dropped, 16-bit grey keeps its upper eight bits). Animations and
+    videos give their frames as they are, one for one; with `fps`, the frame that is on screen at
+    every multiple of 1/fps seconds. A video's rotation and the shape of its pixels are honoured,
+    its cover art is passed over, and high dynamic range is brought to standard range.
 
     Args:
         path: a file, or with `allow_remote` an http(s) address, fetched within the bounds
@@ -171,15 +186,24 @@ def read_reference(
     with open_file(path, allow_remote) as file, _opened(file, name) as source:
         if not isinstance(source, _Frames):
             return Reference(fit_image(source, height, width)[:, None], is_image=True)
+        check_resampled(name, source.seconds, rate)
         pictures = source.frames() if rate is None else _resampled(source.frames(), rate)
         return Reference(_fitted(pictures, height, width, name), is_image=False)
 
 
-def check_reference(path: str | Path, *, allow_remote: Remote = False) -> list[str]:
+def check_reference(
+    path: str | Path, *, allow_remote: Remote = False, fps: float | None = None
+) -> list[str]:
     """Prove cheaply that a reference can be read: an image is decoded, of a video its first frame.
 
     Of an address only what it says is judged; nothing is fetched. Does not import torch. Returns
     what is worth telling a person.
+
+    Args:
+        fps: as for `read_reference`; without it, a video's own rate may be worth a word.
+
+    Returns:
+        What is worth telling a person of this reference: a sentence each, with its name.
 
     Raises:
         UserError: one line that says why this file or address cannot be used.
@@ -187,10 +211,27 @@ def check_reference(path: str | Path, *, allow_remote: Remote = False) -> list[s
     if is_address(path):
         check_address(path, allow_remote)
         return []
-    with open_file(path, allow_remote) as file, _opened(file, path) as source:
+    notes: list[str] = []
+    with open_file(path, allow_remote) as file, _opened(file, path, notes) as source:
         if isinstance(source, _Frames):
-            next(source.frames())
-    return []
+            rate = None if fps is None else exact_rate(fps)
+            check_resampled(path, source.seconds, rate)
+            first = next(source.frames())
+            if rate is None:
+                own = source.rate or (1 / first.length if first.length else None)
+                notes += _rate_notes(own)
+    return [f"reference {path} {note}" for note in dict.fromkeys(notes)]
+
+
+def _rate_notes(rate: Fraction | None) -> list[str]:
+    if rate is None or _ABOUT_24[0] <= rate <= _ABOUT_24[1]:
+        return []
+    way = "slower" if rate > 24 else "faster"
+    times = max(rate / 24, 24 / rate)
+    return [
+        f"has {float(rate):.4g} frames a second, which are taken one for one as 24: what moves is "
+        f"{float(times):.2g} times {way}; --reference-fps 24 keeps its speed"
+    ]
 
 
 def _fitted(pictures: Iterable[_TimedFrame], height: int, width: int, path: str | Path) -> Tensor:
@@ -235,7 +276,8 @@ def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_Timed
 class _Frames:
     """A video or an animation that is open: `frames()` decodes it, at least one frame.
 
-    film: of a video, the container and the stream that is decoded.
+    film: of a video, the container and the stream that is decoded. seconds: its length as its
+    header tells; rate: its frames a second. None where unknown.
     """
 
     def __init__(
@@ -244,10 +286,13 @@ class _Frames:
         decode: Callable[[_Part], Iterator[_TimedFrame]],
         *,
         film: tuple[Any, Any] | None = None,
+        seconds: Fraction | None = None,
+        rate: Fraction | None = None,
     ) -> None:
         self._name = name
         self._decode = decode
         self.film = film
+        self.seconds, self.rate = seconds, rate
 
     def frames(self, part: _Part | None = None) -> Iterator[_TimedFrame]:
         count = 0
@@ -255,6 +300,8 @@ class _Frames:
             for frame in self._decode(part or _Part()):
                 count += 1
                 yield frame
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"reference {self._name} is damaged after {count} frames ({said(error)}): "
@@ -265,39 +312,130 @@ class _Frames:
 
 
 @contextmanager
-def _opened(file: IO[bytes], name: str | Path) -> Iterator[Image | _Frames]:
-    """An upright RGB image, or frames to come."""
+def _opened(
+    file: IO[bytes], name: str | Path, notes: list[str] | None = None
+) -> Iterator[Image | _Frames]:
+    """An upright sRGB image, or frames to come.
+
+    Args:
+        notes: what is worth telling is added here, without the reference's name.
+    """
+    notes = [] if notes is None else notes
+    refuse_unread_kind(file, name)
     image = _identified(file, name)
     if image is None:
-        with _opened_video(file, name) as source:
+        if _is_heif_still(file):
+            yield _heif(file, name, notes)
+            return
+        check_whole(file, name)
+        with _opened_video(file, name, notes) as source:
             yield source
         return
     with image:
-        if image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
-            yield _Frames(name, lambda part: _animation_frames(image, part))
+        frames = _frame_count(image, file, name)
+        if frames > 1:
+            check_animation(name, image.width, image.height, frames)
+            yield _Frames(name, lambda part: _animation_frames(image, name, part))
         else:
-            yield _loaded(image, name)
+            check_picture(name, image.width, image.height)
+            yield _loaded(image, name, _cicp(image, file), notes)
 
 
 def _identified(file: IO[bytes], name: str | Path) -> Image | None:
+    import warnings
+
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
     known = [each for each in _IMAGE_FORMATS if each in Image.OPEN]
     try:
-        return Image.open(file, formats=known)
+        with warnings.catch_warnings():
+            # Of large and of odd pictures: the size is judged here, the rest is refused or read.
+            warnings.simplefilter("ignore")
+            return Image.open(file, formats=known)
     except UnidentifiedImageError:
         file.seek(0)
         return None
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"reference {name} has too many pixels ({said(error)}): make it smaller"
+        ) from error
     except Exception as error:  # a plugin may raise anything on a damaged header
         raise UserError(f"cannot read reference {name}: {said(error)}") from error
 
 
-def _loaded(image: Image, name: str | Path) -> Image:
+def _frame_count(image: Image, file: IO[bytes], name: str | Path) -> int:
+    """Frames of an animation; 1 for a picture. Decodes nothing."""
+    if image.format not in _ANIMATED_FORMATS:
+        return 1
+    try:
+        if image.format != "GIF":
+            return int(getattr(image, "n_frames", 1))
+        at = file.tell()
+        width, height, frames = scan_gif(file)
+        file.seek(at)
+    except CutOffError as error:
+        raise UserError(f"reference {name} is damaged ({error}): give a whole file") from error
+    except Exception as error:  # as in _identified
+        raise UserError(
+            f"reference {name} is damaged ({said(error)}): give a whole file"
+        ) from error
+    # A frame may be larger than the screen that the header tells. One frame costs as many do.
+    check_animation(name, width, height, frames)
+    return frames
+
+
+def _cicp(image: Image, file: IO[bytes]) -> tuple[int, int] | None:
+    """Primaries and transfer that a PNG or an AVIF tells beside its profile."""
+    from opensora_sp.reference_colour import png_cicp
+    from opensora_sp.reference_heif import heif_cicp
+
+    if image.format == "PNG":
+        return png_cicp(file)
+    if image.format == "AVIF" and not image.info.get("icc_profile"):
+        return heif_cicp(file)
+    return None
+
+
+def _is_heif_still(file: IO[bytes]) -> bool:
+    from opensora_sp.reference_heif import is_heif_still
+
+    return is_heif_still(file)
+
+
+def _heif(file: IO[bytes], name: str | Path, notes: list[str]) -> Image:
+    from PIL import Image
+
+    from opensora_sp.reference_colour import picture_to_srgb
+    from opensora_sp.reference_heif import read_heif
+
+    found = read_heif(file, name)
+    image = Image.fromarray(found.rgb)
+    notes += found.notes
+    if found.profile:
+        image.info["icc_profile"] = found.profile
+        image, told = picture_to_srgb(image, image, None)
+        notes += told
+    return image
+
+
+def _loaded(
+    image: Image, name: str | Path, cicp: tuple[int, int] | None, notes: list[str]
+) -> Image:
     from PIL import ImageOps
 
+    from opensora_sp.reference_colour import picture_to_srgb
+
+    if image.format == "TIFF":
+        refuse_camera_raw(getattr(image, "tag_v2", None), name)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image), image.format)
+        file_format = image.format
+        # Some profiles are known only once the picture is decoded.
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        image, told = picture_to_srgb(image, _to_rgb(image, file_format), cicp)
+        notes += told
+        return image
     except UserError:
         raise
     except Exception as error:  # a plugin may raise anything on damaged data
@@ -318,12 +456,13 @@ def _to_rgb(image: Image, file_format: str | None) -> Image:
     return image.convert("RGB")
 
 
-def _animation_frames(image: Image, part: _Part) -> Iterator[_TimedFrame]:
+def _animation_frames(image: Image, name: str | Path, part: _Part) -> Iterator[_TimedFrame]:
     import numpy as np
     from PIL import ImageSequence
 
     start = Fraction(0)
     for frame in ImageSequence.Iterator(image):
+        check_frame(name, frame.width, frame.height)
         frame.load()  # only then is a WebP's duration known
         picture = np.asarray(frame.convert("RGB")) if part.wanted(start) else _no_picture()
         milliseconds = Fraction(frame.info.get("duration") or 100)  # 0: what players show
@@ -332,21 +471,32 @@ def _animation_frames(image: Image, part: _Part) -> Iterator[_TimedFrame]:
 
 
 @contextmanager
-def _opened_video(file: IO[bytes], name: str | Path) -> Iterator[Image | _Frames]:
+def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterator[Image | _Frames]:
     import av
 
     try:
         # No protocol at all: a playlist must not make FFmpeg open further files or addresses.
-        container = av.open(file, options={"protocol_whitelist": "none"})
+        # Of a frame larger than is read nothing may be decoded, not even to find its format.
+        options = {"protocol_whitelist": "none", "max_pixels": str(MOST_FRAME_PIXELS)}
+        container = av.open(file, options=options)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
             f"reference {name} is neither an image nor a video that can be read: {said(error)}"
         ) from error
     with container:
-        if container.format.name in _NOT_PICTURES or not container.streams.video:
+        if container.format.name in _NOT_PICTURES:
             raise UserError(f"reference {name} has no picture in it: give an image or a video")
-        film = container, container.streams.video[0]
-        source = _Frames(name, lambda part: _video_frames(*film, part), film=film)
+        stream = _film(container, name, notes)
+        # The same for the decoder, whose stream may say another size than the container.
+        stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}
+        seconds, rate = _judged(container, stream, name, notes)
+        source = _Frames(
+            name,
+            lambda part: _video_frames(container, stream, part),
+            film=(container, stream),
+            seconds=seconds,
+            rate=rate,
+        )
         if "image2" in container.format.name or container.format.name.endswith("_pipe"):
             from PIL import Image
 
@@ -361,6 +511,74 @@ def _no_picture() -> NDArray[np.uint8]:
     return np.empty((0, 0, 3), np.uint8)
 
 
+def _film(container: Any, name: str | Path, notes: list[str]) -> Any:
+    """The video stream that is meant: no cover art, then the default one, then the largest."""
+    from av.stream import Disposition
+
+    beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    streams = [each for each in container.streams.video if each.codec_context is not None]
+    films = [each for each in streams if not each.disposition & beside]
+    if not films:
+        if streams:
+            raise UserError(
+                f"reference {name} has no video, only cover art: give an image or a video"
+            )
+        raise UserError(f"reference {name} has no picture in it: give an image or a video")
+
+    def rank(stream: Any) -> tuple[bool, bool, int]:
+        # A stream of one frame beside a film is a cover that is not marked as one.
+        lasting = stream.frames != 1
+        return lasting, bool(stream.disposition & Disposition.default), _area(stream)
+
+    chosen = max(films, key=rank)
+    if len(films) > 1:
+        notes.append(
+            f"has {len(films)} videos in it; stream {chosen.index} "
+            f"({chosen.codec_context.width}x{chosen.codec_context.height}) is used"
+        )
+    return chosen
+
+
+def _area(stream: Any) -> int:
+    return int(stream.codec_context.width * stream.codec_context.height)
+
+
+def _judged(
+    container: Any, stream: Any, name: str | Path, notes: list[str]
+) -> tuple[Fraction | None, Fraction | None]:
+    """A stream's length in seconds and frames a second, within bounds; None where unknown."""
+    from opensora_sp.reference_colour import UNKNOWN_MATRICES, hdr_notes
+
+    codec = stream.codec_context
+    rate = Fraction(stream.average_rate) if stream.average_rate else None
+    lengths = []  # headers may contradict each other
+    if stream.duration and stream.time_base:
+        lengths.append(stream.duration * Fraction(stream.time_base))
+    elif container.duration:
+        lengths.append(Fraction(container.duration, 1_000_000))
+    if stream.frames and rate:
+        lengths.append(stream.frames / rate)
+    seconds = max(lengths, default=None)
+    width, height = _shown_size(codec.width, codec.height, stream.sample_aspect_ratio)
+    check_video(name, width, height, frames=stream.frames, seconds=seconds, rate=rate)
+    notes += hdr_notes(int(codec.color_trc))
+    if unknown := UNKNOWN_MATRICES.get(int(codec.colorspace)):
+        raise UserError(
+            f"reference {name} has colours as {unknown}, which cannot be converted: save it as "
+            "BT.709 first"
+        )
+    return seconds, rate
+
+
+def _shown_size(width: int, height: int, pixel_shape: Fraction | None) -> tuple[int, int]:
+    """Width and height with square pixels: the shorter side is enlarged."""
+    if not pixel_shape or pixel_shape <= 0:
+        return width, height
+    if pixel_shape > 1:
+        return round(width * pixel_shape), height
+    return width, round(height / pixel_shape)
+
+
 def _video_frames(container: Any, stream: Any, part: _Part) -> Iterator[_TimedFrame]:
     usual = usual_length(stream)
     if part.begin is not None:
@@ -369,7 +587,7 @@ def _video_frames(container: Any, stream: Any, part: _Part) -> Iterator[_TimedFr
         tick = Fraction(frame.time_base or stream.time_base)
         start = index * usual if frame.pts is None else frame.pts * tick
         length = (getattr(frame, "duration", 0) or 0) * tick or usual
-        picture = _picture(frame) if part.wanted(start) else _no_picture()
+        picture = _picture(frame, stream) if part.wanted(start) else _no_picture()
         yield _TimedFrame(picture, start, length, tick)
 
 
@@ -378,26 +596,50 @@ def usual_length(stream: Any) -> Fraction:
     return 1 / Fraction(stream.average_rate or 24)
 
 
-def _picture(frame: Any) -> NDArray[np.uint8]:
+def _picture(frame: Any, stream: Any) -> NDArray[np.uint8]:
+    """A decoded frame as it is to be seen: sRGB, square pixels, upright."""
+    from opensora_sp.reference_colour import frame_to_rgb
+
+    width, height = _shown_size(frame.width, frame.height, stream.sample_aspect_ratio)
+    if width * height > MOST_FRAME_PIXELS:  # a size that changes on the way
+        raise ValueError(f"a frame of {width}x{height}")
+    return _upright(frame_to_rgb(frame, width, height), frame)
+
+
+def _upright(picture: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
+    """Turned and mirrored by the frame's display matrix, to the nearest right angle."""
     import numpy as np
+    from av.sidedata.sidedata import Type
 
-    picture = frame.to_ndarray(format="rgb24", **_conversion(frame))
-    # The tag's angle is counter-clockwise, as rot90's is.
-    return np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))
-
-
-def _conversion(frame: Any) -> dict[str, str]:
-    """What PyAV before 17 must be told: it ignores the colour tags and converts as BT.601."""
-    if frame.colorspace != BT709 or not frame.format.name.startswith("yuv"):
-        return {}
-    source = "JPEG" if frame.color_range == FULL_RANGE else "MPEG"
-    return {"src_colorspace": "ITU709", "src_color_range": source, "dst_color_range": "JPEG"}
+    tag = frame.side_data.get(Type.DISPLAYMATRIX)
+    if tag is None:
+        return picture
+    # (x, y) goes to (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(tag), np.int32)[:5].astype(float)
+    if max(abs(a), abs(d)) < max(abs(b), abs(c)):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    if a < 0:
+        picture = picture[:, ::-1]
+    if d < 0:
+        picture = picture[::-1]
+    return picture
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    sized = stream.codec_context.width > 0
     # Decoding with frame threads would swallow the error at a cut, but only sometimes.
     for packet in container.demux(stream):
         # Broadcast streams, which declare no frame count, may rightly begin in mid-picture.
         if packet.is_corrupt and stream.frames:
             raise ValueError("the file is cut off")
-        yield from packet.decode()
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if sized:
+                raise
+            # FFmpeg forgets a size that is over the limit.
+            most = MOST_FRAME_PIXELS // 10**6
+            raise ValueError(f"{said(error)}, or frames of over {most} million pixels") from error
+        yield from frames

@@ -75,9 +75,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             counts["decoded"] += 1
             yield frame
 
-    def count_converted(frame: Any) -> Any:
+    def count_converted(*arguments: Any) -> Any:
         counts["converted"] += 1
-        return picture(frame)
+        return picture(*arguments)
 
     def count_encoded(self: VideoVAE, video: torch.Tensor, draw: Any = None) -> torch.Tensor:
         counts["encoded"] += video.shape[2]
