@@ -233,7 +233,7 @@ def _generate_all(
 
     _wait_for_replicas(whole, run_list)
     if settings.sheet:
-        sheets = whole.collect(None if sheet is None else sheet.without_sinks())
+        sheets = whole.collect(sheet)
         if whole.leads:
             timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
             order = [task.output for task in job.tasks]
