@@ -32,6 +32,7 @@ from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.fitting import choose_memory
 from opensora_sp.saved_state import Position, StateFiles
 from opensora_sp.schedule import Work, deal, regroup
+from opensora_sp.screen import note, note_once, result
 from opensora_sp.sheet_sink import RunSheet
 from opensora_sp.standing import Standing, captions_left, look_at_all
 from opensora_sp.text_cache import default_directory
@@ -179,9 +180,9 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
         return
     known = pipeline.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
-        print(f"note: this transformer knows {known} text tokens at most", file=sys.stderr)
-    if (note := crossing_note(mesh, whole.nodes)) is not None:
-        print(f"note: {note}", file=sys.stderr)
+        note(f"this transformer knows {known} text tokens at most")
+    if (crossing := crossing_note(mesh, whole.nodes)) is not None:
+        note(crossing)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     print(
@@ -196,10 +197,9 @@ def _advise(settings: RunSettings, whole: Session, works: Sequence[Work]) -> Non
     """More replicas are a person's choice: whether a video fits fewer ranks is not known here."""
     ranks, asked = whole.world_size, settings.replicas is not None
     if whole.leads and settings.verbose > 0 and not asked and ranks > 1 and len(works) > 1:
-        print(
-            f"note: {len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
-            f"R at a time on {ranks}/R ranks each, faster if one fits their memory",
-            file=sys.stderr,
+        note(
+            f"{len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
+            f"R at a time on {ranks}/R ranks each, faster if one fits their memory"
         )
 
 
@@ -239,7 +239,7 @@ def _generate_all(
             order = [task.output for task in job.tasks]
             joined = RunSheet.joined([one for one in sheets if one is not None], order)
             joined.write(settings, describe(pipeline, settings, first), timings)
-            print(settings.sheet_path, flush=True)
+            result(settings.sheet_path)
 
 
 def _wait_for_replicas(whole: Session, run_list: Callable[[], None]) -> None:
@@ -328,17 +328,20 @@ def _finish(
 ) -> None:
     if not settings.keep_state:
         for one in files:
-            one.remove()
+            try:
+                one.remove()
+            except OSError as error:  # the output is there: what is left over takes nothing from it
+                note_once("left over", f"the saved state of {one.output} is left: {error}")
     if sheet is not None:
         sheet.took(work.tasks, seconds)
     if pipeline.show_progress:
         print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
     for task in work.tasks:
-        print(task.output, flush=True)
+        result(task.output)
 
 
 def _put_down(task: Task, identity: Identity, stage: Stage) -> None:
     try:
         write_record(task.output, identity, stage)
-    except UserError as error:
-        print(f"note: the record of {task.output} is not written: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        note_once("record", f"the record of {task.output} is not written: {error}")

@@ -15,6 +15,7 @@ from opensora_sp.identity import Identity, difference, identity_of, latents_iden
 from opensora_sp.manifest import read_record, write_record
 from opensora_sp.request import Job, RunSettings, Task
 from opensora_sp.saved_state import Position, StateFiles
+from opensora_sp.screen import note, one_line
 
 _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
@@ -46,10 +47,9 @@ def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
         if standing.position == Position():
             write_record(task.output, identity, "waiting")
     if settings.resume and all(standing.position == Position() for standing in standings):
-        print(
-            "note: --resume: nothing of this run has been begun in its --save-dir, so all of it "
-            "starts from the beginning",
-            file=sys.stderr,
+        note(
+            "--resume: nothing of this run has been begun in its --save-dir, so all of it "
+            "starts from the beginning"
         )
     return standings
 
@@ -72,7 +72,7 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
         return Standing(position)
     if settings.verbose > 0:
         stands = "is only decoded" if position.clip >= request.loop else f"goes on after {said}"
-        print(f"{task.output} {stands}", file=sys.stderr, flush=True)
+        print(one_line(f"{task.output} {stands}"), file=sys.stderr, flush=True)
     return Standing(position, files.refined_prompt())
 
 
@@ -95,8 +95,8 @@ def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
         return False
     if found is not None and not settings.skip_existing:
         raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")
-    note = "" if found is None else f", although {found}"
-    print(f"{output} is there already, skipped{note}", file=sys.stderr)
+    although = "" if found is None else f", although {found}"
+    print(one_line(f"{output} is there already, skipped{although}"), file=sys.stderr)
     return True
 
 

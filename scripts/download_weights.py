@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora_sp.errors import UserError
+from opensora_sp.screen import on_any_screen, one_line
 from opensora_sp.sums import git_blob, sha256, write_sums
 
 
@@ -66,6 +67,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 1 if the check found something, or 2 for a mistake."""
     try:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("give a directory to download into, or --check DIR...")
         download(arguments.directory, arguments.only)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
