@@ -215,9 +215,11 @@ def _generate_all(
     mine = lists[session.replica]
     first = next(works for works in lists if works)[0].tasks[0].request
     if not first.is_image:
-        # A broken encoder is found now, not after hours of denoising.
+        # A broken encoder or a full disk is found now, not after hours of denoising; where the
+        # outputs go, for a full temporary folder is no reason to end.
+        place = settings.save_dir / FOLDER
         whole.together(
-            lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
+            lambda: probe_encoder(first.save_fps, *first.decoded_size, place), leading_only=True
         )
     _encode_all_text(pipeline, lists)
     sheet = RunSheet() if settings.sheet and session.leads else None
