@@ -139,7 +139,7 @@ def amount(size: float) -> str:
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * factor:
             value = size / factor
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+            return f"{value:.{max(0, 3 - len(f'{value:.0f}'))}f} {unit}"
     return f"{size:.0f} bytes"
 
 

@@ -103,7 +103,7 @@ def _run(size: tuple[int, int], outputs: int, ranks: int) -> dict[str, Any]:
             )
             for rank, variables in enumerate(_environments(ranks))
         ]
-        ends = threading.Timer(3600, lambda: [process.kill() for process in processes])
+        ends = threading.Timer(3600, _kill, [processes])
         ends.start()
         try:
             assert processes[0].stdout is not None
@@ -120,6 +120,11 @@ def _run(size: tuple[int, int], outputs: int, ranks: int) -> dict[str, Any]:
     if any(codes) or len(seen[0]) != outputs:
         raise SystemExit(f"{size}: exit codes {codes}, {len(seen[0])} of {outputs} outputs")
     return {"size": f"{size[0]}x{size[1]}", "outputs": outputs, "seen": seen}
+
+
+def _kill(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
