@@ -6,7 +6,8 @@ here is the clip's starting latents and its frame mask, handed out to all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from opensora_sp.conditioning import (
     parse_mask_strategy,
     plan_strategy,
 )
+from opensora_sp.errors import PromptFault, UserError
 from opensora_sp.models.video_vae import split_chunks
 from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.randomness import NoiseKey
@@ -132,13 +134,14 @@ class KeptFrames:
             with self._pipeline.clock.stage("read references"):
                 from opensora_sp.references import read_reference
 
-                reference = read_reference(
-                    path.strip(),
-                    request.height,
-                    request.width,
-                    fps=request.reference_fps,
-                    allow_remote=self._pipeline.allow_remote,
-                )
+                with _blamed_on(i):
+                    reference = read_reference(
+                        path.strip(),
+                        request.height,
+                        request.width,
+                        fps=request.reference_fps,
+                        allow_remote=self._pipeline.allow_remote,
+                    )
 
             def draw(which: str, shape: tuple[int, ...], number: int = number) -> Tensor:
                 return noise_key(request, 0).normal(shape, f"reference {number} {which}")
@@ -148,13 +151,14 @@ class KeptFrames:
             self._latents[i].append(z[0].float().cpu())
 
     def _place(self, i: int, clip: int, z: Tensor) -> Tensor:
-        placements = plan_strategy(
-            self._groups[i],
-            clip,
-            [latents.shape[1] for latents in self._latents[i]],
-            z.shape[1],
-            self._requests[i].align,
-        )
+        with _blamed_on(i):
+            placements = plan_strategy(
+                self._groups[i],
+                clip,
+                [latents.shape[1] for latents in self._latents[i]],
+                z.shape[1],
+                self._requests[i].align,
+            )
         return apply_strategy(z, self._latents[i], placements)
 
     def _first_chunk(self, clip: int) -> int:
@@ -193,6 +197,15 @@ class KeptFrames:
 
     def _vae(self) -> VideoVAE:
         return self._pipeline.vae(self._requests[0], encoder=True)
+
+
+@contextmanager
+def _blamed_on(place: int) -> Iterator[None]:
+    """A mistake in this block is that of one request of the batch: the others can be made."""
+    try:
+        yield
+    except UserError as error:
+        raise PromptFault(str(error), place) from error
 
 
 def noise_key(request: Request, clip: int) -> NoiseKey:

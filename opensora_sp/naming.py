@@ -4,6 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 from opensora_sp.validate import LONGEST_STEM
 
@@ -28,6 +29,21 @@ def safe_stem(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH_LENGTH]
     kept = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
     return f"{kept.rstrip()}-{digest}"
+
+
+def numbered(output: Path, number: int) -> Path:
+    """The number-th name for an output: sample_0000.mp4, sample_0000_2.mp4, sample_0000_3.mp4."""
+    return output if number == 1 else output.with_name(f"{output.stem}_{number}{output.suffix}")
+
+
+def number_of(name: str, output: Path) -> int | None:
+    """Which of an output's names this is, None for none of them: 1 for its own."""
+    found = re.fullmatch(
+        re.escape(output.stem) + r"(?:_([1-9]\d{0,8}))?" + re.escape(output.suffix), name
+    )
+    if found is None or found[1] == "1":
+        return None
+    return int(found[1] or 1)
 
 
 def output_stems(

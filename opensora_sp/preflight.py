@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from opensora_sp.conditioning import parse_mask_strategy
-from opensora_sp.errors import CheckpointError, UserError
+from opensora_sp.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.request import Checkpoints, Request
 from opensora_sp.validate import shown
 
@@ -176,7 +176,8 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[
 def check_conditions(request: Request, *, allow_remote: bool) -> None:
     """A request's references and strategy, as far as that goes without decoding a picture.
 
-    Raises UserError naming the file, the address or the group.
+    Raises UserError naming the group, or PromptFault naming the file or the address that cannot
+    be used: of a list the other prompts can still be made.
     """
     from opensora_sp.references import check_reference
 
@@ -190,4 +191,7 @@ def check_conditions(request: Request, *, allow_remote: bool) -> None:
                 f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
             )
     for path in paths:
-        check_reference(path, allow_remote=allow_remote)
+        try:
+            check_reference(path, allow_remote=allow_remote)
+        except UserError as error:
+            raise PromptFault(str(error)) from error

@@ -289,6 +289,11 @@ class RunSettings:
             kind.check(name, str(value) if isinstance(value, Path) else value)
 
     @property
+    def default_names(self) -> bool:
+        """Whether nobody named the outputs: another request then gets a name that is free."""
+        return self.sample_name is None and not self.prompt_as_path
+
+    @property
     def skip_existing(self) -> bool:
         """Whether an output that is there already is left alone, whatever it shows."""
         return self.prompt_as_path
@@ -314,11 +319,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A whole run: settings, its tasks in order, and what is worth telling before it starts."""
+    """A whole run: settings, its tasks in order, and what is worth telling before it starts.
+
+    failed: the prompts that cannot be made, a line each; the run makes the others.
+    """
 
     settings: RunSettings
     tasks: tuple[Task, ...]
     notes: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
     def batches(self) -> tuple[tuple[Task, ...], ...]:
         """The tasks in the groups that are denoised together: one sample of several prompts."""

@@ -20,7 +20,7 @@ from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Flag
 from opensora_sp.cli.typed_references import compose
 from opensora_sp.config_file import Raw, read_config, write_config
-from opensora_sp.errors import UserError
+from opensora_sp.errors import PromptFault, UserError
 from opensora_sp.naming import output_stems
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.preflight import (
@@ -255,7 +255,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.refine import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests = _requests(values)
+    requests, failed = _requests(values)
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
@@ -271,26 +271,38 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     if settings.sheet:
         check_output(settings.sheet_path)
     check_space(save_dir, [task.request for task in tasks], lossless=settings.lossless)
-    return Job(settings=settings, tasks=tasks, notes=tuple(notes))
+    return Job(settings=settings, tasks=tasks, notes=tuple(notes), failed=tuple(failed))
 
 
-def _requests(values: Values) -> list[Request]:
-    """The first sample of every prompt that is asked for."""
+def _requests(values: Values) -> tuple[list[Request], list[str]]:
+    """The first sample of every prompt that is asked for, and what is wrong with the others.
+
+    A reference that cannot be used ends its own prompt alone, where there are others.
+    """
     prompts = _raw_prompts(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
     shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
-    requests = []
+    requests: list[Request] = []
+    failed = []
     for place, (index, raw) in enumerate(prompts):
         own = {key: entries[place] for key, entries in conditions.items()}
         split = _split_json(raw, own)
         split_loops(split.prompt)  # only to refuse bad segments now
         request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
-        check_conditions(request, allow_remote=values["allow_remote"])
+        try:
+            check_conditions(request, allow_remote=values["allow_remote"])
+        except PromptFault as fault:
+            if len(prompts) == 1:
+                raise
+            failed.append(f"prompt {index} ({shown(split.prompt.strip())}): {fault}")
+            continue
         requests.append(request)
-    return requests
+    if not requests:
+        raise UserError(f"none of the {len(prompts)} prompts can be made: {failed[0]}")
+    return requests, failed
 
 
 def _raw_prompts(values: Values) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.kept import dropped_frames
-from opensora_sp.request import Request, RunSettings, Task
+from opensora_sp.request import Request, Task
 from opensora_sp.sheet import Picture, SheetEntry, chosen_frames, picture, write_sheet
 
 if TYPE_CHECKING:
@@ -103,13 +103,22 @@ class RunSheet:
                 watched.pictures = {i: picture(frame) for i, frame in watched.frames.items()}
                 watched.frames = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no output is on it."""
+        return not self._watched
+
+    def forget(self, batch: Sequence[Task]) -> None:
+        """Take the tasks of a batch that is begun anew, or not made at all, off the sheet."""
+        self._watched = [watched for watched in self._watched if watched.task not in batch]
+
     def write(
         self,
-        settings: RunSettings,
+        path: Path,
         description: Mapping[str, Any],
         timings: Mapping[str, float | None],
     ) -> None:
-        """Write the page to `settings.sheet_path`, whole or not at all.
+        """Write the page, whole or not at all.
 
         description: of the run, as its files carry it; its "request" is replaced by what all
         requests share, and what differs stands beside each output. timings: seconds by stage.
@@ -118,7 +127,7 @@ class RunSheet:
         requests = [watched.task.request for watched in self._watched]
         shared = _shared(requests)
         write_sheet(
-            settings.sheet_path,
+            path,
             entries=[_entry(watched, shared) for watched in self._watched],
             settings={k: None if v == "" else v for k, v in shared.items()}
             | {k: v for k, v in description.items() if k != "request"},

@@ -22,9 +22,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench_ranks import cpu_name, torch_version
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
+
 # How torch runs where nobody decides: libgomp spins about so long, and takes every core.
 TORCH_DEFAULT = {"GOMP_SPINCOUNT": "300000"}
 STEPS = 10
@@ -86,7 +88,7 @@ def busy_loops(count: int) -> Iterator[None]:
 def run(what: str, ranks: int, ours: bool, cores: int, timeout: float) -> float:
     """Seconds that one job says it took, from fresh processes."""
     environ = {k: v for k, v in os.environ.items() if not re.match("OMP_|GOMP_|KMP_", k)}
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    environ["PYTHONPATH"] = str(ROOT)
     threads = max(1, cores // ranks)
     if not ours:
         environ |= TORCH_DEFAULT

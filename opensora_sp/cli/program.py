@@ -92,6 +92,8 @@ def _run(prepared: Prepared) -> int:
     if rank() == "0" and job.settings.verbose > 0:
         for each in job.notes:
             note(each)
+        for line in job.failed:
+            note(f"{line}; the other prompts are made")
     settings = job.settings
     apply_cpu_threads(settings.cpu_threads, settings.device, checkpoints=settings.checkpoints)
     with stoppable():

@@ -59,7 +59,7 @@ def on_full_disk(
             with full(100):
                 write_record(*arguments)
 
-        jobs.write_record = limited  # type: ignore[assignment]
+        setattr(jobs, "write_record", limited)  # noqa: B010
     elif what == "outputs":
         media.VideoWriter.write = without_room(  # type: ignore[method-assign]
             media.VideoWriter.write, 40
