@@ -13,7 +13,6 @@ from pathlib import Path
 
 from opensora_sp import faults
 from opensora_sp.atomic import remove_leftovers
-from opensora_sp.cli.console import one_line
 from opensora_sp.deadlines import parse_deadlines
 from opensora_sp.errors import SharedFault, SharedPromptFault, UserError
 from opensora_sp.generate import generate
@@ -35,6 +34,7 @@ from opensora_sp.runtime import Runtime
 from opensora_sp.runtime.fitting import choose_memory
 from opensora_sp.saved_state import Position, StateFiles
 from opensora_sp.schedule import Work, deal, regroup
+from opensora_sp.screen import note, note_once, one_line, result
 from opensora_sp.sheet_sink import RunSheet
 from opensora_sp.standing import Standing, captions_left, look_at_all, renamed
 from opensora_sp.text_cache import default_directory
@@ -203,9 +203,9 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
         return
     known = pipeline.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
-        print(f"note: this transformer knows {known} text tokens at most", file=sys.stderr)
-    if (note := crossing_note(mesh, whole.nodes)) is not None:
-        print(f"note: {note}", file=sys.stderr)
+        note(f"this transformer knows {known} text tokens at most")
+    if (crossing := crossing_note(mesh, whole.nodes)) is not None:
+        note(crossing)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     print(
@@ -220,10 +220,9 @@ def _advise(settings: RunSettings, whole: Session, works: Sequence[Work]) -> Non
     """More replicas are a person's choice: whether a video fits fewer ranks is not known here."""
     ranks, asked = whole.world_size, settings.replicas is not None
     if whole.leads and settings.verbose > 0 and not asked and ranks > 1 and len(works) > 1:
-        print(
-            f"note: {len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
-            f"R at a time on {ranks}/R ranks each, faster if one fits their memory",
-            file=sys.stderr,
+        note(
+            f"{len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
+            f"R at a time on {ranks}/R ranks each, faster if one fits their memory"
         )
 
 
@@ -242,9 +241,11 @@ def _generate_all(
     mine = lists[session.replica]
     first = next(works for works in lists if works)[0].tasks[0].request
     if not first.is_image:
-        # A broken encoder is found now, not after hours of denoising.
+        # A broken encoder or a full disk is found now, not after hours of denoising; where the
+        # outputs go, for a full temporary folder is no reason to end.
+        place = settings.save_dir / FOLDER
         whole.together(
-            lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
+            lambda: probe_encoder(first.save_fps, *first.decoded_size, place), leading_only=True
         )
     if settings.verbose > 0:
         whole.together(lambda: _tell(pipeline, settings, lists), leading_only=True)
@@ -263,7 +264,7 @@ def _generate_all(
 
     _wait_for_replicas(whole, run_list)
     if settings.sheet:
-        sheets = whole.collect(None if sheet is None else sheet.without_sinks())
+        sheets = whole.collect(sheet)
         if whole.leads:
             timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
             order = [task.output for task in job.tasks]
@@ -271,7 +272,7 @@ def _generate_all(
             if not joined.is_empty:
                 path = _sheet_path(job)
                 joined.write(path, describe(pipeline, settings, first), timings)
-                print(path, flush=True)
+                result(path)
     return failed
 
 
@@ -309,11 +310,7 @@ def _run_what_can_be(
             failed.append(Failure(bad.output, str(fault)))
             if pipeline.session.leads:
                 record_path(bad.output).unlink(missing_ok=True)  # or it would hold the name
-                print(
-                    f"note: {bad.output} is not made: {fault}; the others are",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                note(f"{bad.output} is not made: {fault}; the others are")
             if sheet is not None:
                 sheet.forget(work.tasks)
             work = replace(work, tasks=tuple(task for task in work.tasks if task is not bad))
@@ -376,8 +373,8 @@ def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Wo
                 if one.unread:
                     print(f"{task.output.name}{clip} is not told: {one.unread!r}", file=sys.stderr)
     most = len(notes) if settings.verbose > 1 else MOST_NOTES
-    for note in notes[:most]:
-        print(f"note: {note}", file=sys.stderr)
+    for told_of in notes[:most]:
+        note(told_of)
     if len(notes) > most:
         print(
             f"note: {len(notes) - most} more notes of this kind; --verbose 2 shows all of them and "
@@ -455,17 +452,20 @@ def _finish(
 ) -> None:
     if not settings.keep_state:
         for one in files:
-            one.remove()
+            try:
+                one.remove()
+            except OSError as error:  # the output is there: what is left over takes nothing from it
+                note_once("left over", f"the saved state of {one.output} is left: {error}")
     if sheet is not None:
         sheet.took(work.tasks, seconds)
     if pipeline.show_progress:
         print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
     for task in work.tasks:
-        print(task.output, flush=True)
+        result(task.output)
 
 
 def _put_down(task: Task, identity: Identity, stage: Stage) -> None:
     try:
         write_record(task.output, identity, stage)
-    except UserError as error:
-        print(f"note: the record of {task.output} is not written: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        note_once("record", f"the record of {task.output} is not written: {error}")

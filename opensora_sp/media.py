@@ -33,6 +33,10 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _COMMENT = "comment"
 _FRAMES_AT_ONCE = 8
 MAX_FPS = 1000
+# The same frames are the same bytes. x264's macroblock tree gives other sums with other vector
+# instructions and may read what lay in memory before: cpu-independent takes its plain form. With
+# several threads the tree depends on which is first, and the bytes on the number of cores.
+_REPEATABLE = {"threads": "1", "x264-params": "cpu-independent=1"}
 
 
 def to_uint8(video: Tensor) -> NDArray[np.uint8]:
@@ -90,7 +94,8 @@ class VideoWriter:
 
     H.264 in mp4 with the index in front, yuv420p, tagged and converted as BT.709; an odd side is
     made even by repeating the last row or column. `lossless` writes RGB H.264 instead: every
-    frame reads back bit for bit and no side is padded, but few players show it.
+    frame reads back bit for bit and no side is padded, but few players show it. The same frames
+    and settings give the same bytes, whatever else the process or its machine does.
 
     Args:
         path: the file to appear; its directory is made.
@@ -174,7 +179,7 @@ class VideoWriter:
         height, width, _ = self._shape
         try:
             stream: Any = self._container.add_stream(
-                self._codec, rate=self._rate, options={"crf": str(self._crf)}
+                self._codec, rate=self._rate, options={"crf": str(self._crf), **_REPEATABLE}
             )
         except ValueError as error:  # what PyAV raises for an encoder it lacks
             raise UserError(

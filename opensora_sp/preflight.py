@@ -133,9 +133,18 @@ def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool)
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"--save-dir {shown(str(directory))}: {free / 1e6:.0f} MB are free there, but the "
-            f"outputs need about {needed / 1e6:.0f} MB: free space or choose another place"
+            f"--save-dir {shown(str(directory))}: {amount(free)} are free there, but the "
+            f"outputs need about {amount(needed)}: free space or choose another place"
         )
+
+
+def amount(size: float) -> str:
+    """A number of bytes as a person reads it: "640 bytes", "31.9 kB", "2.05 GB"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= 0.9995 * factor:
+            value = size / factor
+            return f"{value:.{max(0, 3 - len(f'{value:.0f}'))}f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def check_output(output: Path) -> None:

@@ -6,25 +6,52 @@ caught by torchrun's own --log-dir and --tee.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import io
 import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 from opensora_sp.errors import UserError
 from opensora_sp.redaction import redacted
+from opensora_sp.screen import note
+
+
+class _Log:
+    """A rank's file; when it takes no more, that is said once and the run goes on without it."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file, self._gone = path, file, False
+
+    def put(self, line: str) -> None:
+        """Write a line, now."""
+        if self._gone:
+            return
+        try:
+            print(line, file=self._file, flush=True)
+        except OSError as error:
+            self._end(error)
+
+    def close(self) -> None:
+        """Close the file; what it could not take is lost."""
+        with suppress(OSError):  # a line that did not fit is tried again here
+            self._file.close()
+
+    def _end(self, error: OSError) -> None:
+        self._gone = True
+        note(f"--log-dir: {self._path} takes no more ({error.strerror}): the run goes on without")
 
 
 class _Tee(io.TextIOBase):
     """Writes to a stream and, line by line with the time, to a log."""
 
-    def __init__(self, stream: TextIO, log: TextIO, mark: str) -> None:
+    def __init__(self, stream: TextIO, log: _Log, mark: str) -> None:
         self._stream, self._log, self._mark, self._line = stream, log, mark, ""
 
     def write(self, text: str) -> int:
@@ -60,8 +87,7 @@ class _Tee(io.TextIOBase):
 
     def _put(self, line: str) -> None:
         now = datetime.now().isoformat(sep=" ", timespec="milliseconds")
-        line = redacted(line.rpartition(chr(13))[2])
-        print(f"{now} {self._mark} {line}", file=self._log, flush=True)
+        self._log.put(f"{now} {self._mark} {redacted(line.rpartition(chr(13))[2])}")
 
 
 def rank_log(directory: str | None) -> AbstractContextManager[None]:
@@ -78,20 +104,25 @@ def rank_log(directory: str | None) -> AbstractContextManager[None]:
 def _logging(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("a", encoding="utf-8", errors="backslashreplace")
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            note(f"--log-dir: {path} takes nothing ({error.strerror}): the run goes on without")
+            yield
+            return
         raise UserError(f"--log-dir: cannot write {path}: {error.strerror}") from None
+    log = _Log(path, file)
     out, err = sys.stdout, sys.stderr
     tees = _Tee(out, log, "out"), _Tee(err, log, "err")
-    with log:
-        faulthandler.enable(log)  # a crash in native code leaves the Python stack here
+    with closing(log):
+        faulthandler.enable(file)  # a crash in native code leaves the Python stack here
         sys.stdout, sys.stderr = tees  # type: ignore[assignment]
-        print(f"process {os.getpid()}: {redacted(' '.join(sys.argv))}", file=log, flush=True)
+        log.put(f"process {os.getpid()}: {redacted(' '.join(sys.argv))}")
         try:
             yield
         except BaseException:
             # It is printed by whoever catches it; here it is kept even if nobody gets to.
-            print(redacted(traceback.format_exc()), file=log, flush=True)
+            log.put(redacted(traceback.format_exc()))
             raise
         finally:
             sys.stdout, sys.stderr = out, err

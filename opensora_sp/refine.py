@@ -26,6 +26,7 @@ from opensora_sp.errors import UserError
 from opensora_sp.fetch import reason
 from opensora_sp.prompts import split_loops
 from opensora_sp.request import Request, Task
+from opensora_sp.screen import printable
 from opensora_sp.validate import shown
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ def _refine_all(
         if (text, image) not in known:
             known[text, image] = answer = refine_text(endpoint, text, image=image)
             if verbose:
-                print(f"{shown(text)} refined: {answer}", file=sys.stderr, flush=True)
+                answered = printable(" ".join(answer.split()))
+                print(f"{shown(text)} refined: {answered}", file=sys.stderr, flush=True)
         return known[text, image]
 
     return [[refine_prompt(request, refine) for request in batch] for batch in batches]

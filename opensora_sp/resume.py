@@ -6,7 +6,6 @@ lost by failing to save: that is said, and the run goes on.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from opensora_sp.errors import Stopped, UserError
 from opensora_sp.parallel.exchange import hand_out
 from opensora_sp.saved_state import Position, SavedStep, StateFiles
+from opensora_sp.screen import note_once
 
 if TYPE_CHECKING:
     from opensora_sp.pipeline import Pipeline
@@ -58,7 +58,6 @@ class Progress:
         self._asked: list[int] = []  # the signals that have come while steps are made
         self._mask: Tensor | None = None
         self._unsaved: tuple[Position, Gather] | None = None
-        self._said = False
 
     def is_finished(self, clip: int) -> bool:
         """Whether a clip's latents are there, so that it is not denoised again."""
@@ -152,9 +151,7 @@ class Progress:
             save()
         except (UserError, OSError) as error:
             # Hours of work do not end because their insurance could not be paid.
-            if not self._said:
-                print(f"note: the state is not saved: {error}", file=sys.stderr, flush=True)
-            self._said = True
+            note_once("state", f"the state is not saved, so it cannot be gone on from: {error}")
 
 
 def _masks(saved: Sequence[SavedStep]) -> Tensor | None:

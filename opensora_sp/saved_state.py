@@ -151,6 +151,7 @@ class StateFiles:
             path.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], position: Position) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
@@ -166,7 +167,10 @@ class StateFiles:
             about["refined"] = self.refined
         about["checksum"] = _checksum(about, tensors)
         with atomic_output(path) as temporary, reported(path):
-            save_file(tensors, str(temporary), metadata=about)
+            try:
+                save_file(tensors, str(temporary), metadata=about)
+            except SafetensorError as error:  # what it raises for a full disk, among others
+                raise OSError(str(error)) from error
 
     def _read(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         from safetensors import SafetensorError, safe_open

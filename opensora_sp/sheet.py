@@ -59,20 +59,29 @@ td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabula
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A frame as the page holds it: its data address, and its size in pixels."""
+
+    address: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class SheetEntry:
     """One image or video on the sheet.
 
     Args:
         output: the file that was written; the sheet links to it by a relative path.
         prompt: its text.
-        frames: `[H, W, 3]` uint8 arrays, usually the ones that `chosen_frames` names.
+        frames: pictures of frames, usually of the ones that `chosen_frames` names.
         labels: one line under each frame, such as "frame 25, 1.04 s".
         details: what differs between entries, such as the seed.
     """
 
     output: Path
     prompt: str
-    frames: Sequence[NDArray[np.uint8]]
+    frames: Sequence[Picture]
     labels: Sequence[str]
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -134,9 +143,9 @@ def write_sheet(
 
 def _article(entry: SheetEntry, sheet: Path) -> str:
     figures = "".join(
-        f'<figure><img src="{_data_uri(frame)}" alt="{_text(label)}" '
-        f'width="{frame.shape[1]}" height="{frame.shape[0]}" '
-        f'style="max-width:{_MOST_ENLARGED * frame.shape[1]}px">'
+        f'<figure><img src="{frame.address}" alt="{_text(label)}" '
+        f'width="{frame.width}" height="{frame.height}" '
+        f'style="max-width:{_MOST_ENLARGED * frame.width}px">'
         f"<figcaption>{_text(label)}</figcaption></figure>"
         for frame, label in zip(entry.frames, entry.labels, strict=True)
     )
@@ -204,8 +213,8 @@ def _text(value: object) -> str:
     return escape(str(value).encode("utf-8", "replace").decode("utf-8"), quote=True)
 
 
-def _data_uri(frame: NDArray[np.uint8]) -> str:
-    """A small frame as PNG, a large one as JPEG of at most `_LONGEST_SIDE` pixels a side."""
+def picture(frame: NDArray[np.uint8]) -> Picture:
+    """A frame `[H, W, 3]`: a small one as PNG, a large one as JPEG of at most `_LONGEST_SIDE`."""
     import numpy as np
     from PIL import Image
 
@@ -218,4 +227,5 @@ def _data_uri(frame: NDArray[np.uint8]) -> str:
         kind = "jpeg"
         image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
         image.save(data, format="JPEG", quality=90)
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+    address = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+    return Picture(address, height=frame.shape[0], width=frame.shape[1])

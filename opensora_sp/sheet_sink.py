@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.kept import dropped_frames
 from opensora_sp.request import Request, Task
-from opensora_sp.sheet import SheetEntry, chosen_frames, write_sheet
+from opensora_sp.sheet import Picture, SheetEntry, chosen_frames, picture, write_sheet
 from opensora_sp.told import captions
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PickingSink:
     """A sink that keeps the first, the middle and the last frame of those it passes on.
 
     count: how many frames will come. frames: what was kept so far, [h,w,3] uint8 by index, at
-    most `MOST_WIDE` pixels wide.
+    most `MOST_WIDE` pixels wide. Whoever keeps `frames` does not keep the sink or its encoder.
     """
 
     def __init__(self, sink: Sink | None, count: int) -> None:
@@ -64,31 +64,31 @@ def thumbnail(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @dataclass
 class _Watched:
+    """One output. frames: its picked ones by index until it is done; pictures: those on the page.
+
+    Never the sink itself: it holds the output's encoder, which is to end with the output.
+    """
+
     task: Task
-    picked: PickingSink
+    frames: dict[int, NDArray[np.uint8]]
+    pictures: dict[int, Picture] = field(default_factory=dict)
     seconds: float | None = None
 
 
 @dataclass
 class RunSheet:
-    """The contact sheet of a run, filled output by output on the leading rank."""
+    """The contact sheet of a run, filled output by output on the leading rank.
+
+    Of a finished output it keeps what the page will hold, and nothing else.
+    """
 
     _watched: list[_Watched] = field(default_factory=list)
 
     def watch(self, task: Task, sink: Sink) -> Sink:
         """Put the task on the sheet; what is written to the sink that returns goes on to `sink`."""
         picked = PickingSink(sink, total_frames(task.request))
-        self._watched.append(_Watched(task, picked))
+        self._watched.append(_Watched(task, picked.frames))
         return picked
-
-    def without_sinks(self) -> RunSheet:
-        """What was picked alone, which can be sent to another rank."""
-        kept = []
-        for watched in self._watched:
-            picked = PickingSink(None, 0)
-            picked.frames = watched.picked.frames
-            kept.append(replace(watched, picked=picked))
-        return RunSheet(kept)
 
     @staticmethod
     def joined(sheets: Sequence[RunSheet], order: Sequence[Path]) -> RunSheet:
@@ -97,10 +97,12 @@ class RunSheet:
         return RunSheet(sorted(every, key=lambda watched: order.index(watched.task.output)))
 
     def took(self, batch: Sequence[Task], seconds: float) -> None:
-        """Note how long a finished batch took, for each of its tasks."""
+        """Note how long a finished batch took, for each of its tasks; their frames are complete."""
         for watched in self._watched:
             if watched.task in batch:
                 watched.seconds = seconds
+                watched.pictures = {i: picture(frame) for i, frame in watched.frames.items()}
+                watched.frames = {}
 
     @property
     def is_empty(self) -> bool:
@@ -157,7 +159,7 @@ def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
     own = request.public_dict()
     details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
     details["the model is told"] = " | ".join(captions(request))
-    kept = sorted(watched.picked.frames.items())
+    kept = sorted(watched.pictures.items())
     return SheetEntry(
         output=watched.task.output,
         prompt=request.prompt,

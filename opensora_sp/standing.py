@@ -20,6 +20,7 @@ from opensora_sp.manifest import FOLDER, Record, read_record, write_record
 from opensora_sp.naming import number_of, numbered
 from opensora_sp.request import Job, RunSettings, Task
 from opensora_sp.saved_state import Position, StateFiles
+from opensora_sp.screen import note, one_line
 
 _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
@@ -62,10 +63,9 @@ def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
             write_record(task.output, identity, "waiting")
     _say_names(job.tasks, standings, settings)
     if settings.resume and all(standing.position == Position() for standing in standings):
-        print(
-            "note: --resume: nothing of this run has been begun in its --save-dir, so all of it "
-            "starts from the beginning",
-            file=sys.stderr,
+        note(
+            "--resume: nothing of this run has been begun in its --save-dir, so all of it "
+            "starts from the beginning"
         )
     return standings
 
@@ -135,10 +135,8 @@ def _say_names(tasks: Sequence[Task], standings: Sequence[Standing], settings: R
     if others and settings.verbose > 0:
         old, new = others[0]
         more = f" (and {len(others) - 1} more likewise)" if len(others) > 1 else ""
-        print(
-            f"note: {old.name} is there already and is another request's, so this one becomes "
-            f"{new}{more}",
-            file=sys.stderr,
+        note(
+            f"{old.name} is there already and is another request's, so this one becomes {new}{more}"
         )
 
 
@@ -160,7 +158,7 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
         return Standing(position)
     if settings.verbose > 0:
         stands = "is only decoded" if position.clip >= request.loop else f"goes on after {said}"
-        print(f"{task.output} {stands}", file=sys.stderr, flush=True)
+        print(one_line(f"{task.output} {stands}"), file=sys.stderr, flush=True)
     return Standing(position, files.refined_prompt())
 
 
@@ -185,8 +183,8 @@ def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
         return False
     if found is not None and not settings.skip_existing:
         raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")
-    note = "" if found is None else f", although {found}"
-    print(f"{output} is there already, skipped{note}", file=sys.stderr)
+    although = "" if found is None else f", although {found}"
+    print(one_line(f"{output} is there already, skipped{although}"), file=sys.stderr)
     return True
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from opensora_sp import access
 from opensora_sp.atomic import atomic_output
 from opensora_sp.errors import UserError
 from opensora_sp.parallel.agreement import checksum
+from opensora_sp.screen import note
 
 MOST_BYTES = 4 << 30
 _FORMAT = "opensora-sp text 1"
@@ -121,5 +121,5 @@ class TextCache:
 
     def _say(self, problem: str) -> None:
         if not self._said:
-            print(f"note: text cache: {problem}", file=sys.stderr)
+            note(f"text cache: {problem}")
         self._said = True

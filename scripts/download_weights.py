@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from opensora_sp.errors import UserError
+from opensora_sp.screen import on_any_screen, one_line
 from opensora_sp.sums import SUMS, git_blob, sha256, write_sums
 
 
@@ -71,6 +72,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 1 if the check found something, or 2 for a mistake."""
     try:
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             send_token=not is_mirror() or arguments.token_to_mirror,
         )
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

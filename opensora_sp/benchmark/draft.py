@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -21,6 +20,7 @@ from opensora_sp.report.files import (
     write_report,
 )
 from opensora_sp.request import Job
+from opensora_sp.screen import note
 
 SCHEDULER = "rflow"
 
@@ -65,7 +65,7 @@ class Draft:
         try:
             self.write("failed", found)
         except UserError as trouble:
-            print(f"note: the report of this failure: {trouble}", file=sys.stderr)
+            note(f"the report of this failure: {trouble}")
 
     def _report(self, status: str, error: Mapping[str, Any] | None) -> Report:
         machine = self.facts["machine"]

@@ -23,6 +23,7 @@ from opensora_sp.benchmark.sweep_table import write_tables
 from opensora_sp.config_file import read_config
 from opensora_sp.errors import UserError
 from opensora_sp.report.files import Report, read_report, write_report
+from opensora_sp.screen import note
 from opensora_sp.settings import CommandLine, build_job, parse_command_line, resolve
 from opensora_sp.validate import number, shown
 
@@ -186,8 +187,8 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
     base = _without_sweep(argv)
     given = resolve(parse_command_line(base), program="benchmark")
     sweep = read_sweep(path, given["aspect_ratio"])
-    for note in _set_aside(given):
-        print(f"note: {note}", file=sys.stderr)
+    for each in _set_aside(given):
+        note(each)
     report = Path(str(command.written.get("benchmark_save_path", DEFAULT_REPORT)))
     folder = report.parent / Path(path).stem
     points = list(sweep.points())

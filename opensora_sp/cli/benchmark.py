@@ -12,9 +12,11 @@ from opensora_sp.errors import UserError
 from opensora_sp.report.compare import compare_lines
 from opensora_sp.report.files import read_finished
 from opensora_sp.request import Job
+from opensora_sp.screen import on_any_screen
 from opensora_sp.settings import CommandLine, Values, parse_command_line
 
 
+@on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code.
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 from opensora_sp.errors import SharedFault, UserError
-from opensora_sp.redaction import redacted
+from opensora_sp.screen import one_line
 
 REFUSED = 2
 # torchrun ends all ranks when the first one has ended: rank 0 is to be heard before that.
@@ -21,11 +21,6 @@ def world_size() -> int:
     """Ranks of the run; 1 where the environment holds no such number."""
     text = os.environ.get("WORLD_SIZE", "1")
     return int(text) if text.isdecimal() and int(text) > 0 else 1
-
-
-def one_line(message: object) -> str:
-    """White space of any kind as single spaces; what is secret in addresses, and keys, left out."""
-    return redacted(" ".join(str(message).split()))
 
 
 def refuse(error: UserError, *, same_everywhere: bool) -> int:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 
 from opensora_sp.cli.program import Program, run_program
 from opensora_sp.request import Job
+from opensora_sp.screen import on_any_screen
 from opensora_sp.settings import Values
 
 
+@on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code (2: refused, with one line on stderr)."""
     return run_program(Program("infer", _plan), argv)

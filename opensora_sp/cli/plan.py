@@ -14,6 +14,7 @@ from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
 from opensora_sp.preflight import check_checkpoints
 from opensora_sp.request import Request, RunSettings
+from opensora_sp.screen import note, on_any_screen
 from opensora_sp.settings import (
     Values,
     check_request,
@@ -26,6 +27,7 @@ from opensora_sp.settings import (
 DOES_NOT_FIT = 1
 
 
+@on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns 0 where it fits, 1 where not, 2 where it is refused."""
     try:
@@ -44,8 +46,8 @@ def _main(argv: Sequence[str]) -> int:
         return 0
     values = resolve(command, program="plan")
     notes = check_request(values, world_size=values["ranks"])
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    for each in notes:
+        note(each)
     return _answer(values)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opensora_sp import __version__
-from opensora_sp.cli.console import one_line, rank, refuse, world_size
+from opensora_sp.cli.console import rank, refuse, world_size
 from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import stoppable
 from opensora_sp.cli.threads import apply_cpu_threads
@@ -15,6 +15,7 @@ from opensora_sp.planner.devices import parse_memory
 from opensora_sp.planner.requests import plan_job
 from opensora_sp.rank_log import rank_log
 from opensora_sp.request import Job
+from opensora_sp.screen import note
 from opensora_sp.settings import (
     Values,
     build_job,
@@ -89,10 +90,10 @@ def _require_room(job: Job) -> None:
 def _run(prepared: Prepared) -> int:
     job = prepared.job
     if rank() == "0" and job.settings.verbose > 0:
-        for note in job.notes:
-            print(f"note: {one_line(note)}", file=sys.stderr)
+        for each in job.notes:
+            note(each)
         for line in job.failed:
-            print(f"note: {one_line(line)}; the other prompts are made", file=sys.stderr)
+            note(f"{line}; the other prompts are made")
     settings = job.settings
     apply_cpu_threads(settings.cpu_threads, settings.device, checkpoints=settings.checkpoints)
     with stoppable():

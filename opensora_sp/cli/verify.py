@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from opensora_sp import access
 from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.errors import UserError
+from opensora_sp.screen import on_any_screen
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
@@ -26,6 +27,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if everything held, 1 if not, 2 for a mistake in the request."""
     try:

@@ -36,6 +36,7 @@ from opensora_sp.parallel.board import (
 from opensora_sp.parallel.peers import Process
 from opensora_sp.parallel.signals import STOP_SIGNALS, leave
 from opensora_sp.parallel.stages import Limits, Stages
+from opensora_sp.screen import one_line, printable
 
 POLL_S = 0.25
 BEAT_S = 1.0
@@ -175,7 +176,7 @@ class Liveness:
         return Fault(
             rank=rank,
             stage=where,
-            what=" ".join(what.split()),
+            what=one_line(what),
             code=code,
             recorded=records_for_launcher(),
         )
@@ -365,7 +366,7 @@ def _is_consequence(error: Exception) -> bool:
 
 
 def _say(text: str, rank: int | None = None) -> None:
-    if rank is not None:
-        text = "\n".join(f"rank {rank}: {line}" for line in text.rstrip().splitlines())
+    head = "" if rank is None else f"rank {rank}: "
+    text = "\n".join(f"{head}{printable(line)}" for line in text.rstrip().split("\n"))
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -13,6 +13,7 @@ from opensora_sp.planner.requests import plan_job
 from opensora_sp.request import Job
 from opensora_sp.runtime.memory import free_bytes
 from opensora_sp.runtime.options import MemoryMode
+from opensora_sp.screen import note
 
 
 def choose_memory(job: Job, session: Session) -> MemoryMode:
@@ -52,8 +53,7 @@ def _tell_of_idle_devices(session: Session, *, quiet: bool) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", session.world_size))
     count = int(module.device_count())
     if count > here:
-        print(
-            f"note: {count} {session.device.type} devices are visible but {here} rank(s) run on "
-            f"this node: torchrun --nproc_per_node {count} launch/infer.py … uses them all",
-            file=sys.stderr,
+        note(
+            f"{count} {session.device.type} devices are visible but {here} rank(s) run on "
+            f"this node: torchrun --nproc_per_node {count} launch/infer.py … uses them all"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import SMALL, run, saved, stages, t5_loads
+from command import SMALL, infer, run, saved, stages, t5_loads
+from ranks import run_ranks
 
 from opensora_sp.generate import Collector, draw_noise, generate
 from opensora_sp.manifest import FOLDER
@@ -145,3 +147,39 @@ def test_sampling_goes_on_from_any_step(first_step: int) -> None:
     whole = sample(start, times, velocity, mask, noise_at, lambda _, z: seen.append(z))
     rest = sample(seen[first_step], times, velocity, mask, noise_at, first_step=first_step)
     assert torch.equal(rest, whole)
+
+
+@pytest.mark.parametrize(
+    ("world", "point", "after", "size"),
+    [
+        (2, "encode-to-file", 2, ["72", "56"]),
+        (2, "decode", 1, ["64", "96"]),
+        (1, "encode-to-file", 1, ["240", "424"]),
+    ],
+)
+def test_a_run_that_dies_while_writing_is_made_again_to_the_same_file(
+    world: int, point: str, after: int, size: list[str], tmp_path: Path
+) -> None:
+    flags = ["--prompt", "a red ball", "--num-frames", "51", "--num-sampling-steps", "1"]
+    flags += ["--image-size", *size]
+    assert run(world, tmp_path / "whole", *flags)
+    assert not run(
+        world, tmp_path / "died", *flags, fault=f"rank=0 point={point} way=kill after={after}"
+    )
+    assert not (tmp_path / "died" / NAME).exists()
+    assert stages(tmp_path / "died") == {NAME: "latents saved"}
+    assert fewer_cores(world, tmp_path / "died", *flags)
+    wrote = [(tmp_path / folder / NAME).read_bytes() for folder in ("whole", "died")]
+    assert wrote[0] == wrote[1]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def fewer_cores(world: int, folder: Path, *argv: str) -> bool:
+    """`run` on one core, whose encoder must not write another file for it."""
+    codes = run_ranks(on_one_core, world, [*SMALL, *argv, "--save-dir", str(folder)])
+    return codes == [0] * world
+
+
+def on_one_core(rank: int, world: int, init_file: str, argv: list[str]) -> int:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    return infer(rank, world, init_file, argv)

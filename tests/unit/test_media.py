@@ -1,5 +1,6 @@
 """Writing videos and images: what is read back is what was given, and no half file ever shows."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -131,6 +132,63 @@ def test_pieces_of_a_video_give_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
     content = (tmp_path / "whole.mp4").read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")  # plays before it is loaded
+
+
+# A process of its own writes a moving picture [17,H,W,3]; what lies in its memory and how many
+# cores it has differ from one process to the next, as between two runs of a command.
+ENCODE = """
+import hashlib, os, sys, pathlib
+import numpy as np
+from opensora_sp.media import VideoWriter
+height, width, cores, junk = map(int, sys.argv[2:6])
+lossless = sys.argv[6] == "lossless"
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+random = np.random.default_rng(junk)
+y, x = np.mgrid[:height, :width]
+grain = np.random.default_rng(0).integers(0, 12, (height, width, 3))
+planes = lambda i: (x / 37 + i / 5, y / 23 - i / 7, (x + y) / 51 + i / 9)
+video = [np.stack([120 + 90 * np.sin(p) for p in planes(i)], -1) + grain for i in range(17)]
+video = np.stack(video).astype(np.uint8)
+for number in range(4):
+    held = [random.bytes(int(size)) for size in random.integers(100, 300_000, 100)]
+    del held[::2]
+    path = pathlib.Path(sys.argv[1]) / f"{number}.mp4"
+    writer = VideoWriter(
+        path, fps=24, height=height, width=width, metadata={"seed": 1}, lossless=lossless
+    )
+    with writer:
+        writer.write(video)
+    print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kind"),
+    [
+        (240, 424, "h264"),
+        (64, 96, "h264"),
+        (480, 848, "h264"),
+        (75, 117, "h264"),
+        (240, 424, "lossless"),
+    ],
+)
+def test_the_same_frames_are_the_same_bytes(
+    height: int, width: int, kind: str, tmp_path: Path
+) -> None:
+    found: list[str] = []
+    for number, (cores, perturb) in enumerate([(1, "0"), (1000, "85"), (2, "255")]):
+        arguments = [str(tmp_path), str(height), str(width), str(cores), str(number), kind]
+        done = subprocess.run(
+            [sys.executable, "-c", ENCODE, *arguments],
+            env={**os.environ, "MALLOC_PERTURB_": perturb},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+        found += done.stdout.split()
+    assert len(found) == 12
+    assert len(set(found)) == 1
 
 
 def test_lossless_is_bit_exact_at_odd_sizes(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 from raw_server import page, raw_server
 
 from opensora_sp.benchmark.draft import Draft
-from opensora_sp.cli.console import one_line
 from opensora_sp.cli.infer import main
 from opensora_sp.errors import UserError
 from opensora_sp.identity import difference, digest, identity_of
@@ -24,6 +23,7 @@ from opensora_sp.rank_log import rank_log
 from opensora_sp.redaction import redacted, references_without_secrets, without_secrets
 from opensora_sp.refine import Endpoint, refine_text
 from opensora_sp.request import Job, Request, RunSettings, Task
+from opensora_sp.screen import one_line
 from opensora_sp.settings import parse_command_line, print_config, resolve
 from opensora_sp.validate import shown
 

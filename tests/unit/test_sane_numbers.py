@@ -59,7 +59,7 @@ def test_space_is_looked_at_before_the_run(tmp_path: Path, monkeypatch: pytest.M
     small = Request(prompt="x", height=32, width=48, num_frames=17)
     preflight.check_space(tmp_path / "new", [small], lossless=False)
     big = Request(prompt="x", height=720, width=1280, num_frames=217)
-    with pytest.raises(UserError, match=r"1 MB are free .* need about 100 MB"):
+    with pytest.raises(UserError, match=r"1.00 MB are free .* need about 100 MB"):
         preflight.check_space(tmp_path / "new", [big, big], lossless=False)
     with pytest.raises(UserError, match="free space or choose"):
         preflight.check_space(tmp_path, [small] * 20, lossless=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from opensora_sp.errors import UserError
-from opensora_sp.sheet import SheetEntry, chosen_frames, write_sheet
+from opensora_sp.sheet import SheetEntry, chosen_frames, picture, write_sheet
 
 HOSTILE = "<script>alert(\"1\")</script> & 'quotes' <img src=x> 一只猫 \udcff"
 
@@ -60,7 +60,8 @@ def image_of(source: str) -> Image.Image:
 
 def entry(output: Path, frames: list[NDArray[np.uint8]], prompt: str = "a cat") -> SheetEntry:
     labels = [f"frame {index}" for index in range(len(frames))]
-    return SheetEntry(output, prompt, frames, labels, {"seed": 42, "sample": HOSTILE})
+    pictures = [picture(each) for each in frames]
+    return SheetEntry(output, prompt, pictures, labels, {"seed": 42, "sample": HOSTILE})
 
 
 def test_everything_given_is_shown_and_nothing_is_fetched(tmp_path: Path) -> None:
@@ -127,5 +128,5 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write_sheet(tmp_path / "file" / "s.html", entries=[], settings={}, timings={})
     with pytest.raises(ValueError, match="0 labels for 1 frames"):
-        SheetEntry(tmp_path / "v.mp4", "", [frame(2, 2)], [])
+        SheetEntry(tmp_path / "v.mp4", "", [picture(frame(2, 2))], [])
     assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import base64
+import gc
 import html
 import io
 import re
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from opensora_sp import outputs
 from opensora_sp.errors import UserError
 from opensora_sp.generate import Collector
 from opensora_sp.jobs import run_job
-from opensora_sp.request import Job
+from opensora_sp.media import VideoWriter
+from opensora_sp.request import Job, Task
 from opensora_sp.settings import build_job, parse_command_line, resolve
-from opensora_sp.sheet_sink import PickingSink
+from opensora_sp.sheet_sink import PickingSink, RunSheet
 
 SMALL = ["--image-size", "40", "64", "--num-sampling-steps", "1", "--dtype", "fp32"]
 SMALL += ["--device", "cpu", "--lossless", "--verbose", "0", "--sheet"]
@@ -133,3 +139,41 @@ def test_a_folder_in_its_place_is_refused_before_the_run(tmp_path: Path) -> None
     (tmp_path / "sheet.html").mkdir()
     with pytest.raises(UserError, match=r"sheet\.html is a directory"):
         job_of(tmp_path, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv"),
+    [
+        ("mp4", ["--num-frames", "5"]),
+        ("mp4", ["--num-frames", "5", "--watermark", "true", "--batch-size", "2"]),
+        ("png", ["--num-frames", "image"]),
+    ],
+)
+def test_a_list_keeps_no_output_alive(
+    kind: str, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive: list[int] = []
+    of_kind = VideoWriter if kind == "mp4" else outputs._ImageSink
+    begin, took = of_kind.__init__, RunSheet.took
+    frames_held: list[int] = []
+
+    def counted(self: Any, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        made.add(self)
+
+    def after(self: RunSheet, batch: Sequence[Task], seconds: float) -> None:
+        took(self, batch, seconds)
+        gc.collect()
+        alive.append(len(made))
+        frames_held.append(sum(len(watched.frames) for watched in self._watched))
+
+    monkeypatch.setattr(of_kind, "__init__", counted)
+    monkeypatch.setattr(RunSheet, "took", after)
+    run_job(job_of(tmp_path, *argv, "--prompt", *"abcdef"))
+    batches = 3 if "--batch-size" in argv else 6
+    assert len(alive) == batches
+    assert alive[1:] == [alive[0]] * (batches - 1)  # as after the first output, whatever came since
+    assert alive[0] <= 6 // batches
+    assert frames_held == [0] * batches
+    assert len(articles((tmp_path / "sheet.html").read_text())) == 6

@@ -1,0 +1,147 @@
+"""The disk fills in mid-run: lost insurance is a note, a lost output is one line."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import SMALL, infer, run, saved, stages
+from ranks import RankFailure, run_ranks
+
+from opensora_sp import jobs, manifest, media
+from opensora_sp.saved_state import StateFiles
+
+FLAGS = ["--prompt", "one", "two", "--num-frames", "17", "--num-sampling-steps", "3"]
+FLAGS += ["--save-every", "1", "--text-cache", "off"]
+
+
+@contextmanager
+def full(size: int) -> Iterator[None]:
+    """Every write of this process beyond `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def on_full_disk(
+    rank: int, world: int, init_file: str, argv: list[str], what: str, errors: str
+) -> int:
+    """`main(argv)` where one kind of file finds no room. errors: its folder for standard error."""
+    import sys
+
+    def without_room(write: Callable[..., Any], size: int) -> Callable[..., Any]:
+        def limited(self: Any, *arguments: Any, **named: Any) -> Any:
+            if getattr(self, "path", Path()).name == "probe.mp4":
+                return write(self, *arguments, **named)
+            with full(size):
+                return write(self, *arguments, **named)
+
+        return limited
+
+    if what == "states":
+        StateFiles._write = without_room(StateFiles._write, 1000)  # type: ignore[method-assign]
+    elif what == "records":
+        write_record = manifest.write_record
+
+        def limited(*arguments: Any) -> None:
+            with full(100):
+                write_record(*arguments)
+
+        setattr(jobs, "write_record", limited)  # noqa: B010
+    elif what == "outputs":
+        media.VideoWriter.write = without_room(  # type: ignore[method-assign]
+            media.VideoWriter.write, 40
+        )
+        close = media.VideoWriter._close
+        media.VideoWriter._close = without_room(close, 40)  # type: ignore[method-assign]
+    with open(Path(errors) / f"{rank}", "w", encoding="utf-8") as said:
+        sys.stderr = said
+        try:
+            return infer(rank, world, init_file, argv)
+        finally:
+            said.flush()
+
+
+def notes(folder: Path) -> list[str]:
+    said = [line for path in folder.iterdir() for line in path.read_text().splitlines()]
+    return [line for line in said if not line.startswith("note: 32x48")]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("states", r"note: the state is not saved, .*sample_0000\.mp4\.step\.safetensors: .+"),
+        ("records", r"note: the record of .*sample_0000\.mp4 is not written: .+"),
+    ],
+)
+def test_lost_insurance_is_one_note(what: str, said: str, world: int, tmp_path: Path) -> None:
+    assert run(world, tmp_path / "whole", *FLAGS, "--keep-state")
+    errors = tmp_path / "errors"
+    errors.mkdir()
+    folder = tmp_path / "full"
+    argv = [*SMALL, *FLAGS, "--save-dir", str(folder)]
+    codes = run_ranks(on_full_disk, world, argv, what, str(errors))
+    assert codes == [0] * world
+    for name in ("sample_0000.mp4", "sample_0001.mp4"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (line,) = notes(errors)
+    assert re.fullmatch(said, line)
+    assert not list(folder.rglob("*.tmp"))
+    if what == "states":
+        assert saved(folder) == {}
+        assert set(stages(folder).values()) == {"done"}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_lost_output_is_one_line(world: int, tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    errors.mkdir()
+    folder = tmp_path / "full"
+    argv = [*SMALL, *FLAGS, "--save-dir", str(folder)]
+    try:
+        codes = run_ranks(on_full_disk, world, argv, "outputs", str(errors))
+        assert codes[0] == 2
+    except RankFailure:  # several ranks leave at once, without a result
+        assert world > 1
+    (line,) = notes(errors)
+    assert line.startswith("error: ")
+    assert "sample_0000.mp4" in line
+    assert not list(folder.glob("*.mp4"))
+    assert not list(folder.rglob("*.tmp"))
+    # The latents were saved before: with room again only the decoding is left to do.
+    assert stages(folder)["sample_0000.mp4"] == "latents saved"
+    assert all(torch.isfinite(tensor).all() for tensor in saved(folder).values())
+    assert run(world, folder, *FLAGS)
+
+
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_a_full_log_is_a_note(world: int, rank: int, tmp_path: Path) -> None:
+    logs, errors = tmp_path / "logs", tmp_path / "errors"
+    logs.mkdir()
+    errors.mkdir()
+    (logs / f"rank-{rank}.log").symlink_to("/dev/full")  # as a disk that is full
+    argv = [*SMALL, *FLAGS, "--save-dir", str(tmp_path / "made"), "--log-dir", str(logs)]
+    codes = run_ranks(on_full_disk, world, argv, "nothing", str(errors))
+    assert codes == [0] * world
+    assert len(list((tmp_path / "made").glob("*.mp4"))) == 2
+    (line,) = notes(errors)
+    assert line == (
+        f"note: --log-dir: {logs}/rank-{rank}.log takes no more (No space left on device): the "
+        "run goes on without"
+    )
+    for other in range(world):
+        if other != rank:
+            assert (logs / f"rank-{other}.log").stat().st_size > 0

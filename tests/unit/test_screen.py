@@ -1,0 +1,195 @@
+"""What is said on screens of every kind, and what is not said to them raw."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opensora_sp.screen import (
+    MOST_SHOWN,
+    note,
+    note_once,
+    one_line,
+    printable,
+    result,
+    robust_screen,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = ["launch/plan.py", "--device-memory", "48GB"]
+INFER = ["launch/infer.py", "--device", "cpu", "--dtype", "fp32", "--image-size", "32", "48"]
+INFER += ["--num-frames", "image", "--num-sampling-steps", "1"]
+
+
+def started(command: list[str], **how: Any) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, **how.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stderr=how.pop("stderr", subprocess.PIPE),
+        timeout=300,
+        **how,
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("a\x1b[31mred", "a\\x1b[31mred"),
+        ("nul\0", "nul\\x00"),
+        ("c1\x9b31m", "c1\\x9b31m"),
+        ("file\udcff", "file\\udcff"),
+        ("lone\ud800", "lone\\ud800"),
+        ("right\u202eleft", "right\\u202eleft"),
+        ("bell\x07 back\x08 del\x7f", "bell\\x07 back\\x08 del\\x7f"),
+        ("a\nred  ball\tü 一只猫 🐈", "a red ball ü 一只猫 🐈"),
+    ],
+)
+def test_messages_are_one_printable_line(raw: str, shown: str) -> None:
+    assert one_line(raw) == shown
+    assert printable(one_line(raw)).isprintable()
+
+
+@pytest.mark.parametrize("unit", ["x", "\x1b", "wörd ", "\udcff", "\n"])
+def test_messages_are_bounded_and_keep_both_ends(unit: str) -> None:
+    said = one_line(f"--prompt-path {unit * 100_000}: give another file")
+    assert len(said) <= MOST_SHOWN
+    assert said.startswith("--prompt-path")
+    assert said.endswith("give another file")
+    few = "a value of a few lines,\n" * 5 + "end"
+    assert one_line(few) == " ".join(few.split())
+
+
+class Broken(io.StringIO):
+    """A screen that takes `good` writes and then fails."""
+
+    def __init__(self, error: Exception, good: int = 0) -> None:
+        super().__init__()
+        self.error, self.good = error, good
+
+    def write(self, text: str) -> int:
+        self.good -= 1
+        if self.good < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), ""),
+        (ValueError("I/O operation on closed file"), "closed file"),
+    ],
+)
+def test_a_screen_that_is_gone_is_done_without(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = Broken(error, good=2), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with robust_screen():
+        for _ in range(3):
+            print("line")
+        note("still heard")
+    assert sys.stdout is out
+    assert sys.stderr is err
+    assert out.getvalue() == "line\n"
+    lines = err.getvalue().splitlines()
+    assert lines[-1] == "note: still heard"
+    assert len(lines) == 1 + bool(said)
+    assert said in lines[0]
+
+
+def test_standard_error_that_is_gone_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Broken(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    with robust_screen():
+        note("nobody hears it")
+        result("made.mp4")
+    assert out.getvalue() == "made.mp4\n"
+
+
+def test_trouble_of_a_kind_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # two commands of one process
+        with robust_screen():
+            note_once("record", "first")
+            note_once("record", "second")
+            note_once("state", "third")
+    assert capsys.readouterr().err.splitlines() == ["note: first", "note: third"] * 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252", "ascii:strict"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        PLAN,
+        [*PLAN, "--table"],
+        ["launch/infer.py", "--print-config", "--prompt", "ä 一只猫 \udcff"],
+        ["launch/benchmark.py", "--help"],
+        ["launch/verify.py", "--help"],
+    ],
+    ids=["plan", "table", "print-config", "benchmark", "verify"],
+)
+def test_any_encoding_shows_what_it_can(command: list[str], encoding: str) -> None:
+    done = started(command, env={"PYTHONIOENCODING": encoding}, stdout=subprocess.PIPE)
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == 0 or b"error: " in done.stderr
+    if command is PLAN:
+        times = {"ascii": b"\\xd7", "utf-8": "×".encode()}.get(encoding.partition(":")[0], b"\xd7")
+        assert times in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["full", "closed pipe", "closed", "all closed"])
+def test_plan_ends_well_on_a_screen_that_takes_nothing(kind: str, tmp_path: Path) -> None:
+    if kind == "full":
+        with open("/dev/full", "wb") as full:
+            done = started(PLAN, stdout=full)
+        assert b"standard output takes nothing more (No space left on device)" in done.stderr
+    elif kind == "closed pipe":
+        read, write = os.pipe()
+        os.close(read)
+        done = started(PLAN, stdout=write)
+        os.close(write)
+        assert done.stderr == b""
+    else:
+        ends = ">&-" if kind == "closed" else ">&- 2>&- <&-"
+        script = f'exec "$0" "$@" {ends}'
+        done = subprocess.run(
+            ["sh", "-c", script, sys.executable, *PLAN],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+        assert done.stderr == b""
+    assert done.returncode == 0
+
+
+def test_a_list_is_made_whole_on_a_full_ascii_screen(tmp_path: Path) -> None:
+    folder = tmp_path / "ä"
+    command = [*INFER, "--prompt", "ä", "b", "c", "--save-dir", str(folder)]
+    with open("/dev/full", "wb") as full:
+        done = started(command, stdout=full, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert len(list(folder.glob("*.png"))) == 3
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"standard output takes nothing more") == 1
+
+
+@pytest.mark.parametrize("name", [b"by\xffte", b"esc\x1b[31m", "ä".encode()])
+def test_a_path_is_printed_so_that_it_opens(name: bytes, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/" + name
+    command = [*INFER, "--prompt", "x", "--save-dir", os.fsdecode(folder)]
+    done = started(command, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    assert os.path.isfile(done.stdout.removesuffix(b"\n"))
+    assert b"\x1b[31m" not in done.stderr
