@@ -8,13 +8,16 @@ from opensora_sp import __version__
 from opensora_sp.cli.console import one_line, rank, refuse, world_size
 from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import stoppable
-from opensora_sp.cli.threads import apply_cpu_threads
+from opensora_sp.cli.threads import apply_cpu_threads, available_cores
 from opensora_sp.errors import JobEnded, Stopped, UserError
+from opensora_sp.launcher import check_store, join, launcher_keeps_store
+from opensora_sp.orphans import watch_launcher
 from opensora_sp.parallel.signals import leave
 from opensora_sp.planner.devices import parse_memory
+from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.requests import plan_job
 from opensora_sp.rank_log import rank_log
-from opensora_sp.request import Job
+from opensora_sp.request import Checkpoints, Job
 from opensora_sp.settings import (
     Values,
     build_job,
@@ -23,6 +26,9 @@ from opensora_sp.settings import (
     print_config,
     resolve,
 )
+
+# The hidden size of the model inside the package.
+EMBEDDED_WIDTH = 96
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,15 @@ class Prepared:
 
 def run_program(program: Program, argv: Sequence[str] | None) -> int:
     """Run one command line; returns its exit code (2: refused, with one line on stderr)."""
+    watch_launcher()
     try:
         prepared = prepare(program, sys.argv[1:] if argv is None else argv)
+        if isinstance(prepared, str):
+            if rank() == "0":
+                sys.stdout.write(prepared)
+            return 0
     except UserError as error:
         return refuse(error, same_everywhere=True)
-    if isinstance(prepared, str):
-        if rank() == "0":
-            sys.stdout.write(prepared)
-        return 0
     return _run(prepared)
 
 
@@ -86,12 +93,32 @@ def _require_room(job: Job) -> None:
             plan_job(job, world_size(), memory)
 
 
+def _width(checkpoints: Checkpoints | None) -> int | None:
+    """The transformer's hidden size, None where its config.json does not say."""
+    if checkpoints is None:
+        return EMBEDDED_WIDTH
+    try:
+        width: object = ModelSizes.read(checkpoints).channels
+    except Exception:  # whatever is wrong with it is said where the model is loaded
+        return None
+    return width if isinstance(width, int) else None
+
+
 def _run(prepared: Prepared) -> int:
     job = prepared.job
-    if rank() == "0" and job.settings.verbose > 0:
-        for note in job.notes:
+    launch = join()
+    try:
+        check_store(launch, kept_by_launcher=launcher_keeps_store())
+    except UserError as error:
+        return refuse(error, same_everywhere=False)
+    if launch.rank == 0 and job.settings.verbose > 0:
+        for note in (*launch.notes, *job.notes):
             print(f"note: {one_line(note)}", file=sys.stderr)
-    apply_cpu_threads(job.settings.cpu_threads, job.settings.device)
+    threads = apply_cpu_threads(
+        job.settings.cpu_threads, job.settings.device, width=_width(job.settings.checkpoints)
+    )
+    if launch.rank == 0 and job.settings.verbose > 1 and threads is not None:
+        print(f"threads: {threads} a rank, of {available_cores()} cores", file=sys.stderr)
     with stoppable():
         try:
             with rank_log(job.settings.log_dir):

@@ -24,6 +24,14 @@ from opensora_sp.request import Request
 from opensora_sp.runtime import Runtime
 
 
+@pytest.mark.parametrize("flag", ["--timeout", "--heartbeat-timeout", "--deadlines"])
+@pytest.mark.parametrize("value", ["1e300", "1e-9", "0", "-1", "nan", "inf", "1e7"])
+def test_limits_are_times_that_timers_can_count(flag: str, value: str) -> None:
+    text = f"step={value}" if flag == "--deadlines" else value
+    with pytest.raises(UserError, match=rf"{flag} .*2592000|{flag} .*2\.592e\+06"):
+        parse_command_line(["--prompt", "x", f"{flag}={text}"])
+
+
 def test_deadlines() -> None:
     assert parse_deadlines("") == DEADLINES
     assert parse_deadlines("step=5, decode=off") == {**DEADLINES, "step": 5, "decode": math.inf}
