@@ -57,7 +57,10 @@ def _deadlines_kind() -> Kind:
         return True
 
     kinds, (low, high) = ", ".join(DEADLINES), DEADLINE_RANGE_S
-    allowed = f"a list like step=600,decode=off (seconds from {low:.0f} to {high:.0f}, or off; kinds: {kinds})"
+    allowed = (
+        f"a list like step=600,decode=off (seconds from {low:.0f} to {high:.0f}, or off; "
+        f"kinds: {kinds})"
+    )
     return Kind("LIST", allowed, str.strip, legal)
 
 

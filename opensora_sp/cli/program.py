@@ -8,16 +8,15 @@ from opensora_sp import __version__
 from opensora_sp.cli.console import one_line, rank, refuse, world_size
 from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import stoppable
-from opensora_sp.cli.threads import apply_cpu_threads, available_cores
+from opensora_sp.cli.threads import apply_cpu_threads
 from opensora_sp.errors import JobEnded, Stopped, UserError
 from opensora_sp.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.orphans import watch_launcher
 from opensora_sp.parallel.signals import leave
 from opensora_sp.planner.devices import parse_memory
-from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.requests import plan_job
 from opensora_sp.rank_log import rank_log
-from opensora_sp.request import Checkpoints, Job
+from opensora_sp.request import Job
 from opensora_sp.settings import (
     Values,
     build_job,
@@ -26,9 +25,6 @@ from opensora_sp.settings import (
     print_config,
     resolve,
 )
-
-# The hidden size of the model inside the package.
-EMBEDDED_WIDTH = 96
 
 
 @dataclass(frozen=True)
@@ -93,17 +89,6 @@ def _require_room(job: Job) -> None:
             plan_job(job, world_size(), memory)
 
 
-def _width(checkpoints: Checkpoints | None) -> int | None:
-    """The transformer's hidden size, None where its config.json does not say."""
-    if checkpoints is None:
-        return EMBEDDED_WIDTH
-    try:
-        width: object = ModelSizes.read(checkpoints).channels
-    except Exception:  # whatever is wrong with it is said where the model is loaded
-        return None
-    return width if isinstance(width, int) else None
-
-
 def _run(prepared: Prepared) -> int:
     job = prepared.job
     launch = join()
@@ -114,11 +99,7 @@ def _run(prepared: Prepared) -> int:
     if launch.rank == 0 and job.settings.verbose > 0:
         for note in (*launch.notes, *job.notes):
             print(f"note: {one_line(note)}", file=sys.stderr)
-    threads = apply_cpu_threads(
-        job.settings.cpu_threads, job.settings.device, width=_width(job.settings.checkpoints)
-    )
-    if launch.rank == 0 and job.settings.verbose > 1 and threads is not None:
-        print(f"threads: {threads} a rank, of {available_cores()} cores", file=sys.stderr)
+    apply_cpu_threads(job.settings.cpu_threads, job.settings.device)
     with stoppable():
         try:
             with rank_log(job.settings.log_dir):

@@ -25,7 +25,6 @@ from opensora_sp.launcher import (
 )
 from opensora_sp.parallel.own_clock import STOOD_STILL_S, OwnClock
 from opensora_sp.parallel.peers import Process
-from opensora_sp.waiting import let_waiting_threads_sleep
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -292,26 +291,3 @@ def test_a_clock_that_stood_still_is_noticed_by_whoever_asks_first() -> None:
     time_is[0] += 12
     clock.tick()  # and one that wakes after it sees the same
     assert (clock.halts(), len(restarts)) == (2, 2)
-
-
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"])
-def test_waiting_threads_sleep_unless_somebody_has_said_how_they_wait(name: str) -> None:
-    environ: dict[str, str] = {}
-    let_waiting_threads_sleep(environ)
-    assert environ == {"OMP_WAIT_POLICY": "PASSIVE"}
-    environ = {name: "7"}
-    let_waiting_threads_sleep(environ)
-    assert environ == {name: "7"}
-
-
-def test_openmp_hears_of_it() -> None:
-    """The runtime says itself what it has read, once, when torch is loaded."""
-    environ = clean(OMP_DISPLAY_ENV="TRUE")
-    environ.pop("OMP_WAIT_POLICY", None)
-    code = "import opensora_sp.parallel.session"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
-    )
-    if "OMP_WAIT_POLICY" not in done.stderr:
-        pytest.skip("this torch's OpenMP does not show its settings")
-    assert re.search(r"OMP_WAIT_POLICY\s*=\s*'PASSIVE'", done.stderr)
