@@ -5,9 +5,9 @@ not wanted: to YAML 1.1 an aspect ratio 9:16 is the number 556.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from opensora_sp import access
 from opensora_sp.errors import UserError
 from opensora_sp.validate import shown
 
@@ -24,12 +24,7 @@ def read_config(path: str) -> dict[str, Raw]:
     import yaml
 
     what = f"--config {shown(path)}"
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    text = access.read_text(path, limit=access.CONFIG_LIMIT, what=what)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:

@@ -13,6 +13,21 @@ class CheckpointError(UserError):
     """A checkpoint directory or file that does not fit the model; names the weight and the file."""
 
 
+class PromptFault(UserError):  # noqa: N818 (it is the prompt's, not the run's)
+    """A mistake of one prompt, found while the run goes on: the others can still be made.
+
+    place: which request of its batch it is, from 0.
+    """
+
+    def __init__(self, message: str, place: int = 0) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class SharedPromptFault(PromptFault):
+    """A mistake of one prompt that every rank of its video was told of."""
+
+
 class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
     """A mistake found on one rank that every rank was told of, so that all end together."""
 

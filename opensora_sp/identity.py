@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora_sp.request import Checkpoints, Request, RunSettings, Task
+from opensora_sp import access
+from opensora_sp.redaction import address_identity
+from opensora_sp.request import Checkpoints, Request, RunSettings, Task, reference_paths
 from opensora_sp.validate import shown
 
 Identity = dict[str, Any]
@@ -91,8 +92,8 @@ def identity_of(task: Task, settings: RunSettings, models: Mapping[str, str]) ->
 
 
 def _references(request: Request) -> list[str]:
-    paths = [path.strip() for path in request.reference_path.split(";") if path.strip()]
-    return [sampled_digest([Path(p)]) if os.path.isfile(p) else p for p in paths]
+    paths = reference_paths(request)
+    return [sampled_digest([Path(p)]) if access.is_file(p) else address_identity(p) for p in paths]
 
 
 def latents_identity(identity: Identity) -> Identity:
@@ -111,9 +112,21 @@ def digest(identity: Identity) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
+def without_addresses(identity: Identity) -> Identity:
+    """An identity with its addresses as they are stored now: older records hold them in full."""
+    found = identity.get("references")
+    if not isinstance(found, list):
+        return identity
+    stored = [
+        address_identity(one) if isinstance(one, str) and " sha256:" not in one else one
+        for one in found
+    ]
+    return identity | {"references": stored}
+
+
 def difference(before: Identity, now: Identity) -> str | None:
     """The first thing that differs, with both values, for a person; None where nothing does."""
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(without_addresses(before)), _flat(now)
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in old or name not in new or old[name] != new[name]:
             was, is_now = shown(old.get(name)), shown(new.get(name))

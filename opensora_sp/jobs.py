@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opensora_sp import faults
 from opensora_sp.atomic import remove_leftovers
+from opensora_sp.cli.console import one_line
 from opensora_sp.deadlines import parse_deadlines
-from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.errors import SharedFault, SharedPromptFault, UserError
 from opensora_sp.generate import generate
 from opensora_sp.identity import Identity, identity_of, latents_identity, model_digests
-from opensora_sp.manifest import FOLDER, Stage, write_record
+from opensora_sp.manifest import FOLDER, Stage, record_path, write_record
 from opensora_sp.media import probe_encoder
+from opensora_sp.naming import numbered
 from opensora_sp.outputs import describe, open_outputs
 from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
@@ -33,16 +36,18 @@ from opensora_sp.runtime.fitting import choose_memory
 from opensora_sp.saved_state import Position, StateFiles
 from opensora_sp.schedule import Work, deal, regroup
 from opensora_sp.sheet_sink import RunSheet
-from opensora_sp.standing import Standing, captions_left, look_at_all
+from opensora_sp.standing import Standing, captions_left, look_at_all, renamed
 from opensora_sp.text_cache import default_directory
 
 
 def run_job(job: Job) -> int:
-    """Generate every task of the job on this rank and its peers; returns the exit code 0.
+    """Generate every task of the job on this rank and its peers; returns the exit code.
 
-    Raises UserError for what a person can mend; anything else is a bug.
+    0: all are there; 1: some could not be made, each is named with its reason. Raises UserError
+    for what a person can mend; anything else is a bug.
     """
     settings, started = job.settings, time.perf_counter()
+    failed: list[Failure] = []
     with open_job_session(settings) as whole:
         mesh = mesh_of(job, whole.world_size)
         session = whole.split(mesh) if mesh.replicas > 1 else whole
@@ -50,12 +55,13 @@ def run_job(job: Job) -> int:
         models = whole.together(lambda: model_digests(pipeline.checkpoints), leading_only=True)
         models = whole.share(models)
         _agree(job, whole)
-        works = _unfinished(job, whole, models)
+        job, works = _unfinished(job, whole, models)
         if works:
             announce(pipeline, works[0].tasks[0].request, mesh)
             _advise(settings, whole, works)
-            _generate_all(pipeline, job, deal(works, mesh.replicas), models, started)
-    return 0
+            lists = deal(works, mesh.replicas)
+            failed = _generate_all(pipeline, job, lists, models, started)
+        return _report(whole, job, failed)
 
 
 @contextmanager
@@ -117,16 +123,25 @@ def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
         ),
         parallelism=Parallelism(guidance=mesh.guidance, sequence=mesh.sequence),
         show_progress=settings.verbose > 0,
-        allow_remote=settings.allow_remote,
+        allow_remote=settings.remote,
         check_finite=settings.check_finite,
-        text_cache=_text_cache(settings),
+        text_cache=_text_cache(settings, leads=session.whole.leads),
     )
 
 
-def _text_cache(settings: RunSettings) -> Path | None:
+def _text_cache(settings: RunSettings, *, leads: bool) -> Path | None:
     if settings.text_cache == "off":
         return None
-    return default_directory() if settings.text_cache == "auto" else Path(settings.text_cache)
+    if settings.text_cache != "auto":
+        return Path(settings.text_cache)
+    directory = default_directory()
+    if directory is None and leads and settings.verbose > 0:
+        print(
+            "note: text cache: off, for this user has no home directory: set HOME, or give "
+            "--text-cache DIR",
+            file=sys.stderr,
+        )
+    return directory
 
 
 def _agree(job: Job, whole: Session) -> None:
@@ -137,12 +152,20 @@ def _agree(job: Job, whole: Session) -> None:
         ensure_agreement(whole, facts)
 
 
-def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> list[Work]:
-    """What is still to be made, as rank 0 sees it; prompts refined where that is asked for."""
-    looked = whole.together(lambda: look_at_all(job, models), leading_only=True)
-    standings = dict(zip(job.tasks, whole.share(looked), strict=True))
-    works = regroup(job.batches(), {task: found.position for task, found in standings.items()})
-    return _refine(works, standings, job.settings, whole) if job.settings.llm_refine else works
+def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> tuple[Job, list[Work]]:
+    """What is still to be made, as rank 0 sees it; prompts refined where that is asked for.
+
+    The job comes back with the names that its outputs have.
+    """
+    planned = job
+    looked = whole.together(lambda: look_at_all(planned, models), leading_only=True)
+    found = whole.share(looked)
+    job = renamed(job, found)
+    standings = dict(zip(job.tasks, found, strict=True))
+    works = regroup(job.batches(), {task: one.position for task, one in standings.items()})
+    if job.settings.llm_refine:
+        works = _refine(works, standings, job.settings, whole)
+    return job, works
 
 
 def _refine(
@@ -209,8 +232,11 @@ def _generate_all(
     lists: Sequence[Sequence[Work]],
     models: dict[str, str],
     started: float,
-) -> None:
-    """Every replica its list, after rank 0 has encoded the texts of all of them."""
+) -> list[Failure]:
+    """Every replica its list, after rank 0 has encoded the texts of all of them.
+
+    Returns what this replica could not make.
+    """
     settings, session, whole = job.settings, pipeline.session, pipeline.session.whole
     mine = lists[session.replica]
     first = next(works for works in lists if works)[0].tasks[0].request
@@ -221,13 +247,14 @@ def _generate_all(
         )
     _encode_all_text(pipeline, lists)
     sheet = RunSheet() if settings.sheet and session.leads else None
+    failed: list[Failure] = []
 
     def run_list() -> None:
         for work in mine:
             if session is not whole:
                 with session.stage("replica work"):
                     faults.reach("replica-work")
-            _run(pipeline, settings, work, models, sheet)
+            failed.extend(_run_what_can_be(pipeline, settings, work, models, sheet))
             with session.stage("between outputs"):
                 faults.reach("between-outputs")
 
@@ -238,8 +265,73 @@ def _generate_all(
             timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
             order = [task.output for task in job.tasks]
             joined = RunSheet.joined([one for one in sheets if one is not None], order)
-            joined.write(settings, describe(pipeline, settings, first), timings)
-            print(settings.sheet_path, flush=True)
+            if not joined.is_empty:
+                path = _sheet_path(job)
+                joined.write(path, describe(pipeline, settings, first), timings)
+                print(path, flush=True)
+    return failed
+
+
+def _sheet_path(job: Job) -> Path:
+    """Where the sheet goes: numbered as the first output is, so that it replaces no other run's."""
+    first = job.tasks[0].output
+    found = re.fullmatch(r"sample_\d{4,}(?:-\d+)?_(\d+)", first.stem)
+    number = int(found[1]) if found and job.settings.default_names else 1
+    return numbered(job.settings.sheet_path, number)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An output that could not be made, and why."""
+
+    output: Path
+    reason: str
+
+
+def _run_what_can_be(
+    pipeline: Pipeline,
+    settings: RunSettings,
+    work: Work,
+    models: dict[str, str],
+    sheet: RunSheet | None,
+) -> list[Failure]:
+    """Make a batch; what one of its prompts is at fault for is left out, and the rest is made."""
+    failed = []
+    while work.tasks:
+        try:
+            _run(pipeline, settings, work, models, sheet)
+            break
+        except SharedPromptFault as fault:
+            bad = work.tasks[fault.place]
+            failed.append(Failure(bad.output, str(fault)))
+            if pipeline.session.leads:
+                record_path(bad.output).unlink(missing_ok=True)  # or it would hold the name
+                print(
+                    f"note: {bad.output} is not made: {fault}; the others are",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if sheet is not None:
+                sheet.forget(work.tasks)
+            work = replace(work, tasks=tuple(task for task in work.tasks if task is not bad))
+    return failed
+
+
+def _report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
+    """Name every output of any replica that could not be made; the exit code. Collective."""
+    every = {one.output: one for part in whole.collect(list(failed)) for one in part}
+    if whole.leads:
+        lines = [f"{line}; not made" for line in job.failed]
+        lines += [
+            f"{task.output} was not made: {every[task.output].reason}"
+            for task in job.tasks
+            if task.output in every
+        ]
+        if lines:
+            lines.append("all others are made; the same command makes these once they are mended")
+        for line in lines:
+            print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+    return 1 if every or job.failed else 0
 
 
 def _wait_for_replicas(whole: Session, run_list: Callable[[], None]) -> None:

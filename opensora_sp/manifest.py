@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from opensora_sp import access
 from opensora_sp.atomic import atomic_output, reported
 from opensora_sp.identity import Identity, digest
 
@@ -33,7 +34,7 @@ class Record:
 
     def fits(self, output: Path) -> bool:
         """Whether the file is there as it was left. Reads it only where its time has changed."""
-        if not output.is_file():
+        if not access.is_file(output):
             return False
         found = output.stat()
         if found.st_size != self.size:
@@ -47,21 +48,29 @@ def record_path(output: Path) -> Path:
 
 
 def read_record(output: Path) -> Record | None:
-    """The record of an output, None where there is none that can be read."""
+    """The record of an output, None where there is none that is whole.
+
+    Raises UserError where it may not be looked at, or is no regular file of a record's size.
+    """
+    path = record_path(output)
+    if not access.exists(path):
+        return None
+    content = access.read_bytes(path, limit=access.RECORD_LIMIT)
     try:
-        content: Any = json.loads(record_path(output).read_text(encoding="utf-8"))
-        if content["version"] != _VERSION or content["stage"] not in get_args(Stage):
+        text = content.decode("utf-8")
+        found: Any = json.loads(text)
+        if found["version"] != _VERSION or found["stage"] not in get_args(Stage):
             return None
-        if content["digest"] != digest(content["identity"]):
+        if found["digest"] != digest(found["identity"]):
             return None
         return Record(
-            identity=content["identity"],
-            stage=content["stage"],
-            size=content["size"],
-            mtime_ns=content["mtime_ns"],
-            sha256=content["sha256"],
+            identity=found["identity"],
+            stage=found["stage"],
+            size=found["size"],
+            mtime_ns=found["mtime_ns"],
+            sha256=found["sha256"],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -4,30 +4,48 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 from opensora_sp.validate import LONGEST_STEM
 
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, surrogates, line separators
+# They turn the direction of text around, so that a name looks like another one.
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HASH_LENGTH = 8
 
 
 def safe_stem(text: str) -> str:
     """A file name stem that shows `text` and stays inside its directory; may be empty.
 
-    Separators and control characters become `_`, leading dots go, and what is too long is cut and
-    ends in a hash of the whole, so that two long prompts that begin alike have two names.
+    Separators, control characters and a leading `-`, which programs take for a flag, become `_`,
+    leading dots go, and what is too long is cut and ends in a hash of the whole, so that two long
+    prompts that begin alike have two names.
     """
-    stem = "".join(
-        "_" if char in "/\\" or unicodedata.category(char) in _UNSAFE_CATEGORIES else char
-        for char in text.strip()
-    )
+    stem = "".join("_" if _is_unsafe(char) else char for char in text.strip())
     stem = re.sub(r"^[.\s]+", "", stem)
+    if stem.startswith("-"):
+        stem = f"_{stem[1:]}"
     encoded = stem.encode("utf-8")
     if len(encoded) <= LONGEST_STEM:
         return stem
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH_LENGTH]
     kept = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
     return f"{kept.rstrip()}-{digest}"
+
+
+def numbered(output: Path, number: int) -> Path:
+    """The number-th name for an output: sample_0000.mp4, sample_0000_2.mp4, sample_0000_3.mp4."""
+    return output if number == 1 else output.with_name(f"{output.stem}_{number}{output.suffix}")
+
+
+def number_of(name: str, output: Path) -> int | None:
+    """Which of an output's names this is, None for none of them: 1 for its own."""
+    found = re.fullmatch(
+        re.escape(output.stem) + r"(?:_([1-9]\d{0,8}))?" + re.escape(output.suffix), name
+    )
+    if found is None or found[1] == "1":
+        return None
+    return int(found[1] or 1)
 
 
 def output_stems(
@@ -45,9 +63,21 @@ def output_stems(
     taken: set[str] = set()
     for index, prompt in prompts:
         stem = safe_stem((sample_name or "") + prompt) or f"prompt_{index:04d}"
-        # Some file systems take upper and lower case for the same.
-        while stem.casefold() in taken:
+        while _key(stem) in taken:
             stem = f"{stem}_{index:04d}"
-        taken.add(stem.casefold())
+        taken.add(_key(stem))
         stems.append(stem)
     return stems
+
+
+def _key(stem: str) -> str:
+    """What two names share that some file system takes for the same.
+
+    Upper and lower case may be one there, and so may ü as one character and as u with two dots.
+    """
+    folded = unicodedata.normalize("NFD", stem).casefold()
+    return unicodedata.normalize("NFC", folded)
+
+
+def _is_unsafe(char: str) -> bool:
+    return char in "/\\" or char in _BIDI or unicodedata.category(char) in _UNSAFE_CATEGORIES

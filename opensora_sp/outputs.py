@@ -128,7 +128,7 @@ def describe(pipeline: Pipeline, settings: RunSettings, request: Request) -> dic
         except PackageNotFoundError:
             continue
     return {
-        "request": request.to_dict(),
+        "request": request.public_dict(),
         "checkpoints": "embedded" if settings.checkpoints is None else "given",
         "dtype": settings.dtype,
         "watermark": settings.watermark,

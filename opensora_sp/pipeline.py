@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from opensora_sp import faults
 from opensora_sp.denoiser import Denoiser
 from opensora_sp.errors import UserError
+from opensora_sp.fetch import Remote
 from opensora_sp.finite import require_finite
 from opensora_sp.identity import text_encoder_digest
 from opensora_sp.loading import (
@@ -90,7 +91,7 @@ class Pipeline:
     clock: Clock
     config: STDiT3Config
     show_progress: bool = False
-    allow_remote: bool = False
+    allow_remote: Remote = False
     check_finite: CheckFinite = "steps"
     weights_from: WeightsFrom = "disk"
     text_cache: Path | None = None
@@ -111,7 +112,7 @@ class Pipeline:
         runtime: Runtime | None = None,
         parallelism: Parallelism | None = None,
         show_progress: bool = False,
-        allow_remote: bool = False,
+        allow_remote: Remote = False,
         check_finite: CheckFinite = "steps",
         text_cache: Path | None = None,
         transformer_only: bool = False,

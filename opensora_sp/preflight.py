@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from opensora_sp import access
 from opensora_sp.conditioning import parse_mask_strategy
-from opensora_sp.errors import CheckpointError, UserError
-from opensora_sp.request import Checkpoints, Request
+from opensora_sp.conditions import Facts, judge, look_at
+from opensora_sp.errors import CheckpointError, PromptFault, UserError
+from opensora_sp.fetch import Remote
+from opensora_sp.request import Checkpoints, Request, reference_paths
 from opensora_sp.validate import shown
 
 BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
@@ -74,12 +77,12 @@ def check_transformer(directory: str) -> None:
 
 
 def _check_directory(what: str, directory: str, needed: tuple[str | tuple[str, ...], ...]) -> None:
-    if not os.path.isdir(directory):
-        problem = "is not a directory" if os.path.exists(directory) else "does not exist"
+    if not access.is_dir(directory):
+        problem = "is not a directory" if access.exists(directory) else "does not exist"
         raise CheckpointError(f"{what} {problem}")
     for entry in needed:
         names = (entry,) if isinstance(entry, str) else entry
-        found = [name for name in names if os.path.isfile(os.path.join(directory, name))]
+        found = [name for name in names if access.is_file(os.path.join(directory, name))]
         if not found:
             raise CheckpointError(f"{what} has no {' or '.join(names)}")
         if found[0].endswith(".index.json"):
@@ -93,7 +96,7 @@ def _check_shards(what: str, directory: str, index: str) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{what}: {index} is not an index of weight files") from None
     for shard in shards:
-        if not os.path.isfile(os.path.join(directory, str(shard))):
+        if not access.is_file(os.path.join(directory, str(shard))):
             raise CheckpointError(f"{what} has no {shard}, which {index} names")
 
 
@@ -102,10 +105,11 @@ def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
 
     Raises UserError where it could not be made or written to.
     """
-    place = os.path.abspath(directory)
+    access.require_room_for_names(directory, flag)
+    place = str(access.absolute(directory))
     while not os.path.lexists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
-    if not os.path.isdir(place):
+    if not access.is_dir(place):
         raise UserError(f"{flag} {shown(directory)}: {place} is not a directory")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {shown(directory)}: {place} may not be written to")
@@ -123,8 +127,8 @@ def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool)
         request.num_frames * request.loop * request.height * request.width * per_pixel
         for request in requests
     )
-    place = directory.absolute()
-    while not place.exists() and place != place.parent:
+    place = access.absolute(directory)
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -136,7 +140,7 @@ def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool)
 
 def check_output(output: Path) -> None:
     """Raises UserError where a directory stands in the place of an output file."""
-    if os.path.isdir(output):
+    if access.is_dir(output):
         raise UserError(f"{output} is a directory, but an output has this name: rename one")
 
 
@@ -147,13 +151,9 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[
     that the whole list would. Raises UserError for a file that cannot be used.
     """
     what = f"--prompt-path {shown(path)}"
-    try:
-        # Only line feeds end a prompt: str.splitlines would also break at U+2028 and form feeds.
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    text = access.read_text(path, limit=access.PROMPTS_LIMIT, what=what)
+    # Only line feeds end a prompt: str.splitlines would also break at U+2028 and form feeds.
+    lines = text.removesuffix("\n").split("\n")
     if start >= len(lines) and any(lines):
         raise UserError(f"--start-index {start} is beyond the {len(lines)} lines of {what}")
     prompts = [(index, line.strip()) for index, line in enumerate(lines[:end]) if index >= start]
@@ -164,21 +164,29 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> list[
     return prompts
 
 
-def check_conditions(request: Request, *, allow_remote: bool) -> None:
-    """A request's references and strategy, as far as that goes without decoding a picture.
+def check_conditions(
+    request: Request,
+    *,
+    allow_remote: Remote = False,
+    flags: Sequence[str] = (),
+    known: dict[str, Facts] | None = None,
+) -> list[str]:
+    """A request's references and strategy, as far as that goes without decoding the videos.
 
-    Raises UserError naming the file, the address or the group.
+    Args:
+        flags: the typed flag that each reference came from; see `conditions.judge`.
+        known: what is known of files already, by path; filled.
+
+    Returns what is worth telling a person. Raises UserError for a strategy that is none, or
+    PromptFault naming the file, the address or the flag that cannot be used or followed: of a
+    list the other prompts can still be made.
     """
-    from opensora_sp.references import check_reference
-
-    paths = [path.strip() for path in request.reference_path.split(";") if path.strip()]
-    for group in parse_mask_strategy(request.mask_strategy):
-        # A later clip also has every clip before it as a reference.
-        known = len(paths) + (group.loop if group.loop < request.loop else 0)
-        if group.ref >= known:
-            raise UserError(
-                f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "
-                f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
-            )
-    for path in paths:
-        check_reference(path, allow_remote=allow_remote)
+    known = {} if known is None else known
+    parse_mask_strategy(request.mask_strategy)  # a mistake in it is told before a file is opened
+    try:
+        for path in reference_paths(request):
+            if path not in known:
+                known[path] = look_at(path, request, allow_remote=allow_remote)
+        return judge(request, known, flags)
+    except UserError as error:
+        raise PromptFault(str(error)) from error

@@ -19,6 +19,7 @@ from typing import TextIO
 
 from opensora_sp.errors import UserError
 from opensora_sp.launcher import read_launch
+from opensora_sp.redaction import redacted
 
 
 class _Tee(io.TextIOBase):
@@ -60,7 +61,8 @@ class _Tee(io.TextIOBase):
 
     def _put(self, line: str) -> None:
         now = datetime.now().isoformat(sep=" ", timespec="milliseconds")
-        print(f"{now} {self._mark} {line.rpartition(chr(13))[2]}", file=self._log, flush=True)
+        line = redacted(line.rpartition(chr(13))[2])
+        print(f"{now} {self._mark} {line}", file=self._log, flush=True)
 
 
 def rank_log(directory: str | None) -> AbstractContextManager[None]:
@@ -85,12 +87,12 @@ def _logging(path: Path) -> Iterator[None]:
     with log:
         faulthandler.enable(log)  # a crash in native code leaves the Python stack here
         sys.stdout, sys.stderr = tees  # type: ignore[assignment]
-        print(f"process {os.getpid()}: {' '.join(sys.argv)}", file=log, flush=True)
+        print(f"process {os.getpid()}: {redacted(' '.join(sys.argv))}", file=log, flush=True)
         try:
             yield
         except BaseException:
             # It is printed by whoever catches it; here it is kept even if nobody gets to.
-            print(traceback.format_exc(), file=log, flush=True)
+            print(redacted(traceback.format_exc()), file=log, flush=True)
             raise
         finally:
             sys.stdout, sys.stderr = out, err

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from opensora_sp.errors import UserError
-from opensora_sp.fetch import check_address, is_address, open_file, said
+from opensora_sp.fetch import Remote, check_address, open_file, said
 from opensora_sp.media import BT709, FULL_RANGE, exact_rate
+from opensora_sp.redaction import is_address, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +51,16 @@ class _TimedFrame(NamedTuple):
     start: Fraction  # seconds
     length: Fraction  # seconds
     tick: Fraction  # seconds; how coarsely the file tells time
+
+
+class _Part(NamedTuple):
+    """What of a video is decoded: from the keyframe at `begin` on, in ticks of the stream.
+
+    Only frames whose start `wanted` accepts are converted; the others have empty pictures.
+    """
+
+    begin: int | None = None
+    wanted: Callable[[Fraction], bool] = lambda start: True
 
 
 def fit_image(rgb: NDArray[np.uint8] | Image, height: int, width: int) -> Tensor:
@@ -138,7 +149,7 @@ def read_reference(
     width: int,
     *,
     fps: float | None = None,
-    allow_remote: bool = False,
+    allow_remote: Remote = False,
 ) -> Reference:
     """Read one reference and fit it to a size.
 
@@ -156,27 +167,30 @@ def read_reference(
         UserError: one line that says why this file or address cannot be used.
     """
     rate = None if fps is None else exact_rate(fps)
-    with open_file(path, allow_remote) as file, _opened(file, path) as source:
+    name = without_secrets(path)
+    with open_file(path, allow_remote) as file, _opened(file, name) as source:
         if not isinstance(source, _Frames):
             return Reference(fit_image(source, height, width)[:, None], is_image=True)
         pictures = source.frames() if rate is None else _resampled(source.frames(), rate)
-        return Reference(_fitted(pictures, height, width, path), is_image=False)
+        return Reference(_fitted(pictures, height, width, name), is_image=False)
 
 
-def check_reference(path: str | Path, *, allow_remote: bool = False) -> None:
+def check_reference(path: str | Path, *, allow_remote: Remote = False) -> list[str]:
     """Prove cheaply that a reference can be read: an image is decoded, of a video its first frame.
 
-    Of an address only the scheme is judged; nothing is fetched. Does not import torch.
+    Of an address only what it says is judged; nothing is fetched. Does not import torch. Returns
+    what is worth telling a person.
 
     Raises:
         UserError: one line that says why this file or address cannot be used.
     """
     if is_address(path):
         check_address(path, allow_remote)
-        return
+        return []
     with open_file(path, allow_remote) as file, _opened(file, path) as source:
         if isinstance(source, _Frames):
             next(source.frames())
+    return []
 
 
 def _fitted(pictures: Iterable[_TimedFrame], height: int, width: int, path: str | Path) -> Tensor:
@@ -219,16 +233,26 @@ def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_Timed
 
 
 class _Frames:
-    """A video or an animation that is open: `frames()` decodes it, at least one frame."""
+    """A video or an animation that is open: `frames()` decodes it, at least one frame.
 
-    def __init__(self, name: str | Path, decode: Callable[[], Iterator[_TimedFrame]]) -> None:
+    film: of a video, the container and the stream that is decoded.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        decode: Callable[[_Part], Iterator[_TimedFrame]],
+        *,
+        film: tuple[Any, Any] | None = None,
+    ) -> None:
         self._name = name
         self._decode = decode
+        self.film = film
 
-    def frames(self) -> Iterator[_TimedFrame]:
+    def frames(self, part: _Part | None = None) -> Iterator[_TimedFrame]:
         count = 0
         try:
-            for frame in self._decode():
+            for frame in self._decode(part or _Part()):
                 count += 1
                 yield frame
         except Exception as error:
@@ -250,7 +274,7 @@ def _opened(file: IO[bytes], name: str | Path) -> Iterator[Image | _Frames]:
         return
     with image:
         if image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
-            yield _Frames(name, lambda: _animation_frames(image))
+            yield _Frames(name, lambda part: _animation_frames(image, part))
         else:
             yield _loaded(image, name)
 
@@ -294,13 +318,14 @@ def _to_rgb(image: Image, file_format: str | None) -> Image:
     return image.convert("RGB")
 
 
-def _animation_frames(image: Image) -> Iterator[_TimedFrame]:
+def _animation_frames(image: Image, part: _Part) -> Iterator[_TimedFrame]:
     import numpy as np
     from PIL import ImageSequence
 
     start = Fraction(0)
     for frame in ImageSequence.Iterator(image):
-        picture = np.asarray(frame.convert("RGB"))  # decodes; only then is a WebP's duration known
+        frame.load()  # only then is a WebP's duration known
+        picture = np.asarray(frame.convert("RGB")) if part.wanted(start) else _no_picture()
         milliseconds = Fraction(frame.info.get("duration") or 100)  # 0: what players show
         yield _TimedFrame(picture, start, milliseconds / 1000, Fraction(1, 1000))
         start += milliseconds / 1000
@@ -320,7 +345,8 @@ def _opened_video(file: IO[bytes], name: str | Path) -> Iterator[Image | _Frames
     with container:
         if container.format.name in _NOT_PICTURES or not container.streams.video:
             raise UserError(f"reference {name} has no picture in it: give an image or a video")
-        source = _Frames(name, lambda: _video_frames(container))
+        film = container, container.streams.video[0]
+        source = _Frames(name, lambda part: _video_frames(*film, part), film=film)
         if "image2" in container.format.name or container.format.name.endswith("_pipe"):
             from PIL import Image
 
@@ -329,19 +355,35 @@ def _opened_video(file: IO[bytes], name: str | Path) -> Iterator[Image | _Frames
             yield source
 
 
-def _video_frames(container: Any) -> Iterator[_TimedFrame]:
+def _no_picture() -> NDArray[np.uint8]:
     import numpy as np
 
-    stream = container.streams.video[0]
-    usual = 1 / Fraction(stream.average_rate or 24)
+    return np.empty((0, 0, 3), np.uint8)
+
+
+def _video_frames(container: Any, stream: Any, part: _Part) -> Iterator[_TimedFrame]:
+    usual = usual_length(stream)
+    if part.begin is not None:
+        container.seek(part.begin, stream=stream)
     for index, frame in enumerate(_decoded(container, stream)):
-        picture = frame.to_ndarray(format="rgb24", **_conversion(frame))
-        # The tag's angle is counter-clockwise, as rot90's is.
-        picture = np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))
         tick = Fraction(frame.time_base or stream.time_base)
         start = index * usual if frame.pts is None else frame.pts * tick
         length = (getattr(frame, "duration", 0) or 0) * tick or usual
+        picture = _picture(frame) if part.wanted(start) else _no_picture()
         yield _TimedFrame(picture, start, length, tick)
+
+
+def usual_length(stream: Any) -> Fraction:
+    """Seconds that a frame of a video stream is shown where its own length is not known."""
+    return 1 / Fraction(stream.average_rate or 24)
+
+
+def _picture(frame: Any) -> NDArray[np.uint8]:
+    import numpy as np
+
+    picture = frame.to_ndarray(format="rgb24", **_conversion(frame))
+    # The tag's angle is counter-clockwise, as rot90's is.
+    return np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))
 
 
 def _conversion(frame: Any) -> dict[str, str]:

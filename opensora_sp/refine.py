@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 from opensora_sp.errors import UserError
-from opensora_sp.fetch import said
+from opensora_sp.fetch import reason
 from opensora_sp.launcher import read_launch
 from opensora_sp.prompts import split_loops
 from opensora_sp.request import Request, Task
@@ -126,15 +126,22 @@ def _check_base_url(address: str) -> None:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port or an IPv6 address that is none
         parts, usable = urlsplit(""), False
-    if "@" in address:  # whatever stands before it may be a password, so it is not shown
+    # A key may stand anywhere in it, so of the address at most the host is shown.
+    if "@" in address:
         raise UserError(
             "OPENAI_BASE_URL in the environment holds an '@': leave user and password out"
         )
     if not usable or parts.query or parts.fragment or not re.fullmatch("[!-~]+", address):
         raise UserError(
-            f"OPENAI_BASE_URL={shown(address)} in the environment is not an http(s) address such "
-            f"as {DEFAULT_BASE_URL}"
+            f"OPENAI_BASE_URL{_host_of(address)} in the environment is not an http(s) address "
+            f"without a query, such as {DEFAULT_BASE_URL}"
         )
+
+
+def _host_of(address: str) -> str:
+    """Scheme and host of an address as "=http://host:1 (...)"; nothing where it has none."""
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@\\]*)[/?#]?.*", address, re.DOTALL)
+    return f"={shown(found.group(1))} (its host)" if found else ""
 
 
 def refine_batches(
@@ -243,14 +250,16 @@ def _ask(endpoint: Endpoint, payload: bytes) -> _Answer:
         except TimeoutError:
             if not left:
                 trouble = f"did not answer within {endpoint.timeout_s:g} s, {TRIES} times"
-                _refuse(endpoint, trouble, "try again later")
+                raise _refusal(endpoint, trouble, "try again later") from None
         except http.client.HTTPException:
             # What it says quotes the server, which may be quoting the request and its key.
-            _refuse(endpoint, "does not answer in HTTP, or broke off", "check OPENAI_BASE_URL")
+            trouble = "does not answer in HTTP, or broke off"
+            raise _refusal(endpoint, trouble, "check OPENAI_BASE_URL") from None
         except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            trouble = said(reason) if isinstance(reason, BaseException) else str(reason)
-            _refuse(endpoint, f"cannot be reached ({trouble})", "check OPENAI_BASE_URL")
+            cause = getattr(error, "reason", error)
+            why = reason(cause) if isinstance(cause, OSError) else "its address cannot be used"
+            trouble = f"cannot be reached ({why})"
+            raise _refusal(endpoint, trouble, "check OPENAI_BASE_URL") from None
         time.sleep(min(pause, LONGEST_BACKOFF_S))
     raise AssertionError("the last try returns or raises")
 
@@ -277,7 +286,7 @@ def _within(seconds: float, call: Callable[[], _Answer]) -> _Answer:
     if not isinstance(result, Exception):
         return result
     if isinstance(getattr(result, "reason", None), TimeoutError):  # while connecting
-        raise TimeoutError from result
+        raise TimeoutError from None
     raise result
 
 
@@ -356,6 +365,10 @@ def _code(endpoint: Endpoint, answer: _Answer) -> str:
 
 
 def _refuse(endpoint: Endpoint, trouble: str, hint: str) -> NoReturn:
-    raise UserError(
-        f"--llm-refine: {shown(endpoint.model)} at {endpoint.base_url} {trouble}: {hint}"
-    )
+    raise _refusal(endpoint, trouble, hint)
+
+
+def _refusal(endpoint: Endpoint, trouble: str, hint: str) -> UserError:
+    parts = urlsplit(endpoint.base_url)
+    place = f"{parts.scheme}://{parts.netloc}"  # some gateways take a key in the path
+    return UserError(f"--llm-refine: {shown(endpoint.model)} at {place} {trouble}: {hint}")

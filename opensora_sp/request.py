@@ -20,6 +20,8 @@ from opensora_sp.deadlines import (
     TIMEOUT_RANGE_S,
     parse_deadlines,
 )
+from opensora_sp.fetch import Remote
+from opensora_sp.redaction import references_without_secrets
 from opensora_sp.validate import (
     Kind,
     boolean,
@@ -122,6 +124,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "device_memory": optional(text(empty=False, metavar="SIZE"), word="auto"),
     "no_plan": boolean(),
     "allow_remote": boolean(),
+    "allow_private": boolean(),
     "lossless": boolean(),
     "watermark": boolean(),
     "sheet": boolean(),
@@ -217,12 +220,21 @@ class Request:
         """Every field, as JSON can hold it."""
         return dataclasses.asdict(self)
 
+    def public_dict(self) -> dict[str, Any]:
+        """As `to_dict`, to be shown or stored: addresses without user, password and query."""
+        return self.to_dict() | {"reference_path": references_without_secrets(self.reference_path)}
+
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON of every field."""
         canonical = json.dumps(
             self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
         )
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def reference_paths(request: Request) -> list[str]:
+    """The files and addresses that a request names as references, by their numbers."""
+    return [path.strip() for path in request.reference_path.split(";") if path.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +293,7 @@ class RunSettings:
     device_memory: str | None = None
     no_plan: bool = False
     allow_remote: bool = False
+    allow_private: bool = False
     lossless: bool = False
     watermark: bool = False
     sheet: bool = False
@@ -297,6 +310,16 @@ class RunSettings:
         for name, kind in SETTINGS_KINDS.items():
             value = getattr(self, name)
             kind.check(name, str(value) if isinstance(value, Path) else value)
+
+    @property
+    def default_names(self) -> bool:
+        """Whether nobody named the outputs: another request then gets a name that is free."""
+        return self.sample_name is None and not self.prompt_as_path
+
+    @property
+    def remote(self) -> Remote:
+        """Which addresses references may be fetched from."""
+        return "private" if self.allow_remote and self.allow_private else self.allow_remote
 
     @property
     def skip_existing(self) -> bool:
@@ -324,11 +347,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A whole run: settings, its tasks in order, and what is worth telling before it starts."""
+    """A whole run: settings, its tasks in order, and what is worth telling before it starts.
+
+    failed: the prompts that cannot be made, a line each; the run makes the others.
+    """
 
     settings: RunSettings
     tasks: tuple[Task, ...]
     notes: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
     def batches(self) -> tuple[tuple[Task, ...], ...]:
         """The tasks in the groups that are denoised together: one sample of several prompts."""

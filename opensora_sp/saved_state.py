@@ -4,13 +4,16 @@ Beside an output's record in `.opensora-sp/`: OUTPUT.clip0000.safetensors, the f
 clip, and OUTPUT.step.safetensors, those of the clip that is being denoised. All are whole latents
 [4,T,H,W] float32, so nothing depends on the mesh that made them; randomness is keyed, so there is
 no generator to save; decoded frames are made again from the clips. Every file carries the identity
-of its request and a checksum, and appears whole or not at all.
+of its request and a checksum over all it holds, and appears whole or not at all. What is read has
+to be a state that this request can have: its shape, its number of steps, its clips.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,13 +21,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from opensora_sp import access, sizes
 from opensora_sp.atomic import atomic_output, reported
 from opensora_sp.errors import UserError
 from opensora_sp.identity import Identity, difference
 from opensora_sp.manifest import FOLDER
 from opensora_sp.parallel.agreement import checksum
+from opensora_sp.validate import shown
 
-_FORMAT = "opensora-sp latents 1"
+_FORMAT = "opensora-sp latents 2"
+# Its checksum covers the tensors alone; what it says of itself is held against the request.
+_FORMAT_BEFORE = "opensora-sp latents 1"
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +81,7 @@ class StateFiles:
     def finished_clips(self) -> int:
         """How many clips from the first on are saved."""
         clip = 0
-        while self.clip_path(clip).is_file():
+        while self._is_there(self.clip_path(clip)):
             clip += 1
         return clip
 
@@ -85,10 +93,10 @@ class StateFiles:
         clips = self.finished_clips()
         for clip in range(clips):
             self.load_clip(clip)
-        if not self.step_path.is_file():
+        if not self._is_there(self.step_path):
             return Position(clips)
-        about, _ = self._read(self.step_path)
-        clip, step = int(about["clip"]), int(about["step"])
+        saved = self._read_step()[0]
+        clip, step = saved.clip, saved.step
         if clip > clips:
             self._refuse(self.step_path, f"is of clip {clip}, but clip {clips} is not there")
         # One that is left of a clip which has been finished since is not needed any more.
@@ -98,7 +106,7 @@ class StateFiles:
         """The prompt that a language model made when the saved part was made."""
         paths = [self.step_path, self.clip_path(0)]
         for path in paths:
-            if path.is_file():
+            if self._is_there(path):
                 return self._read(path)[0].get("refined")
         return None
 
@@ -114,16 +122,24 @@ class StateFiles:
 
     def load_step(self) -> SavedStep:
         """What `save_step` saved. Raises UserError as `position` does."""
-        tensors = self._read(self.step_path)[1]
+        tensors = self._read_step()[1]
         return SavedStep(tensors["latents"], tensors.get("mask"))
 
     def load_clip(self, clip: int) -> Tensor:
         """What `save_clip` saved. Raises UserError as `position` does."""
-        return self._read(self.clip_path(clip))[1]["latents"]
+        path = self.clip_path(clip)
+        about, tensors = self._read(path)
+        found = self._position(path, about)
+        if found != Position(clip + 1):
+            self._refuse(
+                path,
+                f"says that it is of clip {found.clip - 1}, but its name says {clip}",
+            )
+        return tensors["latents"]
 
     def exists(self) -> bool:
         """Whether anything is saved."""
-        return self.step_path.is_file() or self.clip_path(0).is_file()
+        return access.exists(self.step_path) or access.exists(self.clip_path(0))
 
     def remove(self) -> None:
         """Delete everything that is saved of this output."""
@@ -143,12 +159,12 @@ class StateFiles:
             "identity": json.dumps(self.identity, sort_keys=True),
             "clip": str(position.clip),
             "step": str(position.step),
-            "checksum": checksum(tensors[name] for name in sorted(tensors)),
             "torch": torch.__version__,
             "made on": self.about,
         }
         if self.refined is not None:
             about["refined"] = self.refined
+        about["checksum"] = _checksum(about, tensors)
         with atomic_output(path) as temporary, reported(path):
             save_file(tensors, str(temporary), metadata=about)
 
@@ -158,22 +174,96 @@ class StateFiles:
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 about: dict[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            before: Any = json.loads(about["identity"])
-            whole = about["checksum"] == checksum(tensors[name] for name in sorted(tensors))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+                before: Any = json.loads(about["identity"])
+                if not isinstance(before, dict):
+                    raise ValueError("its identity is not an object")
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: list(one.get_shape()) for name, one in slices.items()}
+                dtypes = {name: one.get_dtype() for name, one in slices.items()}
+                # Another request has other shapes too: what differs in it says more.
+                if not difference(before, self.identity):
+                    self._check_tensors(path, shapes, dtypes)
+                tensors = {name: file.get_tensor(name) for name in shapes}
+            whole = about["checksum"] == _checksum(about, tensors)
+        except PermissionError:
+            self._refuse(path, "may not be read (permission denied)")
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             self._refuse(path, f"is damaged ({type(error).__name__}: it was cut short or changed)")
-        if about.get("format") != _FORMAT or not whole:
+        if about.get("format") not in (_FORMAT, _FORMAT_BEFORE) or not whole:
             self._refuse(path, "is damaged (its checksum or format is not right)")
         if found := difference(before, self.identity):
             raise UserError(
                 f"{path} is the saved state of another request, {found}: ask for the same, choose "
                 "another --sample-name or --save-dir, or begin again with --overwrite"
             )
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                self._refuse(path, f"holds values in its {name} that are NaN or infinite")
+        mask = tensors.get("mask")
+        if mask is not None and not bool(((mask >= 0) & (mask <= 1)).all()):
+            self._refuse(path, "holds a mask with values that are not from 0 to 1")
         return about, tensors
+
+    def _is_there(self, path: Path) -> bool:
+        if access.is_file(path):
+            return True
+        if access.exists(path):
+            self._refuse(path, "is not a regular file")
+        return False
+
+    def _read_step(self) -> tuple[Position, dict[str, Tensor]]:
+        about, tensors = self._read(self.step_path)
+        position = self._position(self.step_path, about)
+        loop, steps = self._of_request("loop"), self._of_request("steps")
+        if not (position.clip < loop and 0 < position.step < steps):
+            self._refuse(
+                self.step_path,
+                f"says that it stands at clip {position.clip}, step {position.step}, but the "
+                f"request has {loop} clips (from 0) of {steps} steps",
+            )
+        return position, tensors
+
+    def _position(self, path: Path, about: Mapping[str, str]) -> Position:
+        numbers = [about.get("clip", ""), about.get("step", "")]
+        if not all(_NUMBER.fullmatch(number) for number in numbers):
+            self._refuse(
+                path, f"says that it stands at clip {shown(numbers[0])}, step {shown(numbers[1])}"
+            )
+        return Position(*map(int, numbers))
+
+    def _check_tensors(
+        self, path: Path, shapes: Mapping[str, list[int]], dtypes: Mapping[str, str]
+    ) -> None:
+        """What is in the file by its header, before any of it is read."""
+        names = ("num_frames", "height", "width", "micro_frame_size")
+        latent = sizes.latent_shape(*(self._of_request(name) for name in names))
+        expected = {"latents": [4, *latent]}
+        if "mask" in shapes and path == self.step_path:
+            expected["mask"] = [latent[0]]
+        if shapes != expected:
+            self._refuse(path, f"holds {shown(shapes)}, but the request has {shown(expected)}")
+        if set(dtypes.values()) != {"F32"}:
+            self._refuse(path, f"holds {shown(dtypes)}, but states are float32")
+
+    def _of_request(self, name: str) -> int:
+        return int(self.identity["request"][name])
 
     def _refuse(self, path: Path, problem: str) -> NoReturn:
         raise UserError(
             f"{path} {problem}: move it away to go on from what is saved before it, or begin "
             "again with --overwrite"
         )
+
+
+def _checksum(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of a state: its names, tensors and all that it says of itself.
+
+    Files of the version before hashed the tensors alone and are still read.
+    """
+    names = sorted(tensors)
+    of_tensors = checksum(tensors[name] for name in names)
+    if about.get("format") == _FORMAT_BEFORE:
+        return of_tensors
+    said = {key: value for key, value in about.items() if key != "checksum"}
+    text = json.dumps([said, names, of_tensors], sort_keys=True)
+    return hashlib.blake2b(text.encode("ascii"), digest_size=8).hexdigest()

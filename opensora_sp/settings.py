@@ -18,9 +18,11 @@ from opensora_sp import sizes
 from opensora_sp.cli.combinations import check_combinations
 from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Flag
-from opensora_sp.cli.typed_references import compose
+from opensora_sp.cli.typed_references import compose, flags_of
+from opensora_sp.conditions import Facts
 from opensora_sp.config_file import Raw, read_config, write_config
-from opensora_sp.errors import UserError
+from opensora_sp.errors import PromptFault, UserError
+from opensora_sp.fetch import Remote
 from opensora_sp.naming import output_stems
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.preflight import (
@@ -33,6 +35,7 @@ from opensora_sp.preflight import (
     read_prompt_file,
 )
 from opensora_sp.prompts import PromptJson, parse_prompt_json, split_loops
+from opensora_sp.redaction import is_address, redacted
 from opensora_sp.request import Checkpoints, Job, Request, RunSettings, Task
 from opensora_sp.validate import shown
 
@@ -40,6 +43,9 @@ Values = dict[str, Any]
 
 _TYPED = ("image", "last_image", "extend", "edit")
 _PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
+
+
+_LEFT_OUT = "# left out of the addresses below: user, password and query; put them in again\n"
 
 
 @dataclass(frozen=True)
@@ -196,11 +202,24 @@ def print_config(values: Values, program: str = "infer") -> str:
     latent = sizes.latent_shape(frames, height, width, values["micro_frame_size"])
     rows, columns = sizes.patch_grid(*latent[1:])
     kept = {flag.key: values[flag.key] for flag in all_flags() if _is_written(flag, program)}
+    shown_as = {key: _without_logins(kept[key]) for key in ("prompt", "reference_path")}
+    left_out = any(kept[key] != value for key, value in shown_as.items())
+    kept |= shown_as
     return (
         f"# {frames} frame{'s' * (frames > 1)} of {height}x{width} (height x width) pixels: "
         f"latents {latent[0]}x{latent[1]}x{latent[2]}, patches {rows}x{columns}\n"
+        + (_LEFT_OUT if left_out else "")
         + write_config(kept)
     )
+
+
+def _without_logins(entries: list[str] | None) -> list[str] | None:
+    """References, or prompts with references in JSON, without what is secret in addresses."""
+    return entries and [redacted(one) if "://" in one and _names(one) else one for one in entries]
+
+
+def _names(entry: str) -> bool:
+    return is_address(entry) or ";" in entry or "reference_path" in entry
 
 
 def _is_written(flag: Flag, program: str) -> bool:
@@ -255,7 +274,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.refine import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests = _requests(values)
+    requests, failed, told = _requests(values)
+    notes += told
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
@@ -271,26 +291,46 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     if settings.sheet:
         check_output(settings.sheet_path)
     check_space(save_dir, [task.request for task in tasks], lossless=settings.lossless)
-    return Job(settings=settings, tasks=tasks, notes=tuple(notes))
+    return Job(settings=settings, tasks=tasks, notes=tuple(notes), failed=tuple(failed))
 
 
-def _requests(values: Values) -> list[Request]:
-    """The first sample of every prompt that is asked for."""
+def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
+    """The first sample of every prompt that is asked for, what is wrong with the others, notes.
+
+    A reference that cannot be used ends its own prompt alone, where there are others.
+    """
     prompts = _raw_prompts(values)
+    flags = flags_of(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
     shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
     shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
+    remote: Remote = "private" if values["allow_private"] else True
+    remote = values["allow_remote"] and remote
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
-    requests = []
+    requests: list[Request] = []
+    failed: list[str] = []
+    notes: list[str] = []
+    known: dict[str, Facts] = {}
     for place, (index, raw) in enumerate(prompts):
         own = {key: entries[place] for key, entries in conditions.items()}
         split = _split_json(raw, own)
         split_loops(split.prompt)  # only to refuse bad segments now
         request = Request(**shared, **dataclasses.asdict(split), prompt_index=index)
-        check_conditions(request, allow_remote=values["allow_remote"])
+        as_typed = (request.reference_path, request.mask_strategy) == tuple(own.values())
+        try:
+            notes += check_conditions(
+                request, allow_remote=remote, flags=flags if as_typed else (), known=known
+            )
+        except PromptFault as fault:
+            if len(prompts) == 1:
+                raise
+            failed.append(f"prompt {index} ({shown(split.prompt.strip())}): {fault}")
+            continue
         requests.append(request)
-    return requests
+    if not requests:
+        raise UserError(f"none of the {len(prompts)} prompts can be made: {failed[0]}")
+    return requests, failed, list(dict.fromkeys(notes))
 
 
 def _raw_prompts(values: Values) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.kept import dropped_frames
-from opensora_sp.request import Request, RunSettings, Task
+from opensora_sp.request import Request, Task
 from opensora_sp.sheet import SheetEntry, chosen_frames, write_sheet
 
 if TYPE_CHECKING:
@@ -101,13 +101,22 @@ class RunSheet:
             if watched.task in batch:
                 watched.seconds = seconds
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no output is on it."""
+        return not self._watched
+
+    def forget(self, batch: Sequence[Task]) -> None:
+        """Take the tasks of a batch that is begun anew, or not made at all, off the sheet."""
+        self._watched = [watched for watched in self._watched if watched.task not in batch]
+
     def write(
         self,
-        settings: RunSettings,
+        path: Path,
         description: Mapping[str, Any],
         timings: Mapping[str, float | None],
     ) -> None:
-        """Write the page to `settings.sheet_path`, whole or not at all.
+        """Write the page, whole or not at all.
 
         description: of the run, as its files carry it; its "request" is replaced by what all
         requests share, and what differs stands beside each output. timings: seconds by stage.
@@ -116,7 +125,7 @@ class RunSheet:
         requests = [watched.task.request for watched in self._watched]
         shared = _shared(requests)
         write_sheet(
-            settings.sheet_path,
+            path,
             entries=[_entry(watched, shared) for watched in self._watched],
             settings={k: None if v == "" else v for k, v in shared.items()}
             | {k: v for k, v in description.items() if k != "request"},
@@ -126,7 +135,7 @@ class RunSheet:
 
 def _shared(requests: Sequence[Request]) -> dict[str, Any]:
     """The fields, without the prompt, that are the same for every request."""
-    each = [request.to_dict() for request in requests]
+    each = [request.public_dict() for request in requests]
     return {
         name: value
         for name, value in each[0].items()
@@ -144,7 +153,7 @@ def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
         details["length"] = f"{frames / request.save_fps:.2f} s"
     if watched.seconds is not None:
         details["made in"] = f"{watched.seconds:.1f} s"
-    own = request.to_dict()
+    own = request.public_dict()
     details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
     kept = sorted(watched.picked.frames.items())
     return SheetEntry(

@@ -116,12 +116,6 @@ def latent_shape(
     return latent_frames(frames, micro), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
-def repeated_frames(condition_frame_length: int) -> int:
-    """Frames of a clip that repeat the one before: 17 for every 5 latent frames it takes."""
-    chunk = latent_frames(MICRO_FRAME_SIZE)
-    return condition_frame_length // chunk * MICRO_FRAME_SIZE
-
-
 def patch_grid(latent_height: int, latent_width: int) -> tuple[int, int]:
     """Patches down and across; an odd latent side is padded with zeros by one cell."""
     return -(-latent_height // PATCH), -(-latent_width // PATCH)

@@ -6,13 +6,18 @@ looks, for the others may see another file system.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
 
 from opensora_sp.errors import UserError
 from opensora_sp.identity import Identity, difference, identity_of, latents_identity
-from opensora_sp.manifest import read_record, write_record
+from opensora_sp.manifest import FOLDER, Record, read_record, write_record
+from opensora_sp.naming import number_of, numbered
 from opensora_sp.request import Job, RunSettings, Task
 from opensora_sp.saved_state import Position, StateFiles
 
@@ -21,23 +26,33 @@ _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with -
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a task stands: None is finished. refined: the prompt it was begun with, if refined."""
+    """Where a task stands: None is finished. refined: the prompt it was begun with, if refined.
+
+    output: the file it is written to, where that is not the one it was planned for.
+    """
 
     position: Position | None
     refined: str | None = None
+    output: Path | None = None
 
 
 def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
     """Where each of the job's tasks stands; says what is skipped and what goes on.
 
+    An output that nobody named, and whose name another request's file has, gets a free name.
     What is to be made is put down as waiting; with --overwrite its saved state goes. models: as
     `identity.model_digests`. Raises UserError, before anything is changed, where an output or a
     saved state is of another request, was changed or is damaged.
     """
     settings = job.settings
     identities = [identity_of(task, settings, models) for task in job.tasks]
-    pairs = list(zip(job.tasks, identities, strict=True))
-    standings = [_look_at(task, identity, settings) for task, identity in pairs]
+    pairs = [
+        (_named(task, identity, settings), identity)
+        for task, identity in zip(job.tasks, identities, strict=True)
+    ]
+    standings = [
+        replace(_look_at(task, identity, settings), output=task.output) for task, identity in pairs
+    ]
     for (task, identity), standing in zip(pairs, standings, strict=True):
         if standing.position is None:
             continue
@@ -45,6 +60,7 @@ def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
             StateFiles(task.output, {}).remove()
         if standing.position == Position():
             write_record(task.output, identity, "waiting")
+    _say_names(job.tasks, standings, settings)
     if settings.resume and all(standing.position == Position() for standing in standings):
         print(
             "note: --resume: nothing of this run has been begun in its --save-dir, so all of it "
@@ -52,6 +68,78 @@ def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
             file=sys.stderr,
         )
     return standings
+
+
+def renamed(job: Job, standings: Sequence[Standing]) -> Job:
+    """The job with the outputs that `look_at_all` found for its tasks."""
+    tasks = tuple(
+        task if standing.output is None else replace(task, output=standing.output)
+        for task, standing in zip(job.tasks, standings, strict=True)
+    )
+    return replace(job, tasks=tasks)
+
+
+def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
+    """The task with the output it had before, or else with the first name that is free."""
+    if not settings.default_names:
+        return task
+    taken = _names_in_use(task.output)
+    for number in sorted(taken):
+        if _is_same(read_record(numbered(task.output, number)), identity, settings):
+            return replace(task, output=numbered(task.output, number))
+    if settings.overwrite:
+        return task
+    free = next(number for number in count(1) if number not in taken)
+    return replace(task, output=numbered(task.output, free))
+
+
+def _names_in_use(output: Path) -> set[int]:
+    """Which of an output's names a file, a record or a saved state has."""
+    found = set()
+    states = re.compile(r"(?P<name>.*)\.(?:json|step\.safetensors|clip\d{4,}\.safetensors)")
+    for folder in (output.parent, output.parent / FOLDER):
+        try:
+            names = [entry.name for entry in os.scandir(folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise UserError(f"{folder} may not be looked into: {error.strerror}") from None
+        for name in names:
+            state = states.fullmatch(name) if folder != output.parent else None
+            number = number_of(state["name"] if state else name, output)
+            if number is not None:
+                found.add(number)
+    return found
+
+
+def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -> bool:
+    """Whether a record is of this request, as far as what is still to be made depends on it."""
+    if record is None:
+        return False
+    if difference(record.identity, identity) is None:
+        return True
+    if record.stage == "done" and not settings.decode_only:
+        return False
+    try:
+        return latents_identity(record.identity) == latents_identity(identity)
+    except (KeyError, TypeError, AttributeError):  # of a version with other fields
+        return False
+
+
+def _say_names(tasks: Sequence[Task], standings: Sequence[Standing], settings: RunSettings) -> None:
+    others = [
+        (task.output, standing.output)
+        for task, standing in zip(tasks, standings, strict=True)
+        if standing.position == Position() and standing.output not in (None, task.output)
+    ]
+    if others and settings.verbose > 0:
+        old, new = others[0]
+        more = f" (and {len(others) - 1} more likewise)" if len(others) > 1 else ""
+        print(
+            f"note: {old.name} is there already and is another request's, so this one becomes "
+            f"{new}{more}",
+            file=sys.stderr,
+        )
 
 
 def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
@@ -79,19 +167,21 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
 def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
     """Whether an output is there that this run would make, or that it has to leave alone.
 
-    A file of which nothing is known is replaced, as the reference replaces it, or skipped with
-    `prompt_as_path`, as the reference does then.
+    A file of which nothing is known is never replaced; with `prompt_as_path` it is skipped, as
+    the reference does then.
     """
     output = task.output
-    if not output.exists():
+    if not os.path.lexists(output):
         return False
     record = read_record(output)
     found = None
-    if record is not None and record.stage == "done":
+    if record is None:
+        found = "nothing is known of how it was made"
+    elif record.stage == "done":
         found = difference(record.identity, identity)
         if found is None and not record.fits(output):
             found = "it was changed since it was made"
-    elif not settings.skip_existing:
+    else:  # it is being made anew
         return False
     if found is not None and not settings.skip_existing:
         raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opensora_sp import access
 from opensora_sp.atomic import atomic_output
 from opensora_sp.errors import UserError
 from opensora_sp.parallel.agreement import checksum
@@ -26,11 +27,12 @@ MOST_BYTES = 4 << 30
 _FORMAT = "opensora-sp text 1"
 
 
-def default_directory() -> Path:
-    """`opensora-sp/text` in the user's cache directory."""
+def default_directory() -> Path | None:
+    """`opensora-sp/text` in the user's cache directory; None for a user who has none."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    return home / "opensora-sp" / "text"
+    home = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+    # Without HOME and an entry of the user, as in some containers, "~" stays "~".
+    return Path(home) / "opensora-sp" / "text" if os.path.isabs(home) else None
 
 
 class TextCache:
@@ -58,7 +60,11 @@ class TextCache:
         from safetensors import SafetensorError, safe_open
 
         path = self.path(caption)
-        if not path.is_file():
+        try:
+            if not access.is_file(path):
+                return None
+        except UserError as error:
+            self._say(f"embeddings are not looked up: {error}")
             return None
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:

@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from opensora_sp.errors import UserError
+from opensora_sp.redaction import redacted
 
 _TRUE = frozenset({"true", "t", "yes", "y", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "0"})
 _LONGEST_SHOWN = 80
+# Separators, C0 and C1 controls, line and paragraph separators, and what turns the direction of
+# text around: a terminal would obey them, and a name would look like another one.
+_NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+LONGEST_PATH = 4095  # bytes; what Linux takes
 LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a temporary suffix in 255
 
 
 def shown(value: object) -> str:
-    """The value as an error line shows it: quoted, on one line, shortened when it is long."""
-    text = repr(value)
+    """The value as an error line shows it: quoted, on one line, shortened, without secrets."""
+    text = redacted(repr(value))  # before it is shortened, which could leave half a password
     if len(text) <= _LONGEST_SHOWN:
         return text
     # The middle goes: a path is told apart by its end.
@@ -125,12 +130,21 @@ def text(*, empty: bool = True, metavar: str = "TEXT") -> Kind:
 def path(metavar: str = "PATH") -> Kind:
     """A path that a file system could hold; `~` is expanded because YAML has no shell to do it."""
 
+    def read(text: str) -> str:
+        expanded = os.path.expanduser(text)
+        # Without HOME and an entry of the user a folder named ~ would be made.
+        if expanded == text and text.partition(os.sep)[0] == "~":
+            raise ValueError(text)
+        return expanded
+
     def legal(value: Any) -> bool:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             return False
+        if len(os.fsencode(value)) > LONGEST_PATH:
+            return False
         return all(len(os.fsencode(part)) <= 255 for part in value.split(os.sep))
 
-    return Kind(metavar, "a usable path", os.path.expanduser, legal)
+    return Kind(metavar, "a usable path", read, legal)
 
 
 def file_stem() -> Kind:
@@ -140,12 +154,13 @@ def file_stem() -> Kind:
         if not isinstance(value, str) or not value.strip() or not _encodable(value):
             return False
         return (
-            not re.search(r"[/\\\x00-\x1f\x7f]", value)
-            and not value.startswith(".")
+            not _NOT_IN_NAMES.search(value)
+            and not value.startswith((".", "-"))
             and len(value.encode("utf-8")) <= LONGEST_STEM
         )
 
-    allowed = f"a plain file name of at most {LONGEST_STEM} bytes, without a folder or leading dot"
+    allowed = f"a plain file name of at most {LONGEST_STEM} bytes, without a folder, control "
+    allowed += "characters, or a dot or dash at its beginning"
     return Kind("NAME", allowed, str, legal)
 
 

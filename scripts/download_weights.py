@@ -4,9 +4,11 @@
     python scripts/download_weights.py DIR             # into DIR/dit, DIR/t5, DIR/vae2d, DIR/vae3d
     python scripts/download_weights.py --check DIR...  # offline: files, names, shapes, hashes
 
-What was fetched is not fetched again, and what was cut off goes on where it stopped. Every file
-is compared with the hash that the hub publishes for it. HF_ENDPOINT names a mirror, HF_TOKEN a
-token, as for everything that uses huggingface_hub.
+What was fetched is not fetched again, and what was cut off goes on where it stopped. HF_ENDPOINT
+names a mirror. A mirror could send another file together with that file's hash, so every file is
+also compared with the SHA-256 in scripts/weight_hashes.txt, and in the file of --hashes; for a file
+that neither names, the run says that only the mirror vouches for it. HF_TOKEN goes to the hub
+itself, and to a mirror only with --token-to-mirror.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from opensora_sp.errors import UserError
-from opensora_sp.sums import git_blob, sha256, write_sums
+from opensora_sp.sums import SUMS, git_blob, sha256, write_sums
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ REPOSITORIES = {
         ("config.json", "model.safetensors"),
     ),
 }
+HUB = "huggingface.co"
+PINNED = Path(__file__).with_name("weight_hashes.txt")
 TRIES = 2  # a file that arrives broken is fetched once more
 
 
@@ -74,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(arguments.check)
         if arguments.directory is None:
             raise UserError("give a directory to download into, or --check DIR...")
-        download(arguments.directory, arguments.only)
+        known = known_hashes([PINNED, *([arguments.hashes] if arguments.hashes else [])])
+        download(
+            arguments.directory,
+            arguments.only,
+            known=known,
+            send_token=not is_mirror() or arguments.token_to_mirror,
+        )
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -86,6 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="where to put them")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(REPOSITORIES), help="some of the four (default: all)"
+    )
+    parser.add_argument(
+        "--hashes",
+        type=Path,
+        metavar="FILE",
+        help="more hashes to hold files against: SHA256SUMS of an earlier download's DIR",
+    )
+    parser.add_argument(
+        "--token-to-mirror",
+        action="store_true",
+        help="send HF_TOKEN to the mirror in HF_ENDPOINT too, which can then use it as you",
     )
     parser.add_argument(
         "--check",
@@ -100,13 +122,73 @@ def _parser() -> argparse.ArgumentParser:
 # ---- downloading ------------------------------------------------------------------------------
 
 
-def download(directory: Path, only: Sequence[str] | None = None) -> None:
-    """Fetch what is missing, compare it, and print the flags. Raises UserError."""
+def is_mirror() -> bool:
+    """Whether HF_ENDPOINT names somebody else than the hub itself."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip()
+    if not endpoint:
+        return False
+    parts = urlsplit(endpoint)
+    return (parts.scheme, parts.hostname, parts.port) != ("https", HUB, None)
+
+
+def known_hashes(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 by kind/name, from files as sha256sum writes them.
+
+    Raises UserError for a file that is none, or two files that contradict each other.
+    """
+    known: dict[str, str] = {}
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--hashes {file} cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            digest, _, name = line.partition("  ")
+            if not _is_sha256(digest) or not name:
+                raise UserError(
+                    f"--hashes {file} line {number} is not `SHA-256  kind/name`, as sha256sum "
+                    "writes it"
+                )
+            if known.setdefault(name, digest) != digest:
+                raise UserError(f"{file} line {number} contradicts another hash of {name}")
+    return known
+
+
+def download(
+    directory: Path,
+    only: Sequence[str] | None = None,
+    *,
+    known: Mapping[str, str] | None = None,
+    send_token: bool = True,
+) -> None:
+    """Fetch what is missing, compare it, and print the flags.
+
+    known: SHA-256 by kind/name that files must have, whatever their server says of them.
+
+    Raises UserError.
+    """
+    known = known or {}
+    token = None if send_token else False
     wanted = {kind: REPOSITORIES[kind] for kind in (only or REPOSITORIES)}
-    published = {kind: _published(repository) for kind, repository in wanted.items()}
+    published = {kind: _published(kind, each, known, token) for kind, each in wanted.items()}
     _check_space(directory, published)
+    sums: dict[str, str] = {}
     for kind, repository in wanted.items():
-        _fetch(repository, directory / kind, published[kind])
+        fetched = _fetch(repository, directory / kind, published[kind], token)
+        sums |= {f"{kind}/{name}": digest for name, digest in fetched.items()}
+    write_sums(directory, sums)
+    unknown = [name for name in sums if name not in known]
+    if unknown:
+        source = os.environ.get("HF_ENDPOINT", "the hub")
+        print(
+            f"note: {len(unknown)} of {len(sums)} files have no SHA-256 in {PINNED.name} or "
+            f"--hashes, so only {source} vouches for them ({', '.join(unknown[:3])}"
+            f"{', …' if len(unknown) > 3 else ''}); {directory / SUMS} holds what came: compare it "
+            "with that of somebody you trust, and give it as --hashes elsewhere",
+            file=sys.stderr,
+        )
     for kind in wanted:
         print(f"--ckpt-path-{kind} {directory / kind}")
 
@@ -119,17 +201,31 @@ class Published:
     etag: str
 
 
-def _published(repository: Repository) -> dict[str, Published]:
-    """Size and hash of every needed file at the pinned commit, asked of the hub."""
+def _published(
+    kind: str, repository: Repository, known: Mapping[str, str], token: bool | None
+) -> dict[str, Published]:
+    """Size and hash of every needed file at the pinned commit, asked of the hub.
+
+    A known hash takes the place of what the hub says. Raises UserError where the two differ.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     found = {}
     for name in repository.files:
         address = hf_hub_url(repository.name, name, revision=repository.commit)
-        metadata = _ask(repository, lambda address=address: get_hf_file_metadata(address))  # type: ignore[misc]
+        metadata = _ask(
+            repository, lambda address=address: get_hf_file_metadata(address, token=token)
+        )  # type: ignore[misc]
         if metadata.size is None or not metadata.etag:
             raise UserError(f"{address} came without a size or a hash: is HF_ENDPOINT a hub?")
-        found[name] = Published(metadata.size, metadata.etag)
+        pinned = known.get(f"{kind}/{name}")
+        if pinned is not None and _is_sha256(metadata.etag) and metadata.etag != pinned:
+            raise UserError(
+                f"{name} of {repository.name} has SHA-256 {metadata.etag[:12]}… at "
+                f"{os.environ.get('HF_ENDPOINT', 'the hub')}, but the known one is {pinned[:12]}…: "
+                "that is another file; use another mirror, or none"
+            )
+        found[name] = Published(metadata.size, pinned or metadata.etag)
     return found
 
 
@@ -148,23 +244,28 @@ def _check_space(directory: Path, published: dict[str, dict[str, Published]]) ->
         )
 
 
-def _fetch(repository: Repository, directory: Path, published: dict[str, Published]) -> None:
-    """One repository's files; SHA256SUMS is written once all of them are right."""
+def _fetch(
+    repository: Repository, directory: Path, published: dict[str, Published], token: bool | None
+) -> dict[str, str]:
+    """One repository's files; SHA256SUMS is written once all of them are right, and returned."""
     sums = {}
     for name, expected in published.items():
-        file = _fetch_file(repository, directory, name, expected)
+        file = _fetch_file(repository, directory, name, expected, token)
         sums[name] = expected.etag if _is_sha256(expected.etag) else sha256(file)
     write_sums(directory, sums)
+    return sums
 
 
-def _fetch_file(repository: Repository, directory: Path, name: str, expected: Published) -> Path:
+def _fetch_file(
+    repository: Repository, directory: Path, name: str, expected: Published, token: bool | None
+) -> Path:
     """One file, from where an earlier try stopped; it has its name only once its hash is right."""
     file = directory / name
     part = file.with_name(f"{file.name}.part")
     if file.exists() and _is_right(file, expected):
         return file
     for _ in range(TRIES):
-        _transfer(repository, name, part, expected)
+        _transfer(repository, name, part, expected, token)
         if _is_right(part, expected):
             part.replace(file)
             print(f"{file}: {expected.size} bytes, hash as published", file=sys.stderr)
@@ -177,7 +278,9 @@ def _fetch_file(repository: Repository, directory: Path, name: str, expected: Pu
     )
 
 
-def _transfer(repository: Repository, name: str, part: Path, expected: Published) -> None:
+def _transfer(
+    repository: Repository, name: str, part: Path, expected: Published, token: bool | None
+) -> None:
     """Add to `part` what it lacks. The library's own download begins anew after a broken one."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -194,7 +297,7 @@ def _transfer(repository: Repository, name: str, part: Path, expected: Published
                 hf_hub_url(repository.name, name, revision=repository.commit),
                 target,
                 resume_size=have,
-                headers=build_hf_headers(),
+                headers=build_hf_headers(token=token),
                 expected_size=expected.size,
                 displayed_filename=f"{repository.name}/{name}",
             ),

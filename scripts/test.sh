@@ -54,7 +54,8 @@ workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 ((workers <= 4)) || workers=4
 
 # One thread a process: the suite starts many at once, and results should not depend on the machine.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Threads that wait give their core away: the suite has more processes than cores.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # pytest repeats this line beside its own summary, where nobody overlooks it.
 OPENSORA_SP_LINT_FAILED="$(IFS=,; printf '%s' "${failed[*]-}")"
 export OPENSORA_SP_LINT_FAILED

@@ -78,6 +78,7 @@ def run_ranks(
 def rank_context() -> ForkServerContext:
     """Where ranks are forked from: a process that has the slow imports behind it."""
     context = multiprocessing.get_context("forkserver")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
     context.set_forkserver_preload(PRELOADED)
     return context

@@ -128,7 +128,7 @@ class Draft:
         tasks = self._job.tasks
         return {
             "digests": [task.request.digest() for task in tasks],
-            "first": tasks[0].request.to_dict(),
+            "first": tasks[0].request.public_dict(),
             "videos": len(tasks),
         }
 

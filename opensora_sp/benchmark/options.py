@@ -87,7 +87,7 @@ def check_baseline_request(job: Job, options: BenchmarkOptions) -> None:
     if options.baseline is None:
         return
     report = check_baseline(options.baseline)
-    mine, theirs = job.tasks[0].request.to_dict(), report["request"]["first"]
+    mine, theirs = job.tasks[0].request.public_dict(), report["request"]["first"]
     different = [name for name, value in mine.items() if theirs.get(name) != value]
     if report["performance_info"]["dtype"] != job.settings.dtype:
         different.append("dtype")

@@ -11,11 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora_sp import sizes
 from opensora_sp.benchmark.kinds import DEFAULT_REPORT
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.sweep_table import write_tables
@@ -34,12 +35,18 @@ Launch = Callable[[list[str], Path, float | None], int]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measurement of a sweep: a size of the table or HxW, a duration, a mesh."""
+    """One measurement of a sweep: a size of the table or HxW, a duration, a mesh.
+
+    height, width, frames: what these names mean, in pixels; they are what is measured.
+    """
 
     resolution: str
     duration: str
     guidance: int
     sequence: int
+    height: int
+    width: int
+    frames: int
 
     @property
     def ranks(self) -> int:
@@ -57,28 +64,51 @@ class Point:
         return f"{self.resolution}-{self.duration}-{self.mesh}"
 
     def flags(self) -> list[str]:
-        """What it adds to a command line."""
-        found = re.fullmatch(r"(\d+)x(\d+)", self.resolution)
-        size = ["--image-size", *found.groups()] if found else ["--resolution", self.resolution]
+        """What it adds to a command line: the whole size, so that no other setting decides it."""
+        named = _size_of(self.resolution) is None
         return [
-            *size,
-            *("--num-frames", self.duration),
+            *(("--resolution", self.resolution) if named else ()),
+            *("--image-size", str(self.height), str(self.width)),
+            *("--num-frames", str(self.frames)),
             *("--guidance-parallel", str(self.guidance)),
             *("--sequence-parallel", str(self.sequence)),
         ]
 
+    def differences(self, report: Report) -> str | None:
+        """What a report measured that is not this point; None where it is this point's."""
+        first, run = report["request"]["first"], report["run"]
+        mesh = run["mesh"]
+        wanted = {
+            "height": (self.height, first["height"]),
+            "width": (self.width, first["width"]),
+            "frames": (self.frames, first["num_frames"]),
+            "ranks": (self.ranks, run["ranks"]),
+            "guidance": (self.guidance, mesh["guidance"]),
+            "sequence": (self.sequence, mesh["sequence"]),
+            "replicas": (1, mesh["replicas"]),
+        }
+        wrong = [
+            f"{k} {found} instead of {own}" for k, (own, found) in wanted.items() if own != found
+        ]
+        return ", ".join(wrong) or None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The points of a sweep's file, row by row; seconds that each may take."""
+    """The points of a sweep's file, row by row; seconds that each may take.
+
+    aspect_ratio: of the resolutions that are names of the size table.
+    """
 
     resolutions: tuple[str, ...]
     durations: tuple[str, ...]
     meshes: tuple[tuple[int, int], ...]
     point_timeout: float | None = None
+    aspect_ratio: str = "9:16"
 
     def points(self) -> Iterator[Point]:
         """Mesh by mesh, so that tables fill one after the other."""
+        sizes_of = {name: self._size(name) for name in self.resolutions}
         for guidance, sequence in self.meshes:
             for resolution in self.resolutions:
                 for duration in self.durations:
@@ -87,11 +117,26 @@ class Sweep:
                         duration=duration,
                         guidance=guidance,
                         sequence=sequence,
+                        height=sizes_of[resolution][0],
+                        width=sizes_of[resolution][1],
+                        frames=sizes.resolve_frames(duration),
                     )
 
+    def _size(self, resolution: str) -> tuple[int, int]:
+        return sizes.resolve_size(resolution, self.aspect_ratio, _size_of(resolution))
 
-def read_sweep(path: str) -> Sweep:
-    """A sweep's file; UserError naming the key that is missing, unknown or not legal."""
+
+def _size_of(resolution: str) -> tuple[int, int] | None:
+    """(height, width) of a resolution that is written as HxW."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", resolution)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def read_sweep(path: str, aspect_ratio: str = "9:16") -> Sweep:
+    """A sweep's file; UserError naming the key that is missing, unknown or not legal.
+
+    aspect_ratio: of the resolutions that are names of the size table.
+    """
     raw = read_config(path)
     what = f"--sweep {shown(path)}"
     if unknown := sorted(set(raw) - set(_KEYS)):
@@ -100,27 +145,35 @@ def read_sweep(path: str) -> Sweep:
     for key in _KEYS[:3]:
         value = raw.get(key)
         entries = value if isinstance(value, list) else [value]
-        if not all(isinstance(entry, str) and entry for entry in entries):
+        if not entries or not all(isinstance(entry, str) and entry for entry in entries):
             raise UserError(f"{what}: {key} needs one entry or a list of them")
         lists[key] = tuple(dict.fromkeys(str(entry) for entry in entries))
     meshes = []
     for text in lists["meshes"]:
-        found = re.fullmatch(r"([12])x([1-9]\d*)", text)
+        found = re.fullmatch(r"([12])x([1-9]\d{0,3})", text)
         if found is None:
             raise UserError(
-                f"{what}: the mesh {shown(text)} is not guidance x sequence, such as 1x1, 2x1, 2x4"
+                f"{what}: the mesh {shown(text)} is not guidance x sequence, such as 1x1, 2x1, "
+                "2x4 (guidance 1 or 2, sequence up to 9999)"
             )
         meshes.append((int(found[1]), int(found[2])))
     timeout = raw.get("point_timeout")
     if isinstance(timeout, list):
         raise UserError(f"{what}: point_timeout needs one number of seconds")
     limit = number(0, above=True).parse("point_timeout", timeout) if timeout else None
-    return Sweep(
+    sweep = Sweep(
         resolutions=lists["resolutions"],
         durations=lists["durations"],
         meshes=tuple(meshes),
         point_timeout=limit,
+        aspect_ratio=aspect_ratio,
     )
+    try:
+        # Names of sizes and durations become names of files: only known ones get that far.
+        list(sweep.points())
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    return sweep
 
 
 def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None = None) -> int:
@@ -130,8 +183,11 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
     UserError when no point could be started at all.
     """
     path = str(command.program_control["sweep"])
-    sweep = read_sweep(path)
     base = _without_sweep(argv)
+    given = resolve(parse_command_line(base), program="benchmark")
+    sweep = read_sweep(path, given["aspect_ratio"])
+    for note in _set_aside(given):
+        print(f"note: {note}", file=sys.stderr)
     report = Path(str(command.written.get("benchmark_save_path", DEFAULT_REPORT)))
     folder = report.parent / Path(path).stem
     points = list(sweep.points())
@@ -153,6 +209,8 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
         except UserError as error:
             refused.append(error)
             found = _failure("refused", str(error))
+        if found["status"] == "ok" and (wrong := point.differences(found)) is not None:
+            found = _failure("another measurement", f"the report is of {wrong}")
         if found["status"] != "ok":
             print(f"{head}: {found['status']}: {found['error']['message']}", flush=True)
         reports[point.name] = found
@@ -164,6 +222,15 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
         print(line)
     print(f"reports, table.md and table.json: {folder}", flush=True)
     return 0 if all(report["status"] == "ok" for report in reports.values()) else 1
+
+
+def _set_aside(given: Mapping[str, Any]) -> Iterator[str]:
+    """What the command line or its --config say and the points of a sweep decide instead."""
+    keys = ("image_size", "guidance_parallel", "sequence_parallel")
+    for key in keys:
+        if given[key] is not None:
+            flag = key.replace("_", "-")
+            yield f"--{flag} {shown(given[key])} is not used: each point of the sweep has its own"
 
 
 def _without_sweep(argv: Sequence[str]) -> list[str]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from opensora_sp import sizes
+from opensora_sp.conditioning import FrameLayout
 from opensora_sp.errors import UserError
-from opensora_sp.sizes import repeated_frames
 from opensora_sp.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
 
 Values = Mapping[str, Any]
@@ -35,7 +35,8 @@ def _typed(values: Values) -> list[str]:
 
 def _repeated(values: Values) -> int:
     """Frames of a later clip that are the end of the one before."""
-    return repeated_frames(values["condition_frame_length"])
+    layout = FrameLayout(values["num_frames"], values["micro_frame_size"])
+    return layout.frames_before(values["condition_frame_length"])
 
 
 def _too_small_for_a_mark(values: Values) -> bool:
@@ -100,11 +101,12 @@ COMBINATIONS: tuple[Combination, ...] = (
         outcome="note",
         meets=lambda v: (
             v["loop"] > 1
-            and v["loop_carry"] == "frames"
+            and v["loop_carry"] == "latents"
             and (v["num_frames"] % 17 != 0 or v["micro_frame_size"] != 17)
         ),
-        text="--loop {loop} joins clips without a jump only when --num-frames is a multiple of 17 "
-        "(2s, 4s, 8s and 16s are): here it is {num_frames}, in chunks of {micro_frame_size}",
+        text="--loop {loop} with --loop-carry latents joins clips without a jump only when "
+        "--num-frames is a multiple of 17 (2s, 4s, 8s and 16s are): here it is {num_frames}, in "
+        "chunks of {micro_frame_size}; --loop-carry frames fits any length",
     ),
     Combination(
         features="typed references + --reference-path / --mask-strategy",
@@ -133,6 +135,18 @@ COMBINATIONS: tuple[Combination, ...] = (
             v["num_frames"] == 1 and (v["last_image"] is not None or v["extend"] is not None)
         ),
         text="--last-image and --extend need a video, but --num-frames is 1: give more frames",
+    ),
+    Combination(
+        features="--edit + --edit-strength 1",
+        outcome="note",
+        meets=lambda v: v["edit"] is not None and v["edit_strength"] == 1,
+        text="--edit {edit!r} is not used: --edit-strength 1 makes everything anew",
+    ),
+    Combination(
+        features="--allow-private without --allow-remote",
+        outcome="note",
+        meets=lambda v: v["allow_private"] and not v["allow_remote"],
+        text="--allow-private has no effect without --allow-remote",
     ),
     Combination(
         features="--edit-strength without --edit",

@@ -5,6 +5,7 @@ import time
 
 from opensora_sp.errors import SharedFault, UserError
 from opensora_sp.launcher import read_launch, speaks
+from opensora_sp.redaction import redacted
 
 REFUSED = 2
 # torchrun ends all ranks when the first one has ended: rank 0 is to be heard before that.
@@ -22,8 +23,8 @@ def world_size() -> int:
 
 
 def one_line(message: object) -> str:
-    """White space of any kind as single spaces."""
-    return " ".join(str(message).split())
+    """White space of any kind as single spaces; what is secret in addresses, and keys, left out."""
+    return redacted(" ".join(str(message).split()))
 
 
 def refuse(error: UserError, *, same_everywhere: bool) -> int:

@@ -99,7 +99,10 @@ def _run(prepared: Prepared) -> int:
     if launch.rank == 0 and job.settings.verbose > 0:
         for note in (*launch.notes, *job.notes):
             print(f"note: {one_line(note)}", file=sys.stderr)
-    apply_cpu_threads(job.settings.cpu_threads, job.settings.device)
+        for line in job.failed:
+            print(f"note: {one_line(line)}; the other prompts are made", file=sys.stderr)
+    settings = job.settings
+    apply_cpu_threads(settings.cpu_threads, settings.device, checkpoints=settings.checkpoints)
     with stoppable():
         try:
             with rank_log(job.settings.log_dir):

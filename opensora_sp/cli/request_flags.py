@@ -120,7 +120,8 @@ REQUEST_GROUPS: tuple[Group, ...] = (
                 "--mask-strategy",
                 text(metavar="STRATEGY"),
                 None,
-                "loop,ref,ref_start,target_start,length,edit_ratio, one entry per prompt",
+                "loop,ref,ref_start,target_start,length,edit_ratio, one entry per prompt; a "
+                "ref_start of end keeps the reference's last frames",
                 nargs="+",
                 feature="references",
             ),
@@ -170,6 +171,13 @@ REQUEST_GROUPS: tuple[Group, ...] = (
                 _BOOL,
                 False,
                 "let references be http(s) addresses; bounded in size and time",
+                nargs=0,
+            ),
+            flag(
+                "--allow-private",
+                _BOOL,
+                False,
+                "with --allow-remote: also addresses of this machine and of private networks",
                 nargs=0,
             ),
             flag("--align", _R["align"], 5, "latent frames that strategy starts snap to"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from opensora_sp import access
 from opensora_sp.cli.console import one_line, refuse, world_size
 from opensora_sp.errors import UserError
 from opensora_sp.launcher import check_store, join, launcher_keeps_store
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = _request(arguments) if arguments.parity else None
         if arguments.doctor and arguments.parity:
             raise UserError("--doctor and --parity are two examinations: ask for one at a time")
-        if arguments.reference is not None and not arguments.reference.is_dir():
+        if arguments.reference is not None and not access.is_dir(arguments.reference):
             raise UserError(f"--reference {arguments.reference}: no such directory")
     except UserError as error:
         return refuse(error, same_everywhere=True)

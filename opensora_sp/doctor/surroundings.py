@@ -150,7 +150,7 @@ def _encoder() -> Finding:
 
 def _disk(name: str, directory: Path) -> Finding:
     place = directory.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     if not os.access(place, os.W_OK | os.X_OK):
         return failed("host", name, f"{place} may not be written to")

@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from opensora_sp import access
 from opensora_sp.errors import CheckpointError
+from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
 from opensora_sp.runtime.residency import pinned
 
 Shape = tuple[int, ...]
@@ -59,25 +61,19 @@ class _SafetensorsFile:
 
 
 class _PickleFile:
-    """One PyTorch .bin file of named tensors, unpickled with weights_only.
+    """One PyTorch .bin file of named tensors, looked into before it is unpickled.
 
     Files of the older, non-zip form cannot be mapped: they are read whole and kept until the end.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._mappable = file.read(4) == b"PK\x03\x04"
+        self._mappable = is_zipped(path)
         self._tensors: dict[str, Tensor] | None = self._open()
         self.shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in self._tensors.items()}
 
     def _open(self) -> dict[str, Tensor]:
-        try:
-            content = torch.load(
-                str(self.path), map_location="cpu", weights_only=True, mmap=self._mappable
-            )
-        except Exception as error:  # torch.load has no error type of its own
-            _refuse_corrupt(self.path, error)
+        content = load_tensor_file(self.path, mmap=True)
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
         ):
@@ -125,11 +121,11 @@ class WeightFiles:
         for name in stems:
             for suffix in (".safetensors", ".bin"):
                 whole = directory / f"{name}{suffix}"
-                if whole.is_file():
+                if access.is_file(whole):
                     file = _open_file(whole)
                     return cls(directory, dict.fromkeys(file.shapes, file))
                 index = directory / f"{name}{suffix}.index.json"
-                if index.is_file():
+                if access.is_file(index):
                     return cls(directory, _open_shards(index))
         wanted = " or ".join(f"{name}.safetensors or {name}.bin" for name in stems)
         raise CheckpointError(
@@ -236,7 +232,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     directory = Path(directory)
     _require_directory(directory)
     path = directory / "config.json"
-    if not path.is_file():
+    if not access.is_file(path):
         raise CheckpointError(
             f"no config.json in {directory}: give a published checkpoint directory"
         )
@@ -294,6 +290,8 @@ def _read(weights: WeightFiles, source: str, dtype: torch.dtype, device: torch.d
     """One weight in its final dtype and place, owned by this process and finite."""
     stored = weights.get(source)
     where = f"weight {source} in {weights.file_of(source)}"
+    if stored.layout != torch.strided or stored.is_meta or stored.is_quantized:
+        raise CheckpointError(f"{where} is no plain tensor ({stored.layout}), but a weight must be")
     if stored.is_floating_point() != dtype.is_floating_point:
         raise CheckpointError(f"{where} is stored as {stored.dtype}, which the model cannot use")
     # A copy, not the mapped pages: the file may be replaced or go away while the model lives.
@@ -309,6 +307,8 @@ def _is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; aminmax passes both on and allocates nothing."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
+    if tensor.element_size() == 1:  # torch compares no 8-bit floats
+        tensor = tensor.float()
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
@@ -334,7 +334,8 @@ def _open_shards(index: Path) -> dict[str, _SafetensorsFile | _PickleFile]:
     shards: dict[str, _SafetensorsFile | _PickleFile] = {}
     for shard in sorted({str(shard) for shard in listed.values()}):
         path = index.parent / shard
-        if not path.is_file():
+        # A link there may lead on, as in the hub's cache; the index itself names neighbours only.
+        if Path(shard).name != shard or not access.is_file(path):
             raise CheckpointError(
                 f"{index.name} names the shard {shard}, which is not in {index.parent}"
             )
@@ -359,8 +360,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        what = "is a file, not a directory" if directory.exists() else "does not exist"
+    if not access.is_dir(directory):
+        what = "is a file, not a directory" if access.exists(directory) else "does not exist"
         raise CheckpointError(f"checkpoint directory {directory} {what}")
 
 
@@ -377,10 +378,7 @@ def _refuse_lfs_pointer(path: Path) -> None:
 
 
 def _refuse_corrupt(path: Path, error: Exception) -> NoReturn:
-    size = path.stat().st_size if path.exists() else 0
-    raise CheckpointError(
-        f"{path} ({size} bytes) is corrupt or cut short, download it again: {_one_line(error)}"
-    ) from error
+    raise corrupt(path, error) from error
 
 
 def _one_line(error: Exception) -> str:

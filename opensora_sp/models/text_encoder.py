@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora_sp import access
 from opensora_sp.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.eight_bits import quantize_
@@ -213,7 +214,7 @@ def _load_pieces(path: Path) -> Any:
     """
     from sentencepiece import SentencePieceProcessor
 
-    if not path.is_file():
+    if not access.is_file(path):
         raise CheckpointError(
             f"no {path.name} in {path.parent}: give the directory of T5 v1.1's encoder"
         )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora_sp import access
 from opensora_sp.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.temporal_vae import TemporalVAE, TemporalVAEConfig
@@ -91,7 +92,7 @@ class VideoVAEConfig:
         """
         video = read_config(vae3d)
         inner = Path(vae2d) / "vae"
-        home = inner if inner.is_dir() else Path(vae2d)
+        home = inner if access.is_dir(inner) else Path(vae2d)
         spatial = read_config(home)
         kind = spatial.get("_class_name", "AutoencoderKL")
         if kind != "AutoencoderKL":

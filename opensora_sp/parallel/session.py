@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from opensora_sp import faults
-from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.errors import PromptFault, SharedFault, SharedPromptFault, UserError
 from opensora_sp.launcher import (
     Launch,
     join,
@@ -162,15 +162,22 @@ class Session:
         """Run work on every rank, or on the leading one while the others wait; its result.
 
         A UserError on any rank becomes a SharedFault on all of them, so that they end together
-        and in order instead of finding out from broken connections. Collective.
+        and in order instead of finding out from broken connections; one of a single prompt
+        becomes a SharedPromptFault. Collective.
         """
-        result, error = None, None
+        result: T | None = None
+        error: UserError | None = None
         if self.leads or not leading_only:
             try:
                 result = work()
             except UserError as caught:
                 error = caught
-        for rank, fault in enumerate(self.collect(None if error is None else str(error))):
+        place = error.place if isinstance(error, PromptFault) else None
+        for rank, (fault, of) in enumerate(
+            self.collect((None if error is None else str(error), place))
+        ):
+            if fault is not None and of is not None:
+                raise SharedPromptFault(fault, of) from error
             if fault is not None:
                 rank = self.world_rank(rank)
                 raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora_sp import access
 from opensora_sp.errors import UserError
 from opensora_sp.request import Checkpoints
 
@@ -40,7 +41,7 @@ class ModelSizes:
         """From the directories' config.json. Raises UserError where one cannot be read."""
         dit, t5 = _json(checkpoints.dit), _json(checkpoints.t5)
         inner = checkpoints.vae2d / "vae"
-        spatial = _json(inner if inner.is_dir() else checkpoints.vae2d)
+        spatial = _json(inner if access.is_dir(inner) else checkpoints.vae2d)
         temporal = _json(checkpoints.vae3d).get("vae_temporal") or {}
         heads = t5.get("num_heads", 64)
         return cls(

@@ -160,7 +160,7 @@ def cpu_info() -> dict[str, Any]:
 def disk_info(directory: Path) -> dict[str, Any]:
     """The file system that outputs go to, and the block devices of the machine."""
     place = directory.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     total: int | None = None
     free: int | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from opensora_sp import access
 from opensora_sp.errors import UserError
 from opensora_sp.parallel.session import Session
 from opensora_sp.runtime.arithmetic import arithmetic
@@ -46,7 +47,9 @@ def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Che
     The transformer and sampler parts run on all ranks, the others on rank 0 while the rest wait.
     In another dtype than float32 only the transformer part is run: the other limits are float32's.
     """
-    if not any((suite / files[0]).is_file() for files in (SHARDED_PARTS | LEADING_PARTS).values()):
+    if not any(
+        access.is_file(suite / files[0]) for files in (SHARDED_PARTS | LEADING_PARTS).values()
+    ):
         raise UserError(
             f"--reference {suite}: no conformance suite there (none of dit/cases.safetensors, "
             "sampler/cases.json, prompts.json, …); leave it out for the one in the package"
@@ -75,7 +78,7 @@ def _part(
     runs: bool,
     why: str,
 ) -> Iterator[Check]:
-    absent = [name for name in files if not (suite / name).is_file()]
+    absent = [name for name in files if not access.is_file(suite / name)]
     if absent:
         yield skipped(part, f"{absent[0]} is not in this suite")
     elif not runs:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_sp import access
 from opensora_sp.denoiser import Conditions, Denoiser, Stream, run_blocks
 from opensora_sp.loading import load_transformer
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, unpatchify
@@ -181,7 +182,7 @@ def _generated_frames(out: Tensor, case: Case) -> Tensor:
 def _half_precision_limit(suite: Path) -> float:
     """Twice the reference's own distance between bf16 and float32, from the suite's own figures."""
     path = suite / "dit" / "cases_bf16.safetensors"
-    if not path.is_file():
+    if not access.is_file(path):
         return 0.25
     cases = load_cases(path).values()
     return 2 * max(relative_rms(case["out"], case["out_float32"]) for case in cases)

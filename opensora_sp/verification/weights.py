@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from opensora_sp import access
 from opensora_sp.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, read_config
 from opensora_sp.models.video_vae import older_attention_names
@@ -36,7 +37,7 @@ def recognise(directory: Path) -> str:
 
     Raises CheckpointError where it is none of them.
     """
-    if (directory / "vae" / "config.json").is_file():
+    if access.is_file(directory / "vae" / "config.json"):
         return "vae2d"
     kind = read_config(directory).get("model_type")
     known = {"STDiT3": "dit", "t5": "t5", "VideoAutoencoderPipeline": "vae3d"}
@@ -63,7 +64,7 @@ def check_directory(directory: Path) -> Iterator[Finding]:
         wrong = str(error)
     what = "sizes of the VAE" if kind == "vae2d" else "names and shapes"
     yield Finding(directory, f"{kind}, {what}", wrong)
-    if (directory / SUMS).is_file():
+    if access.is_file(directory / SUMS):
         yield Finding(directory, f"{kind}, hashes", _compare_hashes(directory))
     else:
         yield Finding(directory, f"{kind}, no {SUMS}, so contents were not compared")
@@ -97,10 +98,17 @@ def _compare(kind: str, directory: Path) -> str | None:
 
 def _compare_hashes(directory: Path) -> str | None:
     wrong = []
-    for line in (directory / SUMS).read_text(encoding="utf-8").splitlines():
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        return f"{SUMS} is not readable text ({type(error).__name__})"
+    for number, line in enumerate(lines, 1):
         expected, _, name = line.partition("  ")
         file = directory / name
-        if not file.is_file():
+        # A list from elsewhere must not have files shown that do not belong to the checkpoint.
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            wrong.append(f"line {number} of {SUMS} names no file of this directory")
+        elif not access.is_file(file):
             wrong.append(f"{name} is missing")
         elif (actual := sha256(file)) != expected:
             wrong.append(f"{name} has {actual[:12]}… instead of {expected[:12]}…")

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opensora_sp.models.tensor_files import load_tensor_file
 from scripts.train_embedded.export import TARGET
 from scripts.train_embedded.flow import Models
 from scripts.train_embedded.state import save_state
@@ -39,7 +39,7 @@ def restore(model: Path, states: Path, step: int, again: bool) -> None:
     models.dit.load_state_dict(load_file(model / "dit" / "model.safetensors"))
     text: dict[str, Tensor] = {}
     for shard in sorted((model / "t5").glob("*.bin")):
-        text |= torch.load(shard, weights_only=True)
+        text |= load_tensor_file(shard)
     models.t5.load_state_dict(text)
     weights = models.state_dict()
     save_state(states / "flow.pt", {"model": weights, "average": weights, "step": step})

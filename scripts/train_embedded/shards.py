@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora_sp.models.tensor_files import load_tensor_file
 from opensora_sp.sizes import patch_grid
 from scripts.train_embedded.latents import shard_path
 from scripts.train_embedded.vae import CLIP
@@ -31,7 +32,7 @@ class Shards:
     def refresh(self) -> None:
         """Read the shards that are new."""
         while (path := shard_path(self.directory, self.read)).exists():
-            shard = torch.load(path, weights_only=True)
+            shard = load_tensor_file(path)
             shard["tokens"] = [[self.ids(text) for text in texts] for texts in shard["captions"]]
             key = (*shard["size"], shard["frames"])
             self.buckets.setdefault(key, []).append(shard)

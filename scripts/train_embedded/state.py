@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from opensora_sp.models.tensor_files import load_tensor_file
+
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state whole or not at all."""
@@ -20,7 +22,7 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
     """The state that was saved there, or None."""
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    state: dict[str, Any] = load_tensor_file(path, device)
     return state
 
 

@@ -76,8 +76,12 @@ def load(directory: Path, **options: object) -> Model:
     return model
 
 
+# Torch before 2.6 is not trusted with the old form: tests/unit/test_tensor_files.py.
+OLD_BIN = ["old bin"] if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6) else []
+
+
 @pytest.mark.parametrize(
-    "form", ["safetensors", "safetensors shards", "bin", "bin shards", "old bin"]
+    "form", ["safetensors", "safetensors shards", "bin", "bin shards", *OLD_BIN]
 )
 def test_every_published_form_loads_exactly(tmp_path: Path, form: str) -> None:
     tensors = weights()
@@ -230,6 +234,20 @@ def _nested(home: Path) -> Path:
     return home
 
 
+def _index_to(shard: str) -> Callable[[Path], Path]:
+    """An index that leads out of its directory, to a file that is there."""
+
+    def build(home: Path) -> Path:
+        inner = home / "inner"
+        inner.mkdir()
+        torch.save(weights(), home / "elsewhere.bin")
+        index = {"weight_map": dict.fromkeys(weights(), shard)}
+        (inner / "model.bin.index.json").write_text(json.dumps(index))
+        return inner
+
+    return build
+
+
 class _Trap:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('code in a checkpoint was run')",)
@@ -260,8 +278,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
         (_text("model.bin.index.json", "{"), "is not readable JSON"),
         (_text("model.bin.index.json", "{}"), "has no weight_map"),
         (_shard_lacks_weight, "which lacks it"),
+        (_index_to("../elsewhere.bin"), "which is not in"),
+        (_index_to("/etc/hostname"), "which is not in"),
         (_nested, "plain dictionary of named tensors"),
-        (_code_in_pickle, "corrupt or cut short"),
+        (_code_in_pickle, "holds code, not only tensors"),
     ],
 )
 def test_unusable_files_are_one_clear_line(
@@ -338,3 +358,29 @@ def test_one_stored_weight_lives_at_a_time_and_mappings_are_dropped(
     assert len(alive) == len(weights())
     assert released == [1, 2, 3, 4, 5]  # before every read but the first, and at the end
     assert torch.equal(model.get_buffer("steps"), weights()["steps"])
+
+
+def test_links_as_in_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    write(tmp_path / "blobs", weights(), "bin shards")
+    snapshot = tmp_path / "snapshots"
+    snapshot.mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
+    assert set(load(snapshot).state_dict()) == set(load(tmp_path / "blobs").state_dict())
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="this torch has no 8-bit floats")
+def test_eight_bit_floats_are_read_and_their_nan_is_named(tmp_path: Path) -> None:
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.is_floating_point() else tensor
+        for name, tensor in weights().items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    state = load(tmp_path).state_dict()
+    assert all(torch.equal(state[name], t.float()) for name, t in tensors.items() if name in state)
+    name = next(name for name, tensor in tensors.items() if tensor.element_size() == 1)
+    spoilt = tensors[name].float()
+    spoilt.view(-1)[0] = float("nan")
+    save_file(tensors | {name: spoilt.to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="non-finite values"):
+        load(tmp_path)

@@ -10,7 +10,6 @@ from PIL import Image
 from opensora_sp.cli.combinations import COMBINATIONS
 from opensora_sp.cli.flag_table import all_flags
 from opensora_sp.cli.flags import FEATURES, Feature
-from opensora_sp.cli.threads import available_cores, choose_threads
 from opensora_sp.errors import UserError
 from opensora_sp.request import Job
 from opensora_sp.settings import (
@@ -43,7 +42,10 @@ MEETING: dict[str, list[str]] = {
     "one frame + --loop": ["--num-frames", "1", "--loop", "2"],
     "--loop + --condition-frame-length": ["--loop", "2", "--condition-frame-length", "7"],
     "--loop + --num-frames": ["--loop", "2", "--num-frames", "17"],
-    "--loop + frames that are not whole chunks": ["--loop", "2", "--num-frames", "60"],
+    "--loop + frames that are not whole chunks": [
+        *("--loop", "2", "--num-frames", "60"),
+        *("--loop-carry", "latents"),
+    ],
     "typed references + --reference-path / --mask-strategy": [
         *("--image", "a.png"),
         *("--mask-strategy", "0"),
@@ -51,6 +53,8 @@ MEETING: dict[str, list[str]] = {
     "--edit + --image / --last-image / --extend": ["--edit", "a.mp4", "--image", "a.png"],
     "--image + --extend": ["--image", "a.png", "--extend", "a.mp4"],
     "one frame + --last-image / --extend": ["--num-frames", "1", "--extend", "a.mp4"],
+    "--edit + --edit-strength 1": ["--edit", "a.mp4", "--edit-strength", "1"],
+    "--allow-private without --allow-remote": ["--allow-private"],
     "--edit-strength without --edit": ["--edit-strength", "0.2"],
     "--loop-carry without --loop": ["--loop-carry", "latents"],
     "--cfg-scale 1 + --guidance": ["--cfg-scale", "1", "--guidance", "serial"],
@@ -146,33 +150,6 @@ def test_the_checkpoint_layout_is_accepted_and_a_gap_is_named(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "environ", "expected"),
-    [
-        (None, "cpu", {}, 8),
-        (None, None, {"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "16", "OMP_NUM_THREADS": "1"}, 1),
-        (None, "cpu", {"OMP_NUM_THREADS": "1"}, None),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, None),
-        (None, "cuda", {"LOCAL_WORLD_SIZE": "2"}, None),
-        (5, "cuda", {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 5),
-    ],
-)
-def test_threads_of_a_rank(
-    wanted: int | None, device: str | None, environ: dict[str, str], expected: int | None
-) -> None:
-    assert choose_threads(wanted, device, environ, cores=8) == expected
-
-
-def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    free = available_cores(tmp_path / "absent")
-    quota.write_text("max 100000\n")
-    assert available_cores(quota) == free
-    quota.write_text("50000 100000\n")
-    assert available_cores(quota) == 1
-
-
-@pytest.mark.parametrize(
     ("argv", "paths", "strategy"),
     [
         (["--image", "a.png"], "a.png", "0,0,0,0,1,0"),
@@ -182,7 +159,7 @@ def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
             "a.png;b.png",
             "0,0,0,0,1,0;0,1,0,-1,1,0",
         ),
-        (["--extend", "a.png"], "a.png", "0,0,-5,0,5,0"),
+        (["--extend", "c.gif"], "c.gif", "0,0,end,0,5,0"),
         (["--edit", "a.png", "--edit-strength", "0.4"], "a.png", "0,0,0,0,15,0.4"),
         (["--edit", "a.png", "--edit-strength", "1"], "", ""),
     ],
@@ -197,6 +174,8 @@ def test_typed_references_are_strategies(
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         Image.new("RGB", (9, 7)).save(f"{name}.png")
+    frames = [Image.new("L", (9, 7), 10 * level) for level in range(17)]
+    frames[0].save("c.gif", save_all=True, append_images=frames[1:])
     argv = ["--prompt", "x", "y", *argv]
     requests = [task.request for task in job_of(tmp_path, *argv).tasks]
     assert [(r.reference_path, r.mask_strategy) for r in requests] == [(paths, strategy)] * 2

@@ -21,7 +21,7 @@ import pytest
 
 from opensora_sp.sums import SUMS
 from opensora_sp.verification.weights import MANIFEST, check_directory
-from scripts.download_weights import REPOSITORIES
+from scripts.download_weights import REPOSITORIES, is_mirror
 
 ROOT = Path(__file__).resolve().parents[2]
 STALLS_AT = 15 << 20  # the library writes what arrives in pieces of 10 MiB
@@ -128,6 +128,8 @@ def start(hub: Hub, folder: Path, *flags: str) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.address, "PYTHONPATH": str(ROOT)}
     environment |= {"HF_HOME": str(folder / "home"), "NO_PROXY": "*"}
+    if "TEST_TOKEN" in environment:
+        environment["HF_TOKEN"] = environment["TEST_TOKEN"]
     return subprocess.Popen(
         [sys.executable, "scripts/download_weights.py", *flags],
         cwd=ROOT,
@@ -175,7 +177,7 @@ def test_only_what_is_needed_whole_and_resumed(
     for name in needed:
         assert (out / name).read_bytes() == (hub.folder / name).read_bytes(), name
     there = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert there == needed | {f"{kind}/{SUMS}" for kind in REPOSITORIES}
+    assert there == needed | {SUMS} | {f"{kind}/{SUMS}" for kind in REPOSITORIES}
     asked = [ranges for name, ranges in hub.fetched if name == hub.stalls]
     assert asked[0] == ""
     assert asked[1].startswith(f"bytes={arrived}-"), "it did not go on where it stopped"
@@ -244,3 +246,111 @@ def test_check_names_what_differs_from_the_published_model(
     assert wrong is not None
     for words in (f"missing ({names[-1]})", "unexpected (another)", f"another shape ({names[0]})"):
         assert words in wrong
+
+
+def test_a_known_hash_wins_over_what_a_mirror_says(hub: Hub, tmp_path: Path) -> None:
+    """A mirror that sends another file with that file's own hash is found out."""
+    large, small = "vae3d/model.safetensors", "vae2d/vae/config.json"
+    wanted = {
+        name: hashlib.sha256((hub.folder / name).read_bytes()).hexdigest()
+        for name in (large, small)
+    }
+    hashes = tmp_path / "known.txt"
+    hashes.write_text("".join(f"{digest}  {name}\n" for name, digest in wanted.items()))
+    flags = ["--only", "vae3d", "vae2d", "--hashes", str(hashes)]
+    code, _, errors = run(hub, tmp_path, str(tmp_path / "right"), *flags)
+    assert code == 0, errors
+    # What nobody knows is said: here the configuration of the video VAE.
+    assert "1 of 3 files have no SHA-256" in errors
+    assert "(vae3d/config.json)" in errors
+
+    forged = tmp_path / "forged"
+    shutil.copytree(hub.folder, forged)
+    hub.folder = forged
+    for name in (large, small):
+        genuine = (forged / name).read_bytes()
+        (forged / name).write_bytes(genuine[:-2] + bytes([genuine[-2] ^ 1, genuine[-1]]))
+        kind = name.partition("/")[0]
+        out = tmp_path / f"wrong-{kind}"
+        code, _, errors = run(hub, tmp_path, str(out), "--only", kind, "--hashes", str(hashes))
+        assert code == 2
+        # Told apart by what the mirror says of the file, or else by what has arrived.
+        assert "that is another file" in errors or "without the published hash" in errors
+        assert wanted[name][:12] in errors
+        assert not (out / name).exists()
+        # Without a known hash the mirror is believed, and that is said.
+        code, _, errors = run(hub, tmp_path, str(out), "--only", kind)
+        assert code == 0
+        assert "vouches for them" in errors
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("abc  dit/x\n", "line 1 is not"),
+        ("0" * 64 + "\n", "line 1 is not"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_list_of_hashes_that_is_none(
+    hub: Hub, tmp_path: Path, text: str | None, said: str
+) -> None:
+    hashes = tmp_path / "known.txt"
+    if text is not None:
+        hashes.write_text(text)
+    code, _, errors = run(hub, tmp_path, str(tmp_path / "out"), "--hashes", str(hashes))
+    assert code == 2
+    assert said in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_token_goes_to_a_mirror_only_when_asked(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    answer = Handler.answer
+
+    def noted(self: Handler, *, body: bool) -> None:
+        seen.append(self.headers.get("Authorization"))
+        answer(self, body=body)
+
+    monkeypatch.setattr(Handler, "answer", noted)
+    monkeypatch.setenv("TEST_TOKEN", "hf_secret")
+    flags = ["--only", "vae2d"]
+    token = "Bearer hf_secret"
+    for more, expected in (((), {None}), (("--token-to-mirror",), {token, None})):
+        seen.clear()
+        out = tmp_path / f"out{len(more)}"
+        assert run(hub, tmp_path, str(out), *flags, *more)[0] == 0
+        assert set(seen) <= expected, more
+        assert (token in seen) == bool(more)
+
+
+def test_what_a_mirror_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint, mirror in (
+        ("", False),
+        ("https://huggingface.co", False),
+        ("https://huggingface.co/", False),
+        ("http://huggingface.co", True),
+        ("https://huggingface.co:8443", True),
+        ("https://huggingface.co.example.org", True),
+        ("https://example.org/huggingface.co", True),
+    ):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        assert is_mirror() is mirror, endpoint
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"0" * 64 + b"  ../../etc/passwd\n", b"0" * 64 + b"  /etc/passwd\n", b"\xff\x00\x80", b"x\n"],
+)
+def test_a_list_of_sums_shows_no_file_from_elsewhere(
+    embedded_dir: Path, tmp_path: Path, content: bytes
+) -> None:
+    folder = tmp_path / "vae2d"
+    shutil.copytree(embedded_dir / "vae2d", folder)
+    (folder / SUMS).write_bytes(content)
+    (wrong,) = [f.wrong for f in check_directory(folder) if "hash" in f.what]
+    assert wrong is not None
+    assert "\n" not in wrong
+    assert "passwd" not in wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -296,7 +297,7 @@ def test_the_environment_describes_the_endpoint() -> None:
         ({"OPENAI_API_KEY": "secret\r\nX-Header: y"}, "OPENAI_API_KEY .*line break"),
         ({"OPENAI_API_KEY": "secretü"}, "OPENAI_API_KEY .*not ASCII"),
         *(
-            ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": url}, "OPENAI_BASE_URL=.*http")
+            ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": url}, "OPENAI_BASE_URL.*http")
             for url in (
                 "localhost:8000",
                 "file:///etc/passwd",
@@ -306,7 +307,7 @@ def test_the_environment_describes_the_endpoint() -> None:
             )
         ),
         *(
-            ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": url}, "OPENAI_BASE_URL=.*http")
+            ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": url}, "OPENAI_BASE_URL.*http")
             for url in ("http://[::1", "http://x/v1?a=b", "http://x/v 1", "http://ü/v1")
         ),
         ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://me:secret@x"}, "OPENAI_BASE_URL .*@"),
@@ -323,7 +324,14 @@ def test_only_rank_0_needs_the_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("RANK", "1")
+    place = {
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+    for name, value in {"RANK": "1", **place}.items():
+        monkeypatch.setenv(name, value)
     refine.check_endpoint()
     monkeypatch.setenv("RANK", "0")
     argv = ["--prompt", "x", "--llm-refine", "true", "--save-dir", str(tmp_path / "out")]
@@ -331,3 +339,31 @@ def test_only_rank_0_needs_the_key(
     err = capsys.readouterr().err
     assert "OPENAI_API_KEY" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://host/key-0123456789abcdef v1",
+        "http://host/v1?api-key=key-0123456789abcdef",
+        "http://host/v1#key-0123456789abcdef",
+        "key-0123456789abcdef",
+        "http://me:key-0123456789abcdef@host/v1",
+    ],
+)
+def test_a_key_in_the_address_is_not_shown(address: str) -> None:
+    with pytest.raises(UserError, match="OPENAI_BASE_URL") as caught:
+        endpoint_from_environment(None, {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": address})
+    assert "0123456789" not in str(caught.value)
+
+
+def test_a_key_in_the_path_is_not_shown_when_the_server_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    endpoint = Endpoint("http://127.0.0.1:1/key-0123456789abcdef/v1", "m", "k", 1.0, 0.0)
+    with pytest.raises(UserError, match=r"m' at http://127\.0\.0\.1:1 cannot be reached") as caught:
+        refine_text(endpoint, "a ball", image=True)
+    said = "".join(traceback.format_exception(caught.value))
+    assert "0123456789" not in str(caught.value)
+    assert "During handling" not in said

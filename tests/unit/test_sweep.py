@@ -105,6 +105,86 @@ def test_six_points_on_two_meshes(
     assert len(machine.ran) == 12
 
 
+def measured(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+    """(height, width, frames, guidance) that each report of a sweep is of."""
+    found = {}
+    for place in sorted(folder.glob("*x*.json")):
+        report = read_report(place, "x")
+        first, mesh = report["request"]["first"], report["run"]["mesh"]
+        size = (first["height"], first["width"], first["num_frames"], mesh["guidance"])
+        found[place.stem] = size
+    return found
+
+
+@pytest.mark.parametrize("where", ["config", "flags"])
+def test_a_point_measures_its_own_size_whatever_else_is_said(
+    sweep_file: Path, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config with an image_size once won over every point's resolution, in silence."""
+    sweep_file.write_text(
+        "resolutions: [144p, 240p, 96x64]\ndurations: [17]\nmeshes: [1x1, 2x1]\n"
+        "point_timeout: 60\n",
+        encoding="utf-8",
+    )
+    said = {
+        "image_size": ["64", "96"],
+        "num_frames": ["51"],
+        "guidance_parallel": ["1"],
+        "sequence_parallel": ["1"],
+        "aspect_ratio": ["1:1"],
+    }
+    if where == "config":
+        config = tmp_path / "config.yaml"
+        lines = [
+            f"{key}: [{', '.join(v)}]" if len(v) > 1 else f"{key}: '{v[0]}'"
+            for key, v in said.items()
+        ]
+        config.write_text("\n".join(lines), encoding="utf-8")
+        flags = ["--config", str(config)]
+    else:
+        flags = [part for k, v in said.items() for part in (f"--{k.replace('_', '-')}", *v)]
+    assert run(sweep_file, Machine(tmp_path, {}), *flags) == 0
+    assert measured(tmp_path / "out" / "six") == {
+        f"{name}-17-{guidance}x1": (height, width, 17, guidance)
+        for name, height, width in (("144p", 192, 192), ("240p", 320, 320), ("96x64", 96, 64))
+        for guidance in (1, 2)
+    }
+    assert "note: --image-size [64, 96] is not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("request", "first", "height"), 72, "height 72 instead of 64"),
+        (("request", "first", "num_frames"), 51, "frames 51 instead of 17"),
+        (("run", "mesh", "guidance"), 1, "guidance 1 instead of 2"),
+        (("run", "ranks"), 1, "ranks 1 instead of 2"),
+    ],
+)
+def test_a_report_of_something_else_never_enters_the_table(
+    sweep_file: Path, tmp_path: Path, keys: tuple[str, ...], value: int, said: str
+) -> None:
+    class Mistaken(Machine):
+        def __call__(self, command: list[str], log: Path, limit: float | None) -> int:
+            code = super().__call__(command, log, limit)
+            if self.ran[-1] == BAD:
+                place = tmp_path / "out" / "six" / f"{BAD}.json"
+                report = read_report(place, "x")
+                inner = report
+                for key in keys[:-1]:
+                    inner = inner[key]
+                inner[keys[-1]] = value
+                write_report(place, report)
+            return code
+
+    assert run(sweep_file, Mistaken(tmp_path, {})) == 1
+    rows = json.loads((tmp_path / "out" / "six" / "table.json").read_text(encoding="utf-8"))
+    (bad,) = (row for row in rows if row["status"] != "ok")
+    assert bad["report"] == f"{BAD}.json"
+    assert bad["seconds"] is None
+    assert said in bad["error"]["message"]
+
+
 def test_an_impossible_point_is_only_refused(sweep_file: Path, tmp_path: Path) -> None:
     machine = Machine(tmp_path, {})
     assert run(sweep_file, machine, "--cfg-scale", "1") == 1  # then guidance 2 has nothing to do
@@ -132,6 +212,13 @@ def test_a_torn_report_is_measured_again(sweep_file: Path, tmp_path: Path) -> No
         (SWEEP + "ranks: 2", "'ranks' is not a key"),
         (SWEEP.replace("60", "soon"), "point_timeout 'soon'"),
         (SWEEP, "--prompt or --prompt-path is needed"),
+        (SWEEP.replace("144p", "../../x"), "'../../x' is not in the size table"),
+        (SWEEP.replace("144p", "99999x8"), "99999"),
+        (SWEEP.replace("image", "/tmp/x"), "'/tmp/x' is not"),
+        (SWEEP.replace("2x1", "2x9999999"), "2x9999999"),
+        (SWEEP.replace("[1x1, 2x1]", "[]"), "meshes needs"),
+        (SWEEP.replace("[64x64, 64x96, 144p]", "[]"), "resolutions needs"),
+        (SWEEP.replace("[image, 17]", "[]"), "durations needs"),
     ],
 )
 def test_refusals(

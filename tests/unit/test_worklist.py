@@ -16,7 +16,7 @@ from opensora_sp.manifest import read_record, record_path, write_record
 from opensora_sp.request import Job, Request, RunSettings, Task
 from opensora_sp.saved_state import Position, StateFiles
 from opensora_sp.schedule import deal, regroup
-from opensora_sp.standing import look_at_all
+from opensora_sp.standing import look_at_all, renamed
 
 MODELS = {"dit": "d", "t5": "t", "vae2d": "v2", "vae3d": "v3"}
 
@@ -27,7 +27,9 @@ def task(folder: Path, index: int = 0, **more: Any) -> Task:
 
 
 def job(folder: Path, *tasks: Task, **settings: Any) -> Job:
-    return Job(settings=RunSettings(save_dir=folder, verbose=0, **settings), tasks=tasks)
+    """A run whose outputs were named by somebody, unless sample_name=None."""
+    named = {"sample_name": "sample", **settings}
+    return Job(settings=RunSettings(save_dir=folder, verbose=0, **named), tasks=tasks)
 
 
 def positions(work: Job) -> list[Position | None]:
@@ -42,10 +44,11 @@ def finish(one: Task, content: bytes = b"frames", **settings: Any) -> None:
 
 def begin(one: Task, clip: int, step: int) -> StateFiles:
     files = StateFiles(one.output, latents_identity(identity_of(one, RunSettings(), MODELS)))
+    shape = (4, *one.request.latent_shape)
     for number in range(clip):
-        files.save_clip(number, torch.randn(4, 2, 4, 6))
+        files.save_clip(number, torch.randn(shape))
     if step:
-        files.save_step(Position(clip, step), torch.randn(4, 2, 4, 6), None)
+        files.save_step(Position(clip, step), torch.randn(shape), None)
     return files
 
 
@@ -101,17 +104,94 @@ def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
     assert positions(job(tmp_path, one)) == [Position()]
 
 
-def test_a_file_of_which_nothing_is_known_is_treated_as_the_reference_does(
+def test_a_file_of_which_nothing_is_known_is_never_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = task(tmp_path)
     one.output.write_bytes(b"somebody's")
-    assert positions(job(tmp_path, one, prompt_as_path=True)) == [None]
-    assert positions(job(tmp_path, one)) == [Position()]
+    assert positions(job(tmp_path, one, prompt_as_path=True, sample_name=None)) == [None]
+    with pytest.raises(UserError, match="nothing is known of how it was made"):
+        look_at_all(job(tmp_path, one), MODELS)
+    (found,) = look_at_all(job(tmp_path, one, sample_name=None), MODELS)
+    assert found.output == tmp_path / "sample_0000_2.mp4"
+    assert positions(job(tmp_path, one, overwrite=True)) == [Position()]
+    record_path(one.output).unlink()
     finish(one)
     changed = task(tmp_path, seed=7)
-    assert positions(job(tmp_path, changed, prompt_as_path=True)) == [None]
+    assert positions(job(tmp_path, changed, prompt_as_path=True, sample_name=None)) == [None]
     assert "skipped, although its seed was 42 and is 7 now" in capsys.readouterr().err
+
+
+def names(work: Job) -> list[tuple[str, Position | None]]:
+    """The name and the position that `look_at_all` gives each task."""
+    standings = look_at_all(work, MODELS)
+    found = renamed(work, standings).tasks
+    return [(t.output.name, s.position) for t, s in zip(found, standings, strict=True)]
+
+
+def test_another_request_gets_a_free_name_where_nobody_named_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second command in a folder: nothing is replaced, and each finds its own again."""
+    first, second, third = (task(tmp_path, seed=seed) for seed in (1, 2, 3))
+
+    def run(one: Task) -> tuple[str, Position | None]:
+        (found,) = names(job(tmp_path, one, sample_name=None))
+        return found
+
+    assert run(first) == ("sample_0000.mp4", Position())
+    finish(first)
+    assert run(second) == ("sample_0000_2.mp4", Position())
+    moved = dataclasses.replace(second, output=tmp_path / "sample_0000_2.mp4")
+    begin(moved, 0, 4)
+    assert run(second) == ("sample_0000_2.mp4", Position(0, 4))  # it goes on where it was
+    assert run(third) == ("sample_0000_3.mp4", Position())  # a begun one is somebody's too
+    finish(moved)
+    assert run(second) == ("sample_0000_2.mp4", None)
+    assert run(first) == ("sample_0000.mp4", None)
+    # A gap does not lead a run away from its own output.
+    first.output.unlink()
+    record_path(first.output).unlink()
+    assert run(second) == ("sample_0000_2.mp4", None)
+    assert run(task(tmp_path, seed=4)) == ("sample_0000.mp4", Position())
+    assert moved.output.read_bytes() == b"frames"
+
+
+def test_free_names_with_samples_lists_and_overwrite(tmp_path: Path) -> None:
+    a, b = task(tmp_path, 0), task(tmp_path, 1)
+    for one in (a, b):
+        finish(one)
+    # Of a list only what another request has is moved.
+    changed = task(tmp_path, 1, seed=9)
+    assert names(job(tmp_path, a, changed, sample_name=None)) == [
+        ("sample_0000.mp4", None),
+        ("sample_0001_2.mp4", Position()),
+    ]
+    # Asked for by --overwrite: the name itself, or the one that this request has.
+    assert names(job(tmp_path, changed, sample_name=None, overwrite=True)) == [
+        ("sample_0001_2.mp4", Position())
+    ]
+    other = task(tmp_path, 1, seed=10)
+    assert names(job(tmp_path, other, sample_name=None, overwrite=True)) == [
+        ("sample_0001.mp4", Position())
+    ]
+    # Samples have names of their own, and so have pictures.
+    sample = dataclasses.replace(a, output=tmp_path / "sample_0000-1.mp4")
+    assert names(job(tmp_path, sample, sample_name=None)) == [("sample_0000-1.mp4", Position())]
+    image = dataclasses.replace(a, output=tmp_path / "sample_0000.png")
+    assert names(job(tmp_path, image, sample_name=None)) == [("sample_0000.png", Position())]
+
+
+def test_saved_latents_are_found_again_for_another_kind_of_file(tmp_path: Path) -> None:
+    """--decode-only with a watermark: the same latents, under whichever name they are."""
+    finish(task(tmp_path, seed=1))
+    one = dataclasses.replace(task(tmp_path), output=tmp_path / "sample_0000_2.mp4")
+    finish(one)
+    begin(one, 1, 0)
+    marked = job(
+        tmp_path, task(tmp_path), sample_name=None, watermark=True, decode_only=True, overwrite=True
+    )
+    assert names(marked) == [("sample_0000_2.mp4", Position(1))]
 
 
 def test_an_unreadable_record_is_none(tmp_path: Path) -> None:
@@ -138,7 +218,7 @@ def test_a_state_of_an_earlier_clip_is_not_taken_for_the_next(tmp_path: Path) ->
     one = task(tmp_path, loop=3)
     files = begin(one, 1, 20)
     kept = files.step_path.read_bytes()
-    files.save_clip(1, torch.randn(4, 2, 4, 6))
+    files.save_clip(1, torch.randn(4, *one.request.latent_shape))
     files.step_path.write_bytes(kept)
     assert positions(job(tmp_path, one)) == [Position(2)]
     files.clip_path(0).unlink()

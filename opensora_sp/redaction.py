@@ -1,0 +1,69 @@
+"""What is secret is neither shown nor stored: logins and queries of addresses, keys and tokens.
+
+A signed address is as good as a password, so of an address only the place is kept. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+# Variables whose values are keys. Short values are placeholders of local servers, such as EMPTY.
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_SHORTEST_SECRET = 8
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# In running text an address ends at white space, quotes, brackets or the `;` between references.
+_ADDRESS_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>;]+")
+_MARK = "***"
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether this is `scheme://...` rather than a path."""
+    return _ADDRESS.match(str(path)) is not None
+
+
+def without_secrets(path: str | Path) -> str:
+    """A path as it is; an address without user, password, query and fragment."""
+    if not is_address(path):
+        return str(path)
+    scheme, _, rest = str(path).partition("://")
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    # A password may hold a '/' or a '?' that should have been written as %2F or %3F.
+    if "@" in rest:
+        place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0]
+    return f"{scheme}://{place}"
+
+
+def references_without_secrets(paths: str) -> str:
+    """Paths and addresses joined by `;`, each as `without_secrets`."""
+    return ";".join(without_secrets(path.strip()) for path in paths.split(";"))
+
+
+def address_identity(address: str) -> str:
+    """An address as it is stored: without its secrets, yet different where they are different."""
+    if without_secrets(address) == address:
+        return address
+    digest = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{without_secrets(address)} sha256:{digest}"
+
+
+def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """A text to be shown or logged: addresses cut as by `without_secrets`, keys as ***."""
+    for name in SECRET_VARIABLES:
+        value = environ.get(name, "").strip()
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, _MARK)
+    return _ADDRESS_IN_TEXT.sub(_cut, text)
+
+
+def _cut(found: re.Match[str]) -> str:
+    address = found.group()
+    ending = re.search(r"[.,:)\]}]*$", address)  # the sentence's, not the address's
+    assert ending is not None
+    kept = without_secrets(address[: ending.start()])
+    return kept + ending.group()

@@ -1,0 +1,120 @@
+"""A saved state is believed as far as it can be one of its request, and no further."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from opensora_sp import saved_state
+from opensora_sp.errors import UserError
+from opensora_sp.identity import identity_of, latents_identity
+from opensora_sp.parallel.agreement import checksum
+from opensora_sp.request import Request, RunSettings, Task
+from opensora_sp.saved_state import Position, StateFiles
+
+SHAPE = (4, 15, 4, 6)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> StateFiles:
+    """Two clips of three, and ten steps of the third, of a request of 30 steps."""
+    request = Request(prompt="p", height=32, width=48, loop=3)
+    task = Task(request=request, output=tmp_path / "a.mp4")
+    identity = latents_identity(identity_of(task, RunSettings(), {"dit": "d"}))
+    made = StateFiles(task.output, identity)
+    for clip in range(2):
+        made.save_clip(clip, torch.randn(SHAPE))
+    made.save_step(Position(2, 10), torch.randn(SHAPE), torch.ones(15))
+    return made
+
+
+def rewrite(path: Path, *, change: Callable[[dict[str, Any]], None], seal: bool = True) -> None:
+    """Change a file's tensors (by name) and words (by name with @); seal: with a right checksum."""
+    with safe_open(str(path), framework="pt") as file:
+        about = dict(file.metadata())
+    tensors = load_file(str(path))
+    both: dict[str, Any] = {**tensors, **{f"@{key}": value for key, value in about.items()}}
+    change(both)
+    tensors = {key: value.contiguous() for key, value in both.items() if key[0] != "@"}
+    about = {key[1:]: value for key, value in both.items() if key[0] == "@"}
+    if seal:
+        about["checksum"] = saved_state._checksum(about, tensors)
+    save_file(tensors, str(path), metadata=about)
+
+
+def test_a_whole_state_is_read(files: StateFiles) -> None:
+    assert files.position() == Position(2, 10)
+    assert files.load_step().z.shape == SHAPE
+
+
+@pytest.mark.parametrize("key", ["@step", "@clip", "@refined", "@torch"])
+def test_words_edited_by_hand_are_noticed(files: StateFiles, key: str) -> None:
+    rewrite(files.step_path, change=lambda both: both.update({key: "29"}), seal=False)
+    with pytest.raises(UserError, match="is damaged"):
+        files.position()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"@step": "-1"}, "step '-1'"),
+        ({"@step": "0"}, "step 0, but the request has 3 clips .* of 30 steps"),
+        ({"@step": "30"}, "step 30, but"),
+        ({"@step": "100000"}, "step 100000, but"),
+        ({"@step": "9" * 5000}, "stands at clip '2', step '999"),
+        ({"@step": "abc"}, "step 'abc'"),
+        ({"@clip": "3"}, "clip 3, step 10, but"),
+        ({"latents": torch.randn(4, 15, 4, 8)}, r"\[4, 15, 4, 8\]"),
+        ({"latents": torch.randn(15, 4, 6)}, "but the request has"),
+        ({"latents": torch.ones(SHAPE, dtype=torch.int64)}, "I64.*states are float32"),
+        ({"latents": torch.full(SHAPE, torch.nan)}, "latents that are NaN or infinite"),
+        ({"latents": torch.full(SHAPE, torch.inf)}, "latents that are NaN or infinite"),
+        ({"mask": torch.ones(4)}, r"'mask': \[4\]"),
+        ({"mask": torch.full((15,), 2.0)}, "not from 0 to 1"),
+        ({"other": torch.ones(4)}, "'other'"),
+        ({"@identity": "[]"}, "is damaged"),
+        ({"@identity": "[" * 100000}, "is damaged"),
+    ],
+)
+def test_what_cannot_be_of_the_request_is_refused(
+    files: StateFiles, change: dict[str, Any], said: str
+) -> None:
+    rewrite(files.step_path, change=lambda both: both.update(change))
+    with pytest.raises(UserError, match=said):
+        files.position()
+
+
+def test_a_clip_in_the_place_of_another_is_refused(files: StateFiles) -> None:
+    files.clip_path(1).write_bytes(files.clip_path(0).read_bytes())
+    with pytest.raises(UserError, match="says that it is of clip 0, but its name says 1"):
+        files.position()
+
+
+def test_states_of_the_version_before_are_read_and_held_against_the_request(
+    files: StateFiles,
+) -> None:
+    def before(both: dict[str, Any]) -> None:
+        both["@format"] = "opensora-sp latents 1"
+        both["@checksum"] = checksum(both[key] for key in sorted(both) if key[0] != "@")
+
+    paths = [files.step_path, files.clip_path(0), files.clip_path(1)]
+    for path in paths:
+        rewrite(path, change=before, seal=False)
+    assert files.position() == Position(2, 10)
+    rewrite(files.step_path, change=lambda both: both.update({"@step": "30"}), seal=False)
+    with pytest.raises(UserError, match="step 30, but"):
+        files.position()
+
+
+def test_a_pipe_is_no_state(files: StateFiles) -> None:
+    files.step_path.unlink()
+    os.mkfifo(files.step_path)
+    with pytest.raises(UserError, match="is not a regular file"):
+        files.position()
