@@ -23,8 +23,11 @@ from opensora_sp.launcher import (
     read_launch,
     speaks,
 )
+from opensora_sp.parallel.board import Fault
+from opensora_sp.parallel.liveness import Liveness
 from opensora_sp.parallel.own_clock import STOOD_STILL_S, OwnClock
 from opensora_sp.parallel.peers import Process
+from opensora_sp.parallel.stages import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -291,3 +294,25 @@ def test_a_clock_that_stood_still_is_noticed_by_whoever_asks_first() -> None:
     time_is[0] += 12
     clock.tick()  # and one that wakes after it sees the same
     assert (clock.halts(), len(restarts)) == (2, 2)
+
+
+def test_what_a_watcher_finds_after_its_own_halt_does_not_count() -> None:
+    """In the middle of a look or before it; what it finds at the next look does."""
+    liveness = Liveness(0, None, [], Limits(heartbeat=5))
+    time_is = [100.0]
+    liveness._clock = OwnClock(liveness._stood_still, lambda: time_is[0])
+    fault = Fault(rank=1, stage="denoise", what="hangs")
+
+    def stopped_in_the_middle() -> Fault:
+        time_is[0] += 12
+        return fault
+
+    liveness._heard = {1: (7, 100.0)}
+    assert liveness._found_by(stopped_in_the_middle) is None
+    assert liveness._heard[1][0] == -1  # its peers' silence is counted anew
+    assert liveness._found_by(lambda: fault) == fault
+    liveness._heard = {1: (7, 100.0)}
+    time_is[0] += 12
+    seen = []
+    liveness._found_by(lambda: seen.append(liveness._heard[1][0]))  # type: ignore[arg-type]
+    assert seen == [-1]
