@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from opensora_sp.errors import UserError
+from opensora_sp.launcher import read_launch
 from opensora_sp.redaction import redacted
 from opensora_sp.screen import note
 
@@ -97,7 +98,7 @@ def rank_log(directory: str | None) -> AbstractContextManager[None]:
     """
     if directory is None:
         return nullcontext()
-    return _logging(Path(directory) / f"rank-{os.environ.get('RANK', '0')}.log")
+    return _logging(Path(directory) / f"rank-{read_launch().rank}.log")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from opensora_sp.errors import UserError
 from opensora_sp.fetch import reason
+from opensora_sp.launcher import read_launch
 from opensora_sp.prompts import split_loops
 from opensora_sp.request import Request, Task
 from opensora_sp.screen import printable
@@ -121,7 +122,7 @@ def check_endpoint(model: str | None = None) -> None:
 
     The other ranks may be on nodes where the variables are not set.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if read_launch().rank == 0:
         endpoint_from_environment(model)
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from opensora_sp import sizes
-from opensora_sp.deadlines import DEADLINES, HEARTBEAT_S, parse_deadlines
+from opensora_sp.deadlines import (
+    DEADLINE_RANGE_S,
+    DEADLINES,
+    HEARTBEAT_RANGE_S,
+    HEARTBEAT_S,
+    TIMEOUT_RANGE_S,
+    parse_deadlines,
+)
 from opensora_sp.errors import UserError
 from opensora_sp.fetch import Remote
 from opensora_sp.redaction import references_without_secrets
@@ -55,8 +62,11 @@ def _deadlines_kind() -> Kind:
             return False
         return True
 
-    kinds = ", ".join(DEADLINES)
-    allowed = f"a list like step=600,decode=off (seconds or off; kinds: {kinds})"
+    kinds, (low, high) = ", ".join(DEADLINES), DEADLINE_RANGE_S
+    allowed = (
+        f"a list like step=600,decode=off (seconds from {low:.0f} to {high:.0f}, or off; "
+        f"kinds: {kinds})"
+    )
     return Kind("LIST", allowed, str.strip, legal)
 
 
@@ -102,8 +112,8 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "cpu_threads": optional(integer(1, 4096), word="auto"),
     "guidance": choice(*GUIDANCE),
     "enable_compile": boolean(),
-    "timeout": number(0, above=True, metavar="SECONDS"),
-    "heartbeat_timeout": number(0, above=True, metavar="SECONDS"),
+    "timeout": number(*TIMEOUT_RANGE_S, metavar="SECONDS"),
+    "heartbeat_timeout": number(*HEARTBEAT_RANGE_S, metavar="SECONDS"),
     "deadlines": _deadlines_kind(),
     "check_finite": choice(*get_args(CheckFinite)),
     "sequence_parallel": optional(integer(1), word="auto"),

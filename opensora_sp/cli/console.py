@@ -1,10 +1,10 @@
 """How a command ends that cannot be run: one line, from rank 0 above torchrun's banner, code 2."""
 
-import os
 import sys
 import time
 
 from opensora_sp.errors import SharedFault, UserError
+from opensora_sp.launcher import read_launch, speaks
 from opensora_sp.screen import one_line
 
 REFUSED = 2
@@ -13,14 +13,13 @@ HEAD_START_S = 1.0
 
 
 def rank() -> str:
-    """This process's rank as torchrun says; "0" alone."""
-    return os.environ.get("RANK", "0")
+    """This process's rank as its launcher says; "0" alone. Raises UserError (see launcher.py)."""
+    return str(read_launch().rank)
 
 
 def world_size() -> int:
-    """Ranks of the run; 1 where the environment holds no such number."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdecimal() and int(text) > 0 else 1
+    """Ranks of the run; 1 alone. Raises UserError where the environment says nothing that fits."""
+    return read_launch().world_size
 
 
 def refuse(error: UserError, *, same_everywhere: bool) -> int:
@@ -28,7 +27,7 @@ def refuse(error: UserError, *, same_everywhere: bool) -> int:
 
     same_everywhere: every rank finds the same fault, or was told of it, so rank 0 alone speaks.
     """
-    if rank() == "0":
+    if speaks():
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return REFUSED
     time.sleep(HEAD_START_S)

@@ -10,6 +10,8 @@ from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import stoppable
 from opensora_sp.cli.threads import apply_cpu_threads
 from opensora_sp.errors import JobEnded, Stopped, UserError
+from opensora_sp.launcher import check_store, join, launcher_keeps_store
+from opensora_sp.orphans import watch_launcher
 from opensora_sp.parallel.signals import leave
 from opensora_sp.planner.devices import parse_memory
 from opensora_sp.planner.requests import plan_job
@@ -48,14 +50,15 @@ class Prepared:
 
 def run_program(program: Program, argv: Sequence[str] | None) -> int:
     """Run one command line; returns its exit code (2: refused, with one line on stderr)."""
+    watch_launcher()
     try:
         prepared = prepare(program, sys.argv[1:] if argv is None else argv)
+        if isinstance(prepared, str):
+            if rank() == "0":
+                sys.stdout.write(prepared)
+            return 0
     except UserError as error:
         return refuse(error, same_everywhere=True)
-    if isinstance(prepared, str):
-        if rank() == "0":
-            sys.stdout.write(prepared)
-        return 0
     return _run(prepared)
 
 
@@ -89,8 +92,13 @@ def _require_room(job: Job) -> None:
 
 def _run(prepared: Prepared) -> int:
     job = prepared.job
-    if rank() == "0" and job.settings.verbose > 0:
-        for each in job.notes:
+    launch = join()
+    try:
+        check_store(launch, kept_by_launcher=launcher_keeps_store())
+    except UserError as error:
+        return refuse(error, same_everywhere=False)
+    if launch.rank == 0 and job.settings.verbose > 0:
+        for each in (*launch.notes, *job.notes):
             note(each)
         for line in job.failed:
             note(f"{line}; the other prompts are made")

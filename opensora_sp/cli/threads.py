@@ -10,6 +10,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from opensora_sp.launcher import read_launch
 from opensora_sp.request import Checkpoints
 
 VARIABLE = "OMP_NUM_THREADS"
@@ -108,7 +109,8 @@ def choose_threads(
         return wanted
     if device not in (None, "cpu"):
         return None
-    ranks = _positive(environ.get("LOCAL_WORLD_SIZE"))
+    launched = bool(environ.get("LOCAL_WORLD_SIZE"))
+    ranks = read_launch(environ).local_world_size if launched else None
     inherited = environ.get(VARIABLE)
     if inherited is not None and (ranks is None or inherited != "1"):
         return None
@@ -125,7 +127,7 @@ def apply_cpu_threads(
     checkpoints: Checkpoints | None = None,
 ) -> int | None:
     """Set OMP_NUM_THREADS for this rank; returns the number, or None where it is left alone."""
-    ranks = _positive(environ.get("LOCAL_WORLD_SIZE")) or 1
+    ranks = read_launch(environ).local_world_size
     width = transformer_width(checkpoints)
     small = width is not None and width < SMALL_WIDTH
     threads = choose_threads(
@@ -139,8 +141,3 @@ def apply_cpu_threads(
     if threads is not None:
         environ[VARIABLE] = str(threads)
     return threads
-
-
-def _positive(text: str | None) -> int | None:
-    # Nine digits at most: more are no number of ranks, and Python refuses to read very many.
-    return int(text) if text and text.isdecimal() and len(text) < 10 and int(text) > 0 else None

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 from opensora_sp import access
 from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.errors import UserError
-from opensora_sp.screen import on_any_screen
+from opensora_sp.launcher import check_store, join, launcher_keeps_store
+from opensora_sp.orphans import watch_launcher
+from opensora_sp.screen import on_any_screen, one_line
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
@@ -30,8 +32,10 @@ class _Parser(argparse.ArgumentParser):
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if everything held, 1 if not, 2 for a mistake in the request."""
+    watch_launcher()
     try:
         arguments = _parser().parse_args(argv)
+        launch = join()
         request = _request(arguments) if arguments.parity else None
         if arguments.doctor and arguments.parity:
             raise UserError("--doctor and --parity are two examinations: ask for one at a time")
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return refuse(error, same_everywhere=True)
     try:
+        check_store(launch, kept_by_launcher=launcher_keeps_store())
+        for note in launch.notes if launch.rank == 0 else ():
+            print(f"note: {one_line(note)}", file=sys.stderr)
         return _verify(arguments, request)
     except UserError as error:
         return refuse(error, same_everywhere=False)

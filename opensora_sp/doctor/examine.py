@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from opensora_sp.doctor.collectives import check_collectives
 from opensora_sp.doctor.finding import Finding, merge, table
 from opensora_sp.doctor.operations import check_operations
 from opensora_sp.doctor.surroundings import check_device, check_host, check_versions
+from opensora_sp.launcher import read_launch
 from opensora_sp.parallel.session import Session
 
 # A collective that does not work may never return: after this long the run ends and says where.
@@ -18,7 +18,7 @@ TIMEOUT_S = 120.0
 
 def examine(session: Session, directory: Path) -> list[Finding]:
     """Every finding, ranks merged, on every rank. directory: where outputs would go. Collective."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks_here = read_launch().local_world_size
     alone = check_versions() if session.leads else []
     everywhere = check_device(session)
     with session.stage("collectives"):

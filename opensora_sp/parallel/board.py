@@ -127,11 +127,6 @@ def connect_store(page: str, timeout: timedelta) -> Any:
     return c10d.PrefixStore(f"opensora_sp/{page}/{attempt}", client)
 
 
-def launcher_keeps_store() -> bool:
-    """Whether the store lives in torchrun and not in rank 0, and so outlives any rank."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def records_for_launcher() -> bool:
     """Whether torchrun started this process and reads what it leaves."""
     return "TORCHELASTIC_ERROR_FILE" in os.environ

@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from opensora_sp.atomic import remove_leftovers, remove_unfinished
-from opensora_sp.deadlines import HEARTBEAT_S
 from opensora_sp.errors import JobEnded, Stopped, UserError
+from opensora_sp.launcher import launcher_keeps_store
+from opensora_sp.orphans import launcher_process, watched_by_the_session
 from opensora_sp.parallel.board import (
     PATIENCE_S,
     Beat,
     Board,
     Fault,
-    launcher_keeps_store,
     record_for_launcher,
     records_for_launcher,
 )
+from opensora_sp.parallel.own_clock import TICK_S, OwnClock
 from opensora_sp.parallel.peers import Process
 from opensora_sp.parallel.signals import STOP_SIGNALS, leave
 from opensora_sp.parallel.stages import Limits, Stages
@@ -81,7 +82,7 @@ class Liveness:
         # Held by the thread that decides how this process ends, for good if it speaks for the run.
         self._deciding = threading.Lock()
         self._main = threading.main_thread().ident
-        self._parent = os.getppid()
+        self._parent = launcher_process()
         # Two threads, for a store whose keeper is stopped never answers.
         self._threads = [
             threading.Thread(target=self._watch, args=(looks,), name="liveness", daemon=True)
@@ -91,12 +92,15 @@ class Liveness:
             )
             if looks
         ]
+        self._clock = OwnClock(self._stood_still)
+        self._threads.append(threading.Thread(target=self._tick, name="own clock", daemon=True))
         self._answered = time.monotonic()
         self._stopped_since: dict[int, float] = {}
         self._wakeup: socket.socket | None = None
 
     def start(self) -> None:
         """Begin to watch."""
+        watched_by_the_session(True)
         self._show()
         if threading.current_thread() is threading.main_thread():
             # A signal's handler cannot run while the main thread is stuck in a collective; the
@@ -112,6 +116,7 @@ class Liveness:
     def close(self) -> None:
         """Stop watching; this rank has finished and may go."""
         self._closing.set()
+        watched_by_the_session(False)
         if self._board is not None:
             with suppress(Exception):  # whoever keeps the store may have gone before us
                 self._board.finish()
@@ -201,18 +206,25 @@ class Liveness:
     # What follows runs in the watching threads.
 
     def _watch(self, looks: Sequence[Callable[[], Fault | None]]) -> None:
-        expected = time.monotonic()
         while not self._closing.wait(POLL_S):
-            if time.monotonic() - expected > HEARTBEAT_S / 10 and looks[0] == self._launcher:
-                self._stood_still()
             for look in looks:
-                try:
-                    fault = look()
-                except Exception:  # the store or a peer's entry is gone: another look tells why
-                    continue
+                fault = self._found_by(look)
                 if fault is not None and not self._closing.is_set():
                     self._end(fault)
-            expected = time.monotonic() + POLL_S
+
+    def _found_by(self, look: Callable[[], Fault | None]) -> Fault | None:
+        """What a look finds, unless this process stood still before it or in the middle of it."""
+        halts = self._clock.halts()
+        try:
+            fault = look()
+        except Exception:  # the store or a peer's entry is gone: another look tells why
+            return None
+        return fault if self._clock.halts() == halts else None
+
+    def _tick(self) -> None:
+        # A thread of its own: the others may wait for seconds for a store that does not answer.
+        while not self._closing.wait(TICK_S):
+            self._clock.tick()
 
     def _stood_still(self) -> None:
         """This process itself was stopped (Ctrl-Z, a suspended machine): so were its clocks."""
@@ -220,6 +232,8 @@ class Liveness:
         self._heard = dict.fromkeys(self._heard, (-1, now))
         self._stopped_since.clear()
         self._answered = now
+        if self._signalled is not None:
+            self._signalled = (self._signalled[0], now)
         self._stages.restart()
 
     def _launcher(self) -> Fault | None:

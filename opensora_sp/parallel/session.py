@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,14 @@ import torch.distributed as dist
 
 from opensora_sp import faults
 from opensora_sp.errors import PromptFault, SharedFault, SharedPromptFault, UserError
+from opensora_sp.launcher import (
+    Launch,
+    join,
+    launcher_keeps_store,
+    nobody_answers,
+    others_missing,
+    port_taken,
+)
 from opensora_sp.parallel.backend import (
     Backend,
     device_module,
@@ -24,7 +31,7 @@ from opensora_sp.parallel.backend import (
     pick_backend,
     pick_device,
 )
-from opensora_sp.parallel.board import Board, connect_store, launcher_keeps_store
+from opensora_sp.parallel.board import Board, connect_store
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.liveness import STOP_GRACE_S, Liveness
@@ -41,6 +48,8 @@ T = TypeVar("T")
 # Collectives wait this long for a peer. Long phases of the leading rank are waited for on the
 # side group, which has its own limit, so this only has to cover one denoising step.
 COLLECTIVE_TIMEOUT_S = 1800.0
+# Ranks are started together; loading torch from a slow disk is what they may differ by.
+MEET_S = 180.0
 SIDE_TIMEOUT_S = 24 * 3600.0
 RELEASE_S = 0.1
 # torchrun kills a rank 30 s after it was told to stop: a step and its saving have to fit in.
@@ -267,16 +276,6 @@ def alone(device: str | None = None) -> Session:
     return Session(0, 0, 1, here, pick_backend(None, kind), Comm(None, 0, 1))
 
 
-def _environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(
-            f"{name}={text!r} in the environment is not a number; start with torchrun"
-        ) from error
-
-
 @contextmanager
 def open_session(
     device: str | None = None,
@@ -295,24 +294,19 @@ def open_session(
     comes out as JobEnded; the groups are left to die with the process then, for peers may be
     stuck inside them.
     """
-    rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    local_rank = _environment("LOCAL_RANK", 0)
+    launch = join()
+    rank, world, local_rank = launch.rank, launch.world_size, launch.local_rank
     kind = pick_device(device)
     row = pick_backend(backend, kind)
     load_plugin(kind)  # before the process group: it registers the backend
-    here = _claim_device(kind, local_rank, _environment("LOCAL_WORLD_SIZE", world))
+    here = _claim_device(kind, local_rank, launch.local_world_size)
     faults.note_process()
     if world == 1:
         yield from _alone(Session(0, 0, 1, here, row, Comm(None, 0, 1)), limits)
         return
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(
-                f"WORLD_SIZE={world} in the environment, but {name} is missing: start with torchrun"
-            )
     colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
-        _make_world(row.name, rank, world, timedelta(seconds=timeout_s), colossal)
+        _make_world(row.name, launch, timeout_s, colossal)
         side = _side_group()
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
@@ -336,17 +330,40 @@ def open_session(
     _close(session)
 
 
-def _make_world(
-    backend: str, rank: int, world: int, timeout: timedelta, colossal: Colossal | None
-) -> None:
-    """The process group of all ranks."""
+def _make_world(backend: str, launch: Launch, timeout_s: float, colossal: Colossal | None) -> None:
+    """The process group of all ranks. Raises UserError where they do not find each other."""
     if colossal is not None:
         colossal.launch()
-    elif launcher_keeps_store():
-        store = connect_store("groups", timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        return
+    meet_s = min(timeout_s, MEET_S)
+    started = time.monotonic()
+    try:
+        store = _meet(launch, timedelta(seconds=meet_s))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise port_taken(launch) from None
+        missing = others_missing if launch.rank == 0 else nobody_answers
+        raise missing(launch, time.monotonic() - started) from error
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
+
+
+def _meet(launch: Launch, limit: timedelta) -> Any:
+    """The store of the process groups: the launcher's, or one that rank 0 keeps."""
+    if launcher_keeps_store():
+        return connect_store("groups", limit)
+    c10d: Any = dist  # its type stubs leave the stores out
+    store = c10d.TCPStore(
+        launch.master_addr,
+        launch.master_port,
+        launch.world_size,
+        is_master=launch.keeps_store,
+        timeout=limit,
+        wait_for_workers=True,
+    )
+    return c10d.PrefixStore("opensora_sp/groups", store)
 
 
 def _colossal(device: torch.device, backend: Backend) -> Colossal:

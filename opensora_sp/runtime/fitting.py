@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 
+from opensora_sp.launcher import read_launch
 from opensora_sp.parallel.backend import device_module
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.devices import GB, parse_memory
@@ -50,7 +50,7 @@ def _tell_of_idle_devices(session: Session, *, quiet: bool) -> None:
     module = device_module(session.device.type)
     if session.device.type == "cpu" or quiet or not session.leads:
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", session.world_size))
+    here = read_launch().local_world_size
     count = int(module.device_count())
     if count > here:
         note(

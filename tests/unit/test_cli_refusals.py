@@ -163,7 +163,10 @@ def test_one_line_and_exit_2_and_nothing_written(
 def test_only_rank_0_speaks(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     assert main(["--prompt", "x", "--seed", "no"]) == 2

@@ -342,7 +342,14 @@ def test_only_rank_0_needs_the_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("RANK", "1")
+    place = {
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+    for name, value in {"RANK": "1", **place}.items():
+        monkeypatch.setenv(name, value)
     refine.check_endpoint()
     monkeypatch.setenv("RANK", "0")
     argv = ["--prompt", "x", "--llm-refine", "true", "--save-dir", str(tmp_path / "out")]

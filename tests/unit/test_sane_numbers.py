@@ -22,6 +22,15 @@ from opensora_sp.parallel.stages import Stages
 from opensora_sp.pipeline import Pipeline
 from opensora_sp.request import Request
 from opensora_sp.runtime import Runtime
+from opensora_sp.settings import parse_command_line, resolve
+
+
+@pytest.mark.parametrize("flag", ["--timeout", "--heartbeat-timeout", "--deadlines"])
+@pytest.mark.parametrize("value", ["1e300", "1e-9", "0", "-1", "nan", "inf", "1e7"])
+def test_limits_are_times_that_timers_can_count(flag: str, value: str) -> None:
+    text = f"step={value}" if flag == "--deadlines" else value
+    with pytest.raises(UserError, match=rf"{flag} .*(2592000|2\.592e\+06)"):
+        resolve(parse_command_line(["--prompt", "x", f"{flag}={text}"]), program="infer")
 
 
 def test_deadlines() -> None:
