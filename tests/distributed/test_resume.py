@@ -106,14 +106,16 @@ def test_a_state_that_does_not_fit_is_one_line_and_stays(
 ) -> None:
     from opensora_sp.cli.infer import main
 
+    named = ("--sample-name", "sample")  # or another request would get a name that is free
+
     def refused(*flags: str) -> str:
-        assert main([*SMALL, *FLAGS, *flags, "--save-dir", str(tmp_path)]) == 2
+        assert main([*SMALL, *FLAGS, *named, *flags, "--save-dir", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ")
         assert said.count("\n") == 1
         return said
 
-    assert not run(1, tmp_path, *FLAGS, trouble=(0, 1, 3, signal.SIGKILL))
+    assert not run(1, tmp_path, *FLAGS, *named, trouble=(0, 1, 3, signal.SIGKILL))
     files = {p.name: p.read_bytes() for p in (tmp_path / FOLDER).iterdir()}
     assert "another request, its seed was 42 and is 7 now" in refused("--seed", "7", "--resume")
     step = tmp_path / FOLDER / f"{NAME}.step.safetensors"
