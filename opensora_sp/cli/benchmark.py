@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from opensora_sp.benchmark.options import BenchmarkOptions, check_baseline_request
@@ -44,6 +45,7 @@ def _plan(job: Job, values: Values) -> Callable[[], int]:
             f"--replicas {values['replicas']} belongs to infer: the benchmark measures one "
             "video on all ranks"
         )
+    job = with_own_names(job)
     options = BenchmarkOptions.from_values(values)
     check_baseline_request(job, options)
 
@@ -53,6 +55,23 @@ def _plan(job: Job, values: Values) -> Callable[[], int]:
         return run_benchmark(job, options)
 
     return work
+
+
+def with_own_names(job: Job) -> Job:
+    """The job with outputs called benchmark_0000 and so on, unless somebody named them.
+
+    Measuring makes its outputs anew each time: under infer's names it would replace infer's.
+    """
+    if not job.settings.default_names:
+        return job
+    tasks = tuple(
+        replace(
+            task,
+            output=task.output.with_name(f"benchmark{task.output.name.removeprefix('sample')}"),
+        )
+        for task in job.tasks
+    )
+    return replace(job, tasks=tasks)
 
 
 def _compare(command: CommandLine) -> int:

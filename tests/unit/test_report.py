@@ -16,7 +16,7 @@ from reports import draft_of, rank_record, validate
 
 from opensora_sp.benchmark.memory import MemoryMeter
 from opensora_sp.benchmark.options import check_baseline_request
-from opensora_sp.cli.benchmark import main
+from opensora_sp.cli.benchmark import main, with_own_names
 from opensora_sp.errors import UserError
 from opensora_sp.planner.requests import plan_in_mode
 from opensora_sp.report.build import run_record
@@ -26,6 +26,7 @@ from opensora_sp.report.machine import describe_machine, run_tool
 from opensora_sp.report.page import page
 from opensora_sp.report.stats import imbalance, spread
 from opensora_sp.report.table import report_lines
+from opensora_sp.settings import build_job, parse_command_line, resolve
 from opensora_sp.timing import Clock
 
 VENDOR_KEYS = [
@@ -293,3 +294,17 @@ def test_tools_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert described["driver_packages"] is None  # no dpkg on this PATH
     assert described["disk"]["free_bytes"] > 0
     assert "torch" in described["python_packages"]
+
+
+def test_a_benchmark_does_not_replace_what_infer_made(tmp_path: Path) -> None:
+    """Its outputs are made anew each time, so they have names of their own."""
+
+    def names(*flags: str) -> list[str]:
+        argv = ["--prompt", "a", "b", "--save-dir", str(tmp_path), *flags]
+        values = resolve(parse_command_line(argv), program="benchmark")
+        return [task.output.name for task in with_own_names(build_job(values)).tasks]
+
+    assert names() == ["benchmark_0000.mp4", "benchmark_0001.mp4"]
+    assert names("--num-sample", "2", "--num-frames", "image")[0] == "benchmark_0000-0.png"
+    assert names("--sample-name", "mine") == ["mine_0000.mp4", "mine_0001.mp4"]
+    assert names("--prompt-as-path") == ["a.mp4", "b.mp4"]
