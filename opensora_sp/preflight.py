@@ -12,6 +12,7 @@ from opensora_sp.conditioning import parse_mask_strategy
 from opensora_sp.conditions import Facts, judge, look_at
 from opensora_sp.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.fetch import Remote
+from opensora_sp.foreign_checkpoints import how_to_convert
 from opensora_sp.request import Checkpoints, Request, reference_paths
 from opensora_sp.validate import shown
 
@@ -67,26 +68,34 @@ def check_checkpoints(directories: Mapping[str, str | None]) -> Checkpoints | No
             "embedded model"
         )
     for name, path in given.items():
-        _check_directory(f"--ckpt-path-{name} {shown(path)}", path, _NEEDED[name])
+        _check_directory(f"--ckpt-path-{name} {shown(path)}", path, name)
     return Checkpoints(**{name: Path(path) for name, path in given.items()})
 
 
 def check_transformer(directory: str) -> None:
     """The transformer's directory alone; raises CheckpointError as `check_checkpoints`."""
-    _check_directory(f"--ckpt-path-dit {shown(directory)}", directory, _NEEDED["dit"])
+    _check_directory(f"--ckpt-path-dit {shown(directory)}", directory, "dit")
 
 
-def _check_directory(what: str, directory: str, needed: tuple[str | tuple[str, ...], ...]) -> None:
+def _check_directory(what: str, directory: str, kind: str) -> None:
     if not access.is_dir(directory):
         problem = "is not a directory" if access.exists(directory) else "does not exist"
-        raise CheckpointError(f"{what} {problem}")
-    for entry in needed:
+        raise CheckpointError(_with_a_way(f"{what} {problem}", kind, directory))
+    for entry in _NEEDED[kind]:
         names = (entry,) if isinstance(entry, str) else entry
         found = [name for name in names if access.is_file(os.path.join(directory, name))]
         if not found:
-            raise CheckpointError(f"{what} has no {' or '.join(names)}")
+            raise CheckpointError(
+                _with_a_way(f"{what} has no {' or '.join(names)}", kind, directory)
+            )
         if found[0].endswith(".index.json"):
             _check_shards(what, directory, found[0])
+
+
+def _with_a_way(problem: str, kind: str, path: str) -> str:
+    """A refusal, with what to do where the checkpoint has a form that can be converted."""
+    way = how_to_convert(kind, path)
+    return problem if way is None else f"{problem}; {way}"
 
 
 def _check_shards(what: str, directory: str, index: str) -> None:

@@ -285,8 +285,19 @@ def _refuse_mismatch(problems: Mapping[str, Sequence[str]], files: Sequence[Path
     if said:
         raise CheckpointError(
             f"the weights in {_some(map(str, dict.fromkeys(files)))} do not fit the model: "
-            f"{'; '.join(said)}; give the checkpoint that belongs to its config.json"
+            f"{'; '.join(said)}; {_remedy(problems, files)}"
         )
+
+
+def _remedy(problems: Mapping[str, Sequence[str]], files: Sequence[Path]) -> str:
+    """What to do: T5 with its decoder can be converted."""
+    others = problems["missing"] or problems["of another shape"]
+    if not others and all(n.startswith(("decoder.", "lm_head.")) for n in problems["unexpected"]):
+        return (
+            "that is T5 with its decoder: convert it with `python -m opensora_sp.cli.convert t5 "
+            f"{files[0].parent} NEW_DIR`"
+        )
+    return "give the checkpoint that belongs to its config.json"
 
 
 def _read(weights: WeightFiles, source: str, dtype: torch.dtype, device: torch.device) -> Tensor:
