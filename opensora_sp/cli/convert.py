@@ -218,7 +218,7 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
     if len(shards) == 1:
         (made / "part-0.safetensors").rename(made / "model.safetensors")
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (made / f"part-{number}.safetensors").rename(made / file)

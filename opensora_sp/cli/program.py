@@ -1,5 +1,6 @@
 """What the programs that take the whole flag table share: parse, check, run, end."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from opensora_sp import __version__
 from opensora_sp.cli.console import rank, refuse, world_size
 from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import stoppable
-from opensora_sp.cli.threads import apply_cpu_threads
+from opensora_sp.cli.threads import VARIABLE, apply_cpu_threads
 from opensora_sp.errors import JobEnded, Stopped, UserError
 from opensora_sp.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.orphans import watch_launcher
@@ -103,7 +104,11 @@ def _run(prepared: Prepared) -> int:
         for line in job.failed:
             note(f"{line}; the other prompts are made")
     settings = job.settings
-    apply_cpu_threads(settings.cpu_threads, settings.device, checkpoints=settings.checkpoints)
+    threads = apply_cpu_threads(
+        settings.cpu_threads, settings.device, checkpoints=settings.checkpoints
+    )
+    if launch.rank == 0 and settings.verbose > 1:
+        note(f"CPU threads of a rank: {threads or os.environ.get(VARIABLE, 'as torch chooses')}")
     with stoppable():
         try:
             with rank_log(job.settings.log_dir):

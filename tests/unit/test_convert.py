@@ -34,7 +34,8 @@ def weights_of(kind: str) -> Weights:
 def in_shards(folder: Path, weights: Weights, stem: str, suffix: str) -> None:
     """As ColossalAI and transformers write them: two files and an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, where = sorted(weights), {}
+    names: list[str] = sorted(weights)
+    where: dict[str, str] = {}
     save: Any = save_file if suffix == "safetensors" else torch.save
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"{stem}-{number:05d}.{suffix}"
