@@ -28,7 +28,7 @@ def other_form(kind: str, path: str | Path) -> str | None:
         return None
     if kind == "t5" and access.is_dir(place / PIPELINE_FOLDERS[0]):
         return f"a diffusers pipeline with {' and '.join(PIPELINE_FOLDERS)}"
-    if kind == "dit" and (access.is_dir(place / TRAINED_FOLDER) or access.is_file(place / AVERAGE)):
+    if kind != "t5" and (access.is_dir(place / TRAINED_FOLDER) or access.is_file(place / AVERAGE)):
         return f"a checkpoint of Open-Sora's own training ({TRAINED_FOLDER}/, {AVERAGE})"
     if weight_files(place):
         return "weights under other names, or without a config.json"
@@ -51,4 +51,6 @@ def how_to_convert(kind: str, path: str | Path) -> str | None:
     if form is None:
         return None
     command = f"python -m opensora_sp.cli.convert {kind} {shlex.quote(str(path))} NEW_DIR"
+    if kind == "vae3d":
+        command += " --vae2d VAE2D_DIR"
     return f"it is {form}: convert it with `{command}`"

@@ -60,17 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="its config.json (default: the published sizes)"
     )
+    parser.add_argument(
+        "--key", metavar="NAME", help="which weights, where a file holds several (model, ema, ...)"
+    )
+    parser.add_argument(
+        "--vae2d", type=Path, metavar="DIR", help="with vae3d: the vae2d directory it goes with"
+    )
     try:
         asked = parser.parse_args(argv)
-        convert(asked.kind, asked.source, asked.target, asked.config)
+        convert(asked.kind, asked.source, asked.target, asked.config, asked.key, asked.vae2d)
     except UserError as error:
         return refuse(error, same_everywhere=True)
     result(asked.target)
     return 0
 
 
-def convert(kind: str, source: Path, target: Path, config: Path | None = None) -> None:
+def convert(
+    kind: str,
+    source: Path,
+    target: Path,
+    config: Path | None = None,
+    key: str | None = None,
+    vae2d: Path | None = None,
+) -> None:
     """Write a checkpoint in the published layout into a new directory, or nothing.
+
+    Args:
+        config: its config.json, where none lies beside it.
+        key: which of several sets of weights in one file.
+        vae2d: the directory that a vae3d is checked with.
 
     Raises:
         UserError: the target is there, the source is in no form that is known, holds code, or its
@@ -80,13 +98,18 @@ def convert(kind: str, source: Path, target: Path, config: Path | None = None) -
         raise UserError(f"{target} is there already: give a directory that is not")
     if not access.exists(source):
         raise UserError(f"{source} does not exist: give the checkpoint that is to be converted")
+    if kind == "vae3d" and vae2d is None:
+        raise UserError("--vae2d is needed with vae3d: its weights are checked with that config")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".opensora-sp-", dir=target.parent) as folder:
         made = Path(folder) / "checkpoint"
         made.mkdir()
         _settings(kind, source, made, config)
-        _write(_weights(kind, source), made)
-        _check(kind, made)
+        _write(_weights(kind, source, key), made)
+        try:
+            _check(kind, made, vae2d)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(made), str(source))) from error
         made.rename(target)
 
 
@@ -102,9 +125,15 @@ def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
                 shutil.copy(found[0], made / name)
         if not (made / "spiece.model").exists():
             raise UserError(f"{source} has no spiece.model: T5's tokenizer is needed beside it")
-    own = home / "config.json"
-    if config is not None or access.is_file(own):
-        shutil.copy(config or own, made / "config.json")
+    beside = [home / "config.json", home / TRAINED_FOLDER / "config.json"]
+    found = [path for path in beside if access.is_file(path)]
+    if config is not None and found and _object(config) != _object(found[0]):
+        # Sizes that no weight's shape shows (input_sq_size) would be wrong in silence.
+        raise UserError(
+            f"--config {config} differs from {found[0]}: leave it out, or move that away"
+        )
+    if config is not None or found:
+        shutil.copy(config or found[0], made / "config.json")
     elif kind != "t5":
         published = _PUBLISHED_DIT if kind == "dit" else _PUBLISHED_VAE
         (made / "config.json").write_text(json.dumps(published) + "\n", encoding="utf-8")
@@ -113,10 +142,16 @@ def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
         raise UserError(f"{source} has no config.json: give it with --config")
 
 
-def _weights(kind: str, source: Path) -> Iterator[tuple[str, Tensor]]:
+def _object(path: Path) -> Any:
+    from opensora_sp.outside_json import read_object
+
+    return read_object(path)
+
+
+def _weights(kind: str, source: Path, key: str | None) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model by its published name, one after the other."""
     dropped = 0
-    for name, tensor in _all_weights(kind, source):
+    for name, tensor in _all_weights(kind, source, key):
         if kind == "t5" and name.startswith(_NOT_THE_ENCODER):
             dropped += 1
             continue
@@ -125,14 +160,14 @@ def _weights(kind: str, source: Path) -> Iterator[tuple[str, Tensor]]:
         note(f"{dropped} weights of T5's decoder are left out: only the encoder is used")
 
 
-def _all_weights(kind: str, source: Path) -> Iterator[tuple[str, Tensor]]:
+def _all_weights(kind: str, source: Path, key: str | None) -> Iterator[tuple[str, Tensor]]:
     from opensora_sp.models.checkpoint import WeightFiles
 
     if access.is_dir(source):
         home = source
         if kind == "t5" and access.is_dir(source / PIPELINE_FOLDERS[0]):
             home = source / PIPELINE_FOLDERS[0]
-        if kind == "dit" and access.is_dir(source / TRAINED_FOLDER):
+        if kind != "t5" and access.is_dir(source / TRAINED_FOLDER):
             home = source / TRAINED_FOLDER
             if access.is_file(source / AVERAGE):
                 note(f"the weights of {home} are taken; the average in {source / AVERAGE} is not")
@@ -155,19 +190,29 @@ def _all_weights(kind: str, source: Path) -> Iterator[tuple[str, Tensor]]:
         except SafetensorError as error:
             raise CheckpointError(f"{source} is corrupt or cut short: {error}") from error
     else:
-        yield from _of_state(source)
+        yield from _of_state(source, key)
 
 
-def _of_state(source: Path) -> Iterator[tuple[str, Tensor]]:
+def _of_state(source: Path, key: str | None) -> Iterator[tuple[str, Tensor]]:
     """The weights of a file of torch.save, bare or inside one of the usual wrappers."""
     import torch
 
     from opensora_sp.models.tensor_files import load_tensor_file
 
     content: Any = load_tensor_file(source, mmap=True)
+    if key is not None:
+        if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
+            raise UserError(f"{source} holds no weights under --key {key}")
+        content = content[key]
     for _ in range(3):
-        inner = [key for key in WRAPPERS if isinstance(content, Mapping) and key in content]
-        if not inner or not isinstance(content[inner[0]], Mapping):
+        sets = content if isinstance(content, Mapping) else {}
+        inner = [name for name in WRAPPERS if isinstance(sets.get(name), Mapping)]
+        if len(inner) > 1:
+            raise UserError(
+                f"{source} holds several sets of weights ({', '.join(inner)}): choose one with "
+                f"--key {inner[0]}"
+            )
+        if not inner:
             break
         content = content[inner[0]]
     if not isinstance(content, Mapping):
@@ -178,8 +223,10 @@ def _of_state(source: Path) -> Iterator[tuple[str, Tensor]]:
             f"{source} holds other things than weights ({', '.join(odd[:3]) or 'nothing'}): "
             f"they are looked for bare or under {', '.join(WRAPPERS)}"
         )
+    # Lightning's modules hold the model under this name.
+    lightning = all(str(name).startswith("model.") for name in content)
     for name, tensor in content.items():
-        yield _plain(str(name)), tensor
+        yield _plain(str(name).removeprefix("model." if lightning else "")), tensor
 
 
 def _plain(name: str) -> str:
@@ -209,6 +256,8 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
     for name, tensor in weights:
         if any(name in shard for shard in shards) or name in part:
             raise CheckpointError(f"the weight {name} is there twice")
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise CheckpointError(f"the weight {name} has NaN or infinite values")
         # A copy: the file's pages may be shared between weights, which safetensors refuses.
         part[name] = tensor.detach().clone().contiguous()
         size += tensor.numel() * tensor.element_size()
@@ -227,7 +276,7 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
     (made / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
 
 
-def _check(kind: str, made: Path) -> None:
+def _check(kind: str, made: Path, vae2d: Path | None) -> None:
     """Raises CheckpointError where a name or a shape does not fit the config.json."""
     if kind == "dit":
         from opensora_sp.loading import load_transformer
@@ -238,6 +287,10 @@ def _check(kind: str, made: Path) -> None:
         from opensora_sp.models.text_encoder import TextEncoder
 
         TextEncoder.check(made)
+    elif vae2d is not None:
+        from opensora_sp.models.video_vae import VideoVAE
+
+        VideoVAE.check(made, vae2d)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,19 @@ def in_shards(folder: Path, weights: Weights, stem: str, suffix: str) -> None:
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
 
 
+def bare(home: Path, weights: Weights) -> Path:
+    """A training folder whose config.json lies with the weights."""
+    folder = home / "epoch1-global_step5"
+    in_shards(with_config("dit", folder / "model"), weights, "pytorch_model", "bin")
+    return folder
+
+
+def lightning(home: Path, weights: Weights) -> Path:
+    with_config("dit", home)
+    torch.save({"state_dict": {f"model.{n}": w for n, w in weights.items()}}, home / "last.ckpt")
+    return home / "last.ckpt"
+
+
 def with_config(kind: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(EMBEDDED / kind / "config.json", folder / "config.json")
@@ -111,7 +124,17 @@ def same(one: Weights, other: Weights) -> bool:
 
 @pytest.mark.parametrize(
     "make",
-    [trained, trained_safetensors, average, wrapped, compiled, hugging_face, one_safetensors],
+    [
+        trained,
+        trained_safetensors,
+        bare,
+        average,
+        wrapped,
+        compiled,
+        lightning,
+        hugging_face,
+        one_safetensors,
+    ],
 )
 def test_a_fine_tuned_transformer_is_named_and_converted(tmp_path: Path, make: Make) -> None:
     weights = weights_of("dit")
@@ -196,3 +219,44 @@ def test_without_a_config_the_published_sizes_are_meant(
     assert "of another shape" in said
     config = str(EMBEDDED / "dit" / "config.json")
     convert("dit", tmp_path / "ema.pt", tmp_path / "new", "--config", config)
+
+
+def test_nothing_is_chosen_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = weights_of("dit")
+    home = with_config("dit", tmp_path / "home")
+    torch.save({"model": weights, "ema": {n: w + 1 for n, w in weights.items()}}, home / "a.pt")
+    assert main(["dit", str(home / "a.pt"), str(tmp_path / "new")]) == 2
+    assert "several sets of weights (model, ema)" in capsys.readouterr().err
+    assert main(["dit", str(home / "a.pt"), str(tmp_path / "new"), "--key", "none"]) == 2
+    convert("dit", home / "a.pt", tmp_path / "new", "--key", "ema")
+    made = load_file(tmp_path / "new" / "model.safetensors")
+    assert same(made, {n: w + 1 for n, w in weights.items()})
+    # A size that no weight shows must not come from somewhere else.
+    other = json.loads((home / "config.json").read_text()) | {"input_sq_size": 17}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    argv = ["dit", str(home / "a.pt"), str(tmp_path / "b"), "--key", "model"]
+    assert main([*argv, "--config", str(tmp_path / "other.json")]) == 2
+    assert "differs from" in capsys.readouterr().err
+    name = next(n for n, w in weights.items() if w.is_floating_point())
+    torch.save(weights | {name: weights[name] * float("nan")}, home / "nan.pt")
+    assert main(["dit", str(home / "nan.pt"), str(tmp_path / "b")]) == 2
+    assert f"the weight {name} has NaN" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_vae_is_checked_with_its_spatial_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = weights_of("vae3d")
+    home = with_config("vae3d", tmp_path / "epoch2-global_step7")
+    in_shards(home / "model", weights, "model", "safetensors")
+    assert main(["vae3d", str(home), str(tmp_path / "new")]) == 2
+    assert "--vae2d is needed" in capsys.readouterr().err
+    convert("vae3d", home, tmp_path / "new", "--vae2d", str(EMBEDDED / "vae2d"))
+    assert same(load_file(tmp_path / "new" / "model.safetensors"), weights)
+    bad = with_config("vae3d", tmp_path / "bad")
+    torch.save({"nonsense": torch.ones(2)}, bad / "pytorch_model.bin")
+    argv = ["vae3d", str(bad), str(tmp_path / "b"), "--vae2d", str(EMBEDDED / "vae2d")]
+    assert main(argv) == 2
+    assert str(bad) in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
