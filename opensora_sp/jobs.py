@@ -376,10 +376,9 @@ def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Wo
     for told_of in notes[:most]:
         note(told_of)
     if len(notes) > most:
-        print(
-            f"note: {len(notes) - most} more notes of this kind; --verbose 2 shows all of them and "
-            "what the model is told of every prompt",
-            file=sys.stderr,
+        note(
+            f"{len(notes) - most} more notes of this kind; --verbose 2 shows all of them and "
+            "what the model is told of every prompt"
         )
     sys.stderr.flush()
 

@@ -13,7 +13,7 @@ from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.errors import UserError
 from opensora_sp.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.orphans import watch_launcher
-from opensora_sp.screen import on_any_screen, one_line
+from opensora_sp.screen import note, on_any_screen
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error, same_everywhere=True)
     try:
         check_store(launch, kept_by_launcher=launcher_keeps_store())
-        for note in launch.notes if launch.rank == 0 else ():
-            print(f"note: {one_line(note)}", file=sys.stderr)
+        for each in launch.notes if launch.rank == 0 else ():
+            note(each)
         return _verify(arguments, request)
     except UserError as error:
         return refuse(error, same_everywhere=False)

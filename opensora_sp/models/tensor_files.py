@@ -69,8 +69,7 @@ def load_tensor_file(
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            zipped = file.read(len(_ZIP_MARK)) == _ZIP_MARK
+        zipped = is_zipped(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
     if zipped:
