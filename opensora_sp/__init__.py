@@ -1,6 +1,6 @@
 """Open-Sora 1.2 on more than one accelerator. See README.md for the file map."""
 
-from opensora_sp.waiting import let_waiting_threads_sleep
+from opensora_sp.base.waiting import let_waiting_threads_sleep
 
 __version__ = "0.1.0"
 

@@ -80,11 +80,11 @@ def measure(arguments: argparse.Namespace) -> int:
     """On each rank: one warm-up, then the median of three steps of the slowest rank."""
     import torch
 
-    from opensora_sp.denoiser import Conditions
+    from opensora_sp.engine.guidance import Conditions
+    from opensora_sp.engine.parallelize import parallelize
     from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
     from opensora_sp.parallel.layout import Layout
     from opensora_sp.parallel.mesh import Mesh
-    from opensora_sp.parallel.parallelize import parallelize
     from opensora_sp.parallel.session import open_session
 
     torch.manual_seed(0)

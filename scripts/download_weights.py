@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from opensora_sp.errors import UserError
-from opensora_sp.screen import on_any_screen, one_line
-from opensora_sp.sums import SUMS, git_blob, sha256, write_sums
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.hashes import SUMS, git_blob, sha256, write_sums
+from opensora_sp.base.screen import on_any_screen, one_line
 
 
 @dataclass(frozen=True)

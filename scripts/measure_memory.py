@@ -20,17 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from opensora_sp import sizes
-from opensora_sp.benchmark.memory import MemoryMeter
-from opensora_sp.generate import decode, denoise, draw_noise
+from opensora_sp.benchmark.memory_meter import MemoryMeter
+from opensora_sp.engine.generate import decode, denoise, draw_noise
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import Session, open_session
-from opensora_sp.pipeline import Pipeline
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, make_plan
 from opensora_sp.planner.requests import sizes_of
-from opensora_sp.request import Checkpoints, Request
-from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.options import MEMORY_MODES, MemoryMode
+from opensora_sp.request import sizes
+from opensora_sp.request.request import Checkpoints, Request
+from opensora_sp.request.runtime import MEMORY_MODES, MemoryMode, Runtime
 
 
 def measure(session: Session, where: Checkpoints, request: Request, mode: MemoryMode) -> list[int]:

@@ -18,17 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opensora_sp import sizes
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.options import MEMORY_MODES
-from opensora_sp.verification.traced_stages import (
-    traced_decoding,
-    traced_denoising,
-    traced_text,
-)
+from opensora_sp.request import sizes
+from opensora_sp.request.runtime import MEMORY_MODES, Runtime
+from opensora_sp.verification.traced_stages import traced_decoding, traced_denoising, traced_text
 
 PAIRS = 3
 

@@ -13,7 +13,7 @@ import torch
 from ranks import RankFailure, run_ranks
 from safetensors.torch import load_file
 
-from opensora_sp.manifest import FOLDER, read_record
+from opensora_sp.jobs.records import FOLDER, read_record
 
 SMALL = ["--image-size", "32", "48", "--device", "cpu", "--dtype", "fp32", "--verbose", "0"]
 
@@ -24,8 +24,8 @@ def infer(rank: int, world: int, init_file: str, argv: list[str], trouble: Any =
     How often the text encoder was loaded is left as files beside the outputs.
     """
     from opensora_sp.cli.infer import main
+    from opensora_sp.jobs.saved_progress import Progress
     from opensora_sp.models.text_encoder import TextEncoder
-    from opensora_sp.resume import Progress
 
     watch, load = Progress.watch, TextEncoder.load
 
@@ -48,7 +48,7 @@ def infer(rank: int, world: int, init_file: str, argv: list[str], trouble: Any =
 
 
 def run(world: int, folder: Path, *argv: str, trouble: Any = None, fault: str = "") -> bool:
-    """Whether the command came to its end on all ranks; fault as `opensora_sp.faults` reads it."""
+    """Whether the command came to its end on all ranks; fault as base/faults.py reads it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENSORA_SP_FAULT", fault)
         try:

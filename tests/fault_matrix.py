@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from ranks import environments, free_port, rank_context  # noqa: E402
 
-from opensora_sp.faults import LOG_VARIABLE, POINTS, VARIABLE  # noqa: E402
-from opensora_sp.parallel.peers import Process  # noqa: E402
+from opensora_sp.base.faults import LOG_VARIABLE, POINTS, VARIABLE  # noqa: E402
+from opensora_sp.base.processes import Process  # noqa: E402
 
 RANKS = 4
 ENDS_WITHIN_S = 10.0

@@ -9,11 +9,11 @@ from typing import Any
 
 import jsonschema
 
-from opensora_sp.benchmark.draft import Draft
+from opensora_sp.benchmark.live_report import Draft
 from opensora_sp.benchmark.options import BenchmarkOptions
-from opensora_sp.report.build import run_record
-from opensora_sp.report.files import SCHEMA_FILE
-from opensora_sp.settings import build_job, parse_command_line, resolve
+from opensora_sp.benchmark.report.build import run_record
+from opensora_sp.benchmark.report.files import SCHEMA_FILE
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 STEPS = 4
 

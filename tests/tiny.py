@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opensora_sp.denoiser import Conditions
+from opensora_sp.engine.guidance import Conditions
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 
 TINY = STDiT3Config(hidden_size=32, depth=2, num_heads=2, caption_channels=16, model_max_length=12)

@@ -1,7 +1,7 @@
 """FLOPs that a run needs, and what a device could do: the figures behind "fraction of peak".
 
 A multiplication and an addition are two. Denoising follows the plan's formula
-(`opensora_sp.parallel.cost`), decoding is counted operation by operation on the meta device, and
+(`opensora_sp.planner.cost`), decoding is counted operation by operation on the meta device, and
 the text encoder from its config.json. All count the products of matrices and convolutions, which
 is what peaks are quoted for.
 """
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
+from opensora_sp.engine.timing import synchronize
 from opensora_sp.models.checkpoint import read_config
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig, split_chunks
-from opensora_sp.parallel.cost import Workload, step_flops
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.request import Request
-from opensora_sp.runtime import Runtime
-from opensora_sp.timing import synchronize
+from opensora_sp.planner.cost import Workload, step_flops
+from opensora_sp.request.request import Request
+from opensora_sp.request.runtime import Runtime
 
 _PUBLISHED_MLP_RATIO = 4.0  # what the plan's formula has in it
 _GEMM_SIDE = {"cpu": 1024}

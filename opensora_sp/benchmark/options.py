@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_sp.benchmark.kinds import BENCHMARK_KINDS, DEFAULT_REPORT
-from opensora_sp.errors import UserError
-from opensora_sp.preflight import check_output, check_save_dir
-from opensora_sp.report.files import check_baseline
-from opensora_sp.request import Job
-from opensora_sp.validate import shown
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
+from opensora_sp.benchmark.report.files import check_baseline
+from opensora_sp.request.flags.benchmark_types import BENCHMARK_KINDS, DEFAULT_REPORT
+from opensora_sp.request.preflight import check_output, check_save_dir
+from opensora_sp.request.request import Job
 
 
 @dataclass(frozen=True, kw_only=True)

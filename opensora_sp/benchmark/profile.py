@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from opensora_sp.atomic import atomic_output, reported
+from opensora_sp.base.atomic import atomic_output, reported
 
 # Processes of a merged view are told apart by number: ranks on different nodes may share one.
 _PID_STRIDE = 1 << 22

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from opensora_sp.benchmark.memory import MemoryMeter, MemorySampler, peak_host_bytes
+from opensora_sp.benchmark.memory_meter import MemoryMeter, MemorySampler, peak_host_bytes
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.engine.timing import Interval, Recording
 from opensora_sp.parallel.ledger import Entry
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.timing import Interval, Recording
 
 WAIT = "wait"
 

@@ -13,28 +13,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp import faults
-from opensora_sp.benchmark.draft import Draft, frames_of, run_facts
+from opensora_sp.base import faults
+from opensora_sp.base.machine import describe_machine
 from opensora_sp.benchmark.flops import decode_flops, denoise_flops, measure_peak, text_flops
-from opensora_sp.benchmark.kinds import WARMUP_STEPS
-from opensora_sp.benchmark.memory import MemoryMeter
+from opensora_sp.benchmark.live_report import Draft, frames_of, run_facts
+from opensora_sp.benchmark.memory_meter import MemoryMeter
 from opensora_sp.benchmark.options import BenchmarkOptions
 from opensora_sp.benchmark.profile import profiled, trace_path
 from opensora_sp.benchmark.recording import Phase, rank_record, recorded
+from opensora_sp.benchmark.report.build import run_record
+from opensora_sp.benchmark.report.page import write_page
+from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.benchmark.weights import describe_weights
-from opensora_sp.generate import Sink, caption, generate
-from opensora_sp.jobs import announce, load_pipeline, mesh_of, open_job_session
-from opensora_sp.media import probe_encoder
-from opensora_sp.outputs import open_outputs
+from opensora_sp.engine.generate import Sink, caption, generate
+from opensora_sp.engine.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.engine.timing import Clock
+from opensora_sp.jobs.outputs import open_outputs
+from opensora_sp.jobs.run import announce, load_pipeline, mesh_of, open_job_session
+from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.session import Session
-from opensora_sp.pipeline import Pipeline, embedded_checkpoints
 from opensora_sp.planner.requests import plan_in_mode
-from opensora_sp.report.build import run_record
-from opensora_sp.report.machine import describe_machine
-from opensora_sp.report.page import write_page
-from opensora_sp.report.table import report_lines
-from opensora_sp.request import Job, Task
-from opensora_sp.timing import Clock
+from opensora_sp.request.flags.benchmark_types import WARMUP_STEPS
+from opensora_sp.request.request import Job, Task
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_sp import sizes
-from opensora_sp.benchmark.kinds import DEFAULT_REPORT
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import note
+from opensora_sp.base.value_types import number, shown
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
+from opensora_sp.benchmark.report.files import Report, read_report, write_report
 from opensora_sp.benchmark.sweep_table import write_tables
-from opensora_sp.config_file import read_config
-from opensora_sp.errors import UserError
-from opensora_sp.report.files import Report, read_report, write_report
-from opensora_sp.screen import note
-from opensora_sp.settings import CommandLine, build_job, parse_command_line, resolve
-from opensora_sp.validate import number, shown
+from opensora_sp.request import sizes
+from opensora_sp.request.config_file import read_config
+from opensora_sp.request.flags.benchmark_types import DEFAULT_REPORT
+from opensora_sp.request.settings import CommandLine, build_job, parse_command_line, resolve
 
 _KEYS = ("resolutions", "durations", "meshes", "point_timeout")
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp.report import units
-from opensora_sp.report.files import Report
+from opensora_sp.benchmark.report import units
+from opensora_sp.benchmark.report.files import Report
 
 if TYPE_CHECKING:
     from opensora_sp.benchmark.sweep import Point, Sweep
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def write_tables(folder: Path, sweep: Sweep, reports: Mapping[str, Report]) -> str:
     """Write table.md and table.json of what is known so far; returns the Markdown."""
-    from opensora_sp.atomic import atomic_output, reported
+    from opensora_sp.base.atomic import atomic_output, reported
 
     points = list(sweep.points())
     alone = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.models.checkpoint import WeightFiles
-from opensora_sp.request import Checkpoints
+from opensora_sp.request.request import Checkpoints
 
 _BLOCK = 8 << 20  # bytes; hashing lets go of the interpreter for blocks of this size
 _AT_ONCE = 4

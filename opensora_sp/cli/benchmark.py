@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import on_any_screen
 from opensora_sp.benchmark.options import BenchmarkOptions, check_baseline_request
+from opensora_sp.benchmark.report.compare import compare_lines
+from opensora_sp.benchmark.report.files import read_finished
 from opensora_sp.benchmark.sweep import run_sweep
 from opensora_sp.cli.console import rank, refuse, world_size
 from opensora_sp.cli.program import Program, run_program
-from opensora_sp.errors import UserError
-from opensora_sp.report.compare import compare_lines
-from opensora_sp.report.files import read_finished
-from opensora_sp.request import Job
-from opensora_sp.screen import on_any_screen
-from opensora_sp.settings import CommandLine, Values, parse_command_line
+from opensora_sp.request.request import Job
+from opensora_sp.request.settings import CommandLine, Values, parse_command_line
 
 
 @on_any_screen

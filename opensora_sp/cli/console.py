@@ -3,9 +3,9 @@
 import sys
 import time
 
-from opensora_sp.errors import SharedFault, UserError
-from opensora_sp.launcher import read_launch, speaks
-from opensora_sp.screen import one_line
+from opensora_sp.base.errors import SharedFault, UserError
+from opensora_sp.base.launcher import read_launch, speaks
+from opensora_sp.base.screen import one_line
 
 REFUSED = 2
 # torchrun ends all ranks when the first one has ended: rank 0 is to be heard before that.

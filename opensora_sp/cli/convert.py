@@ -21,17 +21,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from opensora_sp import access
+from opensora_sp.base import access
+from opensora_sp.base.errors import CheckpointError, UserError
+from opensora_sp.base.screen import note, on_any_screen, result
 from opensora_sp.cli.console import refuse
-from opensora_sp.errors import CheckpointError, UserError
-from opensora_sp.foreign_checkpoints import (
+from opensora_sp.models.foreign_checkpoints import (
     AVERAGE,
     KINDS,
     PIPELINE_FOLDERS,
     TRAINED_FOLDER,
     weight_files,
 )
-from opensora_sp.screen import note, on_any_screen, result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
 
 
 def _object(path: Path) -> Any:
-    from opensora_sp.outside_json import read_object
+    from opensora_sp.base.outside_json import read_object
 
     return read_object(path)
 
@@ -279,7 +279,7 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
 def _check(kind: str, made: Path, vae2d: Path | None) -> None:
     """Raises CheckpointError where a name or a shape does not fit the config.json."""
     if kind == "dit":
-        from opensora_sp.loading import load_transformer
+        from opensora_sp.engine.loading import load_transformer
         from opensora_sp.models.stdit3 import STDiT3Config
 
         load_transformer(made, STDiT3Config.load(made), check_only=True)

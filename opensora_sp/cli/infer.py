@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from opensora_sp.base.screen import on_any_screen
 from opensora_sp.cli.program import Program, run_program
-from opensora_sp.request import Job
-from opensora_sp.screen import on_any_screen
-from opensora_sp.settings import Values
+from opensora_sp.request.request import Job
+from opensora_sp.request.settings import Values
 
 
 @on_any_screen
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(job: Job, _: Values) -> Callable[[], int]:
     def work() -> int:
-        from opensora_sp.jobs import run_job
+        from opensora_sp.jobs.run import run_job
 
         return run_job(job)
 

@@ -4,18 +4,18 @@ import sys
 from collections.abc import Sequence
 
 from opensora_sp import __version__
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse
-from opensora_sp.cli.flag_docs import help_text
-from opensora_sp.errors import UserError
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
-from opensora_sp.preflight import check_checkpoints
-from opensora_sp.request import Request, RunSettings
-from opensora_sp.screen import note, on_any_screen
-from opensora_sp.settings import (
+from opensora_sp.request.flags.docs import help_text
+from opensora_sp.request.preflight import check_checkpoints
+from opensora_sp.request.request import Request, RunSettings
+from opensora_sp.request.settings import (
     Values,
     check_request,
     fields_of,

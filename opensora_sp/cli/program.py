@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opensora_sp import __version__
+from opensora_sp.base.cpu_threads import VARIABLE, apply_cpu_threads
+from opensora_sp.base.errors import JobEnded, Stopped, UserError
+from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
+from opensora_sp.base.rank_log import rank_log
+from opensora_sp.base.screen import note
 from opensora_sp.cli.console import rank, refuse, world_size
-from opensora_sp.cli.flag_docs import help_text
 from opensora_sp.cli.stopping import stoppable
-from opensora_sp.cli.threads import VARIABLE, apply_cpu_threads
-from opensora_sp.errors import JobEnded, Stopped, UserError
-from opensora_sp.launcher import check_store, join, launcher_keeps_store
-from opensora_sp.orphans import watch_launcher
-from opensora_sp.parallel.signals import leave
+from opensora_sp.parallel.watchdog.orphans import watch_launcher
+from opensora_sp.parallel.watchdog.signals import leave
 from opensora_sp.planner.devices import parse_memory
 from opensora_sp.planner.requests import plan_job
-from opensora_sp.rank_log import rank_log
-from opensora_sp.request import Job
-from opensora_sp.screen import note
-from opensora_sp.settings import (
+from opensora_sp.request.flags.docs import help_text
+from opensora_sp.request.request import Job
+from opensora_sp.request.settings import (
     Values,
     build_job,
     check_request,

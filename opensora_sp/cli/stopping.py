@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import NoReturn
 
-from opensora_sp.errors import Stopped
-from opensora_sp.parallel.signals import STOP_SIGNALS, handled_signals
+from opensora_sp.base.errors import Stopped
+from opensora_sp.parallel.watchdog.signals import STOP_SIGNALS, handled_signals
 
 
 def stoppable() -> AbstractContextManager[None]:

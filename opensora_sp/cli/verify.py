@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from opensora_sp import access
+from opensora_sp.base import access
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
+from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse, world_size
-from opensora_sp.errors import UserError
-from opensora_sp.launcher import check_store, join, launcher_keeps_store
-from opensora_sp.orphans import watch_launcher
-from opensora_sp.screen import note, on_any_screen
+from opensora_sp.parallel.watchdog.orphans import watch_launcher
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
-    from opensora_sp.request import Request
+    from opensora_sp.request.request import Request
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -123,8 +123,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace, request: Request | None) -> int:
     import torch
 
-    from opensora_sp.doctor.examine import TIMEOUT_S, report
     from opensora_sp.parallel.session import COLLECTIVE_TIMEOUT_S, open_session
+    from opensora_sp.verification.doctor.examine import TIMEOUT_S, report
 
     # TF32 convolutions are the default on CUDA and 1000 times coarser than the limits.
     torch.backends.cudnn.allow_tf32 = False
@@ -142,10 +142,10 @@ def _verify(arguments: argparse.Namespace, request: Request | None) -> int:
 
 def _request(arguments: argparse.Namespace) -> Request:
     """The request to compare on; UserError before torch is loaded."""
-    from opensora_sp import sizes
     from opensora_sp.parallel.mesh import plan_mesh
-    from opensora_sp.preflight import check_transformer
-    from opensora_sp.request import Request
+    from opensora_sp.request import sizes
+    from opensora_sp.request.preflight import check_transformer
+    from opensora_sp.request.request import Request
 
     if arguments.ckpt_path_dit is not None:
         check_transformer(str(arguments.ckpt_path_dit))
@@ -174,7 +174,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 def _parity(arguments: argparse.Namespace, session: Session, request: Request) -> int:
     from dataclasses import replace
 
-    from opensora_sp.pipeline import Parallelism, Pipeline, embedded_checkpoints
+    from opensora_sp.engine.pipeline import Parallelism, Pipeline, embedded_checkpoints
     from opensora_sp.verification.parity import check_parity, project, report
 
     checkpoints = embedded_checkpoints()
@@ -202,7 +202,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
 
 
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
-    from opensora_sp.pipeline import DTYPES as TORCH_DTYPES
+    from opensora_sp.engine.pipeline import DTYPES as TORCH_DTYPES
     from opensora_sp.verification.conformance import EMBEDDED_SUITE, run_suite
     from opensora_sp.verification.suite import table
 

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from opensora_sp import access
-from opensora_sp.errors import CheckpointError
-from opensora_sp.model_configs import checked, read_config_object
+from opensora_sp.base import access
+from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.value_types import Kind
+from opensora_sp.models.configs import checked, read_config_object
+from opensora_sp.models.offload import pinned
 from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
-from opensora_sp.runtime.residency import pinned
-from opensora_sp.validate import Kind
 
 Shape = tuple[int, ...]
 

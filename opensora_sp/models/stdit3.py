@@ -1,6 +1,6 @@
 """STDiT3, Open-Sora 1.2's diffusion transformer, as single-device segments.
 
-The segments are what the block loop in `opensora_sp.denoiser` strings together; nothing here
+The segments are what the block loop in `opensora_sp.engine.guidance` strings together; nothing here
 knows of ranks. Activations are [B,T,S,C] from the embedder to the head, so that a shard of T or S
 is just a smaller tensor. Latents come and go in patch form [B,T,S,P·P·4], each patch ordered
 (channel, row, column); see `patchify`.
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from opensora_sp.errors import CheckpointError
-from opensora_sp.model_configs import DIT, checked, read_dit
+from opensora_sp.base.errors import CheckpointError
+from opensora_sp.models.configs import DIT, checked, read_dit
 from opensora_sp.models.layers import (
     CrossAttention,
     KeyValue,
@@ -30,8 +30,8 @@ from opensora_sp.models.layers import (
     position_table,
     rotary_tables,
 )
-from opensora_sp.runtime.residency import Layers
-from opensora_sp.sizes import PATCH
+from opensora_sp.models.offload import Layers
+from opensora_sp.request.sizes import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +348,7 @@ class STDiT3(nn.Module):
         x [B,4,T,H,W], timestep [B] in 0..1000, y [B,1,L,caption_channels], mask [b,L] of 0/1
         (b divides B), fps, height, width [b], x_mask bool [B,T] or none → float32 [B,8,T,H,W].
         """
-        from opensora_sp.denoiser import Local, Stream, run_blocks
+        from opensora_sp.engine.guidance import Local, Stream, run_blocks
 
         batch = x.shape[0]
         size = (int(x.shape[-2]), int(x.shape[-1]))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora_sp.errors import CheckpointError
+from opensora_sp.base.errors import CheckpointError
 
 _NORM_EPS = 1e-5
 _LOGVAR_RANGE = (-30.0, 20.0)

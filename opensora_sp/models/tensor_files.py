@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from opensora_sp.errors import CheckpointError
+from opensora_sp.base.errors import CheckpointError
 
 _ZIP_MARK = b"PK\x03\x04"
 # From this version on torch's own reader of the old form, one pickle after another, was mended.

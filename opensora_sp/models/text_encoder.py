@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_sp import access
-from opensora_sp.errors import CheckpointError
-from opensora_sp.model_configs import T5, checked
+from opensora_sp.base import access
+from opensora_sp.base.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
-from opensora_sp.models.eight_bits import quantize_
-from opensora_sp.runtime.residency import StreamedList
+from opensora_sp.models.configs import T5, checked
+from opensora_sp.models.kernels.int8_linear import quantize_
+from opensora_sp.models.offload import StreamedList
 
 _WEIGHT_STEMS = ("pytorch_model", "model")
 _LAYERS = "encoder.block."

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_sp.errors import CheckpointError
-from opensora_sp.model_configs import VAE2D, read_vae3d, vae2d_home
+from opensora_sp.base.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
+from opensora_sp.models.configs import VAE2D, read_vae3d, vae2d_home
 from opensora_sp.models.temporal_vae import TemporalVAE, TemporalVAEConfig
 
 # Open-Sora scales spatial latents by this factor whatever the spatial VAE's own config.json says:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
 
 
 @dataclass(frozen=True)

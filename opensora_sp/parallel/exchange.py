@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opensora_sp import faults
+from opensora_sp.base import faults
 from opensora_sp.parallel.layout import Layout, bounds
 from opensora_sp.parallel.ledger import Ledger
-from opensora_sp.runtime.pieces import Piece
+from opensora_sp.parallel.overlap import Piece
 
 _FAULT_POINTS = {
     "patches_to_frames": "exchange",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

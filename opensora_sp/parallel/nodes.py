@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from opensora_sp.base.processes import this_node
 from opensora_sp.parallel.mesh import Mesh, legal_meshes
-from opensora_sp.parallel.peers import this_node
 
 
 def node_name() -> str:

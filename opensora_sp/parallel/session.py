@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from opensora_sp import faults
-from opensora_sp.errors import PromptFault, SharedFault, SharedPromptFault, UserError
-from opensora_sp.launcher import (
+from opensora_sp.base import faults
+from opensora_sp.base.errors import PromptFault, SharedFault, SharedPromptFault, UserError
+from opensora_sp.base.launcher import (
     Launch,
     join,
     launcher_keeps_store,
@@ -24,6 +24,7 @@ from opensora_sp.launcher import (
     others_missing,
     port_taken,
 )
+from opensora_sp.base.processes import Process
 from opensora_sp.parallel.backend import (
     Backend,
     device_module,
@@ -31,15 +32,14 @@ from opensora_sp.parallel.backend import (
     pick_backend,
     pick_device,
 )
-from opensora_sp.parallel.board import Board, connect_store
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
-from opensora_sp.parallel.liveness import STOP_GRACE_S, Liveness
 from opensora_sp.parallel.mesh import Mesh, Place
 from opensora_sp.parallel.nodes import node_name, number_nodes
-from opensora_sp.parallel.peers import Process
-from opensora_sp.parallel.signals import default_signals, handled_signals
-from opensora_sp.parallel.stages import Limits
+from opensora_sp.parallel.watchdog.board import Board, connect_store
+from opensora_sp.parallel.watchdog.signals import default_signals, handled_signals
+from opensora_sp.parallel.watchdog.stages import Limits
+from opensora_sp.parallel.watchdog.watch import STOP_GRACE_S, Liveness
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.colossal import Colossal

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from opensora_sp.errors import UserError
-from opensora_sp.validate import shown
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
 
 GB = 10**9
 # Marketed sizes, in units of 10^9 bytes: the real ones are a little larger, which is margin.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensora_sp.model_configs import read_dit, read_t5, read_vae2d, read_vae3d
-from opensora_sp.request import Checkpoints
+from opensora_sp.models.configs import read_dit, read_t5, read_vae2d, read_vae3d
+from opensora_sp.request.request import Checkpoints
 
 # Both VAEs at the published widths, in weights; the second number is without the encoders.
 _VAE_WEIGHTS, _VAE_DECODER_WEIGHTS = 393_341_015, 214_756_295

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensora_sp import sizes
 from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.runtime import Runtime
+from opensora_sp.request import sizes
+from opensora_sp.request.runtime import Runtime
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Values that a block makes on its way, per token and channel. Half precision needs more: norms of

@@ -6,21 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from opensora_sp import sizes
-from opensora_sp.parallel.cost import Workload, step_flops, step_traffic
 from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
+from opensora_sp.planner.cost import Workload, step_flops, step_traffic
 from opensora_sp.planner.devices import usable
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.planner.peaks import (
-    Shape,
-    decoding_peak,
-    denoising_peak,
-    encoding_peak,
-    text_peak,
-)
-from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.options import MEMORY_MODES, MemoryMode
+from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak, encoding_peak, text_peak
+from opensora_sp.request import sizes
+from opensora_sp.request.runtime import MEMORY_MODES, MemoryMode, Runtime
 
 # Of the decoder, fitted to its convolutions: a frame and a chunk's latent frame, per latent cell;
 # the spatial one's attention looks from every cell at every other.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from opensora_sp.planner.devices import GB
 from opensora_sp.planner.plan import Plan, decoding_ranks, make_plan
-from opensora_sp.runtime.options import MEMORY_MODES
+from opensora_sp.request.runtime import MEMORY_MODES
 
 
 def surprises(plan: Plan) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
 from opensora_sp.planner.devices import GB, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape

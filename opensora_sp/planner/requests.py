@@ -8,8 +8,8 @@ from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
-from opensora_sp.request import Checkpoints, Job, Request, RunSettings
-from opensora_sp.runtime.options import MemoryMode
+from opensora_sp.request.request import Checkpoints, Job, Request, RunSettings
+from opensora_sp.request.runtime import MemoryMode
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 

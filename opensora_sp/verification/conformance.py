@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from opensora_sp import access
-from opensora_sp.errors import UserError
+from opensora_sp.base import access
+from opensora_sp.base.errors import UserError
+from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.parallel.session import Session
-from opensora_sp.runtime.arithmetic import arithmetic
 from opensora_sp.verification import leading, sharded
 from opensora_sp.verification.suite import Check, skipped
 

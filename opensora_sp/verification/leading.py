@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
 from opensora_sp.verification.suite import Check, load_cases, load_json, max_error
 
 VAE_LIMIT = 1e-4
@@ -22,7 +22,7 @@ OFF_PIXELS_LIMIT = 1e-3  # share of image values that may be one grey level off
 
 def size_checks(suite: Path) -> Iterator[Check]:
     """sizes.json: every pair and every name of a duration, exactly."""
-    from opensora_sp import sizes
+    from opensora_sp.request import sizes
 
     expected = load_json(suite / "sizes.json")
     wrong = []
@@ -65,7 +65,7 @@ def prompt_checks(suite: Path) -> Iterator[Check]:
 
 
 def _cleaning(cases: list[dict[str, str]]) -> list[str]:
-    from opensora_sp.models.captions import clean_caption
+    from opensora_sp.request.captions import clean_caption
 
     return [case["raw"] for case in cases if clean_caption(case["raw"]) != case["clean"]]
 
@@ -73,7 +73,7 @@ def _cleaning(cases: list[dict[str, str]]) -> list[str]:
 def _strategies(cases: Mapping[str, list[list[float]]]) -> list[str]:
     from dataclasses import astuple
 
-    from opensora_sp.conditioning import parse_mask_strategy
+    from opensora_sp.request.mask_strategy import parse_mask_strategy
 
     return [
         text
@@ -83,7 +83,7 @@ def _strategies(cases: Mapping[str, list[list[float]]]) -> list[str]:
 
 
 def _loops(case: Mapping[str, Any]) -> list[str]:
-    from opensora_sp.prompts import prompt_for_loop
+    from opensora_sp.request.prompts import prompt_for_loop
 
     prompt = case["prompt"]
     return [
@@ -94,7 +94,7 @@ def _loops(case: Mapping[str, Any]) -> list[str]:
 
 
 def _suffixes(cases: list[dict[str, Any]]) -> list[str]:
-    from opensora_sp.prompts import append_scores
+    from opensora_sp.request.prompts import append_scores
 
     return [
         case["prompt"]
@@ -104,7 +104,7 @@ def _suffixes(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _prompt_json(cases: list[dict[str, str]]) -> list[str]:
-    from opensora_sp.prompts import parse_prompt_json
+    from opensora_sp.request.prompts import parse_prompt_json
 
     wrong = []
     for case in cases:
@@ -116,14 +116,14 @@ def _prompt_json(cases: list[dict[str, str]]) -> list[str]:
 
 
 def _alignment(cases: list[list[int]]) -> list[str]:
-    from opensora_sp.conditioning import align_to
+    from opensora_sp.request.mask_strategy import align_to
 
     return [str(case) for case in cases if align_to(*case[:3]) != case[3]]
 
 
 def _application(cases: list[dict[str, Any]]) -> list[str]:
     """References hold 1, 2, 3, …, the second one 101, 102, …, so that copies can be told apart."""
-    from opensora_sp.conditioning import apply_strategy, parse_mask_strategy, plan_strategy
+    from opensora_sp.request.mask_strategy import apply_strategy, parse_mask_strategy, plan_strategy
 
     wrong = []
     for case in cases:
@@ -197,7 +197,7 @@ def text_checks(suite: Path, device: torch.device) -> Iterator[Check]:
 
 def media_checks(suite: Path) -> Iterator[Check]:
     """media/cases: resizing and cropping of references."""
-    from opensora_sp.references import fit_image, fit_video
+    from opensora_sp.media.reader import fit_image, fit_video
 
     for name, case in load_cases(suite / "media" / "cases.safetensors").items():
         out = case["out"]

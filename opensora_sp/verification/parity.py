@@ -14,21 +14,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opensora_sp.denoiser import Conditions, Denoiser
-from opensora_sp.errors import UserError
-from opensora_sp.generate import draw_noise
-from opensora_sp.loading import load_transformer
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.free_memory import free_bytes
+from opensora_sp.engine.generate import draw_noise
+from opensora_sp.engine.guidance import Conditions, Denoiser
+from opensora_sp.engine.loading import load_transformer
+from opensora_sp.engine.noise import NoiseKey
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.timing import synchronize
 from opensora_sp.models.stdit3 import STDiT3
-from opensora_sp.parallel.cost import Workload, project_step
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import plan_mesh
-from opensora_sp.parallel.parallelize import parallelize
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.randomness import NoiseKey
-from opensora_sp.request import Request
-from opensora_sp.runtime.memory import free_bytes
-from opensora_sp.sampling import sample, timesteps
-from opensora_sp.timing import synchronize
+from opensora_sp.planner.cost import Workload, project_step
+from opensora_sp.request.request import Request
 
 FORWARD_LIMIT = 1e-5  # max|Δ| / max|reference|, one float32 forward
 ULP_FACTOR = 10  # a float32 run may differ by this many responses to a one-ulp change of its noise

@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_sp import access
-from opensora_sp.denoiser import Conditions, Denoiser, Stream, run_blocks
-from opensora_sp.loading import load_transformer
+from opensora_sp.base import access
+from opensora_sp.engine.guidance import Conditions, Denoiser, Stream, run_blocks
+from opensora_sp.engine.loading import load_transformer
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.engine.sampling import sample, timesteps
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, unpatchify
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, legal_meshes
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import MeshComms, Session
-from opensora_sp.sampling import sample, timesteps
-from opensora_sp.verification.suite import (
-    Check,
-    load_cases,
-    load_json,
-    max_error,
-    relative_rms,
-)
+from opensora_sp.verification.suite import Check, load_cases, load_json, max_error, relative_rms
 
 Case = Mapping[str, Tensor]
 FORWARD_LIMIT = 2e-5  # of max|out|, one float32 forward

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
 
 
 @dataclass(frozen=True)

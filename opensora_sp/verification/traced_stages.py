@@ -9,19 +9,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from opensora_sp.denoiser import Conditions, Denoiser
-from opensora_sp.models.eight_bits import quantize_
+from opensora_sp.engine.guidance import Conditions, Denoiser
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.media.pixels import to_bytes
+from opensora_sp.models.kernels.int8_linear import quantize_
+from opensora_sp.models.offload import StreamedList
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.models.temporal_vae import TemporalVAEConfig
 from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import MeshComms
-from opensora_sp.pixels import to_bytes
-from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.residency import StreamedList
+from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.tracing import peak_bytes, without_memory
 
 SDXL_VAE: dict[str, Any] = {

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opensora_sp import access
-from opensora_sp.errors import CheckpointError
+from opensora_sp.base import access
+from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.hashes import SUMS, sha256
 from opensora_sp.models.checkpoint import WeightFiles, read_config
 from opensora_sp.models.video_vae import older_attention_names
-from opensora_sp.sums import SUMS, sha256
 from opensora_sp.verification.published import SDXL_VAE
 
 MANIFEST = Path(__file__).parents[1] / "assets" / "conformance" / "manifest.json"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from opensora_sp.prompts import caption_for_clip
+from opensora_sp.request.prompts import caption_for_clip
 from scripts.train_embedded.world import COLOURS, MOTIONS, PANS, SHAPES, Scene, Thing
 
 SHAPE_WORDS = {

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import open_session
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Checkpoints, Request
+from opensora_sp.request.request import Checkpoints, Request
 from scripts.train_embedded.captions import UNTRAINED, describe
 from scripts.train_embedded.judge import as_uint8, look
 from scripts.train_embedded.world import (

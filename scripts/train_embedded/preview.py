@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import open_session
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
+from opensora_sp.request.request import Request
 
 PROMPTS = (
     "a red ball rolls to the right on a gray background",

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from opensora_sp.generate import Collector, draw_noise, generate
+from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import alone
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Checkpoints, Request
+from opensora_sp.request.request import Checkpoints, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "latents.safetensors"

@@ -8,10 +8,10 @@ import pytest
 
 from opensora_sp.cli.infer import main as infer
 from opensora_sp.cli.verify import main as verify
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.backend import DEVICES, is_available
 from opensora_sp.parallel.session import alone
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
+from opensora_sp.request.request import Request
 
 ACCELERATORS = [device for device in DEVICES if device != "cpu" and is_available(device)]
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 from ranks import free_port
 
-from opensora_sp.generate import Collector, draw_noise, generate
+from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import alone
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
+from opensora_sp.request.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST = Request(prompt="a red ball", height=32, width=48, num_frames=17, steps=2)

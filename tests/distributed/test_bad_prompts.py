@@ -9,7 +9,7 @@ import pytest
 from command import SMALL, infer, pixels, stages
 from ranks import run_ranks
 
-from opensora_sp.media import VideoWriter
+from opensora_sp.media.writer import VideoWriter
 
 FRAMES = 17  # all of them are kept, so all are read
 

@@ -12,11 +12,11 @@ from PIL import Image
 from ranks import RankFailure, run_ranks
 from reports import validate
 
+from opensora_sp.benchmark.report.files import Report
 from opensora_sp.cli.benchmark import main
-from opensora_sp.parallel.cost import Workload, step_traffic
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.report.files import Report
-from opensora_sp.runtime import Runtime
+from opensora_sp.planner.cost import Workload, step_traffic
+from opensora_sp.request.runtime import Runtime
 
 STEPS = 3
 SIZE = (64, 96)

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from opensora_sp.doctor import collectives
-from opensora_sp.doctor.collectives import check_collectives
-from opensora_sp.doctor.finding import Finding, merge
 from opensora_sp.parallel.session import open_session
+from opensora_sp.verification.doctor import collectives
+from opensora_sp.verification.doctor.collectives import check_collectives
+from opensora_sp.verification.doctor.finding import Finding, merge
 
 
 class _Done:

@@ -11,8 +11,8 @@ from ranks import RankFailure, run_ranks
 from opensora_sp.parallel.exchange import Comm, Exchange, Transfer, gather_patches, swap_halves
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.parallel.overlap import Piece
 from opensora_sp.parallel.session import open_session
-from opensora_sp.runtime.pieces import Piece
 
 # (frames, latent size): T and S below, at and above the rank counts, every remainder among them.
 SHAPES = [(1, (2, 2)), (1, (9, 7)), (5, (3, 11)), (15, (6, 7)), (16, (8, 8)), (30, (5, 13))]

@@ -14,9 +14,9 @@ from PIL import Image
 from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
+from opensora_sp.base.errors import SharedFault, UserError
+from opensora_sp.base.faults import SLOW_S, VARIABLE
 from opensora_sp.cli.infer import main
-from opensora_sp.errors import SharedFault, UserError
-from opensora_sp.faults import SLOW_S, VARIABLE
 from opensora_sp.parallel.session import open_session
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,10 @@ import torch
 from command import SMALL, infer, run, saved, stages
 from ranks import RankFailure, run_ranks
 
-from opensora_sp import jobs, manifest, media
-from opensora_sp.saved_state import StateFiles
+from opensora_sp.jobs import records as manifest
+from opensora_sp.jobs import run as jobs
+from opensora_sp.jobs.saved_latents import StateFiles
+from opensora_sp.media import writer as media
 
 FLAGS = ["--prompt", "one", "two", "--num-frames", "17", "--num-sampling-steps", "3"]
 FLAGS += ["--save-every", "1", "--text-cache", "off"]

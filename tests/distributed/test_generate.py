@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from ranks import free_port, run_ranks
 
-from opensora_sp.generate import Collector, draw_noise, generate
+from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import alone, open_session
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
+from opensora_sp.request.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 PSNR_DB = 60.0

@@ -17,15 +17,15 @@ import torch
 from ranks import free_port, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
-from opensora_sp.parallel.cost import Workload, step_traffic
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.nodes import crossing_note
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import alone, open_session
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
-from opensora_sp.runtime import Runtime
+from opensora_sp.planner.cost import Workload, step_traffic
+from opensora_sp.request.request import Request
+from opensora_sp.request.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -7,12 +7,12 @@ import torch
 from ranks import run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
-from opensora_sp.parallel.cost import Workload, step_traffic
+from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import open_session
-from opensora_sp.runtime import Runtime
+from opensora_sp.planner.cost import Workload, step_traffic
+from opensora_sp.request.runtime import Runtime
 
 RUNTIMES = [
     Runtime(),

@@ -7,9 +7,9 @@ from peak import peak_bytes
 from ranks import run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
+from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import open_session
 
 FRAMES, SIZE = 15, (30, 53)  # 480p's latent sides, quartered

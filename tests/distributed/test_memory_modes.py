@@ -10,15 +10,14 @@ import torch
 from ranks import run_ranks
 from tiny import conditions, normal, tiny_transformer
 
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.models.tiling import boxes
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import alone, open_session
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
-from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.chunks import boxes
-from opensora_sp.runtime.options import MEMORY_MODES
+from opensora_sp.request.request import Request
+from opensora_sp.request.runtime import MEMORY_MODES, Runtime
 
 FRAMES, SIZE = 7, (6, 9)  # 15 patches a frame, odd sides
 # Tokens at once: parts of a frame, of a few frames, of uneven rests.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from ranks import RankFailure, run_ranks
 
-from opensora_sp import denoiser as denoiser_module
 from opensora_sp.cli.verify import main
+from opensora_sp.engine import guidance as denoiser_module
+from opensora_sp.engine.pipeline import Parallelism, Pipeline
 from opensora_sp.parallel import exchange, layout
 from opensora_sp.parallel.session import open_session
-from opensora_sp.pipeline import Parallelism, Pipeline
-from opensora_sp.request import Request
+from opensora_sp.request.request import Request
 from opensora_sp.verification.parity import check_parity
 
 # Odd latent sides, so that padded cells exist; frames and patches that 3 does not divide.

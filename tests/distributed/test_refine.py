@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from ranks import free_port, run_ranks
 
-from opensora_sp.errors import UserError
-from opensora_sp.media import read_metadata
+from opensora_sp.base.errors import UserError
+from opensora_sp.jobs.refine import refine_batches
+from opensora_sp.media.writer import read_metadata
 from opensora_sp.parallel.session import open_session
-from opensora_sp.refine import refine_batches
-from opensora_sp.request import Request, Task
+from opensora_sp.request.request import Request, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-a-secret-that-nobody-sees"

@@ -12,12 +12,12 @@ import torch
 from command import SMALL, infer, run, saved, stages, t5_loads
 from ranks import run_ranks
 
-from opensora_sp.generate import Collector, draw_noise, generate
-from opensora_sp.manifest import FOLDER
+from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.session import alone
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
-from opensora_sp.sampling import sample, timesteps
+from opensora_sp.request.request import Request
 
 NAME = "sample_0000.mp4"
 FLAGS = ["--prompt", "|0|a cat|1|a dog", "--num-frames", "34", "--loop", "2", "--keep-state"]

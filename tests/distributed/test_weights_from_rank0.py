@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from ranks import run_ranks
 
-from opensora_sp.errors import SharedFault
-from opensora_sp.loading import load_transformer
+from opensora_sp.base.errors import SharedFault
+from opensora_sp.engine.loading import load_transformer
+from opensora_sp.engine.pipeline import Pipeline, embedded_checkpoints
 from opensora_sp.parallel.agreement import checksum
 from opensora_sp.parallel.session import open_session
-from opensora_sp.pipeline import Pipeline, embedded_checkpoints
-from opensora_sp.request import Checkpoints, Request
+from opensora_sp.request.request import Checkpoints, Request
 
 NOWHERE = Path("/nowhere")
 ABSENT = Checkpoints(dit=NOWHERE, t5=NOWHERE, vae2d=NOWHERE, vae3d=NOWHERE)

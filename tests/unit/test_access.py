@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp import access
-from opensora_sp.config_file import read_config
-from opensora_sp.errors import UserError
-from opensora_sp.manifest import read_record, record_path
-from opensora_sp.naming import output_stems, safe_stem
-from opensora_sp.preflight import check_save_dir
-from opensora_sp.prompt_files import read_prompt_file
-from opensora_sp.text_cache import default_directory
-from opensora_sp.validate import file_stem, path
+from opensora_sp.base import access
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import file_stem, path
+from opensora_sp.engine.text_cache import default_directory
+from opensora_sp.jobs.records import read_record, record_path
+from opensora_sp.request.config_file import read_config
+from opensora_sp.request.naming import output_stems, safe_stem
+from opensora_sp.request.preflight import check_save_dir
+from opensora_sp.request.prompt_files import read_prompt_file
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from tiny import conditions, normal, tiny_transformer
 
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.models.kernels.cpu_half import Float32Arithmetic, arithmetic, computes_natively
 from opensora_sp.parallel.layout import Layout
-from opensora_sp.parallel.parallelize import parallelize
-from opensora_sp.runtime.arithmetic import Float32Arithmetic, arithmetic, computes_natively
 
 
 def test_heavy_operations_round_once() -> None:

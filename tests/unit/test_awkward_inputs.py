@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
-from opensora_sp.errors import UserError
-from opensora_sp.generate import caption
-from opensora_sp.kept import KeptFrames
-from opensora_sp.media import VideoWriter
+from opensora_sp.engine.clips import KeptFrames
+from opensora_sp.engine.generate import caption
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.media.writer import VideoWriter
 from opensora_sp.parallel.session import alone
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
+from opensora_sp.request.request import Request
 
 
 def noise(*shape: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from opensora_sp.models import captions
+from opensora_sp.request import captions
 
 _HOST = r"[a-z\d.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@)"
 _TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
@@ -57,7 +57,7 @@ def test_no_rule_goes_over_a_long_run_again_and_again() -> None:
     """Two minutes for what takes seconds; searched from every letter it takes hours."""
     units = ["1.", "a.", ".", " ", "a-", "aaa111", "a1", "1", "a.com@", "&#", "aGVsbG8", ". "]
     code = (
-        "from opensora_sp.models.captions import clean_caption\n"
+        "from opensora_sp.request.captions import clean_caption\n"
         f"for unit in {units}:\n"
         "    for tail in ('', 'é', '@'):\n"
         "        clean_caption((unit * 100_000)[:100_000] + tail)\n"

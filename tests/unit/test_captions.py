@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp.errors import UserError
-from opensora_sp.models.captions import clean_caption
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.captions import clean_caption
 
 
 def test_all_conformance_captions_are_exact(suite_dir: Path) -> None:
@@ -92,7 +92,8 @@ def test_no_warning_for_captions_that_look_like_files_or_addresses() -> None:
 
 def test_text_modules_import_neither_torch_nor_parsers() -> None:
     code = (
-        "import sys, opensora_sp.models.captions, opensora_sp.prompts, opensora_sp.conditioning\n"
+        "import sys, opensora_sp.request.captions, opensora_sp.request.prompts\n"
+        "import opensora_sp.request.mask_strategy\n"
         "print(sorted({'torch', 'bs4', 'ftfy', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

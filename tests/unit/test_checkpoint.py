@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from opensora_sp.errors import CheckpointError
+from opensora_sp.base.errors import CheckpointError
 from opensora_sp.models import checkpoint
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from opensora_sp.cli.combinations import COMBINATIONS
-from opensora_sp.cli.flag_table import all_flags
-from opensora_sp.cli.flags import FEATURES, Feature
-from opensora_sp.errors import UserError
-from opensora_sp.request import Job
-from opensora_sp.settings import (
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.flags.flag import FEATURES, Feature
+from opensora_sp.request.flags.rules import COMBINATIONS
+from opensora_sp.request.flags.table import all_flags
+from opensora_sp.request.request import Job
+from opensora_sp.request.settings import (
     build_job,
     check_request,
     parse_command_line,

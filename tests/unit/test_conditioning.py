@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from opensora_sp.conditioning import (
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.mask_strategy import (
     Group,
     Placement,
     align_to,
@@ -16,7 +17,6 @@ from opensora_sp.conditioning import (
     parse_mask_strategy,
     plan_strategy,
 )
-from opensora_sp.errors import UserError
 
 
 @pytest.fixture(scope="module")

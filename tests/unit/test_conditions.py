@@ -15,8 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from opensora_sp import references
-from opensora_sp.conditioning import (
+from opensora_sp.base.errors import UserError
+from opensora_sp.engine.clips import KeptFrames, dropped_frames
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.media import reader as references
+from opensora_sp.media.frames import open_reference
+from opensora_sp.media.reader import read_reference
+from opensora_sp.models.video_vae import VideoVAE
+from opensora_sp.parallel.session import alone
+from opensora_sp.request.conditions import all_groups
+from opensora_sp.request.mask_strategy import (
     END,
     FrameLayout,
     Group,
@@ -24,17 +32,9 @@ from opensora_sp.conditioning import (
     plan_clip,
     plan_strategy,
 )
-from opensora_sp.conditions import all_groups
-from opensora_sp.errors import UserError
-from opensora_sp.kept import KeptFrames, dropped_frames
-from opensora_sp.models.video_vae import VideoVAE
-from opensora_sp.parallel.session import alone
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.reference_frames import open_reference
-from opensora_sp.references import read_reference
-from opensora_sp.request import Request
-from opensora_sp.settings import build_job, parse_command_line, resolve
-from opensora_sp.sizes import latent_frames
+from opensora_sp.request.request import Request
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
+from opensora_sp.request.sizes import latent_frames
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 34, "steps": 1}  # T = 10
 
@@ -216,7 +216,7 @@ def test_groups_from_the_end_of_a_clip_fit_both_ways_to_carry() -> None:
 
 def whole(pipeline: Pipeline, request: Request, path: Path) -> torch.Tensor:
     """Latents [4,T,h,w] of all of a reference, encoded in one go."""
-    from opensora_sp.kept import noise_key
+    from opensora_sp.engine.clips import noise_key
 
     video = read_reference(path, 32, 48, fps=request.reference_fps).video
     key = noise_key(request, 0)
@@ -300,7 +300,7 @@ def test_a_wrong_count_is_found_and_mended(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the packets had told of fewer frames than are decoded."""
-    from opensora_sp import reference_frames
+    from opensora_sp.media import frames as reference_frames
 
     path = write(tmp_path / "a.mp4", 60)
     request = Request(prompt="x", reference_path=str(path), mask_strategy="0,0,end,0,5", **SMALL)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora_sp.base.errors import CheckpointError
 from opensora_sp.cli.convert import main
-from opensora_sp.errors import CheckpointError
+from opensora_sp.engine.pipeline import EMBEDDED
 from opensora_sp.models.checkpoint import WeightFiles
 from opensora_sp.models.text_encoder import TextEncoder
-from opensora_sp.pipeline import EMBEDDED
-from opensora_sp.preflight import check_checkpoints
+from opensora_sp.request.preflight import check_checkpoints
 
 Weights = dict[str, Tensor]
 Make = Callable[[Path, Weights], Path]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from opensora_sp.parallel.cost import Workload, project_step, step_flops, step_traffic
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
-from opensora_sp.runtime import Runtime
+from opensora_sp.planner.cost import Workload, project_step, step_flops, step_traffic
+from opensora_sp.request.runtime import Runtime
 
 LONG_720P = Workload(frames=120, size=(90, 160), channels=1152, depth=28)
 

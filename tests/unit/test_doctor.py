@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from opensora_sp.cli.verify import main
-from opensora_sp.doctor import surroundings
-from opensora_sp.doctor.finding import failed, merge, passed
-from opensora_sp.doctor.operations import CASES, check_operations
-from opensora_sp.doctor.surroundings import check_host, check_versions
+from opensora_sp.verification.doctor import surroundings
+from opensora_sp.verification.doctor.finding import failed, merge, passed
+from opensora_sp.verification.doctor.operations import CASES, check_operations
+from opensora_sp.verification.doctor.surroundings import check_host, check_versions
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_a_wrong_operation_is_found(
     broken = planted(getattr(F, operation), spoil)
     monkeypatch.setattr(F, operation, broken)
     cases = [case for case in CASES if case.name == name]
-    monkeypatch.setattr("opensora_sp.doctor.operations.CASES", (*cases, CASES[0]))
+    monkeypatch.setattr("opensora_sp.verification.doctor.operations.CASES", (*cases, CASES[0]))
     bad, good, whole = check_operations(CPU)
     assert (bad.name, bad.state) == (name, "FAILED")
     assert all(kind in bad.found for kind in ("fp32", "fp16", "bf16"))
@@ -64,7 +64,7 @@ def test_a_missing_encoder_fails_the_command(
     command = ["--doctor", "--device", "cpu", "--save-dir", str(tmp_path)]
     assert main(command) == 0
     assert " 0 failed" in capsys.readouterr().out
-    monkeypatch.setattr("opensora_sp.media.VideoWriter._add_stream", missing)
+    monkeypatch.setattr("opensora_sp.media.writer.VideoWriter._add_stream", missing)
     assert main(command) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert len(said) == 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from opensora_sp.sums import SUMS
+from opensora_sp.base.hashes import SUMS
 from opensora_sp.verification.weights import MANIFEST, check_directory
 from scripts.download_weights import REPOSITORIES, is_mirror
 

@@ -82,8 +82,8 @@ def test_tokens_are_t5s_and_fit_the_embedding(embedded_dir: Path) -> None:
 
 
 def test_it_shows_what_the_prompt_says() -> None:
-    from opensora_sp.pipeline import Pipeline
-    from opensora_sp.request import Request
+    from opensora_sp.engine.pipeline import Pipeline
+    from opensora_sp.request.request import Request
     from scripts.train_embedded.judge import look
 
     asked = [

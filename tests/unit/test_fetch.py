@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from raw_server import Answer, page, raw_server
 
-from opensora_sp import fetch
-from opensora_sp.errors import UserError
-from opensora_sp.references import check_reference, fit_image, read_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media import fetch
+from opensora_sp.media.reader import check_reference, fit_image, read_reference
 
 
 def picture() -> Image.Image:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp.cli.flag_table import all_flags
-from opensora_sp.cli.foreign_flags import FOREIGN, explain
 from opensora_sp.cli.infer import main
+from opensora_sp.request.flags.foreign import FOREIGN, explain
+from opensora_sp.request.flags.table import all_flags
 
 OURS = {flag.name for flag in all_flags()}
 

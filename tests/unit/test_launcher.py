@@ -14,20 +14,13 @@ from pathlib import Path
 import pytest
 from ranks import free_port
 
-from opensora_sp.errors import UserError
-from opensora_sp.launcher import (
-    Launch,
-    check_store,
-    first_host,
-    join,
-    read_launch,
-    speaks,
-)
-from opensora_sp.parallel.board import Fault
-from opensora_sp.parallel.liveness import Liveness
-from opensora_sp.parallel.own_clock import STOOD_STILL_S, OwnClock
-from opensora_sp.parallel.peers import Process
-from opensora_sp.parallel.stages import Limits
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.launcher import Launch, check_store, first_host, join, read_launch, speaks
+from opensora_sp.base.processes import Process
+from opensora_sp.parallel.watchdog.board import Fault
+from opensora_sp.parallel.watchdog.own_clock import STOOD_STILL_S, OwnClock
+from opensora_sp.parallel.watchdog.stages import Limits
+from opensora_sp.parallel.watchdog.watch import Liveness
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -6,9 +6,9 @@ from importlib import metadata
 
 import pytest
 
-from opensora_sp.errors import UserError
-from opensora_sp.preflight import check_launcher
-from opensora_sp.settings import build_job, check_request, parse_command_line, resolve
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.preflight import check_launcher
+from opensora_sp.request.settings import build_job, check_request, parse_command_line, resolve
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:

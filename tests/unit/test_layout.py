@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from opensora_sp.parallel.layout import Layout, bounds, split
-from opensora_sp.sizes import aspect_ratios, latent_shape, resolutions
+from opensora_sp.request.sizes import aspect_ratios, latent_shape, resolutions
 
 DURATIONS = (1, 17, 51, 97, 102, 204, 408, 816)
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from opensora_sp import media
-from opensora_sp.atomic import atomic_output
-from opensora_sp.errors import UserError
-from opensora_sp.media import (
+from opensora_sp.base.atomic import atomic_output
+from opensora_sp.base.errors import UserError
+from opensora_sp.media import writer as media
+from opensora_sp.media.writer import (
     VideoWriter,
     exact_rate,
     probe_encoder,
@@ -377,7 +377,8 @@ def test_the_probe_finds_a_working_and_a_failing_encoder(
 
 def test_importing_costs_none_of_the_heavy_modules() -> None:
     code = (
-        "import sys, opensora_sp.media, opensora_sp.references, opensora_sp.sheet\n"
+        "import sys, opensora_sp.media.writer, opensora_sp.media.reader\n"
+        "import opensora_sp.media.contact_sheet\n"
         "heavy = {'torch', 'av', 'PIL', 'numpy'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from opensora_sp.parallel.cost import Workload, project_step
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.nodes import crosses, crossing_note, number_nodes
-from opensora_sp.runtime import Runtime
+from opensora_sp.planner.cost import Workload, project_step
+from opensora_sp.request.runtime import Runtime
 
 
 def test_nodes_are_numbered_as_they_appear() -> None:

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from reports import draft_of, validator
 
+from opensora_sp.base.errors import CheckpointError, UserError
+from opensora_sp.base.outside_json import read_object
+from opensora_sp.benchmark.report.files import SCHEMA_FILE, read_report
+from opensora_sp.benchmark.report.schema_check import CHECKED, IGNORED, first_problem
 from opensora_sp.cli.benchmark import main as benchmark
 from opensora_sp.cli.plan import main as plan
-from opensora_sp.errors import CheckpointError, UserError
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.models.video_vae import VideoVAE
-from opensora_sp.outside_json import read_object
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.requests import EMBEDDED
-from opensora_sp.report.files import SCHEMA_FILE, read_report
-from opensora_sp.report.schema_check import CHECKED, IGNORED, first_problem
-from opensora_sp.request import Checkpoints
+from opensora_sp.request.request import Checkpoints
 
 PLACES = {"dit": "dit", "t5": "t5", "vae2d": "vae2d/vae", "vae3d": "vae3d"}
 # Model, key (of an object inside with a dot), value as JSON.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp.atomic import atomic_output, remove_leftovers, remove_unfinished
-from opensora_sp.errors import UserError
-from opensora_sp.parallel.peers import Process
+from opensora_sp.base.atomic import atomic_output, remove_leftovers, remove_unfinished
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.processes import Process
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
@@ -58,7 +58,7 @@ def test_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> 
     code = (
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from opensora_sp.atomic import atomic_output\n"
+        "from opensora_sp.base.atomic import atomic_output\n"
         f"with atomic_output(Path({str(tmp_path / 'a.mp4')!r})) as path:\n"
         "    path.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

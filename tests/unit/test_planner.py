@@ -13,29 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.devices import GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak
-from opensora_sp.planner.plan import (
-    Options,
-    decoding_ranks,
-    make_plan,
-    plans,
-    smallest_ranks,
-)
+from opensora_sp.planner.plan import Options, decoding_ranks, make_plan, plans, smallest_ranks
 from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import check_fits, verdict
 from opensora_sp.planner.requests import sizes_of
-from opensora_sp.runtime import Runtime
-from opensora_sp.runtime.options import MEMORY_MODES
-from opensora_sp.verification.traced_stages import (
-    traced_decoding,
-    traced_denoising,
-    traced_text,
-)
+from opensora_sp.request.runtime import MEMORY_MODES, Runtime
+from opensora_sp.verification.traced_stages import traced_decoding, traced_denoising, traced_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = Shape(height=720, width=1280, num_frames=408)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
-from opensora_sp.errors import UserError
-from opensora_sp.prompt_files import PromptFile, read_prompt_file
-from opensora_sp.request import Request
-from opensora_sp.settings import build_job, parse_command_line, resolve
+from opensora_sp.request.prompt_files import PromptFile, read_prompt_file
+from opensora_sp.request.request import Request
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 TWO = [(0, "a red ball, rolling"), (1, "café 猫")]
 

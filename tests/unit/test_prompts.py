@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from opensora_sp.errors import UserError
-from opensora_sp.prompts import (
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.prompts import (
     append_scores,
     caption_for_clip,
     parse_prompt_json,

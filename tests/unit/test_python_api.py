@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from opensora_sp.errors import UserError
-from opensora_sp.generate import Collector, generate
+from opensora_sp.base.errors import UserError
+from opensora_sp.engine.generate import Collector, generate
+from opensora_sp.engine.pipeline import EMBEDDED, Pipeline, embedded_checkpoints
 from opensora_sp.parallel.session import alone, open_session
-from opensora_sp.pipeline import EMBEDDED, Pipeline, embedded_checkpoints
-from opensora_sp.request import Checkpoints, Request, RunSettings
-from opensora_sp.settings import check_request, parse_command_line, resolve
+from opensora_sp.request.request import Checkpoints, Request, RunSettings
+from opensora_sp.request.settings import check_request, parse_command_line, resolve
 
 SMALL = Request(prompt="x", height=32, width=32, num_frames=1, steps=1)
 LOOPS = [

@@ -14,18 +14,18 @@ import pytest
 from PIL import Image
 from raw_server import page, raw_server
 
-from opensora_sp.benchmark.draft import Draft
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.rank_log import rank_log
+from opensora_sp.base.redaction import redacted, references_without_secrets, without_secrets
+from opensora_sp.base.screen import one_line
+from opensora_sp.base.value_types import shown
+from opensora_sp.benchmark.live_report import Draft
 from opensora_sp.cli.infer import main
-from opensora_sp.errors import UserError
-from opensora_sp.identity import difference, digest, identity_of
-from opensora_sp.manifest import read_record, record_path, write_record
-from opensora_sp.rank_log import rank_log
-from opensora_sp.redaction import redacted, references_without_secrets, without_secrets
-from opensora_sp.refine import Endpoint, refine_text
-from opensora_sp.request import Job, Request, RunSettings, Task
-from opensora_sp.screen import one_line
-from opensora_sp.settings import parse_command_line, print_config, resolve
-from opensora_sp.validate import shown
+from opensora_sp.jobs.identity import difference, digest, identity_of
+from opensora_sp.jobs.records import read_record, record_path, write_record
+from opensora_sp.jobs.refine import Endpoint, refine_text
+from opensora_sp.request.request import Job, Request, RunSettings, Task
+from opensora_sp.request.settings import parse_command_line, print_config, resolve
 
 SECRET = "hunter2hunter2"
 KEY = "sk-a-secret-that-nobody-sees"

@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from opensora_sp import reference_bounds, references
-from opensora_sp.errors import UserError
-from opensora_sp.references import check_reference, read_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media import bounds as reference_bounds
+from opensora_sp.media import reader as references
+from opensora_sp.media.reader import check_reference, read_reference
 
 
 def gif(

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from opensora_sp.errors import UserError
-from opensora_sp.reference_colour import to_srgb
-from opensora_sp.references import check_reference, read_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media.colour import to_srgb
+from opensora_sp.media.reader import check_reference, read_reference
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (235, 235, 235)
 COLOURS = (RED, GREEN, BLUE, WHITE)
@@ -330,7 +330,7 @@ def test_a_profile_that_cannot_be_used_is_told_of(tmp_path: Path) -> None:
 
 def test_inks_by_profile() -> None:
     """Pillow has no CMYK profile to make, so the call is judged by one of grey ink."""
-    from opensora_sp.reference_colour import picture_to_srgb
+    from opensora_sp.media.colour import picture_to_srgb
 
     inks = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
     inks.info["icc_profile"] = P3

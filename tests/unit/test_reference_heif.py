@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ImageCms, features
 
-from opensora_sp.errors import UserError
-from opensora_sp.reference_heif import heif_cicp, is_heif_still, read_heif
-from opensora_sp.references import check_reference, read_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media.heif import heif_cicp, is_heif_still, read_heif
+from opensora_sp.media.reader import check_reference, read_reference
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (235, 235, 235)
 TILE = 64

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from opensora_sp.errors import UserError
-from opensora_sp.references import check_reference, read_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media.reader import check_reference, read_reference
 
 
 def zipped() -> bytes:
@@ -100,8 +100,8 @@ def test_a_kind_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "logo.svg").write_text(SVG)
     (tmp_path / "photo.dng").write_bytes(tiff({50706: b"\1\4\0\0"}))
     code = (
-        "import sys\nfrom opensora_sp.errors import UserError\n"
-        "from opensora_sp.references import check_reference\n"
+        "import sys\nfrom opensora_sp.base.errors import UserError\n"
+        "from opensora_sp.media.reader import check_reference\n"
         "for path in sys.argv[1:]:\n"
         "    try: check_reference(path)\n"
         "    except UserError: continue\n"
@@ -114,7 +114,7 @@ def test_a_kind_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
 
 
 def test_random_bytes_are_not_taken_for_text() -> None:
-    from opensora_sp.reference_kinds import refuse_unread_kind
+    from opensora_sp.media.file_types import refuse_unread_kind
 
     random = np.random.default_rng(3)
     for _ in range(200):

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
-from opensora_sp import references
-from opensora_sp.errors import UserError
-from opensora_sp.media import VideoWriter
-from opensora_sp.references import check_reference, fit_image, fit_video, read_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media import reader as references
+from opensora_sp.media.reader import check_reference, fit_image, fit_video, read_reference
+from opensora_sp.media.writer import VideoWriter
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -380,7 +380,7 @@ def test_checking_imports_no_torch(tmp_path: Path) -> None:
     two_halves().save(tmp_path / "image.png")
     write_video(tmp_path / "video.mp4", numbered(2))
     code = (
-        "import sys\nfrom opensora_sp.references import check_reference\n"
+        "import sys\nfrom opensora_sp.media.reader import check_reference\n"
         "for path in sys.argv[1:]: check_reference(path)\n"
         "sys.exit('torch' in sys.modules)"
     )

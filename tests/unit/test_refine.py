@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from opensora_sp import refine
-from opensora_sp.cli.flag_table import all_flags
+from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
-from opensora_sp.errors import UserError
+from opensora_sp.jobs import refine
+from opensora_sp.jobs.refine import Endpoint, endpoint_from_environment, refine_batches, refine_text
 from opensora_sp.parallel.session import alone
-from opensora_sp.refine import Endpoint, endpoint_from_environment, refine_batches, refine_text
-from opensora_sp.request import Request, Task
+from opensora_sp.request.flags.table import all_flags
+from opensora_sp.request.request import Request, Task
 
 KEY = "sk-a-secret-that-nobody-sees"
 

@@ -14,20 +14,20 @@ import pytest
 import torch
 from reports import draft_of, rank_record, validate
 
-from opensora_sp.benchmark.memory import MemoryMeter
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.machine import describe_machine, run_tool
+from opensora_sp.benchmark.memory_meter import MemoryMeter
 from opensora_sp.benchmark.options import check_baseline_request
+from opensora_sp.benchmark.report.build import run_record
+from opensora_sp.benchmark.report.compare import compare_lines
+from opensora_sp.benchmark.report.files import check_baseline, read_report
+from opensora_sp.benchmark.report.page import page
+from opensora_sp.benchmark.report.stats import imbalance, spread
+from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.cli.benchmark import main, with_own_names
-from opensora_sp.errors import UserError
+from opensora_sp.engine.timing import Clock
 from opensora_sp.planner.requests import plan_in_mode
-from opensora_sp.report.build import run_record
-from opensora_sp.report.compare import compare_lines
-from opensora_sp.report.files import check_baseline, read_report
-from opensora_sp.report.machine import describe_machine, run_tool
-from opensora_sp.report.page import page
-from opensora_sp.report.stats import imbalance, spread
-from opensora_sp.report.table import report_lines
-from opensora_sp.settings import build_job, parse_command_line, resolve
-from opensora_sp.timing import Clock
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 VENDOR_KEYS = [
     *("QPS", "model_load_time", "resolution", "aspect_ratio", "batch_size", "dtype", "scheduler"),
@@ -277,7 +277,7 @@ def test_tools_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A device's tool is run without a shell and believed only when it answers in time."""
     import torch
 
-    from opensora_sp.report import machine
+    from opensora_sp.base import machine
 
     tool = tmp_path / "efsmi"
     monkeypatch.setenv("PATH", str(tmp_path))

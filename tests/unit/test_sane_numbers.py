@@ -11,18 +11,18 @@ import pytest
 import torch
 from tiny import TINY, conditions, normal, tiny_transformer
 
-from opensora_sp import preflight
-from opensora_sp.deadlines import DEADLINES, parse_deadlines
-from opensora_sp.errors import UserError
-from opensora_sp.generate import Collector, generate
+from opensora_sp.base.deadlines import DEADLINES, parse_deadlines
+from opensora_sp.base.errors import UserError
+from opensora_sp.engine.generate import Collector, generate
+from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.layout import Layout
-from opensora_sp.parallel.parallelize import parallelize
 from opensora_sp.parallel.session import alone
-from opensora_sp.parallel.stages import Stages
-from opensora_sp.pipeline import Pipeline
-from opensora_sp.request import Request
-from opensora_sp.runtime import Runtime
-from opensora_sp.settings import parse_command_line, resolve
+from opensora_sp.parallel.watchdog.stages import Stages
+from opensora_sp.request import preflight
+from opensora_sp.request.request import Request
+from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.settings import parse_command_line, resolve
 
 
 @pytest.mark.parametrize("flag", ["--timeout", "--heartbeat-timeout", "--deadlines"])

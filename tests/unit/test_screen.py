@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from opensora_sp.screen import (
+from opensora_sp.base.screen import (
     MOST_SHOWN,
     note,
     note_once,

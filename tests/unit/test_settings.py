@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 
-from opensora_sp.cli.flag_docs import docs_page, help_text
-from opensora_sp.cli.flag_table import all_flags
-from opensora_sp.config_file import read_config
-from opensora_sp.errors import UserError
-from opensora_sp.naming import output_stems, safe_stem
-from opensora_sp.request import Job, Request, RunSettings
-from opensora_sp.settings import (
-    build_job,
-    parse_command_line,
-    print_config,
-    resolve,
-)
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.config_file import read_config
+from opensora_sp.request.flags.docs import docs_page, help_text
+from opensora_sp.request.flags.table import all_flags
+from opensora_sp.request.naming import output_stems, safe_stem
+from opensora_sp.request.request import Job, Request, RunSettings
+from opensora_sp.request.settings import build_job, parse_command_line, print_config, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -144,7 +139,7 @@ def test_base_config_writes_out_every_default() -> None:
 
 def test_flags_page_is_the_one_that_the_table_writes() -> None:
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    assert page == docs_page(), "run: python -m opensora_sp.cli.flag_docs > docs/flags.md"
+    assert page == docs_page(), "run: python -m opensora_sp.request.flags.docs > docs/flags.md"
 
 
 def test_help_names_every_flag_of_its_program_and_no_other() -> None:

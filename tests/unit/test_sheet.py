@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from opensora_sp.errors import UserError
-from opensora_sp.sheet import SheetEntry, chosen_frames, picture, write_sheet
+from opensora_sp.base.errors import UserError
+from opensora_sp.media.contact_sheet import SheetEntry, chosen_frames, picture, write_sheet
 
 HOSTILE = "<script>alert(\"1\")</script> & 'quotes' <img src=x> 一只猫 \udcff"
 

@@ -17,14 +17,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from opensora_sp import outputs
-from opensora_sp.errors import UserError
-from opensora_sp.generate import Collector
-from opensora_sp.jobs import run_job
-from opensora_sp.media import VideoWriter
-from opensora_sp.request import Job, Task
-from opensora_sp.settings import build_job, parse_command_line, resolve
-from opensora_sp.sheet_sink import PickingSink, RunSheet
+from opensora_sp.base.errors import UserError
+from opensora_sp.engine.generate import Collector
+from opensora_sp.jobs import outputs
+from opensora_sp.jobs.run import run_job
+from opensora_sp.jobs.sheet_sink import PickingSink, RunSheet
+from opensora_sp.media.writer import VideoWriter
+from opensora_sp.request.request import Job, Task
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 SMALL = ["--image-size", "40", "64", "--num-sampling-steps", "1", "--dtype", "fp32"]
 SMALL += ["--device", "cpu", "--lossless", "--verbose", "0", "--sheet"]

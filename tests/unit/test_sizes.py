@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp import sizes
-from opensora_sp.errors import UserError
+from opensora_sp.base.errors import UserError
+from opensora_sp.request import sizes
 
 
 def test_every_pair_of_the_suites_table_resolves_to_its_pixels(suite_dir: Path) -> None:

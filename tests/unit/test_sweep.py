@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from reports import draft_of
 
+from opensora_sp.benchmark.report.files import read_report, write_report
 from opensora_sp.benchmark.sweep import read_sweep, run_command, run_sweep
 from opensora_sp.cli.benchmark import main
-from opensora_sp.report.files import read_report, write_report
-from opensora_sp.settings import parse_command_line
+from opensora_sp.request.settings import parse_command_line
 
 SWEEP = """
 resolutions: [64x64, 64x96, 144p]

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import torch
 
-from opensora_sp.errors import CheckpointError, UserError
+from opensora_sp.base.errors import CheckpointError, UserError
+from opensora_sp.engine.pipeline import EMBEDDED, Pipeline
 from opensora_sp.models.tensor_files import load_tensor_file
-from opensora_sp.pipeline import EMBEDDED, Pipeline
-from opensora_sp.request import Checkpoints
+from opensora_sp.request.request import Checkpoints
 from opensora_sp.verification.weights import check_directory
 
 ROOT = Path(__file__).resolve().parents[2]

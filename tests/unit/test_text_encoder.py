@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora_sp.errors import CheckpointError
-from opensora_sp.models.eight_bits import EightBitLinear
+from opensora_sp.base.errors import CheckpointError
+from opensora_sp.models.kernels.int8_linear import EightBitLinear
 from opensora_sp.models.text_encoder import TextEncoder, build_t5
 
 CPU = torch.device("cpu")

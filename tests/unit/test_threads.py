@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from opensora_sp.cli.threads import (
+from opensora_sp.base.cpu_threads import (
     apply_cpu_threads,
     available_cores,
     busy_elsewhere,
     choose_threads,
     transformer_width,
 )
-from opensora_sp.request import Checkpoints
-from opensora_sp.waiting import let_waiting_threads_sleep
+from opensora_sp.base.waiting import let_waiting_threads_sleep
+from opensora_sp.request.request import Checkpoints
 
 FULL = 1152
 TORCHRUN = {"OMP_NUM_THREADS": "1"}
@@ -148,7 +148,7 @@ sys.meta_path.insert(0, Finder())
 @pytest.mark.parametrize(
     "enter",
     [
-        "from opensora_sp.pipeline import Pipeline",
+        "from opensora_sp.engine.pipeline import Pipeline",
         "import scripts.train_embedded.flow",
         "import scripts.train_embedded.vae",
         "import runpy, sys; sys.argv = ['x', '--prompt', 'a', '--save-dir', {out!r}]; "

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from opensora_sp import timing
+from opensora_sp.engine import timing
+from opensora_sp.engine.timing import Clock
 from opensora_sp.parallel.ledger import Ledger
-from opensora_sp.timing import Clock
 
 
 def test_recorded_intervals_lie_where_they_ran() -> None:

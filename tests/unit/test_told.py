@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from opensora_sp.cli.infer import main
-from opensora_sp.pipeline import EMBEDDED
-from opensora_sp.prompts import caption_for_clip
-from opensora_sp.request import Request
-from opensora_sp.told import captions, lost_words, told
+from opensora_sp.engine.pipeline import EMBEDDED
+from opensora_sp.request.prompts import caption_for_clip
+from opensora_sp.request.request import Request
+from opensora_sp.request.told import captions, lost_words, told
 
 RUN = ["--num-frames", "image", "--image-size", "32", "48", "--num-sampling-steps", "1"]
 RUN += ["--device", "cpu", "--dtype", "fp32"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import opensora_sp
-from opensora_sp.errors import CheckpointError
+from opensora_sp.base.errors import CheckpointError
 from opensora_sp.models.temporal_vae import CausalConv3d, TemporalVAEConfig
 from opensora_sp.models.video_vae import (
     SPATIAL_SCALE,

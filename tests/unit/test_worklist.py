@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from opensora_sp.errors import UserError
-from opensora_sp.identity import difference, identity_of, latents_identity, sampled_digest
-from opensora_sp.manifest import read_record, record_path, write_record
-from opensora_sp.request import Job, Request, RunSettings, Task
-from opensora_sp.saved_state import Position, StateFiles
-from opensora_sp.schedule import deal, regroup
-from opensora_sp.standing import look_at_all, renamed
+from opensora_sp.base.errors import UserError
+from opensora_sp.jobs.identity import difference, identity_of, latents_identity, sampled_digest
+from opensora_sp.jobs.records import read_record, record_path, write_record
+from opensora_sp.jobs.saved_latents import Position, StateFiles
+from opensora_sp.jobs.schedule import deal, regroup
+from opensora_sp.jobs.worklist import look_at_all, renamed
+from opensora_sp.request.request import Job, Request, RunSettings, Task
 
 MODELS = {"dit": "d", "t5": "t", "vae2d": "v2", "vae3d": "v3"}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def keep(folder: Path) -> None:
     """Save every video's latents as `latents.pt` in the folder, on the rank that gathers them."""
-    from opensora_sp.denoiser import Denoiser
+    from opensora_sp.engine.guidance import Denoiser
 
     gather = Denoiser.gather
 

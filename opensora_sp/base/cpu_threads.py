@@ -1,0 +1,143 @@
+"""Threads of each rank on the CPU. Call before torch is imported: it reads the variables once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.base.launcher import read_launch
+from opensora_sp.request.request import Checkpoints
+
+VARIABLE = "OMP_NUM_THREADS"
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+_LOAD = Path("/proc/loadavg")
+_LOOKS, _LOOK_SECONDS = 5, 0.01
+# A block of a narrower transformer is over before a second thread has begun: on two cores the
+# embedded model (width 192) is no faster with two threads than with one.
+SMALL_WIDTH = 512
+
+
+def available_cores(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
+    """Cores that this process may use: its affinity, cut by the quotas of its control groups."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    quotas = [math.ceil(quota) for quota in _quotas(cgroups, own)]
+    return max(1, min([cores, *quotas]))
+
+
+def _quotas(cgroups: Path, own: Path) -> list[float]:
+    """Cores' worth of time that each control group above this process allows it."""
+    places = [cgroups, cgroups / "cpu"]  # a container often sees its own group as the root
+    for line in _text(own).splitlines():
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "-", "")
+        base = cgroups / "cpu" if "cpu" in controllers.split(",") else cgroups
+        if controllers == "" or base != cgroups:
+            inner = base / path.strip("/")
+            places += [inner, *(p for p in inner.parents if p.is_relative_to(base))]
+    found = []
+    for place in dict.fromkeys(places):
+        quota, period = [*_text(place / "cpu.max").split(), "", ""][:2]
+        if not quota:  # the first version of control groups has two files
+            quota = _text(place / "cpu.cfs_quota_us").strip()
+            period = _text(place / "cpu.cfs_period_us").strip()
+        if quota.isdecimal() and period.isdecimal() and int(quota) and int(period):
+            found.append(int(quota) / int(period))
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def busy_elsewhere(ranks: int = 1, load: Path = _LOAD) -> int:
+    """Threads of other programs that want a core now; 0 where the system does not tell.
+
+    ranks: processes of this run on this machine, which are busy starting.
+    """
+    looks = []
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_LOOK_SECONDS)
+        running = [*_text(load).split(), *[""] * 4][3].partition("/")[0]
+        if not running.isdecimal():
+            return 0
+        looks.append(int(running))
+    return max(0, sorted(looks)[len(looks) // 2] - ranks)
+
+
+def transformer_width(checkpoints: Checkpoints | None) -> int | None:
+    """Channels of the transformer; None where its config.json does not say. 0: the embedded one."""
+    if checkpoints is None:
+        return 0
+    try:
+        content: Any = json.loads(_text(checkpoints.dit / "config.json"))
+        width = content.get("hidden_size", None)
+    except (ValueError, AttributeError, RecursionError):
+        return None  # what is wrong with the file is said when the model is loaded
+    return width if isinstance(width, int) else None
+
+
+def choose_threads(
+    wanted: int | None,
+    device: str | None,
+    environ: Mapping[str, str],
+    cores: int,
+    width: int | None = None,
+    busy: int = 0,
+) -> int | None:
+    """Threads for this rank; None leaves them to the environment and torch.
+
+    wanted: a person's choice; None takes what the work can use, unless the device is an
+    accelerator or the person has set OMP_NUM_THREADS. torchrun sets that to 1 where it was unset,
+    so a 1 under torchrun is not taken for a person's choice.
+    width: channels of the transformer; a narrow one gets one thread.
+    busy: threads of other programs. Up to one a core they are shared with; what is more is left
+    a core each.
+    """
+    if wanted is not None:
+        return wanted
+    if device not in (None, "cpu"):
+        return None
+    launched = bool(environ.get("LOCAL_WORLD_SIZE"))
+    ranks = read_launch(environ).local_world_size if launched else None
+    inherited = environ.get(VARIABLE)
+    if inherited is not None and (ranks is None or inherited != "1"):
+        return None
+    if width is not None and width < SMALL_WIDTH:
+        return 1
+    free = cores - max(0, busy - cores)
+    return max(1, free // (ranks or 1))
+
+
+def apply_cpu_threads(
+    wanted: int | None,
+    device: str | None,
+    environ: MutableMapping[str, str] = os.environ,
+    checkpoints: Checkpoints | None = None,
+) -> int | None:
+    """Set OMP_NUM_THREADS for this rank; returns the number, or None where it is left alone."""
+    ranks = read_launch(environ).local_world_size
+    width = transformer_width(checkpoints)
+    small = width is not None and width < SMALL_WIDTH
+    threads = choose_threads(
+        wanted,
+        device,
+        environ,
+        available_cores(),
+        width,
+        0 if small or wanted is not None else busy_elsewhere(ranks),
+    )
+    if threads is not None:
+        environ[VARIABLE] = str(threads)
+    return threads

@@ -1,0 +1,209 @@
+"""What a measurement ran on: device, driver, packages, OS, CPU, disk, host.
+
+Everything here degrades to None: a tool, a file or a figure that is not there is not an error.
+Tools are started without a shell and given a few seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+TOOL_SECONDS = 10.0
+_LONGEST_OUTPUT = 8000  # characters of a tool's table that are kept
+# Each device's own table of itself; efsmi is Enflame's nvidia-smi.
+DEVICE_TOOLS = {"gcu": ("efsmi",), "cuda": ("nvidia-smi",)}
+_DRIVER_PACKAGES = re.compile(
+    r"^(tops|eccl|efml|enflame|gcu|libtops|libeccl|nvidia-(driver|utils|fabric)|cuda-drivers|libnccl)"
+)
+_CPU_INFO = Path("/proc/cpuinfo")
+_MEM_INFO = Path("/proc/meminfo")
+_OS_RELEASE = Path("/etc/os-release")
+_BLOCK_DEVICES = Path("/sys/block")
+
+
+def run_tool(command: Sequence[str]) -> str | None:
+    """What a command prints, or None where it is not there, fails or does not answer in time."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TOOL_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 and done.stdout.strip() else None
+
+
+def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
+    """The parts of a report that the vendor's has beside its `performance_info`."""
+    return {
+        "device": device_info(device),
+        "driver_packages": driver_packages(),
+        "python_packages": python_packages(),
+        "os": os_info(),
+        "cpu": cpu_info(),
+        "disk": disk_info(save_dir),
+        "host": host_info(),
+    }
+
+
+def device_info(device: torch.device) -> dict[str, Any]:
+    """Type, name, count and memory of the accelerator, and what its own tool says of it."""
+    import torch
+
+    module: Any = getattr(torch, device.type, None)
+
+    def ask(name: str, *arguments: Any) -> Any:
+        try:
+            return getattr(module, name)(*arguments)
+        except Exception:  # vendor builds lack calls, or refuse arguments
+            return None
+
+    if device.type == "cpu":
+        name, count, total, driver = cpu_name(), 1, None, None
+    else:
+        name = ask("get_device_name", device)
+        count = ask("device_count")
+        total = getattr(ask("get_device_properties", device), "total_memory", None)
+        driver = _driver_version(device.type)
+    tool = DEVICE_TOOLS.get(device.type)
+    said = None if tool is None else run_tool(tool)
+    return {
+        "type": device.type,
+        "name": None if name is None else str(name),
+        "visible": count,
+        "total_memory_bytes": total,
+        "driver": driver,
+        "tool": None if tool is None else " ".join(tool),
+        "tool_output": None if said is None else said[:_LONGEST_OUTPUT],
+    }
+
+
+def _driver_version(kind: str) -> str | None:
+    if kind == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        said = run_tool(query)
+        return said.splitlines()[0].strip() if said else None
+    said = run_tool(DEVICE_TOOLS[kind]) if kind in DEVICE_TOOLS else None
+    found = re.search(r"driver(?: ver(?:sion)?)?\s*[:=]?\s*v?([0-9][\w.+-]*)", said or "", re.I)
+    return found[1] if found else None
+
+
+def driver_packages() -> dict[str, str] | None:
+    """Installed system packages that look like a device's driver or runtime; None: no dpkg."""
+    said = run_tool(("dpkg-query", "-W", "-f", "${Package} ${Version}\n"))
+    if said is None:
+        return None
+    pairs = (line.split(" ", 1) for line in said.splitlines() if " " in line)
+    return {name: version for name, version in pairs if _DRIVER_PACKAGES.match(name)}
+
+
+def python_packages() -> dict[str, str]:
+    """Every installed distribution and its version."""
+    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def os_info() -> dict[str, Any]:
+    """Name, kernel and architecture."""
+    pretty = None
+    for line in _read(_OS_RELEASE).splitlines():
+        if line.startswith("PRETTY_NAME="):
+            pretty = line.partition("=")[2].strip().strip('"')
+    return {
+        "name": pretty or platform.system(),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str | None:
+    """The processor, as Linux names it."""
+    for line in _read(_CPU_INFO).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def cpu_info() -> dict[str, Any]:
+    """The processor, its cores and how many of them this process may use."""
+    from opensora_sp.base.cpu_threads import VARIABLE, available_cores
+
+    return {
+        "name": cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": available_cores(),
+        "threads_of_a_rank": os.environ.get(VARIABLE),
+    }
+
+
+def disk_info(directory: Path) -> dict[str, Any]:
+    """The file system that outputs go to, and the block devices of the machine."""
+    place = directory.absolute()
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    total: int | None = None
+    free: int | None = None
+    with suppress(OSError):
+        total, _, free = shutil.disk_usage(place)
+    return {"total_bytes": total, "free_bytes": free, "block_devices": _block_devices()}
+
+
+def _block_devices() -> list[dict[str, Any]]:
+    devices = []
+    for entry in sorted(_BLOCK_DEVICES.glob("*")):
+        sectors = _read(entry / "size").strip()
+        if entry.name.startswith(("loop", "ram", "zram")) or not sectors.isdecimal():
+            continue
+        devices.append(
+            {
+                "name": entry.name,
+                "model": _read(entry / "device" / "model").strip() or None,
+                "bytes": int(sectors) * 512,  # the kernel counts in sectors of this size
+                "rotates": _read(entry / "queue" / "rotational").strip() == "1",
+            }
+        )
+    return devices
+
+
+def host_info() -> dict[str, Any]:
+    """Name, memory, and how long it has been up."""
+    memory = {}
+    for line in _read(_MEM_INFO).splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("MemTotal", "MemAvailable"):
+            memory[name] = int(rest.split()[0]) * 1024
+    return {
+        "name": platform.node() or None,
+        "memory_bytes": memory.get("MemTotal"),
+        "available_bytes": memory.get("MemAvailable"),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "time_zone": time.strftime("%z"),
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""Turns a request into latents and frames: text, guidance, blocks, clips, decoding."""

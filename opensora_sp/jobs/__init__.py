@@ -1,0 +1,1 @@
+"""A whole run: open it, work through its outputs, write, record, resume."""

@@ -1,0 +1,110 @@
+"""The record of every output: which request it is of, how far it has come, its checksum.
+
+One small JSON file per output in `.opensora-sp/` of the save directory, beside its saved state.
+One file each, so that the leaders of several replicas, or several runs that share a directory,
+never write the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from opensora_sp.base import access
+from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.jobs.identity import Identity, digest
+
+FOLDER = ".opensora-sp"
+Stage = Literal["waiting", "denoising", "latents saved", "done"]
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of one output; size, time and sha256 of its file once it is done."""
+
+    identity: Identity
+    stage: Stage
+    size: int | None = None
+    mtime_ns: int | None = None
+    sha256: str | None = None
+
+    def fits(self, output: Path) -> bool:
+        """Whether the file is there as it was left. Reads it only where its time has changed."""
+        if not access.is_file(output):
+            return False
+        found = output.stat()
+        if found.st_size != self.size:
+            return False
+        return found.st_mtime_ns == self.mtime_ns or file_sha256(output) == self.sha256
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of an output is."""
+    return output.parent / FOLDER / f"{output.name}.json"
+
+
+def read_record(output: Path) -> Record | None:
+    """The record of an output, None where there is none that is whole.
+
+    Raises UserError where it may not be looked at, or is no regular file of a record's size.
+    """
+    path = record_path(output)
+    if not access.exists(path):
+        return None
+    content = access.read_bytes(path, limit=access.RECORD_LIMIT)
+    try:
+        text = content.decode("utf-8")
+        found: Any = json.loads(text)
+        if found["version"] != _VERSION or found["stage"] not in get_args(Stage):
+            return None
+        if found["digest"] != digest(found["identity"]):
+            return None
+        return Record(
+            identity=found["identity"],
+            stage=found["stage"],
+            size=found["size"],
+            mtime_ns=found["mtime_ns"],
+            sha256=found["sha256"],
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def write_record(output: Path, identity: Identity, stage: Stage) -> None:
+    """Put down how far an output has come; "done" takes the checksum of its file.
+
+    Raises UserError where the directory or the disk does not allow it.
+    """
+    record: dict[str, Any] = {
+        "version": _VERSION,
+        "output": output.name,
+        "stage": stage,
+        "digest": digest(identity),
+        "size": None,
+        "mtime_ns": None,
+        "sha256": None,
+        "identity": identity,
+    }
+    if stage == "done":
+        found = output.stat()
+        record |= {
+            "size": found.st_size,
+            "mtime_ns": found.st_mtime_ns,
+            "sha256": file_sha256(output),
+        }
+    path = record_path(output)
+    with atomic_output(path) as temporary, reported(path):
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()

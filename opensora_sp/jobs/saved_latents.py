@@ -1,0 +1,274 @@
+"""How far a video has come, on disk: the sampler's latents, and those of every finished clip.
+
+Beside an output's record in `.opensora-sp/`: OUTPUT.clip0000.safetensors, the final latents of a
+clip, and OUTPUT.step.safetensors, those of the clip that is being denoised. All are whole latents
+[4,T,H,W] float32, so nothing depends on the mesh that made them; randomness is keyed, so there is
+no generator to save; decoded frames are made again from the clips. Every file carries the identity
+of its request and a checksum over all it holds, and appears whole or not at all. What is read has
+to be a state that this request can have: its shape, its number of steps, its clips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from opensora_sp.base import access
+from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
+from opensora_sp.jobs.identity import Identity, difference
+from opensora_sp.jobs.records import FOLDER
+from opensora_sp.parallel.agreement import checksum
+from opensora_sp.request import sizes
+
+_FORMAT = "opensora-sp latents 2"
+# Its checksum covers the tensors alone; what it says of itself is held against the request.
+_FORMAT_BEFORE = "opensora-sp latents 1"
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where a video stands: `clip` clips are finished, and `step` steps of the next one."""
+
+    clip: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """The latents z [4,T,H,W] after `step` steps of a clip, and its frame mask [T], if any."""
+
+    z: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class StateFiles:
+    """The saved state of one output, which is of one request.
+
+    identity: what decides its latents. refined: the prompt that a language model made, which has
+    to be the same again when the run goes on. about: what else is worth writing down.
+    """
+
+    output: Path
+    identity: Identity
+    refined: str | None = None
+    about: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.output.parent / FOLDER
+
+    @property
+    def step_path(self) -> Path:
+        """The clip that is being denoised."""
+        return self.folder / f"{self.output.name}.step.safetensors"
+
+    def clip_path(self, clip: int) -> Path:
+        """A finished clip."""
+        return self.folder / f"{self.output.name}.clip{clip:04d}.safetensors"
+
+    def finished_clips(self) -> int:
+        """How many clips from the first on are saved."""
+        clip = 0
+        while self._is_there(self.clip_path(clip)):
+            clip += 1
+        return clip
+
+    def position(self) -> Position:
+        """Where the video stands, by files that are all read and checked.
+
+        Raises UserError for a file that is damaged or of another request; nothing is deleted.
+        """
+        clips = self.finished_clips()
+        for clip in range(clips):
+            self.load_clip(clip)
+        if not self._is_there(self.step_path):
+            return Position(clips)
+        saved = self._read_step()[0]
+        clip, step = saved.clip, saved.step
+        if clip > clips:
+            self._refuse(self.step_path, f"is of clip {clip}, but clip {clips} is not there")
+        # One that is left of a clip which has been finished since is not needed any more.
+        return Position(clips, step if clip == clips else 0)
+
+    def refined_prompt(self) -> str | None:
+        """The prompt that a language model made when the saved part was made."""
+        paths = [self.step_path, self.clip_path(0)]
+        for path in paths:
+            if self._is_there(path):
+                return self._read(path)[0].get("refined")
+        return None
+
+    def save_step(self, position: Position, z: Tensor, mask: Tensor | None) -> None:
+        """Save z [4,T,H,W] and the frame mask [T] of the clip that is being denoised."""
+        tensors = {"latents": z} if mask is None else {"latents": z, "mask": mask}
+        self._write(self.step_path, tensors, position)
+
+    def save_clip(self, clip: int, latents: Tensor) -> None:
+        """Save the final latents [4,T,H,W] of a clip, in place of its steps."""
+        self._write(self.clip_path(clip), {"latents": latents}, Position(clip + 1))
+        self.step_path.unlink(missing_ok=True)
+
+    def load_step(self) -> SavedStep:
+        """What `save_step` saved. Raises UserError as `position` does."""
+        tensors = self._read_step()[1]
+        return SavedStep(tensors["latents"], tensors.get("mask"))
+
+    def load_clip(self, clip: int) -> Tensor:
+        """What `save_clip` saved. Raises UserError as `position` does."""
+        path = self.clip_path(clip)
+        about, tensors = self._read(path)
+        found = self._position(path, about)
+        if found != Position(clip + 1):
+            self._refuse(
+                path,
+                f"says that it is of clip {found.clip - 1}, but its name says {clip}",
+            )
+        return tensors["latents"]
+
+    def exists(self) -> bool:
+        """Whether anything is saved."""
+        return access.exists(self.step_path) or access.exists(self.clip_path(0))
+
+    def remove(self) -> None:
+        """Delete everything that is saved of this output."""
+        self.step_path.unlink(missing_ok=True)
+        clips = re.compile(re.escape(self.output.name) + r"\.clip\d{4,}\.safetensors")
+        found = [path for path in self.folder.glob("*.safetensors") if clips.fullmatch(path.name)]
+        # From the last one on: what is left when this is cut short is still a whole state.
+        for path in sorted(found, reverse=True):
+            path.unlink(missing_ok=True)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], position: Position) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
+        about = {
+            "format": _FORMAT,
+            "identity": json.dumps(self.identity, sort_keys=True),
+            "clip": str(position.clip),
+            "step": str(position.step),
+            "torch": torch.__version__,
+            "made on": self.about,
+        }
+        if self.refined is not None:
+            about["refined"] = self.refined
+        about["checksum"] = _checksum(about, tensors)
+        with atomic_output(path) as temporary, reported(path):
+            try:
+                save_file(tensors, str(temporary), metadata=about)
+            except SafetensorError as error:  # what it raises for a full disk, among others
+                raise OSError(str(error)) from error
+
+    def _read(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                about: dict[str, str] = file.metadata() or {}
+                before: Any = json.loads(about["identity"])
+                if not isinstance(before, dict):
+                    raise ValueError("its identity is not an object")
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: list(one.get_shape()) for name, one in slices.items()}
+                dtypes = {name: one.get_dtype() for name, one in slices.items()}
+                # Another request has other shapes too: what differs in it says more.
+                if not difference(before, self.identity):
+                    self._check_tensors(path, shapes, dtypes)
+                tensors = {name: file.get_tensor(name) for name in shapes}
+            whole = about["checksum"] == _checksum(about, tensors)
+        except PermissionError:
+            self._refuse(path, "may not be read (permission denied)")
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+            self._refuse(path, f"is damaged ({type(error).__name__}: it was cut short or changed)")
+        if about.get("format") not in (_FORMAT, _FORMAT_BEFORE) or not whole:
+            self._refuse(path, "is damaged (its checksum or format is not right)")
+        if found := difference(before, self.identity):
+            raise UserError(
+                f"{path} is the saved state of another request, {found}: ask for the same, choose "
+                "another --sample-name or --save-dir, or begin again with --overwrite"
+            )
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                self._refuse(path, f"holds values in its {name} that are NaN or infinite")
+        mask = tensors.get("mask")
+        if mask is not None and not bool(((mask >= 0) & (mask <= 1)).all()):
+            self._refuse(path, "holds a mask with values that are not from 0 to 1")
+        return about, tensors
+
+    def _is_there(self, path: Path) -> bool:
+        if access.is_file(path):
+            return True
+        if access.exists(path):
+            self._refuse(path, "is not a regular file")
+        return False
+
+    def _read_step(self) -> tuple[Position, dict[str, Tensor]]:
+        about, tensors = self._read(self.step_path)
+        position = self._position(self.step_path, about)
+        loop, steps = self._of_request("loop"), self._of_request("steps")
+        if not (position.clip < loop and 0 < position.step < steps):
+            self._refuse(
+                self.step_path,
+                f"says that it stands at clip {position.clip}, step {position.step}, but the "
+                f"request has {loop} clips (from 0) of {steps} steps",
+            )
+        return position, tensors
+
+    def _position(self, path: Path, about: Mapping[str, str]) -> Position:
+        numbers = [about.get("clip", ""), about.get("step", "")]
+        if not all(_NUMBER.fullmatch(number) for number in numbers):
+            self._refuse(
+                path, f"says that it stands at clip {shown(numbers[0])}, step {shown(numbers[1])}"
+            )
+        return Position(*map(int, numbers))
+
+    def _check_tensors(
+        self, path: Path, shapes: Mapping[str, list[int]], dtypes: Mapping[str, str]
+    ) -> None:
+        """What is in the file by its header, before any of it is read."""
+        names = ("num_frames", "height", "width", "micro_frame_size")
+        latent = sizes.latent_shape(*(self._of_request(name) for name in names))
+        expected = {"latents": [4, *latent]}
+        if "mask" in shapes and path == self.step_path:
+            expected["mask"] = [latent[0]]
+        if shapes != expected:
+            self._refuse(path, f"holds {shown(shapes)}, but the request has {shown(expected)}")
+        if set(dtypes.values()) != {"F32"}:
+            self._refuse(path, f"holds {shown(dtypes)}, but states are float32")
+
+    def _of_request(self, name: str) -> int:
+        return int(self.identity["request"][name])
+
+    def _refuse(self, path: Path, problem: str) -> NoReturn:
+        raise UserError(
+            f"{path} {problem}: move it away to go on from what is saved before it, or begin "
+            "again with --overwrite"
+        )
+
+
+def _checksum(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of a state: its names, tensors and all that it says of itself.
+
+    Files of the version before hashed the tensors alone and are still read.
+    """
+    names = sorted(tensors)
+    of_tensors = checksum(tensors[name] for name in names)
+    if about.get("format") == _FORMAT_BEFORE:
+        return of_tensors
+    said = {key: value for key, value in about.items() if key != "checksum"}
+    text = json.dumps([said, names, of_tensors], sort_keys=True)
+    return hashlib.blake2b(text.encode("ascii"), digest_size=8).hexdigest()

@@ -1,0 +1,163 @@
+"""What `generate` saves on its way, and where it goes on from.
+
+Every rank of a video holds one of these; files are touched by the leading one alone. Nothing is
+lost by failing to save: that is said, and the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opensora_sp.base.errors import Stopped, UserError
+from opensora_sp.base.screen import note_once
+from opensora_sp.jobs.saved_latents import Position, SavedStep, StateFiles
+from opensora_sp.parallel.exchange import hand_out
+
+if TYPE_CHECKING:
+    from opensora_sp.engine.pipeline import Pipeline
+
+# gather() → the whole latents [B,4,T,H,W] on the leading rank, None elsewhere.
+Gather = Callable[[], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A clip to go on with: latents z [B,4,T,H,W] and mask [B,T] after `step` steps."""
+
+    step: int
+    z: Tensor
+    mask: Tensor | None
+
+
+class Progress:
+    """The saved state of a batch, one `StateFiles` per request, all at the same position.
+
+    every: steps between two saves; 0 saves finished clips only. stops: save the last step when
+    Ctrl-C or SIGTERM comes. on_latents: called when the latents of the last clip are there.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        files: Sequence[StateFiles],
+        start: Position,
+        *,
+        every: int = 0,
+        stops: bool = False,
+        on_latents: Callable[[], None] | None = None,
+    ) -> None:
+        self._pipeline, self._files, self._start = pipeline, files, start
+        self._every, self._stops, self._on_latents = every, stops, on_latents
+        self._asked: list[int] = []  # the signals that have come while steps are made
+        self._mask: Tensor | None = None
+        self._unsaved: tuple[Position, Gather] | None = None
+
+    def is_finished(self, clip: int) -> bool:
+        """Whether a clip's latents are there, so that it is not denoised again."""
+        return clip < self._start.clip
+
+    def latents(self, clip: int) -> Tensor | None:
+        """A finished clip's latents [B,4,T,H,W] on the leading rank. Collective."""
+        return self._pipeline.session.together(
+            lambda: torch.stack([files.load_clip(clip) for files in self._files]),
+            leading_only=True,
+        )
+
+    def begun(self, clip: int) -> Begun | None:
+        """Where a clip is to be gone on with, on every rank; None at its beginning. Collective."""
+        step = self._start.step
+        if clip != self._start.clip or step == 0:
+            return None
+        session = self._pipeline.session
+        saved = session.together(
+            lambda: [files.load_step() for files in self._files], leading_only=True
+        )
+        mask = session.share(None if saved is None else (_masks(saved),))[0]
+        whole = None if saved is None else torch.stack([one.z for one in saved])
+        shape = session.share(None if whole is None else tuple(whole.shape))
+        z = hand_out(session.world, whole, shape, torch.float32, session.device)
+        return Begun(step, z.cpu(), mask)
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Make steps in this block: when a person stops it, the last one is saved before it ends.
+
+        Gathering takes all ranks of the video. One alone saves at once, in the middle of a step;
+        several first finish the step, after which each learns of the others' signals.
+        """
+        if not self._stops:
+            yield
+        elif self._pipeline.session.world_size == 1:
+            try:
+                yield
+            except (KeyboardInterrupt, Stopped):
+                self.save_now()
+                raise
+        else:
+            with self._pipeline.session.signals_noted(self._asked):
+                yield
+
+    def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
+        """Look at the state after `step` steps of a clip: save it where it is time. Collective."""
+        self._mask, self._unsaved = mask, (Position(clip, step), gather)
+        asked = self._all_asked()
+        if asked or (self._every and step % self._every == 0):
+            self.save_now()
+        self._leave(asked)
+
+    def _all_asked(self) -> list[int]:
+        """The signals that any rank of the video has got, the same answer on all. Collective."""
+        session = self._pipeline.session
+        if not self._stops or session.world_size == 1:
+            return []
+        return [number for each in session.collect(list(self._asked)) for number in each]
+
+    def _leave(self, asked: Sequence[int]) -> None:
+        if asked:
+            self._pipeline.session.wait_for_all()  # the first that leaves ends the one that saves
+            raise Stopped(asked[0])
+
+    def save_now(self) -> None:
+        """Save the last step, unless it is saved. Collective."""
+        if self._unsaved is None:
+            return
+        position, gather = self._unsaved
+        z = gather() if self._files else None
+        if z is not None:
+            rows = [None] * len(z) if self._mask is None else list(self._mask)
+            for files, latents, mask in zip(self._files, z, rows, strict=True):
+                self._try(partial(files.save_step, position, latents, mask))
+        self._unsaved = None  # only now: an interrupt of the lines above saves once more
+
+    def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
+        """Save a clip's final latents [B,4,T,H,W], where they are, before they are decoded."""
+        self._unsaved = None
+        if latents is not None and self._files:
+            for files, own in zip(self._files, latents, strict=True):
+                self._try(partial(files.save_clip, clip, own))
+        if last and self._on_latents is not None:
+            self._on_latents()
+        self._leave(self._all_asked())
+
+    def _try(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except (UserError, OSError) as error:
+            # Hours of work do not end because their insurance could not be paid.
+            note_once("state", f"the state is not saved, so it cannot be gone on from: {error}")
+
+
+def _masks(saved: Sequence[SavedStep]) -> Tensor | None:
+    """The frame masks [B,T] of a batch; None where nothing is kept in any of its videos."""
+    if all(one.mask is None for one in saved):
+        return None
+    return torch.stack(
+        [torch.ones(one.z.shape[1]) if one.mask is None else one.mask for one in saved]
+    )

@@ -1,0 +1,199 @@
+"""Where every task of a run stands before it begins: finished, begun, or not there yet.
+
+Nothing that was made is made again, replaced or thrown away unless a person says so. One rank
+looks, for the others may see another file system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import note, one_line
+from opensora_sp.jobs.identity import Identity, difference, identity_of, latents_identity
+from opensora_sp.jobs.records import FOLDER, Record, read_record, write_record
+from opensora_sp.jobs.saved_latents import Position, StateFiles
+from opensora_sp.request.naming import number_of, numbered
+from opensora_sp.request.request import Job, RunSettings, Task
+
+_OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a task stands: None is finished. refined: the prompt it was begun with, if refined.
+
+    output: the file it is written to, where that is not the one it was planned for.
+    """
+
+    position: Position | None
+    refined: str | None = None
+    output: Path | None = None
+
+
+def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
+    """Where each of the job's tasks stands; says what is skipped and what goes on.
+
+    An output that nobody named, and whose name another request's file has, gets a free name.
+    What is to be made is put down as waiting; with --overwrite its saved state goes. models: as
+    `identity.model_digests`. Raises UserError, before anything is changed, where an output or a
+    saved state is of another request, was changed or is damaged.
+    """
+    settings = job.settings
+    identities = [identity_of(task, settings, models) for task in job.tasks]
+    pairs = [
+        (_named(task, identity, settings), identity)
+        for task, identity in zip(job.tasks, identities, strict=True)
+    ]
+    standings = [
+        replace(_look_at(task, identity, settings), output=task.output) for task, identity in pairs
+    ]
+    for (task, identity), standing in zip(pairs, standings, strict=True):
+        if standing.position is None:
+            continue
+        if settings.overwrite and not settings.decode_only:
+            StateFiles(task.output, {}).remove()
+        if standing.position == Position():
+            write_record(task.output, identity, "waiting")
+    _say_names(job.tasks, standings, settings)
+    if settings.resume and all(standing.position == Position() for standing in standings):
+        note(
+            "--resume: nothing of this run has been begun in its --save-dir, so all of it "
+            "starts from the beginning"
+        )
+    return standings
+
+
+def renamed(job: Job, standings: Sequence[Standing]) -> Job:
+    """The job with the outputs that `look_at_all` found for its tasks."""
+    tasks = tuple(
+        task if standing.output is None else replace(task, output=standing.output)
+        for task, standing in zip(job.tasks, standings, strict=True)
+    )
+    return replace(job, tasks=tasks)
+
+
+def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
+    """The task with the output it had before, or else with the first name that is free."""
+    if not settings.default_names:
+        return task
+    taken = _names_in_use(task.output)
+    for number in sorted(taken):
+        if _is_same(read_record(numbered(task.output, number)), identity, settings):
+            return replace(task, output=numbered(task.output, number))
+    if settings.overwrite:
+        return task
+    free = next(number for number in count(1) if number not in taken)
+    return replace(task, output=numbered(task.output, free))
+
+
+def _names_in_use(output: Path) -> set[int]:
+    """Which of an output's names a file, a record or a saved state has."""
+    found = set()
+    states = re.compile(r"(?P<name>.*)\.(?:json|step\.safetensors|clip\d{4,}\.safetensors)")
+    for folder in (output.parent, output.parent / FOLDER):
+        try:
+            names = [entry.name for entry in os.scandir(folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise UserError(f"{folder} may not be looked into: {error.strerror}") from None
+        for name in names:
+            state = states.fullmatch(name) if folder != output.parent else None
+            number = number_of(state["name"] if state else name, output)
+            if number is not None:
+                found.add(number)
+    return found
+
+
+def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -> bool:
+    """Whether a record is of this request, as far as what is still to be made depends on it."""
+    if record is None:
+        return False
+    if difference(record.identity, identity) is None:
+        return True
+    if record.stage == "done" and not settings.decode_only:
+        return False
+    try:
+        return latents_identity(record.identity) == latents_identity(identity)
+    except (KeyError, TypeError, AttributeError):  # of a version with other fields
+        return False
+
+
+def _say_names(tasks: Sequence[Task], standings: Sequence[Standing], settings: RunSettings) -> None:
+    others = [
+        (task.output, standing.output)
+        for task, standing in zip(tasks, standings, strict=True)
+        if standing.position == Position() and standing.output not in (None, task.output)
+    ]
+    if others and settings.verbose > 0:
+        old, new = others[0]
+        more = f" (and {len(others) - 1} more likewise)" if len(others) > 1 else ""
+        note(
+            f"{old.name} is there already and is another request's, so this one becomes {new}{more}"
+        )
+
+
+def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
+    if not settings.overwrite and _is_finished(task, identity, settings):
+        return Standing(None)
+    files = StateFiles(task.output, latents_identity(identity))
+    if settings.overwrite and not settings.decode_only:
+        return Standing(Position())
+    position = files.position()
+    request = task.request
+    said = f"clip {position.clip + 1} of {request.loop}, step {position.step} of {request.steps}"
+    if settings.decode_only and position.clip < request.loop:
+        raise UserError(
+            f"--decode-only: {task.output} has not been denoised to its end (it stands at {said}): "
+            "leave --decode-only out to finish it"
+        )
+    if position == Position():
+        return Standing(position)
+    if settings.verbose > 0:
+        stands = "is only decoded" if position.clip >= request.loop else f"goes on after {said}"
+        print(one_line(f"{task.output} {stands}"), file=sys.stderr, flush=True)
+    return Standing(position, files.refined_prompt())
+
+
+def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
+    """Whether an output is there that this run would make, or that it has to leave alone.
+
+    A file of which nothing is known is never replaced; with `prompt_as_path` it is skipped, as
+    the reference does then.
+    """
+    output = task.output
+    if not os.path.lexists(output):
+        return False
+    record = read_record(output)
+    found = None
+    if record is None:
+        found = "nothing is known of how it was made"
+    elif record.stage == "done":
+        found = difference(record.identity, identity)
+        if found is None and not record.fits(output):
+            found = "it was changed since it was made"
+    else:  # it is being made anew
+        return False
+    if found is not None and not settings.skip_existing:
+        raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")
+    although = "" if found is None else f", although {found}"
+    print(one_line(f"{output} is there already, skipped{although}"), file=sys.stderr)
+    return True
+
+
+def captions_left(tasks: Sequence[Task], start: Position) -> list[str]:
+    """The captions that tasks still need, from where they stand."""
+    from opensora_sp.engine.generate import caption
+
+    return [
+        caption(task.request, clip)
+        for task in tasks
+        for clip in range(start.clip, task.request.loop)
+    ]

@@ -1,0 +1,1 @@
+"""References in, videos and pictures out."""

@@ -1,0 +1,223 @@
+"""How much a reference may be, judged from its headers before anything is decoded."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import IO
+
+from opensora_sp.base.errors import UserError
+
+# A photograph of 100 megapixels; larger ones would take gigabytes for a clip of one.
+MOST_PICTURE_PIXELS = 2**27
+# Of a frame: a little more than 8192x4320. A decoder holds several frames at once.
+MOST_FRAME_PIXELS = 36_000_000
+# Pixels of all frames: about two hours of 1920x1080.
+MOST_VIDEO_PIXELS = 2**39
+# An animation is decoded from its start, by one thread: about 4000 frames of 1920x1080.
+MOST_ANIMATION_PIXELS = 2**33
+MOST_ANIMATION_FRAMES = 20_000
+# A day. Longer is a damaged table of times.
+MOST_SECONDS = 86_400
+# Frames after resampling: over an hour at 24 frames a second.
+MOST_RESAMPLED = 100_000
+
+
+class CutOffError(ValueError):
+    """A file ends before its own headers say."""
+
+
+def check_picture(name: str | Path, width: int, height: int) -> None:
+    """Raise UserError where a still picture has too many pixels."""
+    _check_pixels(name, width, height, MOST_PICTURE_PIXELS)
+
+
+def check_frame(name: str | Path, width: int, height: int) -> None:
+    """Raise UserError where a frame of a video or an animation has too many pixels."""
+    _check_pixels(name, width, height, MOST_FRAME_PIXELS)
+
+
+def check_animation(name: str | Path, width: int, height: int, frames: int) -> None:
+    """Raise UserError where an animation has too large or too many frames."""
+    check_frame(name, width, height)
+    if frames > MOST_ANIMATION_FRAMES or frames * width * height > MOST_ANIMATION_PIXELS:
+        most = min(MOST_ANIMATION_FRAMES, MOST_ANIMATION_PIXELS // max(1, width * height))
+        raise UserError(
+            f"reference {name} has {frames} frames of {width}x{height}, but at most {most} of "
+            "this size are read from an animation: cut it shorter or save it as mp4"
+        )
+
+
+def check_video(
+    name: str | Path,
+    width: int,
+    height: int,
+    *,
+    frames: int,
+    seconds: Fraction | None,
+    rate: Fraction | None,
+) -> None:
+    """Raise UserError where a video is too large.
+
+    Args:
+        width, height: as shown, in pixels.
+        frames: as its header tells; 0 where it does not.
+        seconds: its length; None where unknown.
+        rate: frames a second; None where unknown.
+    """
+    check_frame(name, width, height)
+    if seconds is not None and seconds > MOST_SECONDS:
+        raise UserError(
+            f"reference {name} says that it lasts {float(seconds):.0f} s, but at most "
+            f"{MOST_SECONDS} s are read: cut it shorter, or write it anew if that is wrong"
+        )
+    if not frames and seconds is not None and rate is not None:
+        frames = int(seconds * rate)
+    if frames * width * height > MOST_VIDEO_PIXELS:
+        raise UserError(
+            f"reference {name} has {frames} frames of {width}x{height}, but at most "
+            f"{MOST_VIDEO_PIXELS // (width * height)} of this size are read: cut it shorter"
+        )
+
+
+def check_resampled(name: str | Path, seconds: Fraction | None, rate: Fraction | None) -> None:
+    """Raise UserError where a length in seconds at a rate gives too many frames."""
+    if seconds is None or rate is None or seconds * rate <= MOST_RESAMPLED:
+        return
+    raise UserError(
+        f"reference {name} lasts {float(seconds):g} s, which is {int(seconds * rate)} frames at "
+        f"--reference-fps {float(rate):g}, but at most {MOST_RESAMPLED} are made: cut it shorter "
+        "or lower --reference-fps"
+    )
+
+
+def _check_pixels(name: str | Path, width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise UserError(
+            f"reference {name} has {width}x{height} pixels, but at most {most // 10**6} million "
+            "are read: make it smaller"
+        )
+
+
+def check_whole(file: IO[bytes], name: str | Path) -> None:
+    """Raise UserError where a container's own sizes say that the file is cut off.
+
+    Knows mp4 and its relatives, and Matroska. Leaves the file at its start.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    needed = _iso_end(file, size) or _matroska_end(file)
+    file.seek(0)
+    if needed is not None and needed > size:
+        raise UserError(
+            f"reference {name} is damaged: the file is cut off, {size} of {needed} bytes are "
+            "there: give a whole file"
+        )
+
+
+_ISO_START = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp")
+
+
+def _iso_end(file: IO[bytes], size: int) -> int | None:
+    """Where the last known top-level box of an mp4 ends; None if it is none."""
+    if file.read(8)[4:] not in _ISO_START:
+        return None
+    start = end = 0
+    for _ in range(100_000):
+        file.seek(start)
+        header = file.read(16)
+        if len(header) < 8:
+            break
+        length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        # 0: up to the end of the file. Less than a header, or another name: rubbish behind.
+        if length < 8 or kind not in (*_ISO_START, b"moof", b"meta", b"mfra", b"uuid", b"sidx"):
+            break
+        start += length
+        if kind not in (b"free", b"skip", b"wide"):
+            end = start
+        if start >= size:
+            break
+    return end or None
+
+
+def _matroska_end(file: IO[bytes]) -> int | None:
+    """Where the first segment of a Matroska file ends; None if it is none or does not say."""
+    file.seek(0)
+    head = file.read(4096)
+    if not head.startswith(b"\x1a\x45\xdf\xa3"):
+        return None
+    length, width = _vint(head, 4)
+    if length is None:
+        return None
+    start = 4 + width + length
+    file.seek(start)
+    head = file.read(16)
+    if not head.startswith(b"\x18\x53\x80\x67"):
+        return None
+    length, width = _vint(head, 4)
+    return None if length is None else start + 4 + width + length
+
+
+def _vint(data: bytes, at: int) -> tuple[int | None, int]:
+    """A variable-length number of EBML and its width in bytes; None is "unknown"."""
+    if at >= len(data) or data[at] == 0:
+        return None, 1
+    width = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + width], "big") & ((1 << (7 * width)) - 1)
+    return (None if value == (1 << (7 * width)) - 1 else value), width
+
+
+def scan_gif(file: IO[bytes]) -> tuple[int, int, int]:
+    """Width, height and frames of a GIF, from its block headers. Leaves the file at its start.
+
+    Raises:
+        CutOffError: the file ends inside a block.
+    """
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _scan_gif(data)
+    except IndexError:
+        raise CutOffError("the file is cut off") from None
+
+
+def _scan_gif(data: mmap.mmap) -> tuple[int, int, int]:
+    """Counts frames no further than one over the limit."""
+    size = len(data)
+    width, height = _two(data, 6), _two(data, 8)
+    at = 13 + _table(data[10])
+    frames = 0
+    while at < size and frames <= MOST_ANIMATION_FRAMES:
+        mark = data[at]
+        if mark == 0x3B:
+            break
+        if mark == 0x21:
+            at = _past_blocks(data, at + 2)
+        elif mark == 0x2C:
+            left, top, across, down = (_two(data, at + 1 + 2 * i) for i in range(4))
+            width, height = max(width, left + across), max(height, top + down)
+            at = _past_blocks(data, at + 10 + _table(data[at + 9]) + 1)
+            frames += 1
+        else:  # rubbish between blocks, which players pass over
+            at = min(
+                (p for p in (data.find(m, at) for m in (b"!", b",", b";")) if p > 0), default=size
+            )
+    return width, height, frames
+
+
+def _two(data: mmap.mmap, at: int) -> int:
+    return data[at] | data[at + 1] << 8
+
+
+def _table(flags: int) -> int:
+    """Bytes of a colour table."""
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _past_blocks(data: mmap.mmap, at: int) -> int:
+    while length := data[at]:
+        at += 1 + length
+    return at + 1

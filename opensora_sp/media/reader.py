@@ -1,0 +1,645 @@
+"""Reference pictures and videos on their way in: read, fitted to a size, scaled to [-1, 1].
+
+Geometry and resampling are those of Open-Sora 1.2. What a file is, is decided by its content:
+Pillow reads images and animations, PyAV everything else. Both, and torch, are imported inside
+the functions that need them, so that `check_reference` is cheap enough for validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.redaction import is_address, without_secrets
+from opensora_sp.media.bounds import (
+    MOST_FRAME_PIXELS,
+    CutOffError,
+    check_animation,
+    check_frame,
+    check_picture,
+    check_resampled,
+    check_video,
+    check_whole,
+    scan_gif,
+)
+from opensora_sp.media.fetch import Remote, check_address, open_file, said
+from opensora_sp.media.file_types import refuse_camera_raw, refuse_unread_kind
+from opensora_sp.media.writer import exact_rate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from torch import Tensor
+
+# More than any clip of the model at any size: reached by a film given as reference by mistake.
+MAX_REFERENCE_BYTES = 16 * 2**30
+# An elongated picture is enlarged until its short side fills the target.
+_MOST_PIXELS = 2**27
+
+# Only formats with a clear signature: Pillow also claims MPEG streams and files that merely look
+# like TGA. What is not in the list goes to PyAV.
+_IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "JPEG2000")
+_ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")
+# FFmpeg would draw a text file as a video of its letters.
+_NOT_PICTURES = ("tty",)
+# Frames a second for which the model's own 24 may stand without a word: 25 and 23.976 do.
+_ABOUT_24 = (Fraction(22), Fraction(26))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference: `video` `[3, F, H, W]` float32 in [-1, 1] on the CPU; F is 1 for an image."""
+
+    video: Tensor
+    is_image: bool
+
+
+class _TimedFrame(NamedTuple):
+    picture: NDArray[np.uint8]  # [H, W, 3]
+    start: Fraction  # seconds
+    length: Fraction  # seconds
+    tick: Fraction  # seconds; how coarsely the file tells time
+
+
+class _Part(NamedTuple):
+    """What of a video is decoded: from the keyframe at `begin` on, in ticks of the stream.
+
+    Only frames whose start `wanted` accepts are converted; the others have empty pictures.
+    """
+
+    begin: int | None = None
+    wanted: Callable[[Fraction], bool] = lambda start: True
+
+
+def fit_image(rgb: NDArray[np.uint8] | Image, height: int, width: int) -> Tensor:
+    """Enlarge or shrink a picture until it fills the target, crop the middle.
+
+    Args:
+        rgb: `[H, W, 3]` uint8, or a Pillow image of mode RGB.
+        height, width: target in pixels.
+
+    Returns:
+        `[3, height, width]` float32 in [-1, 1]; Pillow's bicubic on uint8, as in Open-Sora 1.2.
+
+    Raises:
+        UserError: the picture is too elongated for the target.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    image = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
+    new_height, new_width = _filling_size(image.height, image.width, height, width)
+    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    # round() to even here, but plain halving for videos: the reference differs between the two.
+    top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W, 3]
+    return pixels.permute(2, 0, 1).contiguous().div_(255).mul_(2).sub_(1)
+
+
+def fit_video(frames: NDArray[np.uint8], height: int, width: int) -> Tensor:
+    """Fit every frame as `fit_image` does, but bilinearly in float, as Open-Sora 1.2 does.
+
+    Args:
+        frames: `[F, H, W, 3]` uint8.
+        height, width: target in pixels.
+
+    Returns:
+        `[3, F, height, width]` float32 in [-1, 1]. Works frame by frame: the source is never
+        held in float as a whole.
+
+    Raises:
+        UserError: the frames are too elongated for the target.
+    """
+    import torch
+
+    video = torch.empty(3, len(frames), height, width)
+    for index, frame in enumerate(frames):
+        video[:, index] = _fit_frame(frame, height, width)
+    return video
+
+
+def _fit_frame(frame: NDArray[np.uint8], height: int, width: int) -> Tensor:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    new_height, new_width = _filling_size(frame.shape[0], frame.shape[1], height, width)
+    pixels = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))  # [3, H, W]
+    pixels = pixels[None].float().div_(255)  # [1, 3, H, W]
+    pixels = F.interpolate(
+        pixels, size=(new_height, new_width), mode="bilinear", align_corners=False
+    )
+    top, left = (new_height - height) // 2, (new_width - width) // 2
+    return pixels[0, :, top : top + height, left : left + width].mul(2).sub_(1)
+
+
+def _filling_size(
+    source_height: int, source_width: int, height: int, width: int
+) -> tuple[int, int]:
+    by_height, by_width = height / source_height, width / source_width
+    if by_height > by_width:
+        size = height, round(source_width * by_height)
+    else:
+        size = round(source_height * by_width), width
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise UserError(
+            f"a picture of {source_height}x{source_width} is too elongated to fill "
+            f"{height}x{width}: crop it nearer to that shape first"
+        )
+    return size
+
+
+def read_reference(
+    path: str | Path,
+    height: int,
+    width: int,
+    *,
+    fps: float | None = None,
+    allow_remote: Remote = False,
+) -> Reference:
+    """Read one reference and fit it to a size.
+
+    Images of any mode are turned upright by their EXIF tag and converted to sRGB by their colour
+    profile (an alpha channel is dropped, 16-bit grey keeps its upper eight bits). Animations and
+    videos give their frames as they are, one for one; with `fps`, the frame that is on screen at
+    every multiple of 1/fps seconds. A video's rotation and the shape of its pixels are honoured,
+    its cover art is passed over, and high dynamic range is brought to standard range.
+
+    Args:
+        path: a file, or with `allow_remote` an http(s) address, fetched within the bounds
+            of `fetch`.
+        height, width: target in pixels.
+
+    Raises:
+        UserError: one line that says why this file or address cannot be used.
+    """
+    rate = None if fps is None else exact_rate(fps)
+    name = without_secrets(path)
+    with open_file(path, allow_remote) as file, _opened(file, name) as source:
+        if not isinstance(source, _Frames):
+            return Reference(fit_image(source, height, width)[:, None], is_image=True)
+        check_resampled(name, source.seconds, rate)
+        pictures = source.frames() if rate is None else _resampled(source.frames(), rate)
+        return Reference(_fitted(pictures, height, width, name), is_image=False)
+
+
+def check_reference(
+    path: str | Path, *, allow_remote: Remote = False, fps: float | None = None
+) -> list[str]:
+    """Prove cheaply that a reference can be read: an image is decoded, of a video its first frame.
+
+    Of an address only what it says is judged; nothing is fetched. Does not import torch. Returns
+    what is worth telling a person.
+
+    Args:
+        fps: as for `read_reference`; without it, a video's own rate may be worth a word.
+
+    Returns:
+        What is worth telling a person of this reference: a sentence each, with its name.
+
+    Raises:
+        UserError: one line that says why this file or address cannot be used.
+    """
+    if is_address(path):
+        check_address(path, allow_remote)
+        return []
+    notes: list[str] = []
+    with open_file(path, allow_remote) as file, _opened(file, path, notes) as source:
+        if isinstance(source, _Frames):
+            rate = None if fps is None else exact_rate(fps)
+            check_resampled(path, source.seconds, rate)
+            first = next(source.frames())
+            if rate is None:
+                own = source.rate or (1 / first.length if first.length else None)
+                notes += _rate_notes(own)
+    return [f"reference {path} {note}" for note in dict.fromkeys(notes)]
+
+
+def _rate_notes(rate: Fraction | None) -> list[str]:
+    if rate is None or _ABOUT_24[0] <= rate <= _ABOUT_24[1]:
+        return []
+    way = "slower" if rate > 24 else "faster"
+    times = max(rate / 24, 24 / rate)
+    return [
+        f"has {float(rate):.4g} frames a second, which are taken one for one as 24: what moves is "
+        f"{float(times):.2g} times {way}; --reference-fps 24 keeps its speed"
+    ]
+
+
+def _fitted(pictures: Iterable[_TimedFrame], height: int, width: int, path: str | Path) -> Tensor:
+    import torch
+
+    most = MAX_REFERENCE_BYTES // (3 * height * width * 4)
+    fitted: list[Tensor] = []  # of [3, H, W]
+    for frame in pictures:
+        if len(fitted) == most:
+            raise UserError(
+                f"reference {path} has more than {most} frames, too many at {height}x{width}: "
+                "cut it shorter"
+            )
+        fitted.append(_fit_frame(frame.picture, height, width))
+    return torch.stack(fitted, dim=1)
+
+
+def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_TimedFrame]:
+    """The frame on screen at 0, 1/rate, 2/rate ... seconds after the first one appears.
+
+    A frame counts as on screen one tick early: containers that round times to milliseconds would
+    otherwise double and drop frames at an unchanged rate.
+    """
+    slot = 0
+    shown: _TimedFrame | None = None
+    origin = Fraction(0)
+    for frame in frames:
+        if shown is None:
+            origin = frame.start
+        else:
+            while slot / rate + frame.tick < frame.start - origin:
+                yield shown
+                slot += 1
+        shown = frame
+    if shown is not None:
+        end = shown.start - origin + shown.length
+        while slot == 0 or slot / rate + shown.tick < end:
+            yield shown
+            slot += 1
+
+
+class _Frames:
+    """A video or an animation that is open: `frames()` decodes it, at least one frame.
+
+    film: of a video, the container and the stream that is decoded. seconds: its length as its
+    header tells; rate: its frames a second. None where unknown.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        decode: Callable[[_Part], Iterator[_TimedFrame]],
+        *,
+        film: tuple[Any, Any] | None = None,
+        seconds: Fraction | None = None,
+        rate: Fraction | None = None,
+    ) -> None:
+        self._name = name
+        self._decode = decode
+        self.film = film
+        self.seconds, self.rate = seconds, rate
+
+    def frames(self, part: _Part | None = None) -> Iterator[_TimedFrame]:
+        count = 0
+        try:
+            for frame in self._decode(part or _Part()):
+                count += 1
+                yield frame
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"reference {self._name} is damaged after {count} frames ({said(error)}): "
+                "give a whole file"
+            ) from error
+        if not count:
+            raise UserError(f"reference {self._name} has no frame: give an image or a video")
+
+
+@contextmanager
+def _opened(
+    file: IO[bytes], name: str | Path, notes: list[str] | None = None
+) -> Iterator[Image | _Frames]:
+    """An upright sRGB image, or frames to come.
+
+    Args:
+        notes: what is worth telling is added here, without the reference's name.
+    """
+    notes = [] if notes is None else notes
+    refuse_unread_kind(file, name)
+    image = _identified(file, name)
+    if image is None:
+        if _is_heif_still(file):
+            yield _heif(file, name, notes)
+            return
+        check_whole(file, name)
+        with _opened_video(file, name, notes) as source:
+            yield source
+        return
+    with image:
+        frames = _frame_count(image, file, name)
+        if frames > 1:
+            check_animation(name, image.width, image.height, frames)
+            yield _Frames(name, lambda part: _animation_frames(image, name, part))
+        else:
+            check_picture(name, image.width, image.height)
+            yield _loaded(image, name, _cicp(image, file), notes)
+
+
+def _identified(file: IO[bytes], name: str | Path) -> Image | None:
+    import warnings
+
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    known = [each for each in _IMAGE_FORMATS if each in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            # Of large and of odd pictures: the size is judged here, the rest is refused or read.
+            warnings.simplefilter("ignore")
+            return Image.open(file, formats=known)
+    except UnidentifiedImageError:
+        file.seek(0)
+        return None
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"reference {name} has too many pixels ({said(error)}): make it smaller"
+        ) from error
+    except Exception as error:  # a plugin may raise anything on a damaged header
+        raise UserError(f"cannot read reference {name}: {said(error)}") from error
+
+
+def _frame_count(image: Image, file: IO[bytes], name: str | Path) -> int:
+    """Frames of an animation; 1 for a picture. Decodes nothing."""
+    if image.format not in _ANIMATED_FORMATS:
+        return 1
+    try:
+        if image.format != "GIF":
+            return int(getattr(image, "n_frames", 1))
+        at = file.tell()
+        width, height, frames = scan_gif(file)
+        file.seek(at)
+    except CutOffError as error:
+        raise UserError(f"reference {name} is damaged ({error}): give a whole file") from error
+    except Exception as error:  # as in _identified
+        raise UserError(
+            f"reference {name} is damaged ({said(error)}): give a whole file"
+        ) from error
+    # A frame may be larger than the screen that the header tells. One frame costs as many do.
+    check_animation(name, width, height, frames)
+    return frames
+
+
+def _cicp(image: Image, file: IO[bytes]) -> tuple[int, int] | None:
+    """Primaries and transfer that a PNG or an AVIF tells beside its profile."""
+    from opensora_sp.media.colour import png_cicp
+    from opensora_sp.media.heif import heif_cicp
+
+    if image.format == "PNG":
+        return png_cicp(file)
+    if image.format == "AVIF" and not image.info.get("icc_profile"):
+        return heif_cicp(file)
+    return None
+
+
+def _is_heif_still(file: IO[bytes]) -> bool:
+    from opensora_sp.media.heif import is_heif_still
+
+    return is_heif_still(file)
+
+
+def _heif(file: IO[bytes], name: str | Path, notes: list[str]) -> Image:
+    from PIL import Image
+
+    from opensora_sp.media.colour import picture_to_srgb
+    from opensora_sp.media.heif import read_heif
+
+    found = read_heif(file, name)
+    image = Image.fromarray(found.rgb)
+    notes += found.notes
+    if found.profile:
+        image.info["icc_profile"] = found.profile
+        image, told = picture_to_srgb(image, image, None)
+        notes += told
+    return image
+
+
+def _loaded(
+    image: Image, name: str | Path, cicp: tuple[int, int] | None, notes: list[str]
+) -> Image:
+    from PIL import ImageOps
+
+    from opensora_sp.media.colour import picture_to_srgb
+
+    if image.format == "TIFF":
+        refuse_camera_raw(getattr(image, "tag_v2", None), name)
+    try:
+        file_format = image.format
+        # Some profiles are known only once the picture is decoded.
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        image, told = picture_to_srgb(image, _to_rgb(image, file_format), cicp)
+        notes += told
+        return image
+    except UserError:
+        raise
+    except Exception as error:  # a plugin may raise anything on damaged data
+        raise UserError(
+            f"reference {name} is damaged ({said(error)}): give a whole file"
+        ) from error
+
+
+def _to_rgb(image: Image, file_format: str | None) -> Image:
+    import numpy as np
+    from PIL import Image
+
+    # convert() would clip 16-bit grey at 255 and give white.
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels of unknown range; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _animation_frames(image: Image, name: str | Path, part: _Part) -> Iterator[_TimedFrame]:
+    import numpy as np
+    from PIL import ImageSequence
+
+    start = Fraction(0)
+    for frame in ImageSequence.Iterator(image):
+        check_frame(name, frame.width, frame.height)
+        frame.load()  # only then is a WebP's duration known
+        picture = np.asarray(frame.convert("RGB")) if part.wanted(start) else _no_picture()
+        milliseconds = Fraction(frame.info.get("duration") or 100)  # 0: what players show
+        yield _TimedFrame(picture, start, milliseconds / 1000, Fraction(1, 1000))
+        start += milliseconds / 1000
+
+
+@contextmanager
+def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterator[Image | _Frames]:
+    import av
+
+    try:
+        # No protocol at all: a playlist must not make FFmpeg open further files or addresses.
+        # Of a frame larger than is read nothing may be decoded, not even to find its format.
+        options = {"protocol_whitelist": "none", "max_pixels": str(MOST_FRAME_PIXELS)}
+        container = av.open(file, options=options)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(
+            f"reference {name} is neither an image nor a video that can be read: {said(error)}"
+        ) from error
+    with container:
+        if container.format.name in _NOT_PICTURES:
+            raise UserError(f"reference {name} has no picture in it: give an image or a video")
+        stream = _film(container, name, notes)
+        # The same for the decoder, whose stream may say another size than the container.
+        stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}
+        seconds, rate = _judged(container, stream, name, notes)
+        source = _Frames(
+            name,
+            lambda part: _video_frames(container, stream, part),
+            film=(container, stream),
+            seconds=seconds,
+            rate=rate,
+        )
+        if "image2" in container.format.name or container.format.name.endswith("_pipe"):
+            from PIL import Image
+
+            yield Image.fromarray(next(source.frames()).picture)
+        else:
+            yield source
+
+
+def _no_picture() -> NDArray[np.uint8]:
+    import numpy as np
+
+    return np.empty((0, 0, 3), np.uint8)
+
+
+def _film(container: Any, name: str | Path, notes: list[str]) -> Any:
+    """The video stream that is meant: no cover art, then the default one, then the largest."""
+    from av.stream import Disposition
+
+    beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    streams = [each for each in container.streams.video if each.codec_context is not None]
+    films = [each for each in streams if not each.disposition & beside]
+    if not films:
+        if streams:
+            raise UserError(
+                f"reference {name} has no video, only cover art: give an image or a video"
+            )
+        raise UserError(f"reference {name} has no picture in it: give an image or a video")
+
+    def rank(stream: Any) -> tuple[bool, bool, int]:
+        # A stream of one frame beside a film is a cover that is not marked as one.
+        lasting = stream.frames != 1
+        return lasting, bool(stream.disposition & Disposition.default), _area(stream)
+
+    chosen = max(films, key=rank)
+    if len(films) > 1:
+        notes.append(
+            f"has {len(films)} videos in it; stream {chosen.index} "
+            f"({chosen.codec_context.width}x{chosen.codec_context.height}) is used"
+        )
+    return chosen
+
+
+def _area(stream: Any) -> int:
+    return int(stream.codec_context.width * stream.codec_context.height)
+
+
+def _judged(
+    container: Any, stream: Any, name: str | Path, notes: list[str]
+) -> tuple[Fraction | None, Fraction | None]:
+    """A stream's length in seconds and frames a second, within bounds; None where unknown."""
+    from opensora_sp.media.colour import UNKNOWN_MATRICES, hdr_notes
+
+    codec = stream.codec_context
+    rate = Fraction(stream.average_rate) if stream.average_rate else None
+    lengths = []  # headers may contradict each other
+    if stream.duration and stream.time_base:
+        lengths.append(stream.duration * Fraction(stream.time_base))
+    elif container.duration:
+        lengths.append(Fraction(container.duration, 1_000_000))
+    if stream.frames and rate:
+        lengths.append(stream.frames / rate)
+    seconds = max(lengths, default=None)
+    width, height = _shown_size(codec.width, codec.height, stream.sample_aspect_ratio)
+    check_video(name, width, height, frames=stream.frames, seconds=seconds, rate=rate)
+    notes += hdr_notes(int(codec.color_trc))
+    if unknown := UNKNOWN_MATRICES.get(int(codec.colorspace)):
+        raise UserError(
+            f"reference {name} has colours as {unknown}, which cannot be converted: save it as "
+            "BT.709 first"
+        )
+    return seconds, rate
+
+
+def _shown_size(width: int, height: int, pixel_shape: Fraction | None) -> tuple[int, int]:
+    """Width and height with square pixels: the shorter side is enlarged."""
+    if not pixel_shape or pixel_shape <= 0:
+        return width, height
+    if pixel_shape > 1:
+        return round(width * pixel_shape), height
+    return width, round(height / pixel_shape)
+
+
+def _video_frames(container: Any, stream: Any, part: _Part) -> Iterator[_TimedFrame]:
+    usual = usual_length(stream)
+    if part.begin is not None:
+        container.seek(part.begin, stream=stream)
+    for index, frame in enumerate(_decoded(container, stream)):
+        tick = Fraction(frame.time_base or stream.time_base)
+        start = index * usual if frame.pts is None else frame.pts * tick
+        length = (getattr(frame, "duration", 0) or 0) * tick or usual
+        picture = _picture(frame, stream) if part.wanted(start) else _no_picture()
+        yield _TimedFrame(picture, start, length, tick)
+
+
+def usual_length(stream: Any) -> Fraction:
+    """Seconds that a frame of a video stream is shown where its own length is not known."""
+    return 1 / Fraction(stream.average_rate or 24)
+
+
+def _picture(frame: Any, stream: Any) -> NDArray[np.uint8]:
+    """A decoded frame as it is to be seen: sRGB, square pixels, upright."""
+    from opensora_sp.media.colour import frame_to_rgb
+
+    width, height = _shown_size(frame.width, frame.height, stream.sample_aspect_ratio)
+    if width * height > MOST_FRAME_PIXELS:  # a size that changes on the way
+        raise ValueError(f"a frame of {width}x{height}")
+    return _upright(frame_to_rgb(frame, width, height), frame)
+
+
+def _upright(picture: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
+    """Turned and mirrored by the frame's display matrix, to the nearest right angle."""
+    import numpy as np
+    from av.sidedata.sidedata import Type
+
+    tag = frame.side_data.get(Type.DISPLAYMATRIX)
+    if tag is None:
+        return picture
+    # (x, y) goes to (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(tag), np.int32)[:5].astype(float)
+    if max(abs(a), abs(d)) < max(abs(b), abs(c)):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    if a < 0:
+        picture = picture[:, ::-1]
+    if d < 0:
+        picture = picture[::-1]
+    return picture
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    sized = stream.codec_context.width > 0
+    # Decoding with frame threads would swallow the error at a cut, but only sometimes.
+    for packet in container.demux(stream):
+        # Broadcast streams, which declare no frame count, may rightly begin in mid-picture.
+        if packet.is_corrupt and stream.frames:
+            raise ValueError("the file is cut off")
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if sized:
+                raise
+            # FFmpeg forgets a size that is over the limit.
+            most = MOST_FRAME_PIXELS // 10**6
+            raise ValueError(f"{said(error)}, or frames of over {most} million pixels") from error
+        yield from frames

@@ -1,0 +1,361 @@
+"""Finished pictures on their way out: H.264 mp4 and PNG, streamed, whole or not at all.
+
+PyAV and Pillow are imported inside the functions that need them, and torch only by `to_uint8`,
+so that validating a request costs nothing of it. Reading lives in `references`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from opensora_sp.base.atomic import atomic_output, is_ffmpeg_error, reported
+from opensora_sp.base.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+# ITU-T H.273: BT.709's number as matrix, primaries and transfer; FFmpeg's numbers of the ranges.
+BT709 = 1
+TV_RANGE = 1
+FULL_RANGE = 2
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_COMMENT = "comment"
+_FRAMES_AT_ONCE = 8
+MAX_FPS = 1000
+# The same frames are the same bytes. x264's macroblock tree gives other sums with other vector
+# instructions and may read what lay in memory before: cpu-independent takes its plain form. With
+# several threads the tree depends on which is first, and the bytes on the number of cores.
+_REPEATABLE = {"threads": "1", "x264-params": "cpu-independent=1"}
+
+
+def to_uint8(video: Tensor) -> NDArray[np.uint8]:
+    """Decoded video as displayable frames.
+
+    Args:
+        video: `[3, F, H, W]`, or the same with leading axes of size one, any float dtype, any
+            device, nominally in [-1, 1].
+
+    Returns:
+        `[F, H, W, 3]` uint8 on the CPU: floor(255 (x + 1) / 2 + 0.5) of x clamped to [-1, 1],
+        in float32, which is the rounding of Open-Sora 1.2's writer.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+        ValueError: the shape is not a video's.
+    """
+    import torch
+
+    from opensora_sp.media.pixels import to_bytes
+
+    if video.ndim < 4 or video.shape[-4] != 3 or any(n != 1 for n in video.shape[:-4]):
+        raise ValueError(f"a video is [3, F, H, W], not {list(video.shape)}")
+    video = video.detach().reshape(video.shape[-4:])  # [3, F, H, W]
+    _, count, height, width = video.shape
+    frames = torch.empty(count, height, width, 3, dtype=torch.uint8)
+    # A few frames at a time: a float32 copy of a long 720p video would be gigabytes.
+    for start in range(0, count, _FRAMES_AT_ONCE):
+        stop = start + _FRAMES_AT_ONCE
+        frames[start:stop] = to_bytes(video[:, start:stop], start)
+    return frames.numpy()
+
+
+def exact_rate(fps: int | float | Fraction) -> Fraction:
+    """Frames per second as an exact fraction; 23.976, 29.97 and their like become n·1000/1001.
+
+    Raises:
+        UserError: `fps` is not a finite number above 0 and at most 1000.
+    """
+    if not math.isfinite(fps) or not 0 < fps <= MAX_FPS:
+        raise UserError(
+            f"frame rate {fps} is not possible: give a number above 0, at most {MAX_FPS}"
+        )
+    if isinstance(fps, float):
+        nominal = round(fps * 1.001)
+        if nominal and not fps.is_integer() and abs(fps * 1.001 - nominal) < 1e-3:
+            return Fraction(nominal * 1000, 1001)
+        # At least 1/1001, so that a tiny rate does not become none.
+        return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
+    return Fraction(fps)
+
+
+class VideoWriter:
+    """Context manager that encodes frames as they come and shows the file only when it is whole.
+
+    H.264 in mp4 with the index in front, yuv420p, tagged and converted as BT.709; an odd side is
+    made even by repeating the last row or column. `lossless` writes RGB H.264 instead: every
+    frame reads back bit for bit and no side is padded, but few players show it. The same frames
+    and settings give the same bytes, whatever else the process or its machine does.
+
+    Args:
+        path: the file to appear; its directory is made.
+        fps: frames per second.
+        height, width: of every frame, in pixels.
+        metadata: written as JSON into the container's comment tag; see `read_metadata`.
+        codec: an FFmpeg encoder that takes yuv420p and crf.
+        crf: constant rate factor, 0 best to 51; 17 is near what the eye can tell.
+        lossless: see above; `codec` and `crf` are then not used.
+
+    Raises:
+        UserError: the frame rate, the directory, the encoder or the disk does not allow it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fps: int | float | Fraction,
+        height: int,
+        width: int,
+        metadata: Mapping[str, Any],
+        codec: str = "libx264",
+        crf: int = 17,
+        lossless: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.frames_written = 0
+        self._rate = exact_rate(fps)
+        self._shape = (height, width, 3)
+        self._codec = "libx264rgb" if lossless else codec
+        self._crf = 0 if lossless else crf
+        self._lossless = lossless
+        self._comment = _to_json(metadata)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> VideoWriter:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_output(self.path))
+            with reported(self.path):
+                self._open(temporary)
+                stack.push(self._close)
+                self._add_stream()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, frames: Tensor | NDArray[np.uint8]) -> None:
+        """Encode `[F, H, W, 3]` uint8 frames, a CPU tensor or an array; F may be 0.
+
+        Raises:
+            UserError: the disk is full or the encoder fails.
+            ValueError: shape or dtype is not the video's.
+        """
+        array = _as_array(frames)
+        if array.ndim != 4 or array.shape[1:] != self._shape or array.dtype.name != "uint8":
+            raise ValueError(
+                f"frames are uint8 [F, {', '.join(map(str, self._shape))}], "
+                f"not {array.dtype.name} {list(array.shape)}"
+            )
+        with reported(self.path):
+            for frame in array:
+                self._encode(frame)
+
+    def _open(self, temporary: Path) -> None:
+        import av
+
+        self._container = av.open(
+            str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
+        )
+        self._container.metadata[_COMMENT] = self._comment
+
+    def _add_stream(self) -> None:
+        height, width, _ = self._shape
+        try:
+            stream: Any = self._container.add_stream(
+                self._codec, rate=self._rate, options={"crf": str(self._crf), **_REPEATABLE}
+            )
+        except ValueError as error:  # what PyAV raises for an encoder it lacks
+            raise UserError(
+                f"PyAV has no encoder {self._codec!r} for mp4: pip install av>=14 brings libx264"
+            ) from error
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "rgb24"
+        if not self._lossless:
+            stream.height, stream.width = height + height % 2, width + width % 2
+            stream.pix_fmt = "yuv420p"
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = TV_RANGE
+        self._stream = stream
+
+    def _encode(self, frame: NDArray[np.uint8]) -> None:
+        import av
+        import numpy as np
+
+        if not self._lossless:
+            height, width, _ = frame.shape
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        if not self._lossless:
+            # The tags alone convert nothing: without these two the matrix would be BT.601's.
+            picture = picture.reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            )
+        picture.pts = self.frames_written
+        picture.time_base = 1 / self._rate
+        for packet in self._stream.encode(picture):
+            self._container.mux(packet)
+        self.frames_written += 1
+
+    def _close(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._abandon()
+            return
+        try:
+            if not self.frames_written:
+                raise ValueError(f"no frame was written to {self.path}")
+            with reported(self.path):
+                for packet in self._stream.encode(None):
+                    self._container.mux(packet)
+                self._container.close()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        # The file is about to be removed: what closing it may still complain about is no news.
+        with suppress(Exception):
+            self._container.close()
+
+
+def write_image(path: Path, frame: Tensor | NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+    """Write one `[H, W, 3]` uint8 frame as PNG with `metadata` as JSON in a "comment" text chunk.
+
+    The file appears whole or not at all.
+
+    Raises:
+        UserError: the directory or the disk does not allow it.
+        ValueError: shape or dtype is not a frame's.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    array = _as_array(frame)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype.name != "uint8":
+        raise ValueError(f"a frame is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
+    info = PngInfo()
+    info.add_text(_COMMENT, _to_json(metadata))
+    with atomic_output(path) as temporary, reported(path):
+        Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The settings that `VideoWriter` or `write_image` stored in a file.
+
+    Raises:
+        UserError: the file cannot be read or holds no such settings.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            is_png = file.read(len(_PNG_MAGIC)) == _PNG_MAGIC
+        comment = (_png_comment if is_png else _container_comment)(path)
+        settings = json.loads(comment)
+    except ValueError as error:  # not JSON
+        raise UserError(_no_settings(path)) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_ffmpeg_error(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read settings from {path}: {reason}") from error
+    if not isinstance(settings, dict):
+        raise UserError(_no_settings(path))
+    return settings
+
+
+def _no_settings(path: Path) -> str:
+    return f"{path} holds no settings: give an mp4 or png that this program wrote"
+
+
+def _png_comment(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()  # text after the pixels is read too
+        return str(image.info.get(_COMMENT, ""))
+
+
+def _container_comment(path: Path) -> str:
+    import av
+
+    with av.open(os.path.abspath(path)) as container:
+        return container.metadata.get(_COMMENT, "")
+
+
+def probe_encoder(
+    fps: int | float | Fraction, height: int, width: int, directory: Path | None = None
+) -> None:
+    """Prove with three frames of the real size that a video can be encoded and read back.
+
+    Args:
+        fps, height, width: of the video to come.
+        directory: where to try, by default the system's temporary one; nothing stays there.
+
+    Raises:
+        UserError: it cannot; the line says what failed.
+    """
+    import numpy as np
+
+    ramp = np.linspace(0, 255, 3 * height * width).reshape(3, height, width)
+    frames = np.repeat(ramp[..., None].astype(np.uint8), 3, axis=-1)  # [3, H, W, 3]
+    if directory is not None:
+        with reported(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+    with (
+        reported(directory or Path(tempfile.gettempdir())),
+        tempfile.TemporaryDirectory(prefix=".opensora-sp-probe-", dir=directory) as folder,
+    ):
+        path = Path(folder) / "probe.mp4"
+        with VideoWriter(path, fps=fps, height=height, width=width, metadata={}) as writer:
+            writer.write(frames)
+        found = _count_frames(path)
+    if found != len(frames):
+        raise UserError(
+            f"the H.264 encoder does not work at {height}x{width}: {found} of {len(frames)} "
+            "frames read back; install another build of PyAV (pip install av)"
+        )
+
+
+def _count_frames(path: Path) -> int:
+    import av
+
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def _as_array(frames: Tensor | NDArray[np.uint8]) -> NDArray[Any]:
+    # Duck-typed so that writing an array does not import torch.
+    detach: Callable[[], Tensor] | None = getattr(frames, "detach", None)
+    if detach is not None:
+        return detach().cpu().numpy()
+    import numpy as np
+
+    return np.asarray(frames)
+
+
+def _to_json(metadata: Mapping[str, Any]) -> str:
+    # ASCII survives every tag format, lone surrogates from a command line included; str() for
+    # the rest, because no odd value may cost a finished video.
+    return json.dumps(dict(metadata), ensure_ascii=True, default=str)

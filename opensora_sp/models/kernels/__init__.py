@@ -1,0 +1,1 @@
+"""Arithmetic of the models that has more than one implementation."""

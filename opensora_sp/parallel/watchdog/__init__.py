@@ -1,0 +1,1 @@
+"""If any rank dies, hangs or fails, all ranks exit within seconds."""

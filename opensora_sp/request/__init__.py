@@ -1,0 +1,1 @@
+"""What is asked for: request, settings, flags, checks. Imports no torch."""

@@ -1,0 +1,264 @@
+"""What a request's references and strategy will do, told before torch or a model is loaded.
+
+Frames are counted from the files' headers and packets. Of an address nothing is known yet: what
+depends on its length is judged when it has been fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.redaction import is_address, without_secrets
+from opensora_sp.base.value_types import shown
+from opensora_sp.media.fetch import Remote
+from opensora_sp.request import sizes
+from opensora_sp.request.mask_strategy import (
+    END,
+    FrameLayout,
+    Group,
+    Placement,
+    parse_mask_strategy,
+    plan_clip,
+)
+from opensora_sp.request.request import Request, reference_paths
+
+# Stands for the length of a reference that is not known: longer than anything is placed from.
+_UNKNOWN = 10 * sizes.MOST_FRAMES
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A reference that was looked at. frames: at the rate asked for; None of an address."""
+
+    frames: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def layout_of(request: Request) -> FrameLayout:
+    """How a clip's frames lie in its latent frames."""
+    return FrameLayout(request.num_frames, request.micro_frame_size)
+
+
+def all_groups(request: Request) -> list[Group]:
+    """A request's groups, and behind them those with which each clip continues the one before.
+
+    Where latents are carried, nothing is encoded anew from the end of a clip: its last latent
+    frames are taken in whole chunks, as the reference's own syntax does.
+    """
+    length, files = request.condition_frame_length, len(reference_paths(request))
+    groups = parse_mask_strategy(request.mask_strategy) + [
+        Group(clip, files + clip - 1, END, 0, length, 0.0) for clip in range(1, request.loop)
+    ]
+    if request.loop_carry == "frames":
+        return groups
+    return [
+        replace(g, ref_start=-g.length) if g.ref_start == END and g.ref >= files else g
+        for g in groups
+    ]
+
+
+def look_at(path: str, request: Request, *, allow_remote: Remote) -> Facts:
+    """Read a reference as far as its frames can be counted; of an address only the scheme.
+
+    Raises:
+        UserError: it cannot be used, or is cut off.
+    """
+    from opensora_sp.media.frames import open_reference
+    from opensora_sp.media.reader import check_reference
+
+    notes = check_reference(path, allow_remote=allow_remote, fps=request.reference_fps)
+    if is_address(path):
+        return Facts(notes=tuple(notes))
+    with open_reference(path, fps=request.reference_fps) as reference:
+        return Facts(reference.count, tuple(notes))
+
+
+def judge(request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = ()) -> list[str]:
+    """What is worth telling of what the strategy places; see `look_at` for the facts.
+
+    flags: the typed flag that each reference came from, such as --extend; empty for the
+    reference's own syntax.
+
+    Raises:
+        UserError: the strategy cannot be followed; in the words of the flag where there is one.
+    """
+    paths = reference_paths(request)
+    _require_named(request, paths)
+    notes: list[str] = []
+    for path in paths:
+        notes += facts[path].notes
+    own = parse_mask_strategy(request.mask_strategy)
+    if paths and not own:
+        return [
+            *notes,
+            f"{_names(paths)} not used, because no --mask-strategy says how: 0 begins the video "
+            "with it (as --image does); --extend and --edit are the other short ways",
+        ]
+    for group in own:
+        flag = flags[group.ref] if group.ref < len(flags) else None
+        notes += _Judged(request, paths, facts, group, flag).notes()
+    named = {group.ref for group in own}
+    unused = [path for number, path in enumerate(paths) if number not in named]
+    if unused:
+        notes.append(
+            f"{_names(unused)} not used, because no group of the mask strategy "
+            f"{shown(request.mask_strategy)} names it (the second value of a group, counted from 0)"
+        )
+    return notes
+
+
+def _names(paths: Sequence[str]) -> str:
+    names = ", ".join(without_secrets(path) for path in paths)
+    return f"reference {names} is" if len(paths) == 1 else f"references {names} are"
+
+
+def _require_named(request: Request, paths: Sequence[str]) -> None:
+    for group in parse_mask_strategy(request.mask_strategy):
+        # A later clip also has every clip before it as a reference.
+        known = len(paths) + (group.loop if group.loop < request.loop else 0)
+        if group.ref >= known:
+            raise UserError(
+                f"mask strategy {shown(request.mask_strategy)} asks for reference {group.ref}, but "
+                f"the prompt has {len(paths)} (counted from 0): add it to --reference-path"
+            )
+
+
+class _Judged:
+    """One group of a request, what it places, and what a person should know of that."""
+
+    def __init__(
+        self,
+        request: Request,
+        paths: Sequence[str],
+        facts: Mapping[str, Facts],
+        group: Group,
+        flag: str | None,
+    ) -> None:
+        self._request, self._group, self._flag = request, group, flag
+        self._layout = layout_of(request)
+        files = [facts[path].frames for path in paths]
+        known = files + [request.num_frames] * max(1, group.loop)
+        self._known = known[group.ref]
+        self._frames = [_UNKNOWN if frames is None else frames for frames in known]
+        self._path = without_secrets(paths[group.ref]) if group.ref < len(paths) else None
+
+    def notes(self) -> Iterator[str]:
+        group, request = self._group, self._request
+        if group.loop >= request.loop:
+            yield self._said(
+                f"is for clip {group.loop}, but --loop {request.loop} makes none of that number "
+                "(they are counted from 0)"
+            )
+            return
+        if group.length == 0:
+            yield self._said("has a length of 0 and keeps nothing")
+            return
+        placement = self._placed()
+        if placement.length == 0:
+            yield self._said(self._why_nothing(placement))
+        elif self._flag is None:
+            yield from self._of_syntax(placement)
+        else:
+            yield from self._of_flag(placement)
+
+    def _said(self, what: str) -> str:
+        g = self._group
+        text = ",".join(str(v) for v in (g.loop, g.ref, g.ref_start, g.target_start, g.length))
+        return f"mask strategy group {text},{g.edit_ratio:g} {what}: it has no effect"
+
+    def _placed(self) -> Placement:
+        """What the group places; raises UserError in the flag's words."""
+        group, request = self._group, self._request
+        if self._flag == "--extend" and self._known is not None:
+            self._require_end(self._flag, self._known)
+        return plan_clip([group], group.loop, self._frames, self._layout, request.align)[0]
+
+    def _require_end(self, flag: str, frames: int) -> None:
+        length = min(self._group.length, self._layout.latents)
+        needed = self._layout.frames_shown(0, length)
+        if frames >= needed:
+            return
+        rate = self._request.reference_fps
+        if frames == 1:
+            raise UserError(
+                f"{flag} {shown(self._path)} has one frame, but the last {needed} are continued: "
+                "give a video, or start from a picture with --image"
+            )
+        fits = max(n for n in range(length) if self._layout.frames_shown(0, n) <= frames)
+        raise UserError(
+            f"{flag} {shown(self._path)} has {frames} frames"
+            f"{'' if rate is None else f' at --reference-fps {rate:g}'}, but the last {needed} are "
+            f"continued (--condition-frame-length {self._group.length}): give a longer video, or "
+            f"--condition-frame-length {fits}, which needs {self._layout.frames_shown(0, fits)}"
+        )
+
+    def _why_nothing(self, placement: Placement) -> str:
+        if placement.target_start >= self._layout.latents:
+            return (
+                f"begins at latent frame {placement.target_start} of the clip, which has "
+                f"{self._layout.latents} (counted from 0)"
+            )
+        return (
+            f"begins at latent frame {placement.ref_start} of "
+            f"{self._path or 'the clip before'}, which has {self._latents_of_reference()} "
+            "(counted from 0)"
+        )
+
+    def _latents_of_reference(self) -> int:
+        return FrameLayout(self._frames[self._group.ref], self._layout.micro).latents
+
+    def _of_syntax(self, placement: Placement) -> Iterator[str]:
+        """Notes in the words of the reference's own syntax."""
+        group, layout = self._group, self._layout
+        if group.ref_start != END and group.ref_start < 0 and self._known is not None:
+            yield from self._lost_at_the_end(placement, group.ref_start, self._known)
+        if group.target_start < 0:
+            moved = layout.latents + group.target_start - placement.target_start
+            if moved:
+                end = layout.frames_before(placement.target_start + placement.length)
+                yield (
+                    f"mask strategy: target_start {group.target_start} counts from the clip's end, "
+                    f"but starts are moved to multiples of --align {self._request.align} latent "
+                    f"frames, so what is kept ends at frame {end} of {layout.frames}"
+                )
+
+    def _lost_at_the_end(self, placement: Placement, start: int, frames: int) -> Iterator[str]:
+        reference = FrameLayout(frames, self._layout.micro)
+        asked = min(reference.latents, reference.latents + start + self._group.length)
+        end = placement.ref_start + placement.length
+        if end >= asked or placement.length < self._group.length:
+            return
+        lost = reference.frames_before(asked) - reference.frames_before(end)
+        what = self._path or "the clip before"
+        yield (
+            f"mask strategy: ref_start {start} counts from the end of {what}, but starts are moved "
+            f"to multiples of --align {self._request.align} latent frames, so its frames "
+            f"{reference.frames_before(placement.ref_start) + 1} to "
+            f"{reference.frames_before(end)} of {frames} are kept and the {lost} after them are "
+            f"not: write the ref_start as {END}, or use --extend, to end with the last frame"
+        )
+
+    def _of_flag(self, placement: Placement) -> Iterator[str]:
+        """Notes in the words of the typed flag."""
+        name = f"{self._flag} {self._path}"
+        frames, clip = self._known, self._layout
+        if frames is None:
+            return
+        if self._flag in ("--image", "--last-image") and frames > 1:
+            yield f"{name} is a video of {frames} frames: only its first one is used"
+        if self._flag == "--last-image":
+            at = clip.frames_before(placement.target_start + 1)
+            if at < clip.frames:
+                yield (
+                    f"{name} is frame {at} of {clip.frames} and {clip.frames - at} follow it: a "
+                    f"picture begins a chunk of {clip.micro} frames"
+                )
+        if self._flag == "--edit" and frames > clip.frames:
+            yield f"{name} has {frames} frames: its first {clip.frames} are used"
+        if self._flag == "--edit" and frames < clip.frames:
+            yield (
+                f"{name} has {frames} frame{'s' * (frames > 1)}: the {clip.frames - frames} after "
+                f"them of the clip's {clip.frames} are made without it"
+            )

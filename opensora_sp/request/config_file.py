@@ -1,0 +1,82 @@
+"""Reading and writing YAML configurations, with the names and the spelling of the flags.
+
+Every plain value is read as text and then judged like the text of a flag. YAML's own guesses are
+not wanted: to YAML 1.1 an aspect ratio 9:16 is the number 556.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from opensora_sp.base import access
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
+
+Raw = str | list[str | None] | None  # a value as it was written
+
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("null", "bool", "int", "float", "timestamp", "value", "str", "seq")
+)
+
+
+def read_config(path: str) -> dict[str, Raw]:
+    """Key (with underscores) → value as written. Raises UserError naming the file and the line."""
+    import yaml
+
+    what = f"--config {shown(path)}"
+    text = access.read_text(path, limit=access.CONFIG_LIMIT, what=what)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    # A number in it may be too large: of an escaped character, or of the version of YAML.
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise UserError(f"{what} is not YAML{line}: {' '.join(str(problem).split())}") from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{what} is not a list of `key: value` lines")
+    values: dict[str, Raw] = {}
+    for key_node, value_node in node.value:
+        where = f"{what} line {key_node.start_mark.line + 1}"
+        key = _scalar(key_node, where)
+        name = (key or "").replace("-", "_")
+        if name in values:
+            raise UserError(f"{where}: the key {shown(key)} is there twice")
+        values[name] = _value(value_node, where)
+    return values
+
+
+def _value(node: Any, where: str) -> Raw:
+    from yaml import SequenceNode
+
+    if isinstance(node, SequenceNode):
+        _check_tag(node, where)
+        return [_scalar(item, where) for item in node.value]
+    return _scalar(node, where)
+
+
+def _scalar(node: Any, where: str) -> str | None:
+    from yaml import ScalarNode
+
+    if not isinstance(node, ScalarNode):
+        raise UserError(f"{where}: a plain value or a list of plain values is needed")
+    _check_tag(node, where)
+    return None if node.tag.endswith(":null") else str(node.value)
+
+
+def _check_tag(node: Any, where: str) -> None:
+    """Refuses `!!python/...` and the like: nothing is built from them, but nor are they text."""
+    if node.tag not in _PLAIN_TAGS:
+        raise UserError(f"{where}: the tag {shown(node.tag)} is not allowed")
+
+
+def write_config(values: Mapping[str, Any]) -> str:
+    """YAML that read_config reads back to the same values."""
+    import yaml
+
+    text: str = yaml.safe_dump(
+        dict(values), sort_keys=False, allow_unicode=True, default_flow_style=False, width=2**31
+    )
+    return text

@@ -1,0 +1,1 @@
+"""Every flag, its type, its rules and its documentation."""

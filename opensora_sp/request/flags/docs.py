@@ -1,0 +1,144 @@
+"""The flag table as people read it: `--help` and docs/flags.md.
+
+`python -m opensora_sp.request.flags.docs > docs/flags.md` writes the page.
+"""
+
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from opensora_sp.request import sizes
+from opensora_sp.request.flags.flag import FEATURES, Flag
+from opensora_sp.request.flags.rules import COMBINATIONS
+from opensora_sp.request.flags.table import GROUPS
+
+_EXAMPLES = """\
+examples:
+  python launch/infer.py --prompt "a red ball rolls to the left"
+  torchrun --nproc_per_node 8 launch/infer.py --config configs/720p-16s.yaml \\
+    --prompt-path prompts.txt --ckpt-path-dit DIR --ckpt-path-t5 DIR \\
+    --ckpt-path-vae2d DIR --ckpt-path-vae3d DIR
+"""
+_WIDTH = 96
+_HELP_COLUMN = 34
+_NO_BREAK = "\u00a0"
+
+
+def default_text(flag: Flag) -> str:
+    """A flag's default, as a person would type it."""
+    if flag.shown_default is not None:
+        return flag.shown_default
+    if flag.default is None:
+        return "none"
+    if isinstance(flag.default, float):
+        return f"{flag.default:g}"
+    return str(flag.default)
+
+
+def help_text(program: str = "infer") -> str:
+    """What `--help` prints for one program."""
+    lines = [
+        f"usage: python launch/{program}.py [flags]",
+        f"       torchrun --nproc_per_node N launch/{program}.py [flags]",
+        "",
+        "Generate videos and images from prompts with Open-Sora 1.2 on any number of ranks.",
+        "A BOOL is true or false. Flags may be spelt with _ for -.",
+    ]
+    for title, flags in GROUPS:
+        own = [flag for flag in flags if flag.program in (None, program)]
+        if own:
+            lines += ["", f"{title}:"]
+            for flag in own:
+                lines += _help_entry(flag)
+    return "\n".join(lines) + "\n\n" + _EXAMPLES
+
+
+def _help_entry(flag: Flag) -> list[str]:
+    said = flag.help
+    if not flag.available:
+        said += " [not available yet]"
+    if flag.nargs != 0 and (flag.default is not None or flag.shown_default is not None):
+        default = f"(default: {default_text(flag)})"
+        said += " " + default.replace(" ", _NO_BREAK)
+    wrapped = [line.replace(_NO_BREAK, " ") for line in textwrap.wrap(said, _WIDTH - _HELP_COLUMN)]
+    head = f"  {flag.usage}"
+    first = [f"{head:<{_HELP_COLUMN}}{wrapped[0]}"]
+    if len(head) >= _HELP_COLUMN:
+        first = [head, " " * _HELP_COLUMN + wrapped[0]]
+    return first + [" " * _HELP_COLUMN + line for line in wrapped[1:]]
+
+
+def docs_page() -> str:
+    """The whole of docs/flags.md."""
+    parts = [
+        "# Flags",
+        "<!-- Written by `python -m opensora_sp.request.flags.docs > docs/flags.md`: edit the "
+        "table in opensora_sp/request/flags/table.py, not this page. -->",
+        "Every flag is also a YAML key for `--config` (with `_` for `-`); a flag wins over the "
+        "file, the file over the default. `--print-config` prints what results. Booleans take a "
+        "value: `true t yes y 1` or `false f no n 0`, in any case. A request that cannot be run "
+        "ends with one line on the error stream and exit code 2, before torch is imported.",
+    ]
+    for title, flags in GROUPS:
+        rows = [
+            (
+                f"`{flag.usage}`",
+                default_text(flag) if flag.nargs != 0 else "off",
+                flag.kind.allowed if flag.nargs != 0 else "",
+                flag.help + ("" if flag.available else "; **not available yet**"),
+            )
+            for flag in flags
+        ]
+        parts.append(f"## {title}\n\n" + _table(("flag", "default", "legal", "meaning"), rows))
+    parts.append("## What is not available yet\n\n" + _missing())
+    parts.append(
+        "## Which features go together\n\nAll that are available do, except:\n\n"
+        + _table(
+            ("features", "outcome", "what is said"),
+            [(c.features, c.outcome, _said(c.text)) for c in COMBINATIONS],
+        )
+    )
+    parts.append("## Sizes\n\n" + _sizes())
+    return "\n\n".join(parts) + "\n"
+
+
+def _said(text: str) -> str:
+    """A combination's text, with the names of its values in the place of values."""
+    return re.sub(r"\{(\w+)(!r)?\}", lambda match: match[1].upper(), text)
+
+
+def _missing() -> str:
+    lines = [f"- {f.title}" for f in FEATURES.values() if not f.available]
+    return "\n".join(lines) or "Everything in the table is."
+
+
+def _sizes() -> str:
+    rows = []
+    for name in sizes.resolutions():
+        ratios = sizes.aspect_ratios(name)
+        landscape = ratios.get("9:16")
+        rows.append(
+            (
+                name,
+                "x".join(map(str, landscape)) if landscape else "",
+                ", ".join(ratios) or "none",
+                "no" if name in sizes.UNTRAINED else "yes",
+            )
+        )
+    durations = ", ".join(f"`{k}` {v}" for k, v in sizes.durations().items() if not k.isdigit())
+    return (
+        _table(("resolution", "pixels at 9:16 (height x width)", "aspect ratios", "trained"), rows)
+        + f"\n\nDurations in frames: {durations}."
+    )
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(docs_page())

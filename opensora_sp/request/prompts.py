@@ -1,0 +1,161 @@
+"""What a prompt may carry beside its words: scores, texts per loop, references and strategies.
+
+A raw prompt is read in this order: the JSON at its end is taken off (`parse_prompt_json`), then
+each clip finds its text (`prompt_for_loop`), to which scores are added and which is cleaned
+(`caption_for_clip`). The forms are Open-Sora 1.2's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
+
+_LOOPS_MARK = "|0|"
+_JSON_KEYS = ("reference_path", "mask_strategy")
+# Characters of one text. T5 reads at most 300 tokens of 16 characters; cleaning is not linear in
+# unfinished HTML tags, and every rank would wait for it.
+LONGEST_TEXT = 10_000
+_MOST_DIGITS = 9  # of a clip's number
+_LOOPS_FORM = "write it as |0|text|2|text|..., without other | signs"
+
+
+@dataclass(frozen=True)
+class PromptJson:
+    """A prompt's words, and its references (paths joined by `;`) and conditioning strategy."""
+
+    prompt: str
+    reference_path: str
+    mask_strategy: str
+
+
+def parse_prompt_json(raw: str, *, reference_path: str = "", mask_strategy: str = "") -> PromptJson:
+    """Split `words{"reference_path": "a.png;b.png", "mask_strategy": "0;0,1,0,-1,1"}`.
+
+    What the JSON gives wins over the arguments, which are the flags' values for this prompt.
+
+    Raises:
+        UserError: a second `{`, bad JSON, another key, or a value that is not a string.
+    """
+    words, brace, rest = raw.partition("{")
+    given = {"reference_path": reference_path, "mask_strategy": mask_strategy}
+    if brace:
+        if "{" in rest:
+            raise UserError(
+                f"prompt {shown(raw)} has a second '{{': only one JSON object, at the end of the "
+                "prompt, is allowed"
+            )
+        given.update(_read_json(raw, brace + rest))
+    return PromptJson(words, **given)
+
+
+def _read_json(raw: str, text: str) -> dict[str, str]:
+    try:
+        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"prompt {shown(raw)}: what follows '{{' is not JSON ({error}); "
+            f'write {{"reference_path": "..."}} at its end, or leave the brace out'
+        ) from error
+    for key, value in pairs:
+        if key not in _JSON_KEYS:
+            raise UserError(
+                f"prompt {shown(raw)}: unknown key {shown(key)} in its JSON; "
+                f"known are {' and '.join(_JSON_KEYS)}"
+            )
+        if not isinstance(value, str):
+            raise UserError(
+                f"prompt {shown(raw)}: {key} must be a string (join several with ';'), "
+                f"not {shown(value)}"
+            )
+    if len(dict(pairs)) < len(pairs):
+        raise UserError(f"prompt {shown(raw)} gives a key twice in its JSON: give each once")
+    return dict(pairs)
+
+
+def split_loops(prompt: str) -> dict[int, str]:
+    """The prompt's texts by the first clip each is for; {0: prompt} unless it begins with |0|.
+
+    Raises:
+        UserError: a clip number that is not a whole number or comes twice, a missing text, or one
+            of more than `LONGEST_TEXT` characters.
+    """
+    if not prompt.startswith(_LOOPS_MARK):
+        _check_length(prompt, prompt)
+        return {0: prompt}
+    fields = prompt.split("|")[1:]
+    if len(fields) % 2:
+        raise UserError(
+            f"prompt {shown(prompt)}: clip {shown(fields[-1])} has no text; {_LOOPS_FORM}"
+        )
+    segments: dict[int, str] = {}
+    for number, text in zip(fields[::2], fields[1::2], strict=True):
+        if not re.fullmatch(rf"\s*[0-9]{{1,{_MOST_DIGITS}}}\s*", number):
+            raise UserError(
+                f"prompt {shown(prompt)}: {shown(number)} is not a clip number; {_LOOPS_FORM}"
+            )
+        if int(number) in segments:
+            raise UserError(
+                f"prompt {shown(prompt)} gives clip {int(number)} two texts; {_LOOPS_FORM}"
+            )
+        _check_length(prompt, text)
+        segments[int(number)] = text
+    return segments
+
+
+def _check_length(prompt: str, text: str) -> None:
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"prompt {shown(prompt)} has a text of {len(text)} characters, but {LONGEST_TEXT} are "
+            "allowed (the model reads 300 tokens, about 1300 characters): shorten it"
+        )
+
+
+def prompt_for_loop(prompt: str, clip: int) -> str:
+    """The text of clip number `clip` (from 0): the segment with the largest number up to it."""
+    segments = split_loops(prompt)
+    return segments[max(first for first in segments if first <= clip)]
+
+
+def append_scores(
+    prompt: str,
+    aes: float | None = None,
+    flow: float | None = None,
+    camera_motion: str | None = None,
+) -> str:
+    """The prompt with the score suffixes that the model was trained on, in their fixed order.
+
+    `aes` is the aesthetic score and `flow` the motion score, both written with one decimal. A
+    suffix is left out when it is None or when the prompt already holds its label.
+    """
+    suffixes = (
+        ("aesthetic score:", None if aes is None else f"{aes:.1f}"),
+        ("motion score:", None if flow is None else f"{flow:.1f}"),
+        ("camera motion:", camera_motion),
+    )
+    new = [
+        f" {label} {value}."
+        for label, value in suffixes
+        if value is not None and label not in prompt
+    ]
+    return prompt + "".join(new)
+
+
+def caption_for_clip(
+    prompt: str,
+    clip: int,
+    aes: float | None = None,
+    flow: float | None = None,
+    camera_motion: str | None = None,
+) -> str:
+    """What the text encoder reads for one clip: the clip's text, its scores, cleaned.
+
+    `prompt` is without its JSON. Raises UserError where the text cannot be split or cleaned.
+    """
+    from opensora_sp.request.captions import clean_caption
+
+    return clean_caption(append_scores(prompt_for_loop(prompt, clip), aes, flow, camera_motion))

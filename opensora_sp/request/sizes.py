@@ -1,0 +1,154 @@
+"""Sizes of Open-Sora 1.2: the table of resolutions, durations, and the shapes that follow.
+
+Nothing here needs torch: a request is refused before any model is loaded.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import integer, shown
+
+TABLE_FILE = Path(__file__).parents[1] / "assets" / "sizes.json"
+
+SPATIAL_FACTOR = 8  # pixels of height or width per latent cell
+TIME_FACTOR = 4  # frames per latent frame inside one micro-frame chunk
+PATCH = 2  # latent cells of height or width per patch
+MICRO_FRAME_SIZE = 17
+SMALLEST_SIDE = 16  # one whole patch
+LARGEST_SIDE = 16384  # the largest side of an H.264 picture
+MOST_FRAMES = 100_000
+LONGEST_TRAINED = 408  # 16 s at 24 fps
+
+# In the table, but beyond what the model was trained on.
+UNTRAINED = frozenset({"1080p", "2k", "2048", "2880", "4k"})
+
+_SIDE = integer(SMALLEST_SIDE, LARGEST_SIDE)
+_FRAMES = integer(1, MOST_FRAMES)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+    return table
+
+
+def resolutions() -> tuple[str, ...]:
+    """Names of the resolutions, in the table's order."""
+    return tuple(_table()["image_size_height_width"])
+
+
+def aspect_ratios(resolution: str) -> dict[str, tuple[int, int]]:
+    """Aspect ratio (height:width) → (height, width) in pixels, for one resolution."""
+    sizes = _table()["image_size_height_width"][resolution]
+    return {ratio: (size[0], size[1]) for ratio, size in sizes.items()}
+
+
+def durations() -> dict[str, int]:
+    """Name of a duration ("2s", "image", ...) → number of frames."""
+    return dict(_table()["num_frames"])
+
+
+def resolve_size(
+    resolution: str, aspect_ratio: str, image_size: Sequence[int] | None = None
+) -> tuple[int, int]:
+    """(height, width) in pixels, as they are given to the model.
+
+    `image_size` wins over the table. Raises UserError naming the pair that the table lacks.
+    """
+    if image_size is not None:
+        if len(image_size) != 2:
+            raise UserError(f"--image-size {shown(list(image_size))} is not a height and a width")
+        for side in image_size:
+            _SIDE.check("--image-size", side)
+        return image_size[0], image_size[1]
+    name, ratio = resolution.strip().lower(), aspect_ratio.strip()
+    if name not in resolutions():
+        raise UserError(
+            f"--resolution {shown(resolution)} is not in the size table, which has "
+            f"{', '.join(resolutions())}"
+        )
+    sizes = aspect_ratios(name)
+    if ratio not in sizes:
+        legal = f"{name} has {', '.join(sizes) or 'no sizes'}"
+        raise UserError(
+            f"--resolution {name} with --aspect-ratio {shown(aspect_ratio)} is not in the size "
+            f"table: {legal} (or give --image-size H W)"
+        )
+    return sizes[ratio]
+
+
+def resolve_frames(frames: str | int) -> int:
+    """Number of frames from a duration's name ("2s", "4x", "image") or a plain number.
+
+    Raises UserError listing the names.
+    """
+    if isinstance(frames, int):
+        _FRAMES.check("--num-frames", frames)
+        return frames
+    named = durations()
+    key = frames.strip().lower()
+    if key in named:
+        return named[key]
+    try:
+        count = int(_FRAMES.read(key))
+    except ValueError:
+        count = 0
+    if not _FRAMES.legal(count):
+        words = ", ".join(name for name in named if not name.isdigit())
+        raise UserError(f"--num-frames {shown(frames)} is not {_FRAMES.allowed} or one of {words}")
+    return count
+
+
+def latent_frames(frames: int, micro: int = MICRO_FRAME_SIZE, factor: int = TIME_FACTOR) -> int:
+    """Latent frames T of `frames` frames: chunks of `micro`, each rounded up by itself."""
+    chunks, rest = divmod(frames, micro)
+    return chunks * -(-micro // factor) + -(-rest // factor)
+
+
+def latent_shape(
+    frames: int, height: int, width: int, micro: int = MICRO_FRAME_SIZE
+) -> tuple[int, int, int]:
+    """(T, height, width) of the latents of a video of `frames` × `height` × `width` pixels."""
+    return latent_frames(frames, micro), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+
+
+def patch_grid(latent_height: int, latent_width: int) -> tuple[int, int]:
+    """Patches down and across; an odd latent side is padded with zeros by one cell."""
+    return -(-latent_height // PATCH), -(-latent_width // PATCH)
+
+
+@cache
+def _resolutions_of(height: int, width: int) -> frozenset[str]:
+    return frozenset(
+        name for name in resolutions() if (height, width) in aspect_ratios(name).values()
+    )
+
+
+def is_trained(height: int, width: int) -> bool:
+    """Whether the table has this size at a resolution that the model was trained on."""
+    return bool(_resolutions_of(height, width) - UNTRAINED)
+
+
+def size_notes(height: int, width: int, frames: int) -> list[str]:
+    """What a person should know about a size that is legal but unusual; one line each."""
+    notes = []
+    found = _resolutions_of(height, width)
+    if not found:
+        notes.append(
+            f"{height}x{width} (height x width) is not in the size table: the model was not "
+            "trained on it"
+        )
+    elif not is_trained(height, width):
+        notes.append(
+            f"{height}x{width} ({', '.join(sorted(found))}) is larger than anything the model "
+            "was trained on"
+        )
+    if frames > LONGEST_TRAINED:
+        notes.append(
+            f"{frames} frames are more than the {LONGEST_TRAINED} (16 s) the model was trained on"
+        )
+    return notes

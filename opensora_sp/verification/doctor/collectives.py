@@ -1,0 +1,166 @@
+"""A round trip of every collective that the program uses, with every value looked at.
+
+Each element that travels is the number of its sender, its receiver and its place, so parts that
+arrive swapped, shifted or from the wrong rank are found. Only exact numbers travel: bf16 holds
+whole numbers up to 256.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from opensora_sp.parallel.exchange import Comm, Transfer, hand_out
+from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.parallel.session import Session
+from opensora_sp.verification.doctor.finding import Finding, attempt, failed, passed, skipped
+
+AREA = "collectives"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_EXACT = 251  # a prime below bf16's last whole number, so that patterns do not repeat in step
+_SPEED_BYTES = 8 << 20  # a rank sends to each other one, to measure the link
+Sizes = Callable[[int, int, int], int]
+
+
+def _even(sender: int, receiver: int, ranks: int) -> int:
+    return 5
+
+
+def _uneven(sender: int, receiver: int, ranks: int) -> int:
+    return 1 + (3 * sender + 5 * receiver) % 7
+
+
+def _partly_empty(sender: int, receiver: int, ranks: int) -> int:
+    return (sender + receiver) % 3 * 4
+
+
+def _to_one(sender: int, receiver: int, ranks: int) -> int:
+    return 6 + sender if receiver == 0 else 0
+
+
+PATTERNS: dict[str, Sizes] = {
+    "even parts": _even,
+    "uneven parts": _uneven,
+    "some parts empty": _partly_empty,
+    "all to rank 0": _to_one,
+}
+
+
+def check_collectives(session: Session) -> list[Finding]:
+    """Every collective over the world and over subgroups. Collective; findings of this rank."""
+    if session.world_size == 1:
+        line = "torchrun --nproc_per_node N launch/verify.py --doctor"
+        return [skipped(AREA, "all", f"one process alone; see them with {line}")]
+    findings = [_attempt_together(session, "barrier", lambda: _barrier(session))]
+    findings.append(_attempt_together(session, "share an object", lambda: _share(session)))
+    findings.append(_attempt_together(session, "collect objects", lambda: _collect(session)))
+    findings += _of_group(session, session.world, "world")
+    halves = 2 if session.world_size % 2 == 0 else 1
+    comms = session.build(Mesh(guidance=halves, sequence=session.world_size // halves))
+    for comm, name in ((comms.sequence, "sequence group"), (comms.guidance, "guidance pair")):
+        if 1 < comm.size < session.world_size:
+            findings += _of_group(session, comm, name)
+    findings.append(_attempt_together(session, "speed", lambda: _speed(session)))
+    return findings
+
+
+def _attempt_together(session: Session, name: str, check: Callable[[], Finding]) -> Finding:
+    """Every rank tries, then all wait: one that failed does not run ahead into the next."""
+    finding = attempt(AREA, name, check)
+    session.wait_for_all()
+    return finding
+
+
+def _of_group(session: Session, comm: Comm, where: str) -> list[Finding]:
+    findings = []
+    for dtype in DTYPES:
+        kind = str(dtype).removeprefix("torch.")
+        for name, check in (("all_to_all_single", _exchanges), ("broadcast", _broadcast)):
+            title = f"{name}, {where}, {kind}"
+            work = partial(check, session, comm, title, dtype)
+            findings.append(_attempt_together(session, title, work))
+    return findings
+
+
+def pattern(sender: int, receiver: int, count: int, dtype: torch.dtype) -> Tensor:
+    """What one rank sends to another: [count], exact in every dtype."""
+    place = torch.arange(count)
+    return ((17 * sender + 43 * receiver + 5 * place + 1) % _EXACT).to(dtype)
+
+
+def _exchanges(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> Finding:
+    """Every pattern of sizes; all are tried, for each is another way of the backend."""
+    wrong = [(case, _exchange(session, comm, sizes, dtype)) for case, sizes in PATTERNS.items()]
+    bad = [
+        f"{case}: what came from rank(s) {', '.join(map(str, senders))} of the group is not what "
+        "was sent"
+        for case, senders in wrong
+        if senders
+    ]
+    return failed(AREA, name, "; ".join(bad)) if bad else passed(AREA, name, ", ".join(PATTERNS))
+
+
+def _exchange(session: Session, comm: Comm, sizes: Sizes, dtype: torch.dtype) -> list[int]:
+    """The senders whose parts did not arrive as they were sent."""
+    ranks = range(comm.size)
+    send_sizes = [sizes(comm.rank, other, comm.size) for other in ranks]
+    recv_sizes = [sizes(other, comm.rank, comm.size) for other in ranks]
+    parts = [pattern(comm.rank, other, send_sizes[other], dtype) for other in ranks]
+    send = torch.cat(parts).to(session.device)
+    arrived = Transfer(comm, "doctor", send, send_sizes, recv_sizes, lambda got: got).wait()
+    expected = [pattern(other, comm.rank, recv_sizes[other], dtype) for other in ranks]
+    pairs = zip(arrived.cpu().split(recv_sizes), expected, strict=True)
+    return [sender for sender, (got, sent) in enumerate(pairs) if not got.equal(sent)]
+
+
+def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> Finding:
+    """From every rank of the group in turn."""
+    wrong = []
+    for source in range(comm.size):
+        expected = pattern(source, 7, 37, dtype)
+        own = expected if comm.rank == source else None
+        arrived = hand_out(comm, own, (37,), dtype, session.device, source)
+        if not arrived.cpu().equal(expected):
+            wrong.append(str(source))
+    if wrong:
+        return failed(AREA, name, f"what rank(s) {', '.join(wrong)} handed out arrived changed")
+    return passed(AREA, name)
+
+
+def _barrier(session: Session) -> Finding:
+    session.wait_for_all()
+    return passed(AREA, "barrier")
+
+
+def _share(session: Session) -> Finding:
+    for source in range(session.world_size):
+        said = session.share({"from": source} if session.rank == source else None, source)
+        if said != {"from": source}:
+            return failed(AREA, "share an object", f"{said!r} came from rank {source}")
+    return passed(AREA, "share an object")
+
+
+def _collect(session: Session) -> Finding:
+    everyone = session.collect(("rank", session.rank))
+    if everyone != [("rank", rank) for rank in range(session.world_size)]:
+        return failed(AREA, "collect objects", f"{everyone!r} were collected")
+    return passed(AREA, "collect objects")
+
+
+def _speed(session: Session) -> Finding:
+    """Bytes a second that leave a rank in a large exchange; told, not judged."""
+    count = _SPEED_BYTES // 4
+    sizes: Sequence[int] = [count] * session.world_size
+    send = torch.zeros(count * session.world_size, device=session.device)
+    best = float("inf")
+    for _ in range(3):
+        session.wait_for_all()
+        started = time.perf_counter()
+        Transfer(session.world, "doctor", send, sizes, sizes, lambda got: got).wait().sum().item()
+        best = min(best, max(session.collect(time.perf_counter() - started)))
+    speed = _SPEED_BYTES * (session.world_size - 1) / best / 1e9
+    return passed(AREA, "speed", f"{speed:.3g} GB/s leave a rank in an all-to-all of 8 MiB parts")

@@ -1,0 +1,40 @@
+"""The whole examination, on every rank; the table on the leading one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from opensora_sp.base.launcher import read_launch
+from opensora_sp.parallel.session import Session
+from opensora_sp.verification.doctor.collectives import check_collectives
+from opensora_sp.verification.doctor.finding import Finding, merge, table
+from opensora_sp.verification.doctor.operations import check_operations
+from opensora_sp.verification.doctor.surroundings import check_device, check_host, check_versions
+
+# A collective that does not work may never return: after this long the run ends and says where.
+TIMEOUT_S = 120.0
+
+
+def examine(session: Session, directory: Path) -> list[Finding]:
+    """Every finding, ranks merged, on every rank. directory: where outputs would go. Collective."""
+    ranks_here = read_launch().local_world_size
+    alone = check_versions() if session.leads else []
+    everywhere = check_device(session)
+    with session.stage("collectives"):
+        everywhere += check_collectives(session)
+    with session.stage("operations"):
+        everywhere += check_operations(session.device)
+    host = check_host(directory, ranks_here) if session.leads else []
+    before, after = session.share((alone, host) if session.leads else None)
+    return [*before, *merge(session.collect(everywhere)), *after]
+
+
+def report(session: Session, directory: Path) -> int:
+    """Examine and print; 1 if anything failed, else 0, the same on every rank. Collective."""
+    findings = examine(session, directory)
+    if session.leads:
+        for line in table(findings):
+            print(line)
+        sys.stdout.flush()
+    return int(any(finding.state == "FAILED" for finding in findings))

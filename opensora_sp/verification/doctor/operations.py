@@ -1,0 +1,202 @@
+"""The operations that the models are made of, on this device, against the CPU in float64.
+
+Each runs through the function that the models call, at their shapes in small (16 heads of width
+72, as published), in every dtype of a run. A limit is the relative RMS error that rounding
+explains, with room: TF32 in float32, a wrong layout or a kernel that reads the wrong rows are
+each far beyond it. 0 is: bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensora_sp.models.kernels.cpu_half import arithmetic
+from opensora_sp.models.layers import (
+    attend,
+    modulated_norm,
+    rms_norm,
+    rotary_tables,
+    rotate,
+    sinusoid,
+)
+from opensora_sp.verification.doctor.finding import Finding, attempt, failed, passed
+
+AREA = "operations"
+_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+_HEADS, _WIDTH = 16, 72
+_CHANNELS = _HEADS * _WIDTH
+
+Operation = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: its function and the shapes of its inputs, drawn from a normal distribution.
+
+    exact: nothing is computed, so nothing may change.
+    """
+
+    name: str
+    run: Operation
+    shapes: Sequence[tuple[int, ...]]
+    exact: bool = False
+    dtypes: tuple[torch.dtype, ...] = tuple(LIMITS)
+
+
+def _rotate(x: Tensor) -> Tensor:
+    frequencies = 10_000.0 ** -(torch.arange(0, _WIDTH, 2, dtype=torch.float32) / _WIDTH)
+    cos, sin = rotary_tables(frequencies.to(x.device), x.shape[1])
+    return rotate(x, (cos, sin))
+
+
+def _causal_conv(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), weight)
+
+
+def _strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv3d(F.pad(x, (1, 1, 1, 1, 1, 0)), weight, bias, stride=(2, 1, 1))
+
+
+def _pick_rows(x: Tensor) -> Tensor:
+    order = torch.arange(x.shape[0]).view(4, -1).T.flatten()
+    return x[order.to(x.device)]
+
+
+def _keep_marked(x: Tensor) -> Tensor:
+    marked = torch.arange(x.shape[0]) % 3 != 1
+    return x[marked.to(x.device)]
+
+
+def _fill_padding(x: Tensor) -> Tensor:
+    marked = torch.arange(x.shape[-1]) % 5 == 0
+    return x.masked_fill(marked.to(x.device), 0.0)
+
+
+def _choose(x: Tensor, y: Tensor) -> Tensor:
+    marked = (torch.arange(x.shape[0]) % 2 == 0).to(x.device)
+    return torch.where(marked.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+
+def _heads_apart(x: Tensor) -> Tensor:
+    q, k, v = x.unflatten(-1, (3, _HEADS, -1)).unbind(-3)
+    return torch.stack([part.transpose(1, 2).contiguous() for part in (v, q, k)])
+
+
+def _sinusoid(x: Tensor) -> Tensor:
+    return sinusoid(x.float().abs() * 300).to(x.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight / math.sqrt(weight.shape[1]), bias)
+
+
+def _guide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lerp(a, b, 7.0)
+
+
+F32 = (torch.float32,)
+_C = _CHANNELS
+CASES: tuple[Case, ...] = (
+    Case("there and back", lambda x: x * 1, [(513, 7)], exact=True),
+    Case("linear", _linear, [(2, 45, _C), (3 * _C, _C), (3 * _C,)]),
+    Case("attention, 72 wide", attend, [(3, _HEADS, 45, _WIDTH)] * 3),
+    Case(
+        "attention to text",
+        attend,
+        [(1, _HEADS, 90, _WIDTH), (1, _HEADS, 19, _WIDTH), (1, _HEADS, 19, _WIDTH)],
+    ),
+    Case("attention, no frames", attend, [(0, _HEADS, 5, _WIDTH)] * 3, exact=True),
+    Case("layer norm, modulated", modulated_norm, [(2, 3, 17, _C), (2, 3, 1, _C), (2, 3, 1, _C)]),
+    Case("rms norm", rms_norm, [(2, 5, _HEADS, _WIDTH), (_WIDTH,)]),
+    Case("rotary", _rotate, [(1, 15, 4, _HEADS, _WIDTH)]),
+    Case("gelu, tanh", lambda x: F.gelu(x, approximate="tanh"), [(3, 4 * _C)]),
+    Case("silu", lambda x: F.silu(x), [(3, _C)]),
+    Case("sinusoid", _sinusoid, [(9,)]),
+    Case("addcmul, gate", torch.addcmul, [(2, 3, 17, _C), (2, 1, 1, _C), (2, 3, 17, _C)]),
+    Case("lerp, guidance", _guide, [(2, 3, 17, 16)] * 2, dtypes=F32),
+    Case("softmax", lambda x: x.float().softmax(-1).to(x.dtype), [(2, 8, 30, 30)]),
+    Case("matmul", lambda a, b: a @ b / math.sqrt(a.shape[-1]), [(2, 8, 30, 64), (2, 8, 64, 30)]),
+    Case("conv3d, causal", _causal_conv, [(1, 32, 5, 9, 11), (48, 32, 3, 3, 3)]),
+    Case("conv3d, stride in time", _strided_conv, [(1, 32, 5, 9, 11), (32, 32, 3, 3, 3), (32,)]),
+    Case("conv2d", lambda x, w: F.conv2d(x, w, padding=1), [(4, 32, 9, 11), (48, 32, 3, 3)]),
+    Case(
+        "group norm",
+        lambda x, w, b: F.group_norm(x, 32, w, b, 1e-5),
+        [(2, 64, 5, 9, 7), (64,), (64,)],
+    ),
+    Case("nearest, twice", lambda x: F.interpolate(x, scale_factor=2.0), [(4, 16, 5, 7)], True),
+    Case("rows in an order", _pick_rows, [(32, 24)], exact=True),
+    Case("marked rows", _keep_marked, [(31, 24)], exact=True),
+    Case("fill padding", _fill_padding, [(3, 40)], exact=True),
+    Case("where", _choose, [(4, 3, 24)] * 2, exact=True),
+    Case("qkv apart", _heads_apart, [(2, 5, 3 * _C)], exact=True),
+)
+
+
+def check_operations(device: torch.device) -> list[Finding]:
+    """Every operation in every dtype on a device; the findings of this rank."""
+    findings = []
+    for number, case in enumerate(CASES):
+        inputs = [_draw(shape, 100 * number + i) for i, shape in enumerate(case.shapes)]
+        findings.append(attempt(AREA, case.name, partial(_check, case, inputs, device)))
+    findings.append(attempt(AREA, "whole numbers", partial(_check_whole_numbers, device)))
+    return findings
+
+
+def _draw(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _check(case: Case, inputs: Sequence[Tensor], device: torch.device) -> Finding:
+    """One operation in all of its dtypes, worst news first."""
+    bad, good = [], []
+    for dtype in case.dtypes:
+        kind = _SHORT[dtype]
+        limit = 0.0 if case.exact else LIMITS[dtype]
+        try:
+            error = _error(case, inputs, dtype, device)
+        except Exception as trouble:  # one dtype that is not there says nothing of the others
+            bad.append(f"{kind} {type(trouble).__name__}: {' '.join(str(trouble).split())[:120]}")
+            continue
+        # NaN is never below the limit.
+        if error <= limit:
+            good.append(f"{kind} {'exact' if case.exact else f'{error:.1e}'}")
+        else:
+            bad.append(f"{kind} differs from the CPU by {error:.1e}, limit {limit:.0e}")
+    return (
+        failed(AREA, case.name, "; ".join(bad)) if bad else passed(AREA, case.name, "  ".join(good))
+    )
+
+
+def _error(case: Case, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> float:
+    rounded = [x.to(dtype) for x in inputs]
+    expected = case.run(*(x.double() for x in rounded))
+    with torch.no_grad(), arithmetic(device, dtype):
+        actual = case.run(*(x.to(device) for x in rounded))
+    if actual.shape != expected.shape or actual.dtype != dtype:
+        raise ValueError(f"{list(actual.shape)} {actual.dtype} came out")
+    return relative_error(actual, expected)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖Δ‖ / ‖expected‖ in float64; 0 of nothing."""
+    if not expected.numel():
+        return 0.0
+    return float((actual.cpu().double() - expected).norm() / expected.norm())
+
+
+def _check_whole_numbers(device: torch.device) -> Finding:
+    """Index arithmetic on the device, within 32 bits: wider numbers stay on the CPU here."""
+    numbers = torch.arange(-1000, 1000, 7)
+    back = (numbers.to(device) * 3 + 1).cpu()
+    if back.equal(numbers * 3 + 1):
+        return passed(AREA, "whole numbers", "exact")
+    return failed(AREA, "whole numbers", "int64 arithmetic gives other numbers than the CPU")
