@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from opensora_sp.base import geometry
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.planner.models import ModelSizes
@@ -49,7 +50,7 @@ def main() -> None:
     asked = parser.parse_args()
     height, width = sizes.resolve_size(asked.resolution, "9:16")
     frames = sizes.resolve_frames(asked.num_frames)
-    latent = sizes.latent_shape(frames, height, width)
+    latent = geometry.latent_shape(frames, height, width)
 
     print("| mode | T5 | " + " | ".join(f"transformer, N = {n}" for n in asked.ranks), end="")
     print(" | decode |\n| --- | --- |" + " --- |" * len(asked.ranks) + " --- |")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.launcher import read_launch
-from opensora_sp.request.request import Checkpoints
 
 VARIABLE = "OMP_NUM_THREADS"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -76,12 +75,12 @@ def busy_elsewhere(ranks: int = 1, load: Path = _LOAD) -> int:
     return max(0, sorted(looks)[len(looks) // 2] - ranks)
 
 
-def transformer_width(checkpoints: Checkpoints | None) -> int | None:
+def transformer_width(directory: Path | None) -> int | None:
     """Channels of the transformer; None where its config.json does not say. 0: the embedded one."""
-    if checkpoints is None:
+    if directory is None:
         return 0
     try:
-        content: Any = json.loads(_text(checkpoints.dit / "config.json"))
+        content: Any = json.loads(_text(directory / "config.json"))
         width = content.get("hidden_size", None)
     except (ValueError, AttributeError, RecursionError):
         return None  # what is wrong with the file is said when the model is loaded
@@ -124,11 +123,14 @@ def apply_cpu_threads(
     wanted: int | None,
     device: str | None,
     environ: MutableMapping[str, str] = os.environ,
-    checkpoints: Checkpoints | None = None,
+    transformer: Path | None = None,
 ) -> int | None:
-    """Set OMP_NUM_THREADS for this rank; returns the number, or None where it is left alone."""
+    """Set OMP_NUM_THREADS for this rank; returns the number, or None where it is left alone.
+
+    transformer: its checkpoint directory; None for the embedded model.
+    """
     ranks = read_launch(environ).local_world_size
-    width = transformer_width(checkpoints)
+    width = transformer_width(transformer)
     small = width is not None and width < SMALL_WIDTH
     threads = choose_threads(
         wanted,

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from opensora_sp.base.geometry import split_chunks
 from opensora_sp.engine.timing import synchronize
 from opensora_sp.models.checkpoint import read_config
 from opensora_sp.models.stdit3 import STDiT3Config
-from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig, split_chunks
+from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.cost import Workload, step_flops
 from opensora_sp.request.request import Request

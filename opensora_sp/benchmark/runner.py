@@ -25,15 +25,18 @@ from opensora_sp.benchmark.report.build import run_record
 from opensora_sp.benchmark.report.page import write_page
 from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.benchmark.weights import describe_weights
-from opensora_sp.engine.generate import Sink, caption, generate
-from opensora_sp.engine.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.engine.generate import generate
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
+from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_job_session
 from opensora_sp.jobs.outputs import open_outputs
-from opensora_sp.jobs.run import announce, load_pipeline, mesh_of, open_job_session
+from opensora_sp.media.sinks import Sink
 from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.requests import plan_in_mode
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.flags.benchmark_types import WARMUP_STEPS
+from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Task
 
 if TYPE_CHECKING:

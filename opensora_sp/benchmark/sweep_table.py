@@ -11,7 +11,7 @@ from opensora_sp.benchmark.report import units
 from opensora_sp.benchmark.report.files import Report
 
 if TYPE_CHECKING:
-    from opensora_sp.benchmark.sweep import Point, Sweep
+    from opensora_sp.benchmark.sweep_spec import Point, Sweep
 
 
 def write_tables(folder: Path, sweep: Sweep, reports: Mapping[str, Report]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from opensora_sp.base.hashes import sha256
 from opensora_sp.models.checkpoint import WeightFiles
 from opensora_sp.request.request import Checkpoints
 
-_BLOCK = 8 << 20  # bytes; hashing lets go of the interpreter for blocks of this size
 _AT_ONCE = 4
 
 
@@ -37,12 +36,3 @@ def describe_weights(checkpoints: Checkpoints, *, hashes: bool) -> list[dict[str
             {"file": name, "bytes": path.stat().st_size, "sha256": digest}
             for (name, path), digest in zip(files, sums, strict=True)
         ]
-
-
-def sha256(path: Path) -> str:
-    """Of a whole file, read block by block."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -105,7 +105,9 @@ def _run(prepared: Prepared) -> int:
             note(f"{line}; the other prompts are made")
     settings = job.settings
     threads = apply_cpu_threads(
-        settings.cpu_threads, settings.device, checkpoints=settings.checkpoints
+        settings.cpu_threads,
+        settings.device,
+        transformer=settings.checkpoints and settings.checkpoints.dit,
     )
     if launch.rank == 0 and settings.verbose > 1:
         note(f"CPU threads of a rank: {threads or os.environ.get(VARIABLE, 'as torch chooses')}")

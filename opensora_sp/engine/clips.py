@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
-from opensora_sp.engine.noise import NoiseKey
+from opensora_sp.base.geometry import split_chunks
+from opensora_sp.engine.noise import noise_key
 from opensora_sp.media.reader import MAX_REFERENCE_BYTES
-from opensora_sp.models.video_vae import split_chunks
 from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.request.conditions import all_groups, layout_of
 from opensora_sp.request.mask_strategy import FrameLayout, Placement, apply_strategy, plan_clip
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from opensora_sp.engine.pipeline import Pipeline
     from opensora_sp.media.frames import ReferenceFrames
     from opensora_sp.models.video_vae import NoiseSource, VideoVAE
-
-
-def dropped_frames(request: Request) -> int:
-    """Frames that a later clip repeats of the one before, dropped when clips are joined."""
-    return layout_of(request).frames_before(request.condition_frame_length)
 
 
 @dataclass(frozen=True)
@@ -352,8 +347,3 @@ def _blamed_on(place: int) -> Iterator[None]:
         raise
     except UserError as error:
         raise PromptFault(str(error), place) from error
-
-
-def noise_key(request: Request, clip: int) -> NoiseKey:
-    """What names a clip's draws."""
-    return NoiseKey(request.seed, request.prompt_index, request.sample_index, clip)

@@ -15,8 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from opensora_sp.base.geometry import Chunk
 from opensora_sp.media.pixels import to_bytes
-from opensora_sp.models.video_vae import Chunk, VideoVAE
+from opensora_sp.models.video_vae import VideoVAE
 from opensora_sp.parallel.decode_plan import Part, Unit, plan_decode
 from opensora_sp.parallel.exchange import Transfer, bring, spread
 from opensora_sp.parallel.session import Session

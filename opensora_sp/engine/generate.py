@@ -5,8 +5,7 @@ hands it out → all ranks denoise, each on its shard → the latents are decode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,20 @@ from opensora_sp.base import faults
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.finite import require_finite
 from opensora_sp.base.value_types import shown
-from opensora_sp.engine.clips import KeptFrames, dropped_frames, noise_key
+from opensora_sp.engine.clips import KeptFrames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.engine.guidance import Conditions, Denoiser
+from opensora_sp.engine.noise import draw_noise
+from opensora_sp.engine.progress import Progress, ResumePoint
+from opensora_sp.engine.result import Result
 from opensora_sp.engine.sampling import VelocityFunction, sample, timesteps
-from opensora_sp.jobs.saved_latents import Position
-from opensora_sp.jobs.saved_progress import Begun, Progress
+from opensora_sp.media.sinks import Sink
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
-from opensora_sp.request.prompts import caption_for_clip
+from opensora_sp.request.conditions import dropped_frames
+from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Request
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from opensora_sp.engine.pipeline import Pipeline, Text
 
 
@@ -36,51 +35,6 @@ _HINTS = {
     "steps": "run again with --check-finite blocks to find the block, or with --dtype bf16 or fp32",
     "blocks": "run with --dtype bf16 or fp32, or check the weights",
 }
-
-
-class Sink(Protocol):
-    """Takes a video's frames as they are decoded; used on the leading rank only."""
-
-    def write(self, frames: NDArray[np.uint8]) -> None:
-        """uint8 [F,H,W,3], the next F frames."""
-        ...
-
-
-@dataclass
-class Collector:
-    """Keeps the frames in memory."""
-
-    parts: list[NDArray[np.uint8]] = field(default_factory=list)
-
-    def write(self, frames: NDArray[np.uint8]) -> None:
-        """Append frames."""
-        self.parts.append(frames)
-
-    @property
-    def frames(self) -> NDArray[np.uint8] | None:
-        """uint8 [F,H,W,3], or None where nothing was decoded (ranks that do not lead)."""
-        import numpy as np
-
-        return np.concatenate(self.parts) if self.parts else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a batch of requests became; tensors on the leading rank only, None elsewhere.
-
-    latents: per clip [B,4,T,H,W] float32. sinks: as given, one per request, now full.
-    seconds: per stage, on this rank.
-    """
-
-    requests: Sequence[Request]
-    latents: list[Tensor | None]
-    sinks: Sequence[Sink]
-    seconds: dict[str, float]
-
-    @property
-    def videos(self) -> list[NDArray[np.uint8] | None]:
-        """The frames of each request, where they were collected: uint8 [F,H,W,3]."""
-        return [sink.frames if isinstance(sink, Collector) else None for sink in self.sinks]
 
 
 def generate(
@@ -120,18 +74,18 @@ def _generate(
 ) -> list[Tensor | None]:
     """Clip by clip: text, start, denoise, decode, write; the latents of each clip."""
     first = requests[0]
-    progress = progress or Progress(pipeline, [], Position())
+    progress = progress or Progress()
     kept = KeptFrames(pipeline, requests, needed=not progress.is_finished(first.loop - 1))
     latents: list[Tensor | None] = []
     for clip in range(first.loop):
         if progress.is_finished(clip):
             latents.append(progress.latents(clip))
         else:
-            begun = progress.begun(clip)
-            if begun is None:
+            start = progress.resume_point(clip)
+            if start is None:
                 with pipeline.clock.stage("draw noise"):
                     drawn = draw_noise(requests, clip) if noise is None else noise
-                begun = Begun(0, *kept.start(clip, drawn))
+                start = ResumePoint(0, *kept.start(clip, drawn))
             captions = [caption(request, clip) for request in requests]
             text = pipeline.text(captions, pipeline.max_length(first))
             latents.append(
@@ -140,10 +94,10 @@ def _generate(
                     requests,
                     clip,
                     text,
-                    begun.z,
-                    begun.mask,
+                    start.z,
+                    start.mask,
                     step_noise,
-                    first_step=begun.step,
+                    first_step=start.step,
                     progress=progress,
                 )
             )
@@ -180,18 +134,6 @@ def check_batch(requests: Sequence[Request]) -> None:
             raise UserError(
                 f"requests of one batch differ in {', '.join(different)}: generate them one by one"
             )
-
-
-def caption(request: Request, clip: int) -> str:
-    """The cleaned caption of one clip, scores appended."""
-    return caption_for_clip(request.prompt, clip, request.aes, request.flow, request.camera_motion)
-
-
-def draw_noise(requests: Sequence[Request], clip: int, step: int | None = None) -> Tensor:
-    """A clip's starting noise [B,4,T,H,W], or the fresh noise of one step of a masked run."""
-    shape = (4, *requests[0].latent_shape)
-    purpose, number = ("start", 0) if step is None else ("step", step)
-    return torch.stack([noise_key(r, clip).normal(shape, purpose, number) for r in requests])
 
 
 def denoise(
@@ -234,7 +176,7 @@ def denoise(
         drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
         return denoiser.shard(drawn)
 
-    progress = progress or Progress(pipeline, [], Position())
+    progress = progress or Progress()
     clock = pipeline.clock
     with clock.stage("denoise"), _bar(pipeline, times, first_step) as bar:
         with clock.part("prepare"):

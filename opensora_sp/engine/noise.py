@@ -7,10 +7,19 @@ resumed, for its noise is a function of (seed, prompt, sample, clip, purpose, st
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from opensora_sp.request.request import Request
+
+if TYPE_CHECKING:
+    pass
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -28,3 +37,15 @@ class NoiseKey:
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def draw_noise(requests: Sequence[Request], clip: int, step: int | None = None) -> Tensor:
+    """A clip's starting noise [B,4,T,H,W], or the fresh noise of one step of a masked run."""
+    shape = (4, *requests[0].latent_shape)
+    purpose, number = ("start", 0) if step is None else ("step", step)
+    return torch.stack([noise_key(r, clip).normal(shape, purpose, number) for r in requests])
+
+
+def noise_key(request: Request, clip: int) -> NoiseKey:
+    """What names a clip's draws."""
+    return NoiseKey(request.seed, request.prompt_index, request.sample_index, clip)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from opensora_sp.engine.guidance import Denoiser, Local, Reshard, Share
+from opensora_sp.engine.blocks import Local, Reshard
+from opensora_sp.engine.guidance import Denoiser, Share
 from opensora_sp.models.stdit3 import STDiT3
 from opensora_sp.parallel.exchange import Exchange, Transfer, gather_patches, swap_halves
 from opensora_sp.parallel.layout import Layout

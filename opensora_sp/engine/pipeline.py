@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from opensora_sp.base import faults
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.finite import require_finite
+from opensora_sp.base.geometry import SPATIAL_FACTOR, TIME_FACTOR
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.guidance import Denoiser
 from opensora_sp.engine.loading import (
@@ -33,7 +34,7 @@ from opensora_sp.engine.loading import (
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.text_cache import TextCache
 from opensora_sp.engine.timing import Clock
-from opensora_sp.jobs.identity import text_encoder_digest
+from opensora_sp.engine.weight_digests import text_encoder_digest
 from opensora_sp.media.fetch import Remote
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.offload import Turns, release_cached
@@ -42,18 +43,17 @@ from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.session import MeshComms, Session, alone
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.preflight import check_conditions
 from opensora_sp.request.prompts import split_loops
 from opensora_sp.request.request import SETTINGS_KINDS, CheckFinite, Checkpoints, Request, a_path
 from opensora_sp.request.runtime import Runtime
-from opensora_sp.request.sizes import SPATIAL_FACTOR, TIME_FACTOR
 
 if TYPE_CHECKING:
-    from opensora_sp.engine.generate import Result
+    from opensora_sp.engine.result import Result
     from opensora_sp.models.text_encoder import TextEncoder
     from opensora_sp.models.video_vae import VideoVAE
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 _CAPTIONS_AT_ONCE = 64  # of a long list, sent to another replica in one go
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -71,13 +71,6 @@ def _require_open(session: Session) -> None:
         raise UserError(
             "the session is closed: load and generate inside `with open_session() as session:`"
         )
-
-
-def embedded_checkpoints() -> Checkpoints:
-    """The small model inside the package, in the four-directory layout of the published one."""
-    return Checkpoints(
-        dit=EMBEDDED / "dit", t5=EMBEDDED / "t5", vae2d=EMBEDDED / "vae2d", vae3d=EMBEDDED / "vae3d"
-    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +185,8 @@ class Pipeline:
         run. Every rank must be given the same. Raises UserError for what cannot be generated,
         before a model is loaded.
         """
-        from opensora_sp.engine.generate import Collector, check_batch, generate
+        from opensora_sp.engine.generate import check_batch, generate
+        from opensora_sp.media.sinks import Collector
 
         requests = self._requests(request)
         check_batch(requests)

@@ -7,67 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opensora_sp.base import access
+from opensora_sp.base.hashes import sampled_digest
 from opensora_sp.base.redaction import address_identity
 from opensora_sp.base.value_types import shown
-from opensora_sp.request.request import Checkpoints, Request, RunSettings, Task, reference_paths
+from opensora_sp.request.request import Request, RunSettings, Task, reference_paths
 
 Identity = dict[str, Any]
 
-# Of a large file these parts are read: a fine-tuned model differs everywhere, another one already
-# in its size or header, and 20 GB are too many to read before every run.
-_WHOLE_BYTES = 4 << 20
-_HEAD_BYTES = 1 << 20
-_WINDOW_BYTES = 1 << 12
-_WINDOWS = 64
 
 # How a request is computed, not what: a run that ended for want of memory may go on with less.
 _NOT_CONTENT = ("micro_batch_size",)
 # What only the file shows, not the latents.
 _FILE_ONLY = ("save_fps",)
-
-
-def sampled_digest(files: Iterable[Path]) -> str:
-    """SHA-256 (hex) of names, sizes and content, of large files as far as samples of it show."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        with path.open("rb") as file:
-            if size <= _WHOLE_BYTES:
-                digest.update(file.read())
-                continue
-            digest.update(file.read(_HEAD_BYTES))
-            for i in range(_WINDOWS):
-                file.seek((size - _WINDOW_BYTES) * i // (_WINDOWS - 1))
-                digest.update(file.read(_WINDOW_BYTES))
-    return digest.hexdigest()
-
-
-def text_encoder_digest(directory: Path) -> str:
-    """Which text encoder a directory holds: weights, sizes and tokenizer."""
-    return _model_digest(directory, ("pytorch_model", "model"), ("config.json", "spiece.model"))
-
-
-def model_digests(checkpoints: Checkpoints) -> dict[str, str]:
-    """Which models these directories hold, by short name. Reads a few MB of each."""
-    return {
-        "dit": _model_digest(checkpoints.dit, ("model",), ("config.json",)),
-        "t5": text_encoder_digest(checkpoints.t5),
-        "vae2d": sampled_digest([checkpoints.vae2d / "vae" / "config.json"]),
-        "vae3d": _model_digest(checkpoints.vae3d, ("model",), ("config.json",)),
-    }
-
-
-def _model_digest(directory: Path, stems: Sequence[str], others: Sequence[str]) -> str:
-    from opensora_sp.models.checkpoint import WeightFiles
-
-    weights = WeightFiles.open(directory, stems).files
-    return sampled_digest([*(directory / name for name in others), *sorted(weights)])
 
 
 def identity_of(task: Task, settings: RunSettings, models: Mapping[str, str]) -> Identity:

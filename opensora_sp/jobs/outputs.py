@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp import __version__
-from opensora_sp.engine.generate import Collector, Sink
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.sheet_sink import RunSheet
+from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
 from opensora_sp.request.request import Request, RunSettings, Task

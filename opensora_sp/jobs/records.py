@@ -7,7 +7,6 @@ never write the same one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.base.hashes import sha256
 from opensora_sp.jobs.identity import Identity, digest
 
 FOLDER = ".opensora-sp"
@@ -39,7 +39,7 @@ class Record:
         found = output.stat()
         if found.st_size != self.size:
             return False
-        return found.st_mtime_ns == self.mtime_ns or file_sha256(output) == self.sha256
+        return found.st_mtime_ns == self.mtime_ns or sha256(output) == self.sha256
 
 
 def record_path(output: Path) -> Path:
@@ -94,17 +94,8 @@ def write_record(output: Path, identity: Identity, stage: Stage) -> None:
         record |= {
             "size": found.st_size,
             "mtime_ns": found.st_mtime_ns,
-            "sha256": file_sha256(output),
+            "sha256": sha256(output),
         }
     path = record_path(output)
     with atomic_output(path) as temporary, reported(path):
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
-    hashed = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hashed.update(block)
-    return hashed.hexdigest()

@@ -21,27 +21,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from opensora_sp.base import access
+from opensora_sp.base import access, geometry
 from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.agreement import checksum
-from opensora_sp.request import sizes
 
 _FORMAT = "opensora-sp latents 2"
 # Its checksum covers the tensors alone; what it says of itself is held against the request.
 _FORMAT_BEFORE = "opensora-sp latents 1"
 _NUMBER = re.compile(r"[0-9]{1,9}")
-
-
-@dataclass(frozen=True, order=True)
-class Position:
-    """Where a video stands: `clip` clips are finished, and `step` steps of the next one."""
-
-    clip: int = 0
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -241,7 +233,7 @@ class StateFiles:
     ) -> None:
         """What is in the file by its header, before any of it is read."""
         names = ("num_frames", "height", "width", "micro_frame_size")
-        latent = sizes.latent_shape(*(self._of_request(name) for name in names))
+        latent = geometry.latent_shape(*(self._of_request(name) for name in names))
         expected = {"latents": [4, *latent]}
         if "mask" in shapes and path == self.step_path:
             expected["mask"] = [latent[0]]

@@ -8,35 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from opensora_sp.base.errors import Stopped, UserError
 from opensora_sp.base.screen import note_once
-from opensora_sp.jobs.saved_latents import Position, SavedStep, StateFiles
+from opensora_sp.engine.progress import Gather, Position, Progress, ResumePoint
+from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.parallel.exchange import hand_out
-
-if TYPE_CHECKING:
-    from opensora_sp.engine.pipeline import Pipeline
-
-# gather() → the whole latents [B,4,T,H,W] on the leading rank, None elsewhere.
-Gather = Callable[[], Tensor | None]
+from opensora_sp.parallel.session import Session
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A clip to go on with: latents z [B,4,T,H,W] and mask [B,T] after `step` steps."""
-
-    step: int
-    z: Tensor
-    mask: Tensor | None
-
-
-class Progress:
+class SavedProgress(Progress):
     """The saved state of a batch, one `StateFiles` per request, all at the same position.
 
     every: steps between two saves; 0 saves finished clips only. stops: save the last step when
@@ -45,7 +30,7 @@ class Progress:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        session: Session,
         files: Sequence[StateFiles],
         start: Position,
         *,
@@ -53,7 +38,7 @@ class Progress:
         stops: bool = False,
         on_latents: Callable[[], None] | None = None,
     ) -> None:
-        self._pipeline, self._files, self._start = pipeline, files, start
+        self._session, self._files, self._start = session, files, start
         self._every, self._stops, self._on_latents = every, stops, on_latents
         self._asked: list[int] = []  # the signals that have come while steps are made
         self._mask: Tensor | None = None
@@ -65,17 +50,17 @@ class Progress:
 
     def latents(self, clip: int) -> Tensor | None:
         """A finished clip's latents [B,4,T,H,W] on the leading rank. Collective."""
-        return self._pipeline.session.together(
+        return self._session.together(
             lambda: torch.stack([files.load_clip(clip) for files in self._files]),
             leading_only=True,
         )
 
-    def begun(self, clip: int) -> Begun | None:
-        """Where a clip is to be gone on with, on every rank; None at its beginning. Collective."""
+    def resume_point(self, clip: int) -> ResumePoint | None:
+        """Where a clip goes on, on every rank; None at its beginning. Collective."""
         step = self._start.step
         if clip != self._start.clip or step == 0:
             return None
-        session = self._pipeline.session
+        session = self._session
         saved = session.together(
             lambda: [files.load_step() for files in self._files], leading_only=True
         )
@@ -83,7 +68,7 @@ class Progress:
         whole = None if saved is None else torch.stack([one.z for one in saved])
         shape = session.share(None if whole is None else tuple(whole.shape))
         z = hand_out(session.world, whole, shape, torch.float32, session.device)
-        return Begun(step, z.cpu(), mask)
+        return ResumePoint(step, z.cpu(), mask)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -94,14 +79,14 @@ class Progress:
         """
         if not self._stops:
             yield
-        elif self._pipeline.session.world_size == 1:
+        elif self._session.world_size == 1:
             try:
                 yield
             except (KeyboardInterrupt, Stopped):
                 self.save_now()
                 raise
         else:
-            with self._pipeline.session.signals_noted(self._asked):
+            with self._session.signals_noted(self._asked):
                 yield
 
     def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
@@ -114,14 +99,14 @@ class Progress:
 
     def _all_asked(self) -> list[int]:
         """The signals that any rank of the video has got, the same answer on all. Collective."""
-        session = self._pipeline.session
+        session = self._session
         if not self._stops or session.world_size == 1:
             return []
         return [number for each in session.collect(list(self._asked)) for number in each]
 
     def _leave(self, asked: Sequence[int]) -> None:
         if asked:
-            self._pipeline.session.wait_for_all()  # the first that leaves ends the one that saves
+            self._session.wait_for_all()  # the first that leaves ends the one that saves
             raise Stopped(asked[0])
 
     def save_now(self) -> None:

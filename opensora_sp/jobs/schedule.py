@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from opensora_sp.jobs.saved_latents import Position
+from opensora_sp.engine.progress import Position
 from opensora_sp.request.request import Task
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp.engine.clips import dropped_frames
 from opensora_sp.media.contact_sheet import Picture, SheetEntry, chosen_frames, picture, write_sheet
+from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.request import Request, Task
 from opensora_sp.request.told import captions
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from opensora_sp.engine.generate import Sink
+    from opensora_sp.media.sinks import Sink
 
 MOST_WIDE = 640  # pixels of a kept frame
 

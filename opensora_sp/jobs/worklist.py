@@ -16,9 +16,10 @@ from pathlib import Path
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import note, one_line
+from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference, identity_of, latents_identity
 from opensora_sp.jobs.records import FOLDER, Record, read_record, write_record
-from opensora_sp.jobs.saved_latents import Position, StateFiles
+from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.request.naming import number_of, numbered
 from opensora_sp.request.request import Job, RunSettings, Task
 
@@ -42,8 +43,8 @@ def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
 
     An output that nobody named, and whose name another request's file has, gets a free name.
     What is to be made is put down as waiting; with --overwrite its saved state goes. models: as
-    `identity.model_digests`. Raises UserError, before anything is changed, where an output or a
-    saved state is of another request, was changed or is damaged.
+    `weight_digests.model_digests`. Raises UserError, before anything is changed, where an output
+    or a saved state is of another request, was changed or is damaged.
     """
     settings = job.settings
     identities = [identity_of(task, settings, models) for task in job.tasks]
@@ -190,7 +191,7 @@ def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
 
 def captions_left(tasks: Sequence[Task], start: Position) -> list[str]:
     """The captions that tasks still need, from where they stand."""
-    from opensora_sp.engine.generate import caption
+    from opensora_sp.request.prompts import caption
 
     return [
         caption(task.request, clip)

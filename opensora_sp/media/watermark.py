@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-    from opensora_sp.engine.generate import Sink
+    from opensora_sp.media.sinks import Sink
 
 SMALLEST_HEIGHT = 32  # pixels; on less no letter of the mark could be read
 SMALLEST_WIDTH = 64

@@ -19,19 +19,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.geometry import PATCH
 from opensora_sp.models.configs import DIT, checked, read_dit
+from opensora_sp.models.kernels.reference import modulated_norm
 from opensora_sp.models.layers import (
     CrossAttention,
     KeyValue,
     Mlp,
     SelfAttention,
     SinusoidEmbedder,
-    modulated_norm,
     position_table,
     rotary_tables,
 )
 from opensora_sp.models.offload import Layers
-from opensora_sp.request.sizes import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,39 +331,6 @@ class STDiT3(nn.Module):
     def head(self, x: Tensor, tables: StepTables, channels: int | None = None) -> Tensor:
         """x [B,T,S,C] → patches [B,T,S,channels·4]; by default only the velocity's channels."""
         return self.final_layer(x, tables.t, channels or self.config.in_channels)
-
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        y: Tensor,
-        mask: Tensor,
-        fps: Tensor,
-        height: Tensor,
-        width: Tensor,
-        x_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The whole model on one device, in the reference's own signature and layout.
-
-        x [B,4,T,H,W], timestep [B] in 0..1000, y [B,1,L,caption_channels], mask [b,L] of 0/1
-        (b divides B), fps, height, width [b], x_mask bool [B,T] or none → float32 [B,8,T,H,W].
-        """
-        from opensora_sp.engine.guidance import Local, Stream, run_blocks
-
-        batch = x.shape[0]
-        size = (int(x.shape[-2]), int(x.shape[-1]))
-        mask, fps = (a.repeat(batch // a.shape[0], *[1] * (a.ndim - 1)) for a in (mask, fps))
-        grid = (-(-size[0] // PATCH), -(-size[1] // PATCH))
-        positions = self.positions(grid, float(height[0]), float(width[0]))
-        tokens = [part[0][keep.bool()] for part, keep in zip(y, mask, strict=True)]
-        stream = Stream(
-            x=self.embed(patchify(x.to(self.device)), positions),
-            tables=self.tables(timestep, fps, x_mask),
-            text=self.text_kv(tokens),
-        )
-        (out,) = run_blocks(self, [stream], Local())
-        patches = self.head(out, stream.tables, self.config.out_channels)
-        return unpatchify(patches, size).float()
 
 
 def build_stdit3(config: STDiT3Config) -> STDiT3:

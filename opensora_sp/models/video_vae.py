@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.geometry import Chunk, split_chunks
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.configs import VAE2D, read_vae3d, vae2d_home
 from opensora_sp.models.temporal_vae import TemporalVAE, TemporalVAEConfig
@@ -36,31 +37,6 @@ _ENCODER_PARTS = (
     "temporal_vae.quant_conv.",
 )
 _TEMPORAL_TYPES = ("VAE_Temporal_SD", "VAE_Temporal")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Where one independent chunk lies in the video and in its latents."""
-
-    frame_start: int
-    frames: int
-    latent_start: int
-    latents: int
-
-
-def split_chunks(
-    num_frames: int, micro_frame_size: int | None, time_factor: int = 4
-) -> list[Chunk]:
-    """The chunks of a video; a `micro_frame_size` of None makes the whole video one chunk."""
-    size = micro_frame_size or num_frames
-    chunks: list[Chunk] = []
-    latent_start = 0
-    for start in range(0, num_frames, size):
-        frames = min(size, num_frames - start)
-        latents = -(-frames // time_factor)
-        chunks.append(Chunk(start, frames, latent_start, latents))
-        latent_start += latents
-    return chunks
 
 
 def latent_frames(num_frames: int, micro_frame_size: int | None = MICRO_FRAME_SIZE) -> int:

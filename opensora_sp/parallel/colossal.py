@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.parallel.backend import Backend, device_module
+from opensora_sp.parallel.backend import device_module
+from opensora_sp.parallel.backend_table import Backend
+from opensora_sp.parallel.launchers import COLOSSALAI_RECIPE, check_launcher
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.request.preflight import COLOSSALAI_RECIPE, check_launcher
 
 
 class Colossal:

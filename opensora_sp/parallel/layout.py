@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from opensora_sp.request.sizes import PATCH
+from opensora_sp.base.geometry import PATCH
 
 
 def split(total: int, parts: int, start: int = 0) -> tuple[int, ...]:

@@ -25,13 +25,8 @@ from opensora_sp.base.launcher import (
     port_taken,
 )
 from opensora_sp.base.processes import Process
-from opensora_sp.parallel.backend import (
-    Backend,
-    device_module,
-    load_plugin,
-    pick_backend,
-    pick_device,
-)
+from opensora_sp.parallel.backend import device_module, load_plugin, pick_backend, pick_device
+from opensora_sp.parallel.backend_table import Backend
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.mesh import Mesh, Place

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from opensora_sp.base.geometry import PATCH
 from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.overlap import Piece, cut
 from opensora_sp.request.runtime import Runtime
-from opensora_sp.request.sizes import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opensora_sp.base import geometry
 from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.request import sizes
 from opensora_sp.request.runtime import Runtime
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -38,13 +38,13 @@ class Shape:
     steps: int = 30
     dtype: str = "bf16"
     micro_batch: int = 4
-    micro_frames: int = sizes.MICRO_FRAME_SIZE
+    micro_frames: int = geometry.MICRO_FRAME_SIZE
     encodes: bool = False  # references, or more than one loop
 
     @property
     def latent(self) -> tuple[int, int, int]:
         """(T, H, W) of the latents."""
-        return sizes.latent_shape(self.num_frames, self.height, self.width, self.micro_frames)
+        return geometry.latent_shape(self.num_frames, self.height, self.width, self.micro_frames)
 
     @property
     def itemsize(self) -> int:
@@ -55,7 +55,7 @@ class Shape:
     def pixels(self) -> int:
         """Of a decoded frame."""
         _, height, width = self.latent
-        return height * width * sizes.SPATIAL_FACTOR**2
+        return height * width * geometry.SPATIAL_FACTOR**2
 
 
 def denoising_peak(
@@ -174,7 +174,7 @@ def decoding_peak(shape: Shape, runtime: Runtime, models: ModelSizes, ranks: int
     cells = shape.latent[1] * shape.latent[2]
     width = models.vae_widths[min(1, len(models.vae_widths) - 1)]
     spatial = group * shape.pixels * (_PIXEL_WIDTHS * width + _PIXEL_MORE) * shape.itemsize
-    latents = -(-frames // sizes.TIME_FACTOR)
+    latents = -(-frames // geometry.TIME_FACTOR)
     temporal = (_TEMPORAL_CELL * latents + _TEMPORAL_MORE) * models.filters // 128
     alone = max(spatial, temporal * cells * shape.itemsize)
     if ranks == 1:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from opensora_sp.base import geometry
 from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.planner.cost import Workload, step_flops, step_traffic
@@ -243,7 +244,9 @@ def decode_flops(shape: Shape, ranks: int) -> float:
     ]
     rounds = plan_decode(lengths, ranks, shape.micro_batch)
     chunks = [
-        sum(-(-lengths[part.chunk] // sizes.TIME_FACTOR) for units in rounds for part in units[r])
+        sum(
+            -(-lengths[part.chunk] // geometry.TIME_FACTOR) for units in rounds for part in units[r]
+        )
         for r in range(ranks)
     ]
     cells = shape.latent[1] * shape.latent[2]

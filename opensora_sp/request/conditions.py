@@ -41,6 +41,11 @@ def layout_of(request: Request) -> FrameLayout:
     return FrameLayout(request.num_frames, request.micro_frame_size)
 
 
+def dropped_frames(request: Request) -> int:
+    """Frames that a later clip repeats of the one before, dropped when clips are joined."""
+    return layout_of(request).frames_before(request.condition_frame_length)
+
+
 def all_groups(request: Request) -> list[Group]:
     """A request's groups, and behind them those with which each clip continues the one before.
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
+from opensora_sp.base import geometry
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.request import sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,21 +72,21 @@ class FrameLayout:
     """How the frames of a video lie in its latent frames, in chunks of `micro` frames."""
 
     frames: int
-    micro: int = sizes.MICRO_FRAME_SIZE
+    micro: int = geometry.MICRO_FRAME_SIZE
 
     @property
     def latents(self) -> int:
         """Latent frames of the video."""
-        return sizes.latent_frames(self.frames, self.micro)
+        return geometry.latent_frames(self.frames, self.micro)
 
     def frames_before(self, latent: int) -> int:
         """Frames of the video that its first `latent` latent frames show."""
-        chunks, rest = divmod(latent, -(-self.micro // sizes.TIME_FACTOR))
+        chunks, rest = divmod(latent, -(-self.micro // geometry.TIME_FACTOR))
         before = chunks * self.micro
         if rest:
             # The first latent frame of a chunk shows what fours leave over.
             length = max(0, min(self.micro, self.frames - before))
-            before += sizes.TIME_FACTOR * rest - -length % sizes.TIME_FACTOR
+            before += geometry.TIME_FACTOR * rest - -length % geometry.TIME_FACTOR
         return min(before, self.frames)
 
     def frames_shown(self, start: int, count: int) -> int:
@@ -94,7 +94,7 @@ class FrameLayout:
 
         Encoded by themselves, they give exactly `count` latent frames.
         """
-        if start % -(-self.micro // sizes.TIME_FACTOR):
+        if start % -(-self.micro // geometry.TIME_FACTOR):
             # Inside a chunk the latent frames are not what a video begins with: as at a beginning.
             return FrameLayout(count * self.micro, self.micro).frames_before(count)
         return self.frames_before(start + count) - self.frames_before(start)
@@ -214,7 +214,7 @@ def plan_clip(
         if group.ref_start == END:
             placements.append(_at_the_end(group, clip, reference_frames, layout, align))
         else:
-            lengths = [sizes.latent_frames(frames, layout.micro) for frames in reference_frames]
+            lengths = [geometry.latent_frames(frames, layout.micro) for frames in reference_frames]
             placements += plan_strategy([group], clip, lengths, layout.latents, align)
     return placements
 

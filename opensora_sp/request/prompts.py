@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.request.request import Request
+
+if TYPE_CHECKING:
+    pass
 
 _LOOPS_MARK = "|0|"
 _JSON_KEYS = ("reference_path", "mask_strategy")
@@ -159,3 +163,8 @@ def caption_for_clip(
     from opensora_sp.request.captions import clean_caption
 
     return clean_caption(append_scores(prompt_for_loop(prompt, clip), aes, flow, camera_motion))
+
+
+def caption(request: Request, clip: int) -> str:
+    """The cleaned caption of one clip, scores appended."""
+    return caption_for_clip(request.prompt, clip, request.aes, request.flow, request.camera_motion)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from opensora_sp.base import geometry
 from opensora_sp.base.deadlines import (
     DEADLINE_RANGE_S,
     DEADLINES,
@@ -228,7 +229,7 @@ class Request(_Named):
     mask_strategy: str = ""
     reference_fps: float | None = None
     loop_carry: Literal["frames", "latents"] = "frames"
-    micro_frame_size: int = sizes.MICRO_FRAME_SIZE
+    micro_frame_size: int = geometry.MICRO_FRAME_SIZE
     micro_batch_size: int = 4
     model_max_length: int | None = None
 
@@ -255,18 +256,20 @@ class Request(_Named):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(T, height, width) of one clip's latents, without batch and channels."""
-        return sizes.latent_shape(self.num_frames, self.height, self.width, self.micro_frame_size)
+        return geometry.latent_shape(
+            self.num_frames, self.height, self.width, self.micro_frame_size
+        )
 
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Patches (down, across) of one latent frame; S is their product."""
-        return sizes.patch_grid(*self.latent_shape[1:])
+        return geometry.patch_grid(*self.latent_shape[1:])
 
     @property
     def decoded_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the decoded frames."""
         _, height, width = self.latent_shape
-        return height * sizes.SPATIAL_FACTOR, width * sizes.SPATIAL_FACTOR
+        return height * geometry.SPATIAL_FACTOR, width * geometry.SPATIAL_FACTOR
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON can hold it."""

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from opensora_sp.base import geometry
 from opensora_sp.base.errors import PromptFault, UserError
 from opensora_sp.base.redaction import is_address, redacted
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import Remote
+from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.request import sizes
 from opensora_sp.request.conditions import Facts
@@ -31,7 +33,6 @@ from opensora_sp.request.naming import output_stems
 from opensora_sp.request.preflight import (
     check_checkpoints,
     check_conditions,
-    check_launcher,
     check_output,
     check_save_dir,
     check_space,
@@ -161,7 +162,7 @@ def resolve(command: CommandLine, *, program: str = "infer") -> Values:
 
 def compose_references(values: Values, prompts: int) -> Values:
     """The values with --image and its like written out: one path and strategy for each prompt."""
-    frames = sizes.latent_frames(values["num_frames"], values["micro_frame_size"])
+    frames = geometry.latent_frames(values["num_frames"], values["micro_frame_size"])
     path, strategy = compose(values, frames)
     if not path:
         return values
@@ -206,8 +207,8 @@ def print_config(values: Values, program: str = "infer") -> str:
     values = compose_references(values, len(values["prompt"] or [""]))
     height, width = size_of(values)
     frames = values["num_frames"]
-    latent = sizes.latent_shape(frames, height, width, values["micro_frame_size"])
-    rows, columns = sizes.patch_grid(*latent[1:])
+    latent = geometry.latent_shape(frames, height, width, values["micro_frame_size"])
+    rows, columns = geometry.patch_grid(*latent[1:])
     kept = {flag.key: values[flag.key] for flag in all_flags() if _is_written(flag, program)}
     shown_as = {key: _without_logins(kept[key]) for key in ("prompt", "reference_path")}
     left_out = any(kept[key] != value for key, value in shown_as.items())
@@ -278,7 +279,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     notes = check_request(values, world_size=world_size)
     check_launcher(values["launcher"])
     if values["llm_refine"]:
-        from opensora_sp.jobs.refine import check_endpoint
+        from opensora_sp.request.llm_endpoint import check_endpoint
 
         check_endpoint(values["prompt_generator"])
     requests, failed, told = _requests(values)

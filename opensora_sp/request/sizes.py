@@ -14,10 +14,6 @@ from opensora_sp.base.value_types import integer, shown
 
 TABLE_FILE = Path(__file__).parents[1] / "assets" / "sizes.json"
 
-SPATIAL_FACTOR = 8  # pixels of height or width per latent cell
-TIME_FACTOR = 4  # frames per latent frame inside one micro-frame chunk
-PATCH = 2  # latent cells of height or width per patch
-MICRO_FRAME_SIZE = 17
 SMALLEST_SIDE = 16  # one whole patch
 LARGEST_SIDE = 16384  # the largest side of an H.264 picture
 MOST_FRAMES = 100_000
@@ -101,24 +97,6 @@ def resolve_frames(frames: str | int) -> int:
         words = ", ".join(name for name in named if not name.isdigit())
         raise UserError(f"--num-frames {shown(frames)} is not {_FRAMES.allowed} or one of {words}")
     return count
-
-
-def latent_frames(frames: int, micro: int = MICRO_FRAME_SIZE, factor: int = TIME_FACTOR) -> int:
-    """Latent frames T of `frames` frames: chunks of `micro`, each rounded up by itself."""
-    chunks, rest = divmod(frames, micro)
-    return chunks * -(-micro // factor) + -(-rest // factor)
-
-
-def latent_shape(
-    frames: int, height: int, width: int, micro: int = MICRO_FRAME_SIZE
-) -> tuple[int, int, int]:
-    """(T, height, width) of the latents of a video of `frames` × `height` × `width` pixels."""
-    return latent_frames(frames, micro), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
-
-
-def patch_grid(latent_height: int, latent_width: int) -> tuple[int, int]:
-    """Patches down and across; an odd latent side is padded with zeros by one cell."""
-    return -(-latent_height // PATCH), -(-latent_width // PATCH)
 
 
 @cache

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.free_memory import free_bytes
-from opensora_sp.engine.generate import draw_noise
 from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.loading import load_transformer
-from opensora_sp.engine.noise import NoiseKey
+from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample, timesteps

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base import access
-from opensora_sp.engine.guidance import Conditions, Denoiser, Stream, run_blocks
+from opensora_sp.engine.blocks import Stream, run_blocks
+from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.loading import load_transformer
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.sampling import sample, timesteps

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from opensora_sp.engine.guidance import Local, Stream, run_blocks
+from opensora_sp.base.geometry import latent_frames, patch_grid
+from opensora_sp.engine.blocks import Local, Stream, run_blocks
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, patchify, unpatchify
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.request.request import IMAGE_FPS
-from opensora_sp.request.sizes import latent_frames, patch_grid
 from scripts.train_embedded.architecture import DIT, T5
 from scripts.train_embedded.captions import FACTS
 from scripts.train_embedded.latents import key_frames

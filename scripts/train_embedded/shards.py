@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora_sp.base.geometry import patch_grid
 from opensora_sp.models.tensor_files import load_tensor_file
-from opensora_sp.request.sizes import patch_grid
 from scripts.train_embedded.latents import shard_path
 from scripts.train_embedded.vae import CLIP
 

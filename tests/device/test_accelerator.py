@@ -9,7 +9,8 @@ import pytest
 from opensora_sp.cli.infer import main as infer
 from opensora_sp.cli.verify import main as verify
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.parallel.backend import DEVICES, is_available
+from opensora_sp.parallel.backend import is_available
+from opensora_sp.parallel.backend_table import DEVICES
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
 

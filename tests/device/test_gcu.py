@@ -19,8 +19,10 @@ import pytest
 import torch
 from ranks import free_port
 
-from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.generate import generate
+from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
 

@@ -10,6 +10,7 @@ import torch
 from ranks import run_ranks
 from tiny import conditions, normal, tiny_transformer
 
+from opensora_sp.base.geometry import latent_shape, patch_grid
 from opensora_sp.engine.guidance import Denoiser
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.sampling import sample
@@ -17,7 +18,7 @@ from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.runtime import Runtime
-from opensora_sp.request.sizes import aspect_ratios, latent_shape, patch_grid, resolutions
+from opensora_sp.request.sizes import aspect_ratios, resolutions
 
 FORWARD_LIMIT = 1e-5
 

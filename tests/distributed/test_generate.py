@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from ranks import free_port, run_ranks
 
-from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.generate import generate
+from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone, open_session
 from opensora_sp.request.request import Request
 

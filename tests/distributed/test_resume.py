@@ -12,10 +12,12 @@ import torch
 from command import SMALL, infer, run, saved, stages, t5_loads
 from ranks import run_ranks
 
-from opensora_sp.engine.generate import Collector, draw_noise, generate
+from opensora_sp.engine.generate import generate
+from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample, timesteps
 from opensora_sp.jobs.records import FOLDER
+from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
 

@@ -10,9 +10,10 @@ from ranks import run_ranks
 
 from opensora_sp.base.errors import SharedFault
 from opensora_sp.engine.loading import load_transformer
-from opensora_sp.engine.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.agreement import checksum
 from opensora_sp.parallel.session import open_session
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.request import Checkpoints, Request
 
 NOWHERE = Path("/nowhere")

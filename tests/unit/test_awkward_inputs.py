@@ -14,10 +14,10 @@ from PIL import Image
 from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
 from opensora_sp.engine.clips import KeptFrames
-from opensora_sp.engine.generate import caption
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.writer import VideoWriter
 from opensora_sp.parallel.session import alone
+from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Request
 
 

@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.engine.clips import KeptFrames, dropped_frames
+from opensora_sp.base.geometry import latent_frames
+from opensora_sp.engine.clips import KeptFrames
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media import reader as references
 from opensora_sp.media.frames import open_reference
 from opensora_sp.media.reader import read_reference
 from opensora_sp.models.video_vae import VideoVAE
 from opensora_sp.parallel.session import alone
-from opensora_sp.request.conditions import all_groups
+from opensora_sp.request.conditions import all_groups, dropped_frames
 from opensora_sp.request.mask_strategy import (
     END,
     FrameLayout,
@@ -34,7 +35,6 @@ from opensora_sp.request.mask_strategy import (
 )
 from opensora_sp.request.request import Request
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
-from opensora_sp.request.sizes import latent_frames
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 34, "steps": 1}  # T = 10
 
@@ -216,7 +216,7 @@ def test_groups_from_the_end_of_a_clip_fit_both_ways_to_carry() -> None:
 
 def whole(pipeline: Pipeline, request: Request, path: Path) -> torch.Tensor:
     """Latents [4,T,h,w] of all of a reference, encoded in one go."""
-    from opensora_sp.engine.clips import noise_key
+    from opensora_sp.engine.noise import noise_key
 
     video = read_reference(path, 32, 48, fps=request.reference_fps).video
     key = noise_key(request, 0)

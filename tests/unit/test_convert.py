@@ -16,9 +16,9 @@ from torch import Tensor
 
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.cli.convert import main
-from opensora_sp.engine.pipeline import EMBEDDED
 from opensora_sp.models.checkpoint import WeightFiles
 from opensora_sp.models.text_encoder import TextEncoder
+from opensora_sp.request.embedded import EMBEDDED
 from opensora_sp.request.preflight import check_checkpoints
 
 Weights = dict[str, Tensor]

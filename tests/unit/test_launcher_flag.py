@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.request.preflight import check_launcher
+from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.request.settings import build_job, check_request, parse_command_line, resolve
 
 

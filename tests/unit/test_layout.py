@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from opensora_sp.base.geometry import latent_shape
 from opensora_sp.parallel.layout import Layout, bounds, split
-from opensora_sp.request.sizes import aspect_ratios, latent_shape, resolutions
+from opensora_sp.request.sizes import aspect_ratios, resolutions
 
 DURATIONS = (1, 17, 51, 97, 102, 204, 408, 816)
 

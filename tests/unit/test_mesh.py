@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.parallel.backend import BACKENDS, is_available, pick_backend, pick_device
+from opensora_sp.parallel.backend import is_available, pick_backend, pick_device
+from opensora_sp.parallel.backend_table import BACKENDS
 from opensora_sp.parallel.mesh import Mesh, Place, legal_meshes, plan_mesh
 
 

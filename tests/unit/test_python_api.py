@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.engine.generate import Collector, generate
-from opensora_sp.engine.pipeline import EMBEDDED, Pipeline, embedded_checkpoints
+from opensora_sp.engine.generate import generate
+from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone, open_session
+from opensora_sp.request.embedded import EMBEDDED, embedded_checkpoints
 from opensora_sp.request.request import Checkpoints, Request, RunSettings
 from opensora_sp.request.settings import check_request, parse_command_line, resolve
 

@@ -23,7 +23,8 @@ from opensora_sp.benchmark.live_report import Draft
 from opensora_sp.cli.infer import main
 from opensora_sp.jobs.identity import difference, digest, identity_of
 from opensora_sp.jobs.records import read_record, record_path, write_record
-from opensora_sp.jobs.refine import Endpoint, refine_text
+from opensora_sp.jobs.refine import refine_text
+from opensora_sp.request.llm_endpoint import Endpoint
 from opensora_sp.request.request import Job, Request, RunSettings, Task
 from opensora_sp.request.settings import parse_command_line, print_config, resolve
 

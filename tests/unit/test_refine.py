@@ -14,10 +14,11 @@ import pytest
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
-from opensora_sp.jobs import refine
-from opensora_sp.jobs.refine import Endpoint, endpoint_from_environment, refine_batches, refine_text
+from opensora_sp.jobs.refine import refine_batches, refine_text
 from opensora_sp.parallel.session import alone
+from opensora_sp.request import llm_endpoint
 from opensora_sp.request.flags.table import all_flags
+from opensora_sp.request.llm_endpoint import Endpoint, endpoint_from_environment
 from opensora_sp.request.request import Request, Task
 
 KEY = "sk-a-secret-that-nobody-sees"
@@ -301,7 +302,7 @@ def test_a_model_has_to_be_named_before_anything_is_loaded(
         assert "OPENAI_MODEL" in err
         assert err.count("\n") == 1
     monkeypatch.setenv("OPENAI_MODEL", "own")
-    refine.check_endpoint()
+    llm_endpoint.check_endpoint()
     assert not (tmp_path / "out").exists()
 
 
@@ -350,7 +351,7 @@ def test_only_rank_0_needs_the_key(
     }
     for name, value in {"RANK": "1", **place}.items():
         monkeypatch.setenv(name, value)
-    refine.check_endpoint()
+    llm_endpoint.check_endpoint()
     monkeypatch.setenv("RANK", "0")
     argv = ["--prompt", "x", "--llm-refine", "true", "--save-dir", str(tmp_path / "out")]
     assert main(argv) == 2

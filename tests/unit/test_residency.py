@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from opensora_sp.engine.guidance import _with_next
+from opensora_sp.engine.blocks import _with_next
 from opensora_sp.models.offload import Layers, StreamedList
 
 # Of another type than the host, so that a weight's place can be told; never computed on.

@@ -13,9 +13,10 @@ from tiny import TINY, conditions, normal, tiny_transformer
 
 from opensora_sp.base.deadlines import DEADLINES, parse_deadlines
 from opensora_sp.base.errors import UserError
-from opensora_sp.engine.generate import Collector, generate
+from opensora_sp.engine.generate import generate
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.session import alone
 from opensora_sp.parallel.watchdog.stages import Stages

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.engine.generate import Collector
 from opensora_sp.jobs import outputs
 from opensora_sp.jobs.run import run_job
 from opensora_sp.jobs.sheet_sink import PickingSink, RunSheet
+from opensora_sp.media.sinks import Collector
 from opensora_sp.media.writer import VideoWriter
 from opensora_sp.request.request import Job, Task
 from opensora_sp.request.settings import build_job, parse_command_line, resolve

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from opensora_sp.base import geometry
 from opensora_sp.base.errors import UserError
 from opensora_sp.request import sizes
 
@@ -66,7 +67,7 @@ def test_other_durations_are_refused(frames: str | int) -> None:
 def test_latent_frames_are_those_of_the_chunks_one_by_one(micro: int) -> None:
     for frames in range(1, 4 * micro + 3):
         chunks = [min(micro, frames - start) for start in range(0, frames, micro)]
-        assert sizes.latent_frames(frames, micro) == sum(-(-n // 4) for n in chunks)
+        assert geometry.latent_frames(frames, micro) == sum(-(-n // 4) for n in chunks)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +83,15 @@ def test_latent_frames_are_those_of_the_chunks_one_by_one(micro: int) -> None:
 def test_shapes_of_published_sizes(
     frames: int, size: tuple[int, int], latent: tuple[int, ...], grid: tuple[int, int]
 ) -> None:
-    assert sizes.latent_shape(frames, *size) == latent
-    assert sizes.patch_grid(*latent[1:]) == grid
+    assert geometry.latent_shape(frames, *size) == latent
+    assert geometry.patch_grid(*latent[1:]) == grid
 
 
 def test_number_of_table_sizes_with_an_odd_latent_side() -> None:
     odd = 0
     for resolution in sizes.resolutions():
         for height, width in sizes.aspect_ratios(resolution).values():
-            _, rows, columns = sizes.latent_shape(1, height, width)
+            _, rows, columns = geometry.latent_shape(1, height, width)
             odd += rows % 2 == 1 or columns % 2 == 1
     assert odd == 91
 

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.engine.progress import Position
 from opensora_sp.jobs import saved_latents as saved_state
 from opensora_sp.jobs.identity import identity_of, latents_identity
-from opensora_sp.jobs.saved_latents import Position, StateFiles
+from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.parallel.agreement import checksum
 from opensora_sp.request.request import Request, RunSettings, Task
 

@@ -13,7 +13,8 @@ import pytest
 from reports import draft_of
 
 from opensora_sp.benchmark.report.files import read_report, write_report
-from opensora_sp.benchmark.sweep import read_sweep, run_command, run_sweep
+from opensora_sp.benchmark.sweep import run_command, run_sweep
+from opensora_sp.benchmark.sweep_spec import read_sweep
 from opensora_sp.cli.benchmark import main
 from opensora_sp.request.settings import parse_command_line
 

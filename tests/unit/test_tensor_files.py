@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from opensora_sp.base.errors import CheckpointError, UserError
-from opensora_sp.engine.pipeline import EMBEDDED, Pipeline
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.models.tensor_files import load_tensor_file
+from opensora_sp.request.embedded import EMBEDDED
 from opensora_sp.request.request import Checkpoints
 from opensora_sp.verification.weights import check_directory
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora_sp.engine.pipeline import Pipeline, embedded_checkpoints
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.text_cache import TextCache, default_directory
-from opensora_sp.jobs.identity import text_encoder_digest
+from opensora_sp.engine.weight_digests import text_encoder_digest
 from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.parallel.session import alone
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.runtime import Runtime
 
 

@@ -18,7 +18,6 @@ from opensora_sp.base.cpu_threads import (
     transformer_width,
 )
 from opensora_sp.base.waiting import let_waiting_threads_sleep
-from opensora_sp.request.request import Checkpoints
 
 FULL = 1152
 TORCHRUN = {"OMP_NUM_THREADS": "1"}
@@ -59,10 +58,10 @@ def test_threads_of_a_rank(
     assert choose_threads(wanted, device, environ, 8, width, busy) == expected
 
 
-def checkpoint(folder: Path, config: str) -> Checkpoints:
+def checkpoint(folder: Path, config: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(config)
-    return Checkpoints(dit=folder, t5=folder, vae2d=folder, vae3d=folder)
+    return folder
 
 
 def test_the_width_is_read_from_the_checkpoint_and_nothing_odd_ends_the_run(tmp_path: Path) -> None:
@@ -71,8 +70,7 @@ def test_the_width_is_read_from_the_checkpoint_and_nothing_odd_ends_the_run(tmp_
     assert transformer_width(good) == FULL
     for odd in ("{", "[1]", "{}", '{"hidden_size": "abc"}', "[" * 100_000, '{"hidden_size": null}'):
         assert transformer_width(checkpoint(tmp_path / "odd", odd)) is None
-    absent = tmp_path / "absent"
-    assert transformer_width(Checkpoints(dit=absent, t5=absent, vae2d=absent, vae3d=absent)) is None
+    assert transformer_width(tmp_path / "absent") is None
 
 
 def test_what_is_chosen_reaches_the_environment() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opensora_sp.cli.infer import main
-from opensora_sp.engine.pipeline import EMBEDDED
+from opensora_sp.request.embedded import EMBEDDED
 from opensora_sp.request.prompts import caption_for_clip
 from opensora_sp.request.request import Request
 from opensora_sp.request.told import captions, lost_words, told

@@ -13,14 +13,9 @@ from torch import Tensor
 
 import opensora_sp
 from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.geometry import split_chunks
 from opensora_sp.models.temporal_vae import CausalConv3d, TemporalVAEConfig
-from opensora_sp.models.video_vae import (
-    SPATIAL_SCALE,
-    VideoVAE,
-    VideoVAEConfig,
-    latent_frames,
-    split_chunks,
-)
+from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE, VideoVAEConfig, latent_frames
 
 SUITE = Path(opensora_sp.__file__).parent / "assets" / "conformance"
 CASES = load_file(SUITE / "vae3d" / "cases.safetensors")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from opensora_sp.engine.generate import Collector
+from opensora_sp.media.sinks import Collector
 from opensora_sp.media.watermark import Watermarked, fits
 
 SIZES = [(32, 64), (96, 160), (144, 256), (240, 424), (424, 240), (720, 1280), (40, 2000)]

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.jobs.identity import difference, identity_of, latents_identity, sampled_digest
+from opensora_sp.base.hashes import sampled_digest
+from opensora_sp.engine.progress import Position
+from opensora_sp.jobs.identity import difference, identity_of, latents_identity
 from opensora_sp.jobs.records import read_record, record_path, write_record
-from opensora_sp.jobs.saved_latents import Position, StateFiles
+from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.jobs.schedule import deal, regroup
 from opensora_sp.jobs.worklist import look_at_all, renamed
 from opensora_sp.request.request import Job, Request, RunSettings, Task

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
+from opensora_sp.base import geometry
 from opensora_sp.base.deadlines import DEADLINES, HEARTBEAT_S
 from opensora_sp.base.value_types import Kind, boolean, file_stem, integer, number, optional, path
-from opensora_sp.request import sizes
 from opensora_sp.request.flags.benchmark_types import BENCHMARK_KINDS, DEFAULT_REPORT
 from opensora_sp.request.flags.flag import Flag, Group, flag
 from opensora_sp.request.request import REQUEST_KINDS, SETTINGS_KINDS
@@ -253,7 +253,7 @@ RUN_GROUPS: tuple[Group, ...] = (
             flag(
                 "--micro-frame-size",
                 _R["micro_frame_size"],
-                sizes.MICRO_FRAME_SIZE,
+                geometry.MICRO_FRAME_SIZE,
                 "frames of a VAE chunk; another value changes the result",
                 note="--micro-frame-size {value} changes the result: the model was trained with 17",
             ),

@@ -18,14 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_sp.models.kernels.cpu_half import arithmetic
-from opensora_sp.models.layers import (
-    attend,
-    modulated_norm,
-    rms_norm,
-    rotary_tables,
-    rotate,
-    sinusoid,
-)
+from opensora_sp.models.kernels.reference import attend, modulated_norm, rms_norm, rotate
+from opensora_sp.models.layers import rotary_tables, sinusoid
 from opensora_sp.verification.doctor.finding import Finding, attempt, failed, passed
 
 AREA = "operations"

@@ -1,0 +1,57 @@
+"""Shapes that follow from a video's size, and its time chunks: arithmetic without torch."""
+
+from dataclasses import dataclass
+
+SPATIAL_FACTOR = 8  # pixels of height or width per latent cell
+
+
+TIME_FACTOR = 4  # frames per latent frame inside one micro-frame chunk
+
+
+PATCH = 2  # latent cells of height or width per patch
+
+
+MICRO_FRAME_SIZE = 17
+
+
+def latent_frames(frames: int, micro: int = MICRO_FRAME_SIZE, factor: int = TIME_FACTOR) -> int:
+    """Latent frames T of `frames` frames: chunks of `micro`, each rounded up by itself."""
+    chunks, rest = divmod(frames, micro)
+    return chunks * -(-micro // factor) + -(-rest // factor)
+
+
+def latent_shape(
+    frames: int, height: int, width: int, micro: int = MICRO_FRAME_SIZE
+) -> tuple[int, int, int]:
+    """(T, height, width) of the latents of a video of `frames` × `height` × `width` pixels."""
+    return latent_frames(frames, micro), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+
+
+def patch_grid(latent_height: int, latent_width: int) -> tuple[int, int]:
+    """Patches down and across; an odd latent side is padded with zeros by one cell."""
+    return -(-latent_height // PATCH), -(-latent_width // PATCH)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where one independent chunk lies in the video and in its latents."""
+
+    frame_start: int
+    frames: int
+    latent_start: int
+    latents: int
+
+
+def split_chunks(
+    num_frames: int, micro_frame_size: int | None, time_factor: int = 4
+) -> list[Chunk]:
+    """The chunks of a video; a `micro_frame_size` of None makes the whole video one chunk."""
+    size = micro_frame_size or num_frames
+    chunks: list[Chunk] = []
+    latent_start = 0
+    for start in range(0, num_frames, size):
+        frames = min(size, num_frames - start)
+        latents = -(-frames // time_factor)
+        chunks.append(Chunk(start, frames, latent_start, latents))
+        latent_start += latents
+    return chunks

@@ -1,0 +1,251 @@
+"""The one loop over the blocks of the transformer, and the exchange inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_sp.base.finite import require_finite
+from opensora_sp.models.layers import KeyValue
+from opensora_sp.models.offload import Layers
+from opensora_sp.models.stdit3 import (
+    SpatialBlock,
+    STDiT3,
+    StepTables,
+    TemporalBlock,
+)
+from opensora_sp.models.tiling import boxes, ranges
+from opensora_sp.parallel.overlap import Piece, cut
+from opensora_sp.request.runtime import Runtime
+
+
+@dataclass
+class Stream:
+    """Samples that advance together: x [B,T,S_local,C], their step tables, their text.
+
+    text[2·i] belongs to spatial block i and text[2·i + 1] to temporal block i; each a list of B.
+    """
+
+    x: Tensor
+    tables: StepTables
+    text: Sequence[Sequence[KeyValue]]
+
+
+class Pending(Protocol):
+    """A tensor on its way."""
+
+    def wait(self) -> Tensor:
+        """Block until it has arrived."""
+        ...
+
+
+class Reshard(Protocol):
+    """Moves a piece between the two shardings; see `opensora_sp.parallel.exchange`."""
+
+    def to_frames(self, h: Tensor, piece: Piece) -> Pending:
+        """h [B,t,S_local,C], every frame of the piece → whole frames [F_local,S,C]."""
+        ...
+
+    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Pending:
+        """Whole frames [F_local,S,C] → [B,t,S_local,C], every frame of the piece."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A tensor that is already here."""
+
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        """The tensor."""
+        return self.tensor
+
+
+class Local:
+    """The identity: this rank holds all patches of all frames."""
+
+    def to_frames(self, h: Tensor, piece: Piece) -> Ready:
+        """[B,t,S,C] → [B·t,S,C]."""
+        return Ready(h.flatten(0, 1))
+
+    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Ready:
+        """[B·t,S,C] → [B,t,S,C]."""
+        return Ready(attended.unflatten(0, (batch, -1)))
+
+
+class Blocking:
+    """Waits for every exchange at once: what switching overlap off means."""
+
+    def __init__(self, inner: Reshard) -> None:
+        self.inner = inner
+
+    def to_frames(self, h: Tensor, piece: Piece) -> Ready:
+        """As the inner one, arrived."""
+        return Ready(self.inner.to_frames(h, piece).wait())
+
+    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Ready:
+        """As the inner one, arrived."""
+        return Ready(self.inner.to_patches(attended, piece, batch).wait())
+
+
+class _Attention:
+    """The spatial attention of all streams, in three moves that the loop interleaves."""
+
+    def __init__(self, streams: list[Stream], reshard: Reshard, runtime: Runtime) -> None:
+        self.streams = streams
+        self.reshard = reshard if runtime.overlap else Blocking(reshard)
+        self.pieces = cut([(s.x.shape[0], s.x.shape[1]) for s in streams], runtime.chunks)
+        self.tokens = runtime.tokens
+
+    def send(self, block: SpatialBlock, s: int) -> list[Pending]:
+        """Start stream s on its way to frame sharding."""
+        stream = self.streams[s]
+        return [
+            self.reshard.to_frames(
+                _by_tokens(
+                    block.attn_in,
+                    stream.x[:, p.start : p.stop],
+                    stream.tables.frames(p.start, p.stop),
+                    self.tokens,
+                ),
+                p,
+            )
+            for p in self.pieces[s]
+        ]
+
+    def attend(self, block: SpatialBlock, s: int, arriving: list[Pending]) -> list[Pending]:
+        """Attend within whole frames as they arrive and start them on their way back."""
+        batch = self.streams[s].x.shape[0]
+        return [
+            self.reshard.to_patches(_attend(block, pending.wait(), self.tokens), piece, batch)
+            for piece, pending in zip(self.pieces[s], arriving, strict=True)
+        ]
+
+    def finish(
+        self, block: SpatialBlock, s: int, returning: list[Pending], text: Sequence[KeyValue]
+    ) -> Tensor:
+        """Finish the spatial block on each piece as it returns → x [B,T,S_local,C]."""
+        stream = self.streams[s]
+        parts = []
+        for p, pending in zip(self.pieces[s], returning, strict=True):
+            x, attended = stream.x[:, p.start : p.stop], pending.wait()
+            tables = stream.tables.frames(p.start, p.stop)
+            if torch.is_grad_enabled():
+                parts.append(block.rest(x, attended, tables, text))
+                continue
+            for t, c in boxes(x.shape, self.tokens):
+                some = tables.frames(t.start, t.stop)
+                block.rest(x[:, t, c], attended[:, t, c], some, text, in_place=True)
+        if not parts:
+            return stream.x
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def along_time(
+        self, block: TemporalBlock, s: int, text: Sequence[KeyValue], rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The temporal block → x [B,T,S_local,C]; local, some positions at a time."""
+        x, tables = self.streams[s].x, self.streams[s].tables
+        if torch.is_grad_enabled():
+            return block(x, tables, text, rotary)
+        for c in ranges(x.shape[2], x.shape[0] * x.shape[1], self.tokens):
+            block(x[:, :, c], tables, text, rotary, in_place=True)
+        return x
+
+
+def _by_tokens(
+    compute: Callable[[Tensor, StepTables], Tensor],
+    x: Tensor,
+    tables: StepTables,
+    tokens: int | None,
+) -> Tensor:
+    """compute(x [B,T,S,C], tables) → [B,T,S,c], as many tokens at a time as there is room for."""
+    parts = list(boxes(x.shape, tokens))
+    if len(parts) <= 1 or torch.is_grad_enabled():
+        return compute(x, tables)
+    whole: Tensor | None = None
+    for t, c in parts:
+        some = compute(x[:, t, c], tables.frames(t.start, t.stop))
+        if whole is None:
+            whole = some.new_empty((*x.shape[:3], some.shape[-1]))
+        whole[:, t, c] = some
+    assert whole is not None
+    return whole
+
+
+def _attend(block: SpatialBlock, h: Tensor, tokens: int | None) -> Tensor:
+    """Whole frames h [F,S,C] → [F,S,C], some at a time; h is nobody else's and is overwritten."""
+    parts = list(ranges(h.shape[0], h.shape[1], tokens))
+    if len(parts) <= 1 or torch.is_grad_enabled():
+        return block.attend(h)
+    for frames in parts:
+        h[frames] = block.attend(h[frames])
+    return h
+
+
+def run_blocks(
+    model: STDiT3,
+    streams: list[Stream],
+    reshard: Reshard,
+    runtime: Runtime | None = None,
+    *,
+    equal_inputs: bool = False,
+    layers: Layers | None = None,
+) -> list[Tensor]:
+    """All blocks over all streams → each stream's final x.
+
+    equal_inputs: every stream enters with the same x and tables (the two guidance halves, which
+    differ in their text only), so the first spatial attention may be computed once for all.
+    layers: the model's blocks, where they are not all on its device.
+
+    The collectives run in the order of this code, which is the same on every rank. Without
+    gradients each stream's x is updated where it lies, so streams must not share it.
+    """
+    runtime = runtime or Runtime()
+    rotary = model.rotary(streams[0].x.shape[1])
+    attention = _Attention(streams, reshard, runtime)
+    everyone = list(range(len(streams)))
+    arriving: dict[int, list[Pending]] = {}
+
+    for i, (spatial, temporal), following in _with_next(layers or model.layers()):
+        if not arriving:
+            share = equal_inputs and runtime.share_first
+            arriving = {s: attention.send(spatial, s) for s in everyone[: 1 if share else None]}
+        returning = {s: attention.attend(spatial, s, arriving.pop(s)) for s in list(arriving)}
+        if len(returning) < len(streams):
+            returning = dict.fromkeys(everyone, _arrived(returning[0]))
+        for s, stream in enumerate(streams):
+            stream.x = attention.finish(spatial, s, returning.pop(s), stream.text[2 * i])
+            if runtime.check_blocks:
+                require_finite(stream.x, f"the output of spatial block {i} (guidance stream {s})")
+            stream.x = attention.along_time(temporal, s, stream.text[2 * i + 1], rotary)
+            if runtime.check_blocks:
+                require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
+            if following is not None:
+                # Sent before the next stream is finished here: that is what hides the exchange.
+                arriving[s] = attention.send(following[0], s)
+    return [stream.x for stream in streams]
+
+
+def _arrived(pending: list[Pending]) -> list[Pending]:
+    """Waited for once, to be read by several."""
+    return [Ready(part.wait()) for part in pending]
+
+
+Pair = tuple[SpatialBlock, TemporalBlock]
+
+
+def _with_next(layers: Layers) -> Iterator[tuple[int, Pair, Pair | None]]:
+    """(number, pair of blocks, the pair after it or None); both are on the device."""
+    # Asked for more than there are, the layers would take back the last one before its use.
+    with closing(iter(layers)) as passing:
+        here: Any = next(passing)
+        for number in range(len(layers)):
+            following: Any = next(passing) if number + 1 < len(layers) else None
+            yield number, here, following
+            here = following

@@ -1,0 +1,43 @@
+"""The arithmetic of the layers, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# F.rms_norm came after torch 2.3; where it exists it may be one fused kernel.
+_fused_rms_norm = getattr(F, "rms_norm", None)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Root-mean-square norm over the last axis, its statistics in float32; any shape in and out."""
+    if _fused_rms_norm is not None:
+        return _fused_rms_norm(x, (x.shape[-1],), weight, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine (eps 1e-6), then ·(1 + scale) + shift.
+
+    x [B,T,S,C]; shift and scale [B,T or 1,1,C] → [B,T,S,C].
+    """
+    normed = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding over interleaved channel pairs; x [B,T,S,H,D] → the same, x's dtype."""
+    cos, sin = (table[:, None, None, :] for table in tables)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√D)·v on [N,H,length,D]; a batch or query of length 0 gives that shape back."""
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    return F.scaled_dot_product_attention(q, k, v)

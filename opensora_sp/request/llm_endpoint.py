@@ -1,0 +1,115 @@
+"""The language model that rewrites prompts: its address and key, from the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.launcher import read_launch
+from opensora_sp.base.value_types import shown
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    pass
+
+
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
+
+
+TIMEOUT_S = 60.0  # of one try, from looking up the host to the answer's last byte
+
+
+TRIES = 2
+
+
+BACKOFF_S = 2.0
+
+
+LONGEST_BACKOFF_S = 20.0  # whatever a server asks for
+
+
+MAX_ANSWER_BYTES = 64 * 2**10
+
+
+_SECRET_LENGTH = 16  # shorter keys are placeholders of local servers, such as EMPTY
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Who rewrites: base address, model, key, and the patience with it in seconds."""
+
+    base_url: str
+    model: str
+    key: str = field(repr=False)
+    timeout_s: float = TIMEOUT_S
+    backoff_s: float = BACKOFF_S
+
+
+def endpoint_from_environment(
+    model: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Endpoint:
+    """The endpoint that the environment describes; `model` wins over OPENAI_MODEL.
+
+    Raises UserError naming the variable that is missing or cannot be used, never the key.
+    """
+    key = environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        raise UserError(
+            "--llm-refine needs OPENAI_API_KEY in the environment (for a local server any word): "
+            "set it, or leave --llm-refine out"
+        )
+    if not re.fullmatch("[!-~]+", key):
+        raise UserError(
+            "OPENAI_API_KEY in the environment holds a space, a line break or a character that is "
+            "not ASCII, which no key does: set it again"
+        )
+    base_url = environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
+    _check_base_url(base_url)
+    model = model or environ.get("OPENAI_MODEL", "").strip()
+    if not model:
+        # No default: what a service offers today it takes away in a year.
+        raise UserError(
+            "--llm-refine needs the name of a language model that OPENAI_BASE_URL serves: give "
+            "--prompt-generator MODEL, such as --prompt-generator gpt-5-mini, or set OPENAI_MODEL"
+        )
+    return Endpoint(base_url.rstrip("/"), model, key)
+
+
+def check_endpoint(model: str | None = None) -> None:
+    """Refuse on rank 0, which alone asks the endpoint, what `endpoint_from_environment` refuses.
+
+    The other ranks may be on nodes where the variables are not set.
+    """
+    if read_launch().rank == 0:
+        endpoint_from_environment(model)
+
+
+def _check_base_url(address: str) -> None:
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        parts, usable = urlsplit(""), False
+    # A key may stand anywhere in it, so of the address at most the host is shown.
+    if "@" in address:
+        raise UserError(
+            "OPENAI_BASE_URL in the environment holds an '@': leave user and password out"
+        )
+    if not usable or parts.query or parts.fragment or not re.fullmatch("[!-~]+", address):
+        raise UserError(
+            f"OPENAI_BASE_URL{_host_of(address)} in the environment is not an http(s) address "
+            f"without a query, such as {DEFAULT_BASE_URL}"
+        )
+
+
+def _host_of(address: str) -> str:
+    """Scheme and host of an address as "=http://host:1 (...)"; nothing where it has none."""
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@\\]*)[/?#]?.*", address, re.DOTALL)
+    return f"={shown(found.group(1))} (its host)" if found else ""
