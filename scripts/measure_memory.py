@@ -24,6 +24,7 @@ from opensora_sp.benchmark.memory_meter import MemoryMeter
 from opensora_sp.engine.generate import decode, denoise
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.engine.progress import ResumePoint
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, make_plan
@@ -43,15 +44,15 @@ def measure(session: Session, where: Checkpoints, request: Request, mode: Memory
         peaks.append(meter.peak_device_bytes() or 0)
         meter.reset()
 
-    with torch.no_grad(), pipeline.arithmetic():
+    with torch.no_grad(), pipeline.models.arithmetic():
         meter.reset()
-        text = pipeline.text([request.prompt], pipeline.max_length(request))
-        pipeline.release_text_encoder()
+        text = pipeline.text.broadcast([request.prompt], pipeline.models.max_length(request))
+        pipeline.text.release_encoder()
         note()
-        start = draw_noise([request], 0)
-        latents = denoise(pipeline, [request], 0, text, start)
+        start = ResumePoint(0, draw_noise([request], 0), None)
+        latents = denoise(pipeline.models, [request], 0, text, start)
         note()
-        for _ in decode(pipeline, [request], latents):
+        for _ in decode(pipeline.models, [request], latents):
             pass
         note()
     return peaks

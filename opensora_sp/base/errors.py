@@ -40,6 +40,10 @@ class Stopped(SystemExit):
         self.number = number
 
 
+class Cancelled(Exception):  # noqa: N818 (nothing went wrong)
+    """A callback asked for the generation to end; every rank of the video raises it."""
+
+
 class JobEnded(Exception):  # noqa: N818 (the error is its cause, and has been said)
     """The run has ended on all ranks and the reason has been printed; only `code` is left to do."""
 

@@ -138,7 +138,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
     from opensora_sp.base.cpu_threads import VARIABLE
 
     session, settings, request = pipeline.session, job.settings, job.tasks[0].request
-    mesh = pipeline.mesh(request)
+    mesh = pipeline.models.mesh(request)
     return {
         "ranks": session.world_size,
         "device": session.device.type,
@@ -149,9 +149,9 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
             "guidance": mesh.guidance,
             "sequence": mesh.sequence,
         },
-        "overlap": pipeline.runtime.overlap,
-        "serial_guidance": pipeline.runtime.serial_guidance,
-        "chunks": pipeline.runtime.chunks,
+        "overlap": pipeline.models.runtime.overlap,
+        "serial_guidance": pipeline.models.runtime.serial_guidance,
+        "chunks": pipeline.models.runtime.chunks,
         "batch_size": settings.batch_size,
         "threads": os.environ.get(VARIABLE),
         "latent_shape": list(request.latent_shape),

@@ -36,7 +36,7 @@ class Phase:
 @contextmanager
 def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
     """Record a `with` block that all ranks begin and end together; the last wait is a stage."""
-    session, clock = pipeline.session, pipeline.clock
+    session, clock = pipeline.session, pipeline.models.clock
     session.wait_for_all()
     meter.reset()
     before = session.ledger.snapshot()

@@ -25,7 +25,6 @@ from opensora_sp.benchmark.report.build import run_record
 from opensora_sp.benchmark.report.page import write_page
 from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.benchmark.weights import describe_weights
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
 from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_job_session
@@ -111,12 +110,11 @@ def _measure(
     """Everything between the first and the last version of the report."""
     with clock.stage("check"):
         mesh = mesh_of(job, session.world_size)
-        pipeline = load_pipeline(job, session, mesh)
-        pipeline.text_cache = None  # texts are encoded to be measured
+        # Without a text cache: texts are encoded to be measured.
+        pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
     draft.check_seconds = clock.seconds["check"]
-    pipeline.clock = clock
     draft.facts["run"] = run_facts(pipeline, job)
-    draft.plan = plan_in_mode(job, session.world_size, pipeline.runtime.mode)
+    draft.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
     first = job.tasks[0].request
     if not first.is_image:
         session.together(
@@ -152,28 +150,28 @@ def _encode_texts(
     """Every run's texts, encoded once for each run; the token count of each caption, on all."""
     for run in runs:
         draft.doing = f"texts of {run.kind} run {run.number}"
-        pipeline.forget_captions()
+        pipeline.text.forget()
         with recorded(pipeline, meter) as run.text:
             _encode_run(pipeline, run)
-    pipeline.release_text_encoder()
+    pipeline.text.release_encoder()
     # The last run is a measured one, so its captions are all there are.
     requests = [task.request for batch in runs[-1].batches for task in batch]
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
-    length = pipeline.max_length(requests[0])
-    counts = pipeline.token_counts(captions, length) if pipeline.session.leads else None
+    length = pipeline.models.max_length(requests[0])
+    counts = pipeline.text.token_counts(captions, length) if pipeline.session.leads else None
     return dict(zip(captions, pipeline.session.share(counts), strict=True))
 
 
 def _encode_run(pipeline: Pipeline, run: _Run) -> None:
     requests = [task.request for batch in run.batches for task in batch]
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
-    pipeline.encode_captions(captions, pipeline.max_length(requests[0]))
+    pipeline.text.encode(captions, pipeline.models.max_length(requests[0]))
 
 
 def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Draft) -> None:
     """One run; its record joins the draft on the leading rank. Collective."""
     draft.doing = f"{run.kind} run {run.number}"
-    if pipeline.session.leads and pipeline.show_progress:
+    if pipeline.session.leads and pipeline.options.show_progress:
         print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
     with recorded(pipeline, meter) as phase:
         frames = _generate(pipeline, job, run)
@@ -195,7 +193,7 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
             if run.saved:
                 inner = stack.enter_context(open_outputs(pipeline, job.settings, batch))
             sinks = [CountingSink(sink) for sink in inner]
-            generate(pipeline, [task.request for task in batch], sinks, keep_latents=False)
+            pipeline.generate_to([task.request for task in batch], sinks, keep_latents=False)
         frames += frames_of(sinks)
     return frames
 
@@ -211,7 +209,7 @@ def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: D
     with profiled(path, session.rank, session.device):
         for batch in short:
             requests = [task.request for task in batch]
-            generate(pipeline, requests, [CountingSink() for _ in batch], keep_latents=False)
+            pipeline.generate_to(requests, [CountingSink() for _ in batch], keep_latents=False)
     draft.profile = session.collect(str(path))
 
 
@@ -228,16 +226,16 @@ def _describe(
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
     shares = session.collect(own)
     if options.measure_peak:
-        with pipeline.arithmetic():
+        with pipeline.models.arithmetic():
             session.wait_for_all()
-            peaks = session.collect(measure_peak(session.device, pipeline.dtype))
+            peaks = session.collect(measure_peak(session.device, pipeline.models.dtype))
         draft.peak = {"per_rank": peaks, "source": "measured"}
     elif options.peak_tflops is not None:
         given = [options.peak_tflops * 1e12] * session.world_size
         draft.peak = {"per_rank": given, "source": "given"}
     if not session.leads:
         return
-    length = pipeline.max_length(job.tasks[0].request)
+    length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop
     decoded = decode_flops(request, checkpoints.vae3d, checkpoints.vae2d)
@@ -248,7 +246,7 @@ def _describe(
     }
     draft.facts["model"] = {
         "checkpoints": "embedded" if settings.checkpoints is None else "given",
-        "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "transformer_parameters": sum(p.numel() for p in pipeline.models.transformer.parameters()),
         "weights": describe_weights(checkpoints, hashes=options.weight_hashes),
     }
 
@@ -256,14 +254,14 @@ def _describe(
 def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, int]) -> float:
     """Of this rank, over all clips of a batch."""
     requests = [task.request for task in batch]
-    mesh, rank = pipeline.mesh(requests[0]), pipeline.session.rank
+    mesh, rank = pipeline.models.mesh(requests[0]), pipeline.session.rank
     of_clip = partial(
         denoise_flops,
         requests,
-        config=pipeline.config,
+        config=pipeline.models.config,
         mesh=mesh,
         rank=rank,
-        runtime=pipeline.runtime,
+        runtime=pipeline.models.runtime,
     )
     clips = range(requests[0].loop)
     return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)

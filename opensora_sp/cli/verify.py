@@ -174,7 +174,8 @@ def _request(arguments: argparse.Namespace) -> Request:
 def _parity(arguments: argparse.Namespace, session: Session, request: Request) -> int:
     from dataclasses import replace
 
-    from opensora_sp.engine.pipeline import Parallelism, Pipeline
+    from opensora_sp.engine.model_set import Parallelism
+    from opensora_sp.engine.pipeline import Pipeline
     from opensora_sp.request.embedded import embedded_checkpoints
     from opensora_sp.verification.parity import check_parity, project, report
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.base.geometry import split_chunks
+from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import noise_key
+from opensora_sp.media.fetch import Remote
 from opensora_sp.media.reader import MAX_REFERENCE_BYTES
 from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.request.conditions import all_groups, layout_of
@@ -24,7 +26,6 @@ from opensora_sp.request.mask_strategy import FrameLayout, Placement, apply_stra
 from opensora_sp.request.request import Request, reference_paths
 
 if TYPE_CHECKING:
-    from opensora_sp.engine.pipeline import Pipeline
     from opensora_sp.media.frames import ReferenceFrames
     from opensora_sp.models.video_vae import NoiseSource, VideoVAE
 
@@ -122,9 +123,14 @@ class KeptFrames:
     """
 
     def __init__(
-        self, pipeline: Pipeline, requests: Sequence[Request], *, needed: bool = True
+        self,
+        models: ModelSet,
+        requests: Sequence[Request],
+        *,
+        allow_remote: Remote = False,
+        needed: bool = True,
     ) -> None:
-        self._pipeline, self._requests = pipeline, requests
+        self._models, self._requests, self._allow_remote = models, requests, allow_remote
         self._groups = [all_groups(request) for request in requests]
         keeps = any(request.reference_path for request in requests) or requests[0].loop > 1
         self._needed = needed and keeps
@@ -133,8 +139,8 @@ class KeptFrames:
         self._kept: list[list[_Kept]] = [[] for _ in requests]
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that later clips keep
         if self._needed:
-            with pipeline.clock.stage("wait"):
-                pipeline.session.together(self._read_all, leading_only=True)
+            with models.clock.stage("wait"):
+                models.session.together(self._read_all, leading_only=True)
 
     @property
     def references(self) -> list[list[Tensor]]:
@@ -151,9 +157,9 @@ class KeptFrames:
         """
         if not self._needed:
             return noise, None
-        session = self._pipeline.session
+        session = self._models.session
         noise = noise.clone()
-        with self._pipeline.clock.stage("wait"):
+        with self._models.clock.stage("wait"):
             mask = session.share(
                 session.together(
                     lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
@@ -163,7 +169,7 @@ class KeptFrames:
         if bool((mask == 1).all()):
             return noise, None
         placed = noise if session.leads else None
-        with self._pipeline.clock.stage("hand out"):
+        with self._models.clock.stage("hand out"):
             z = hand_out_checked(session, placed, noise.shape, noise.dtype)
         return z.cpu(), mask
 
@@ -235,7 +241,7 @@ class KeptFrames:
         """Read and encode what the clips of a request keep of its files."""
         from opensora_sp.media.frames import Recounted, open_reference
 
-        request, stage = self._requests[i], self._pipeline.clock.stage
+        request, stage = self._requests[i], self._models.clock.stage
         named = {g.ref for g in self._groups[i] if g.loop < request.loop and g.length}
         with ExitStack() as stack:
             with stage("read references"):
@@ -244,7 +250,7 @@ class KeptFrames:
                         open_reference(
                             path,
                             fps=request.reference_fps,
-                            allow_remote=self._pipeline.allow_remote,
+                            allow_remote=self._allow_remote,
                         )
                     )
                     if number in named
@@ -270,7 +276,7 @@ class KeptFrames:
                 continue
             own = [p for p in placements if p.ref == number]
             parts = _parts(own, file.count, request.micro_frame_size)
-            with self._pipeline.clock.stage("read references"):
+            with self._models.clock.stage("read references"):
                 wanted = [(part.first, part.count) for part in parts]
                 videos = file.read(wanted, request.height, request.width)
             layout = FrameLayout(file.count, request.micro_frame_size)
@@ -317,7 +323,7 @@ class KeptFrames:
 
         source: NoiseSource = draw
         vae = self._vae(request)
-        with self._pipeline.clock.stage("encode references"):
+        with self._models.clock.stage("encode references"):
             return vae.encode(video[None], source)[0]
 
     def _place(self, i: int, clip: int, z: Tensor) -> Tensor:
@@ -330,7 +336,7 @@ class KeptFrames:
         return apply_strategy(z, taken, own)
 
     def _vae(self, request: Request) -> VideoVAE:
-        return self._pipeline.vae(request, encoder=True)
+        return self._models.vae(request, encoder=True)
 
 
 def _most_drawn(request: Request) -> int:

@@ -5,31 +5,33 @@ hands it out → all ranks denoise, each on its shard → the latents are decode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora_sp.base import faults
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.errors import Cancelled, UserError
 from opensora_sp.base.finite import require_finite
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clips import KeptFrames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
-from opensora_sp.engine.guidance import Conditions, Denoiser
+from opensora_sp.engine.guidance import Conditions
+from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.progress import Progress, ResumePoint
 from opensora_sp.engine.result import Result
 from opensora_sp.engine.sampling import VelocityFunction, sample, timesteps
+from opensora_sp.engine.text import Text, TextStage
+from opensora_sp.engine.timing import Clock
+from opensora_sp.media.fetch import Remote
 from opensora_sp.media.sinks import Sink
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
+from opensora_sp.parallel.session import Session
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.prompts import caption
-from opensora_sp.request.request import Request
-
-if TYPE_CHECKING:
-    from opensora_sp.engine.pipeline import Pipeline, Text
-
+from opensora_sp.request.request import CheckFinite, Request
 
 _HINTS = {
     "steps": "run again with --check-finite blocks to find the block, or with --dtype bf16 or fp32",
@@ -37,80 +39,84 @@ _HINTS = {
 }
 
 
+# on_step_end(step, t, latents) → True to end the generation. See `Pipeline.generate`.
+StepEnd = Callable[[int, float, "Tensor | None"], "bool | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How every call of one pipeline generates; nothing of it changes the content.
+
+    check_finite: where to look for NaN and infinity. allow_remote: which addresses references may
+    be fetched from. show_progress: say on rank 0 what is being done.
+    """
+
+    check_finite: CheckFinite = "steps"
+    allow_remote: Remote = False
+    show_progress: bool = False
+
+
 def generate(
-    pipeline: Pipeline,
+    models: ModelSet,
+    text: TextStage,
     requests: Sequence[Request],
     sinks: Sequence[Sink],
+    options: GenerateOptions,
     *,
     noise: Tensor | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
+    on_step_end: StepEnd | None = None,
     keep_latents: bool = True,
     progress: Progress | None = None,
 ) -> Result:
     """Generate requests of one shape together. Every rank calls this with the same arguments.
 
-    noise, step_noise: as for `Pipeline.generate`.
+    noise, step_noise, on_step_end: as for `Pipeline.generate`.
     keep_latents: return the latents; without, memory does not grow with the number of clips.
     progress: saves the state on the way, and knows what is there already.
     """
     check_batch(requests)
     if len(sinks) != len(requests):
         raise UserError(f"{len(sinks)} sinks for {len(requests)} requests: one for each is needed")
-    with torch.no_grad(), pipeline.arithmetic():
-        latents = _generate(pipeline, requests, sinks, noise, step_noise, keep_latents, progress)
-    return Result(
-        requests=requests, latents=latents, sinks=sinks, seconds=dict(pipeline.clock.seconds)
-    )
-
-
-def _generate(
-    pipeline: Pipeline,
-    requests: Sequence[Request],
-    sinks: Sequence[Sink],
-    noise: Tensor | None,
-    step_noise: Callable[[int], Tensor] | None,
-    keep_latents: bool,
-    progress: Progress | None,
-) -> list[Tensor | None]:
-    """Clip by clip: text, start, denoise, decode, write; the latents of each clip."""
-    first = requests[0]
+    first, clock = requests[0], models.clock
     progress = progress or Progress()
-    kept = KeptFrames(pipeline, requests, needed=not progress.is_finished(first.loop - 1))
-    latents: list[Tensor | None] = []
-    for clip in range(first.loop):
-        if progress.is_finished(clip):
-            latents.append(progress.latents(clip))
-        else:
-            start = progress.resume_point(clip)
-            if start is None:
-                with pipeline.clock.stage("draw noise"):
-                    drawn = draw_noise(requests, clip) if noise is None else noise
-                start = ResumePoint(0, *kept.start(clip, drawn))
-            captions = [caption(request, clip) for request in requests]
-            text = pipeline.text(captions, pipeline.max_length(first))
-            latents.append(
-                denoise(
-                    pipeline,
+    before = dict(clock.seconds)
+    every: list[Tensor | None] = []
+    with torch.no_grad(), models.arithmetic():
+        needed = not progress.is_finished(first.loop - 1)
+        kept = KeptFrames(models, requests, allow_remote=options.allow_remote, needed=needed)
+        for clip in range(first.loop):
+            if progress.is_finished(clip):
+                latents = progress.latents(clip)
+            else:
+                start = progress.resume_point(clip)
+                if start is None:
+                    with clock.stage("draw noise"):
+                        drawn = draw_noise(requests, clip) if noise is None else noise
+                    start = ResumePoint(0, *kept.start(clip, drawn))
+                captions = [caption(request, clip) for request in requests]
+                embedded = text.broadcast(captions, models.max_length(first))
+                latents = denoise(
+                    models,
                     requests,
                     clip,
-                    text,
-                    start.z,
-                    start.mask,
+                    embedded,
+                    start,
+                    options,
+                    progress,
                     step_noise,
-                    first_step=start.step,
-                    progress=progress,
+                    on_step_end,
                 )
-            )
-            progress.finish(clip, latents[-1], last=clip + 1 == first.loop)
-        repeated = dropped_frames(first) if clip else 0
-        for decoded in decode(pipeline, requests, latents[-1], kept.watched_from(clip)):
-            kept.watch(decoded.pixels)
-            write(pipeline, decoded.frames[:, repeated:], sinks)
-            repeated = max(0, repeated - decoded.frames.shape[1])
-        kept.finish(clip, latents[-1])
-        if not keep_latents:
-            latents[-1] = None
-    return latents
+                progress.finish(clip, latents, last=clip + 1 == first.loop)
+            repeated = dropped_frames(first) if clip else 0
+            for decoded in decode(models, requests, latents, kept.watched_from(clip)):
+                kept.watch(decoded.pixels)
+                write(clock, decoded.frames[:, repeated:], sinks)
+                repeated = max(0, repeated - decoded.frames.shape[1])
+            kept.finish(clip, latents)
+            every.append(latents if keep_latents else None)
+    seconds = {name: spent - before.get(name, 0.0) for name, spent in clock.seconds.items()}
+    return Result(requests=requests, latents=every, sinks=sinks, seconds=seconds)
 
 
 def check_batch(requests: Sequence[Request]) -> None:
@@ -137,25 +143,25 @@ def check_batch(requests: Sequence[Request]) -> None:
 
 
 def denoise(
-    pipeline: Pipeline,
+    models: ModelSet,
     requests: Sequence[Request],
     clip: int,
     text: Text,
-    start: Tensor,
-    frame_mask: Tensor | None = None,
-    step_noise: Callable[[int], Tensor] | None = None,
-    *,
-    first_step: int = 0,
+    start: ResumePoint,
+    options: GenerateOptions | None = None,
     progress: Progress | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+    on_step_end: StepEnd | None = None,
 ) -> Tensor | None:
-    """Starting latents [B,4,T,H,W] → latents [B,4,T,H,W] on the leading rank.
+    """Denoise a clip from `start` on: latents [B,4,T,H,W] on the leading rank.
 
-    Sharded in between. frame_mask [B,T]: which frames of `start` are kept, see `sample`.
-    first_step: `start` is what the steps before it have made. progress: told of every step.
+    Sharded in between. start.mask [B,T]: which frames of start.z are kept, see `sample`.
+    progress: told of every step.
     """
+    options, progress = options or GenerateOptions(), progress or Progress()
     request = requests[0]
-    denoiser: Denoiser = pipeline.denoiser(request)
-    _agree(pipeline, requests, text, start)
+    denoiser = models.denoiser(request)
+    _agree(models, requests, text, start.z)
     times = timesteps(
         request.steps,
         height=request.height,
@@ -176,63 +182,81 @@ def denoise(
         drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
         return denoiser.shard(drawn)
 
-    progress = progress or Progress()
-    clock = pipeline.clock
-    with clock.stage("denoise"), _bar(pipeline, times, first_step) as bar:
+    clock, session = models.clock, models.session
+    show = options.show_progress and session.whole.leads
+    with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
         with clock.part("prepare"):
-            velocity = _Watched(pipeline, denoiser.prepare(conditions), len(times), first_step)
-            z = denoiser.shard(start)
-        step_ended = clock.steps(pipeline.session.ledger)
+            velocity = _Watched(
+                session, options, denoiser.prepare(conditions), len(times), start.step
+            )
+            z = denoiser.shard(start.z)
+        step_ended = clock.steps(session.ledger)
 
         def on_step(step: int, z: Tensor) -> None:
             bar.update()
             step_ended(step)
             if step + 1 < len(times):
-                progress.watch(clip, step + 1, frame_mask, lambda: denoiser.gather(z))
+                progress.watch(clip, step + 1, start.mask, lambda: denoiser.gather(z))
+            if on_step_end is not None:
+                _call(session, on_step_end, step, times[step], denoiser.gather(z))
 
         with progress.stoppable():
-            z = sample(z, times, velocity, frame_mask, noise_at, on_step, first_step)
+            z = sample(z, times, velocity, start.mask, noise_at, on_step, start.step)
         velocity.check(z, "the denoised latents")
         with clock.part("gather"):
             return denoiser.gather(z)
+
+
+def _call(
+    session: Session, on_step_end: StepEnd, step: int, t: float, latents: Tensor | None
+) -> None:
+    """The caller's function on every rank; all ranks end when one of them asks for it."""
+    if any(session.collect(on_step_end(step, t, latents) is True)):
+        raise Cancelled(f"the callback ended the generation after step {step + 1}")
 
 
 class _Watched:
     """The velocity, with the run's progress told to the peers and its numbers looked at."""
 
     def __init__(
-        self, pipeline: Pipeline, velocity: VelocityFunction, steps: int, done: int
+        self,
+        session: Session,
+        options: GenerateOptions,
+        velocity: VelocityFunction,
+        steps: int,
+        done: int,
     ) -> None:
-        self._pipeline, self._velocity, self._steps, self._step = pipeline, velocity, steps, done
+        self._session, self._check = session, options.check_finite
+        self._velocity, self._steps, self._step = velocity, steps, done
 
     def __call__(self, z: Tensor, t: float, generate: Tensor | None) -> Tensor:
         self._step += 1
-        self._pipeline.session.progress(f"step {self._step} of {self._steps}")
+        self._session.progress(f"step {self._step} of {self._steps}")
         velocity = self._velocity(z, t, generate)
         self.check(velocity, f"the velocity of step {self._step} (t = {t:.1f})")
         return velocity
 
     def check(self, tensor: Tensor, what: str) -> None:
-        if self._pipeline.check_finite != "off":
-            require_finite(tensor, what, hint=_HINTS[self._pipeline.check_finite])
+        if self._check != "off":
+            require_finite(tensor, what, hint=_HINTS[self._check])
 
 
-def _agree(pipeline: Pipeline, requests: Sequence[Request], text: Text, start: Tensor) -> None:
+def _agree(models: ModelSet, requests: Sequence[Request], text: Text, start: Tensor) -> None:
     """Every rank is about to compute the same video, or the run ends here."""
-    session = pipeline.session
+    session = models.session
     if session.world_size > 1:
-        with pipeline.clock.stage("agree"):
+        with models.clock.stage("agree"):
             facts = {
                 "request": " ".join(request.digest()[:16] for request in requests),
                 "noise": checksum([start]),
                 "text embedding": checksum([*text.tokens, text.masks]),
-                "transformer weights": fingerprint(pipeline.transformer),
+                "transformer weights": fingerprint(models.transformer),
             }
             ensure_agreement(session, facts)
 
 
 def decode(
-    pipeline: Pipeline,
+    models: ModelSet,
     requests: Sequence[Request],
     latents: Tensor | None,
     keep_from: int | None = None,
@@ -243,18 +267,18 @@ def decode(
     from which on pixels are wanted beside the frames.
     """
     request = requests[0]
-    if pipeline.shares_decode(request):
-        vae = pipeline.shared_vae(request)
+    if models.shares_decode(request):
+        vae = models.shared_vae(request)
         _, height, width = request.latent_shape
         shape = (len(requests), 4, height, width)
         frames = request.num_frames
-        parts = decode_shared(pipeline.session, vae, latents, shape, frames, keep_from)
+        parts = decode_shared(models.session, vae, latents, shape, frames, keep_from)
     elif latents is None:
         return
     else:
-        parts = decode_alone(pipeline.vae(request), latents, request.num_frames, keep_from)
+        parts = decode_alone(models.vae(request), latents, request.num_frames, keep_from)
     while True:
-        with pipeline.clock.stage("decode"):
+        with models.clock.stage("decode"):
             faults.reach("decode")
             decoded = next(parts, None)
         if decoded is None:
@@ -262,20 +286,18 @@ def decode(
         yield decoded
 
 
-def write(pipeline: Pipeline, frames: Tensor, sinks: Sequence[Sink]) -> None:
+def write(clock: Clock, frames: Tensor, sinks: Sequence[Sink]) -> None:
     """Hand decoded frames, uint8 [B,f,H,W,3], to the sinks."""
     if frames.shape[1] == 0:
         return
     for video, sink in zip(frames, sinks, strict=True):
-        with pipeline.clock.stage("write"):
+        with clock.stage("write"):
             faults.reach("encode-to-file")
             sink.write(video.numpy())
 
 
-def _bar(pipeline: Pipeline, times: Sequence[float], first_step: int) -> Any:
+def _bar(steps: int, first_step: int, *, show: bool) -> Any:
     """A bar with steps, pace and ETA on rank 0's standard error."""
     from tqdm import tqdm
 
-    show = pipeline.show_progress and pipeline.session.whole.leads
-    steps = len(times)
     return tqdm(total=steps, initial=first_step, desc="denoise", unit="step", disable=not show)

@@ -10,8 +10,10 @@ from pathlib import Path
 from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.deadlines import parse_deadlines
 from opensora_sp.base.screen import note
-from opensora_sp.engine.pipeline import Parallelism, Pipeline
+from opensora_sp.engine.model_set import Parallelism
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.text_cache import default_directory
+from opensora_sp.engine.timing import Clock
 from opensora_sp.jobs.memory_mode import choose_memory
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
@@ -61,8 +63,18 @@ def mesh_of(job: Job, world: int) -> Mesh:
     )
 
 
-def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
-    """The pipeline of one replica of the mesh, in a memory mode that fits; collective."""
+def load_pipeline(
+    job: Job,
+    session: Session,
+    mesh: Mesh,
+    *,
+    clock: Clock | None = None,
+    text_cache: bool = True,
+) -> Pipeline:
+    """The pipeline of one replica of the mesh, in a memory mode that fits; collective.
+
+    clock: times the stages. text_cache: keep embeddings where the settings say.
+    """
     settings = job.settings
     return Pipeline.load(
         settings.checkpoints,
@@ -83,7 +95,8 @@ def load_pipeline(job: Job, session: Session, mesh: Mesh) -> Pipeline:
         show_progress=settings.verbose > 0,
         allow_remote=settings.remote,
         check_finite=settings.check_finite,
-        text_cache=_text_cache(settings, leads=session.whole.leads),
+        text_cache=_text_cache(settings, leads=session.whole.leads) if text_cache else None,
+        clock=clock,
     )
 
 
@@ -105,9 +118,9 @@ def _text_cache(settings: RunSettings, *, leads: bool) -> Path | None:
 def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
     """Say on rank 0 what is about to be made, and on what."""
     whole = pipeline.session.whole
-    if not whole.leads or not pipeline.show_progress:
+    if not whole.leads or not pipeline.options.show_progress:
         return
-    known = pipeline.max_length(request)
+    known = pipeline.models.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
         note(f"this transformer knows {known} text tokens at most")
     if (crossing := crossing_note(mesh, whole.nodes)) is not None:
@@ -117,6 +130,6 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
     print(
         f"{request.num_frames} frames of {request.height}x{request.width} as {frames}x{height}x"
         f"{width} latents ({rows * columns} patches a frame), {request.steps} steps, "
-        f"{pipeline.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
+        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
         file=sys.stderr,
     )

@@ -39,10 +39,10 @@ def open_outputs(
         yield [Collector() for _ in batch]
         return
     with ExitStack() as stack:
-        with pipeline.clock.stage("write"):
+        with pipeline.models.clock.stage("write"):
             sinks = [stack.enter_context(open_output(pipeline, settings, t, sheet)) for t in batch]
         yield sinks
-        with pipeline.clock.stage("write"):
+        with pipeline.models.clock.stage("write"):
             stack.close()
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from opensora_sp.base import faults
 from opensora_sp.base.errors import SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import note, note_once, one_line, result
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Position
 from opensora_sp.engine.weight_digests import model_digests
@@ -47,7 +46,9 @@ def run_job(job: Job) -> int:
         mesh = mesh_of(job, whole.world_size)
         session = whole.split(mesh) if mesh.replicas > 1 else whole
         pipeline = load_pipeline(job, session, mesh)
-        models = whole.together(lambda: model_digests(pipeline.checkpoints), leading_only=True)
+        models = whole.together(
+            lambda: model_digests(pipeline.models.checkpoints), leading_only=True
+        )
         models = whole.share(models)
         _agree(job, whole)
         job, works = _unfinished(job, whole, models)
@@ -160,7 +161,7 @@ def _generate_all(
     if settings.sheet:
         sheets = whole.collect(sheet)
         if whole.leads:
-            timings = {"whole run": time.perf_counter() - started, **pipeline.clock.seconds}
+            timings = {"whole run": time.perf_counter() - started, **pipeline.models.clock.seconds}
             order = [task.output for task in job.tasks]
             joined = RunSheet.joined([one for one in sheets if one is not None], order)
             if not joined.is_empty:
@@ -253,13 +254,13 @@ def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Wo
     """
     from opensora_sp.models.text_encoder import TextEncoder
 
-    pieces = TextEncoder.tokenizer(pipeline.checkpoints.t5)
+    pieces = TextEncoder.tokenizer(pipeline.models.checkpoints.t5)
     tasks = {
         t.request.prompt: t for works in lists for w in works if not w.denoised for t in w.tasks
     }
     notes = []
     for task in tasks.values():
-        for one in told(task.request, pieces, pipeline.max_length(task.request)):
+        for one in told(task.request, pieces, pipeline.models.max_length(task.request)):
             notes += one.notes(refined=settings.llm_refine)
             if settings.verbose > 1:
                 clip = f" from clip {one.clip} on" if one.clips > 1 else ""
@@ -284,11 +285,14 @@ def _encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> Non
         for works in lists
     ]
     length = next(
-        pipeline.max_length(task.request) for works in lists for w in works for task in w.tasks
+        pipeline.models.max_length(task.request)
+        for works in lists
+        for w in works
+        for task in w.tasks
     )
-    pipeline.encode_captions([caption for part in captions for caption in part], length)
-    pipeline.release_text_encoder()
-    pipeline.deal_captions([list(dict.fromkeys(part)) for part in captions], length)
+    pipeline.text.encode([caption for part in captions for caption in part], length)
+    pipeline.text.release_encoder()
+    pipeline.text.scatter([list(dict.fromkeys(part)) for part in captions], length)
 
 
 def _run(
@@ -308,7 +312,7 @@ def _run(
             task.output,
             latents_identity(identity) if leads else {},
             refined=None if task.original_prompt is None else task.request.prompt,
-            about=f"{pipeline.session.device.type}, {pipeline.mesh(task.request)}",
+            about=f"{pipeline.session.device.type}, {pipeline.models.mesh(task.request)}",
         )
         for task, identity in zip(work.tasks, identities, strict=True)
     ]
@@ -329,7 +333,7 @@ def _run(
     if not work.denoised:
         stands("denoising")
     with open_outputs(pipeline, settings, work.tasks, sheet) as sinks:
-        generate(pipeline, requests, sinks, keep_latents=False, progress=progress)
+        pipeline.generate_to(requests, sinks, keep_latents=False, progress=progress)
     stands("done")
     if leads:
         _finish(pipeline, settings, work, files, sheet, time.perf_counter() - started)
@@ -351,7 +355,7 @@ def _finish(
                 note_once("left over", f"the saved state of {one.output} is left: {error}")
     if sheet is not None:
         sheet.took(work.tasks, seconds)
-    if pipeline.show_progress:
+    if pipeline.options.show_progress:
         print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
     for task in work.tasks:
         result(task.output)

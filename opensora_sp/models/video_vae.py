@@ -7,6 +7,7 @@ the spatial VAE in groups of `micro_batch_size`), so whoever decodes a unit gets
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -202,6 +203,18 @@ class VideoVAE(nn.Module):
             vae, weights, dtype=torch.float32, device="cpu", aliases=names, skip=lambda _: True
         )
         return vae.temporal_vae.time_factor, vae.spatial_vae.factor
+
+    def with_micro_sizes(self, micro_frame_size: int, micro_batch_size: int) -> VideoVAE:
+        """This VAE, on the same weights, with other chunk and batch sizes; itself unchanged.
+
+        micro_frame_size: frames of a chunk. micro_batch_size: frames that the spatial VAE takes
+        at once.
+        """
+        other = copy.copy(self)  # shares parameters and buffers
+        other.config = replace(
+            self.config, micro_frame_size=micro_frame_size, micro_batch_size=micro_batch_size
+        )
+        return other
 
     def drop_encoder(self) -> None:
         """Forget the encoders, which only references need; `encode` then refuses."""

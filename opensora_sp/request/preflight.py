@@ -13,7 +13,7 @@ from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
 from opensora_sp.request.conditions import Facts, judge, look_at
 from opensora_sp.request.mask_strategy import parse_mask_strategy
-from opensora_sp.request.request import Checkpoints, Request, reference_paths
+from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
 
 BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
 LOSSLESS_BYTES_PER_PIXEL = 3.0
@@ -48,6 +48,28 @@ def check_checkpoints(directories: Mapping[str, str | None]) -> Checkpoints | No
     for name, path in given.items():
         _check_directory(f"--ckpt-path-{name} {shown(path)}", path, name)
     return Checkpoints(**{name: Path(path) for name, path in given.items()})
+
+
+def find_checkpoints(
+    directory: str | Path | None, given: Mapping[str, str | Path | None]
+) -> Checkpoints:
+    """Checkpoints for `Pipeline.from_pretrained`: four in one directory, or each by its name.
+
+    Raises CheckpointError naming the one that is missing or the file that it lacks.
+    """
+    places: dict[str, Path] = {}
+    for name, place in given.items():
+        if place is not None:
+            places[name] = a_path(name, place)
+        elif directory is None:
+            raise CheckpointError(
+                f"{name} is not given: give one directory that holds {', '.join(given)}, or all "
+                "four"
+            )
+        else:
+            places[name] = a_path("directory", directory) / name
+        _check_directory(f"{name} {shown(str(places[name]))}", str(places[name]), name)
+    return Checkpoints(**places)
 
 
 def check_transformer(directory: str) -> None:

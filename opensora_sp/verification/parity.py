@@ -77,7 +77,7 @@ def check_parity(pipeline: Pipeline, request: Request, *, most_seconds: float) -
     A request that rank 0 could not hold alone, or would need more than `most_seconds` for, is
     made smaller first: fewer frames, then a smaller picture.
     """
-    with pipeline.arithmetic():
+    with pipeline.models.arithmetic():
         return _check(pipeline, request, most_seconds)
 
 
@@ -88,8 +88,8 @@ def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity 
         smaller = _smaller(request)
         if session.share(_fits_alone(pipeline, request) if session.leads else None):
             trial = _on_all_ranks(pipeline, request)
-            busy = trial.step_seconds * pipeline.mesh(request).replica_size
-            runs = 3 if pipeline.dtype == torch.float32 else 1
+            busy = trial.step_seconds * pipeline.models.mesh(request).replica_size
+            runs = 3 if pipeline.models.dtype == torch.float32 else 1
             soon = busy * (request.steps + 2) * runs <= most_seconds
             if session.share(soon if session.leads else None) or smaller is None:
                 break
@@ -116,14 +116,14 @@ def _smaller(request: Request) -> Request | None:
 def _fits_alone(pipeline: Pipeline, request: Request) -> bool:
     frames, *_ = request.latent_shape
     rows, columns = request.patch_grid
-    itemsize = torch.empty((), dtype=pipeline.dtype).element_size()
-    residual = 2 * frames * rows * columns * pipeline.config.hidden_size * itemsize
+    itemsize = torch.empty((), dtype=pipeline.models.dtype).element_size()
+    residual = 2 * frames * rows * columns * pipeline.models.config.hidden_size * itemsize
     return RESIDUALS_ALONE * residual < free_bytes(pipeline.session.device)
 
 
 def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
     session, ledger = pipeline.session, pipeline.session.ledger
-    denoiser = pipeline.denoiser(request)
+    denoiser = pipeline.models.denoiser(request)
     forward = _forward(denoiser, pipeline, request)
     before, started = ledger.snapshot(), time.perf_counter()
     run = _run(denoiser, pipeline, request, draw_noise([request], 0))
@@ -140,7 +140,7 @@ def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
 
 
 def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool) -> Parity:
-    alone = _alone(pipeline, request, pipeline.transformer)
+    alone = _alone(pipeline, request, pipeline.models.transformer)
     noise = draw_noise([request], 0)
     forward = _present(_forward(alone, pipeline, request))
     started = time.perf_counter()
@@ -148,7 +148,7 @@ def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool)
     synchronize(pipeline.session.device)
     alone_seconds = (time.perf_counter() - started) / request.steps
     sharded_forward, sharded_run = _present(trial.forward), _present(trial.run)
-    if pipeline.dtype == torch.float32:
+    if pipeline.models.dtype == torch.float32:
         nudged = torch.nextafter(noise, torch.full_like(noise, math.inf))
         moved = _present(_run(alone, pipeline, request, nudged))
         forward_limit, run_limit = FORWARD_LIMIT, ULP_FACTOR * _relative(moved, run)
@@ -156,7 +156,10 @@ def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool)
     else:
         # Half precision is judged against its own distance from float32.
         exact = load_transformer(
-            pipeline.checkpoints.dit, pipeline.config, torch.float32, pipeline.session.device
+            pipeline.models.checkpoints.dit,
+            pipeline.models.config,
+            torch.float32,
+            pipeline.session.device,
         )
         reference = _present(_forward(_alone(pipeline, request, exact), pipeline, request))
         forward_limit = run_limit = _rms(forward, reference)
@@ -188,12 +191,12 @@ def _alone(pipeline: Pipeline, request: Request, model: STDiT3) -> Denoiser:
     """A one-rank denoiser beside the sharded one, on the same weights."""
     frames, *size = request.latent_shape
     layout = Layout(frames=frames, size=(size[0], size[1]), ranks=1)
-    return parallelize(model, None, layout, pipeline.runtime)
+    return parallelize(model, None, layout, pipeline.models.runtime)
 
 
 def _conditions(pipeline: Pipeline, request: Request) -> Conditions:
     """Keyed random text: parity is about the ranks, so T5 need not be there."""
-    config = pipeline.config
+    config = pipeline.models.config
     length = min(TEXT_TOKENS, config.model_max_length)
     masks = torch.zeros(1, config.model_max_length, dtype=torch.int64)
     masks[:, :length] = 1
@@ -242,12 +245,12 @@ def _psnr(actual: Tensor, expected: Tensor) -> float:
 
 def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
     """The lines a person reads."""
-    request, mesh = parity.request, pipeline.mesh(parity.request)
-    kind = "relative" if pipeline.dtype == torch.float32 else "relative RMS"
+    request, mesh = parity.request, pipeline.models.mesh(parity.request)
+    kind = "relative" if pipeline.models.dtype == torch.float32 else "relative RMS"
     what = f"{request.num_frames} frames of {request.height}x{request.width}"
     if parity.reduced:
         yield "the request is too large for one rank alone, so a smaller one is compared"
-    yield f"{what}, {pipeline.dtype}, {mesh.size} ranks as {mesh} against rank 0 alone"
+    yield f"{what}, {pipeline.models.dtype}, {mesh.size} ranks as {mesh} against rank 0 alone"
     for name, worst, error, limit in (
         ("one forward", parity.forward_max, parity.forward, parity.forward_limit),
         (f"{request.steps} steps", parity.run_max, parity.run, parity.run_limit),
@@ -272,18 +275,18 @@ def project(parity: Parity, pipeline: Pipeline, link: float) -> Iterator[str]:
     work = Workload(
         frames=frames,
         size=(size[0], size[1]),
-        channels=pipeline.config.hidden_size,
-        depth=pipeline.config.depth,
+        channels=pipeline.models.config.hidden_size,
+        depth=pipeline.models.config.depth,
         text=TEXT_TOKENS,
         guided=parity.request.cfg_scale != 1,
-        itemsize=torch.empty((), dtype=pipeline.dtype).element_size(),
+        itemsize=torch.empty((), dtype=pipeline.models.dtype).element_size(),
     )
     for ranks in (2, 4, 8):
         mesh = plan_mesh(ranks, guided=work.guided)
         step = project_step(
             work,
             mesh,
-            pipeline.runtime,
+            pipeline.models.runtime,
             one_rank_seconds=parity.alone_seconds,
             link_bytes_per_second=link,
         )

@@ -241,7 +241,7 @@ def vae(clips: Clips) -> None:
     """PSNR of clips that were not trained on, through the posteriors' means."""
     from scripts.train_embedded.vae import psnr
 
-    model = clips.pipeline.vae(Request(prompt=""), encoder=True)
+    model = clips.pipeline.models.vae(Request(prompt=""), encoder=True)
     with torch.no_grad():
         print(f"VAE round trip: {psnr(model, 24, seed=1):.2f} dB", flush=True)
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from ranks import free_port
 
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.sinks import Collector
@@ -51,7 +50,7 @@ def cpu() -> tuple[torch.Tensor, float]:
     noise = draw_noise([REQUEST], 0)
     nudged = torch.nextafter(noise, torch.full_like(noise, torch.inf))
     plain, moved = (
-        generate(pipeline, [REQUEST], [Collector()], noise=z).latents[0] for z in (noise, nudged)
+        pipeline.generate_to([REQUEST], [Collector()], noise=z).latents[0] for z in (noise, nudged)
     )
     assert plain is not None
     assert moved is not None

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from ranks import free_port, run_ranks
 
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.sinks import Collector
@@ -71,7 +70,7 @@ def tolerance(single: Any, folder: Path) -> float:
     batch = requests(folder)[0]
     noise = draw_noise(batch, 0)
     nudged = torch.nextafter(noise, torch.full_like(noise, torch.inf))
-    moved = generate(pipeline, batch, [Collector()], noise=nudged).latents[0]
+    moved = pipeline.generate_to(batch, [Collector()], noise=nudged).latents[0]
     plain = single[0][0][0]
     assert moved is not None
     response = float((moved - plain).abs().max() / plain.abs().max())

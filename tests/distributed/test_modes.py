@@ -15,6 +15,7 @@ from opensora_sp.engine.clips import KeptFrames
 from opensora_sp.engine.generate import denoise
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.engine.progress import ResumePoint
 from opensora_sp.media.writer import VideoWriter, to_uint8
 from opensora_sp.parallel.session import alone, open_session
 from opensora_sp.request.conditions import dropped_frames
@@ -106,7 +107,7 @@ def test_modes_on_ranks(world: int, single: Any, folder: Path) -> None:
 def test_kept_latents_are_the_references_bit_for_bit(mode: str, single: Any, folder: Path) -> None:
     pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32")
     with torch.no_grad():
-        references = KeptFrames(pipeline, [modes(folder)[mode]]).references[0]
+        references = KeptFrames(pipeline.models, [modes(folder)[mode]]).references[0]
     latents = single[mode][0][0]  # [4,T,h,w]
     for reference, source, target in KEPT[mode]:
         assert torch.equal(latents[:, target], references[reference][:, source])
@@ -130,15 +131,15 @@ def test_a_loop_is_its_clips_made_by_hand(length: int) -> None:
     result = pipeline.generate(request)
     joined, reference = [], None
     with torch.no_grad():
-        vae = pipeline.vae(request, encoder=True)
+        vae = pipeline.models.vae(request, encoder=True)
         for clip in range(4):
             z, mask = draw_noise([request], clip), None
             if reference is not None:
                 groups = parse_mask_strategy(f"{clip},0,-{length},0,{length},0")
                 placements = plan_strategy(groups, clip, [15], 15, request.align)
                 mask = apply_strategy(z[0], [reference], placements)[None]
-            text = pipeline.text([caption(request, clip)], 300)
-            latents = denoise(pipeline, [request], clip, text, z, mask)
+            text = pipeline.text.broadcast([caption(request, clip)], 300)
+            latents = denoise(pipeline.models, [request], clip, text, ResumePoint(0, z, mask))
             assert latents is not None
             got = result.latents[clip]
             assert got is not None
@@ -169,7 +170,7 @@ def test_earlier_clips_keep_their_numbers_while_they_are_asked_for() -> None:
     request = Request(
         prompt="x", loop=3, loop_carry="latents", mask_strategy="2,0,0,5,1,0", **SMALL
     )
-    kept = KeptFrames(Pipeline.load(session=alone("cpu"), dtype="fp32"), [request])
+    kept = KeptFrames(Pipeline.load(session=alone("cpu"), dtype="fp32").models, [request])
     for clip in range(2):
         kept.finish(clip, torch.full((1, 4, 10, 5, 7), 100.0 * (clip + 1)))
     z, _ = kept.start(2, torch.zeros(1, 4, 10, 5, 7))
@@ -180,7 +181,7 @@ def test_earlier_clips_keep_their_numbers_while_they_are_asked_for() -> None:
 def test_a_loop_keeps_one_clip_back_and_no_more() -> None:
     request = Request(prompt="x", loop=4, loop_carry="latents", **SMALL)
     pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32")
-    kept = KeptFrames(pipeline, [request])
+    kept = KeptFrames(pipeline.models, [request])
     for clip in range(3):
         kept.finish(clip, torch.full((1, 4, 10, 5, 7), float(clip)))
         assert [z.shape[1] for z in kept.references[0]] == [0] * clip + [10]

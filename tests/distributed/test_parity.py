@@ -8,7 +8,8 @@ from ranks import RankFailure, run_ranks
 
 from opensora_sp.cli.verify import main
 from opensora_sp.engine import guidance as denoiser_module
-from opensora_sp.engine.pipeline import Parallelism, Pipeline
+from opensora_sp.engine.model_set import Parallelism
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel import exchange, layout
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Request

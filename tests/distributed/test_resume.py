@@ -12,7 +12,7 @@ import torch
 from command import SMALL, infer, run, saved, stages, t5_loads
 from ranks import run_ranks
 
-from opensora_sp.engine.generate import generate
+from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample, timesteps
@@ -43,7 +43,7 @@ def tolerance() -> float:
     noise = draw_noise([request], 0)
     nudged = torch.nextafter(noise, torch.full_like(noise, torch.inf))
     a, b = (
-        generate(pipeline, [request], [Collector()], noise=z).latents[0] for z in (noise, nudged)
+        pipeline.generate_to([request], [Collector()], noise=z).latents[0] for z in (noise, nudged)
     )
     assert a is not None
     assert b is not None
@@ -95,7 +95,7 @@ def test_decode_only_finishes_a_run_whose_encoder_failed(
     assert not run(1, tmp_path, *flags, fault="rank=0 point=encode-to-file way=exception")
     assert stages(tmp_path) == {NAME: "latents saved"}
     assert not (tmp_path / NAME).exists()
-    monkeypatch.setattr(Pipeline, "transformer", property(lambda _: pytest.fail("denoises again")))
+    monkeypatch.setattr(ModelSet, "transformer", property(lambda _: pytest.fail("denoises again")))
     assert main([*SMALL, *flags, "--decode-only", "--save-dir", str(tmp_path)]) == 0
     assert stages(tmp_path) == {NAME: "done"}
     assert (tmp_path / NAME).exists()

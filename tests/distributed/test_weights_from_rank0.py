@@ -31,13 +31,13 @@ def handed_out(rank: int, world: int, init_file: str) -> tuple[str, Any]:
             weights_from="rank0",
         )
         video = pipeline.generate(request).videos[0]
-        return checksum(pipeline.transformer.state_dict().values()), video
+        return checksum(pipeline.models.transformer.state_dict().values()), video
 
 
 def test_every_rank_has_the_leading_ones_weights() -> None:
     results = run_ranks(handed_out, 3)
     checkpoints = embedded_checkpoints()
-    config = Pipeline.load(checkpoints).config
+    config = Pipeline.load(checkpoints).models.config
     own = load_transformer(checkpoints.dit, config, torch.bfloat16)
     assert {digest for digest, _ in results} == {checksum(own.state_dict().values())}
     assert results[0][1].std() > 0

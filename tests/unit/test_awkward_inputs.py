@@ -73,10 +73,10 @@ def test_any_picture_or_video_is_a_reference(
     )  # fmt: skip
     if strategy.startswith("0,0,-5") and name != "long.mp4":
         with pytest.raises(UserError, match="ref_start -5 lies before the first"):
-            KeptFrames(pipeline, [request])
+            KeptFrames(pipeline.models, [request])
         return
     with torch.no_grad():
-        kept = KeptFrames(pipeline, [request])
+        kept = KeptFrames(pipeline.models, [request])
     reference = kept.references[0][0]
     assert reference.shape[2:] == (4, 6)
     assert bool(torch.isfinite(reference).all())

@@ -150,10 +150,10 @@ def test_extending_keeps_the_last_frames(
         prompt="x", reference_path=str(path), mask_strategy=f"0,0,end,0,{length}", **SMALL
     )
     with torch.no_grad():
-        z, mask = KeptFrames(pipeline, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))
+        z, mask = KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))
         count = FrameLayout(34).frames_before(length)
         last = read_reference(path, 32, 48).video[:, -count:]
-        mean = pipeline.vae(request, encoder=True).encode(last[None])
+        mean = pipeline.models.vae(request, encoder=True).encode(last[None])
     assert mask is not None
     assert mask[0].tolist() == [0.0] * length + [1.0] * (10 - length)
     # The posterior is sampled; its mean is near, and that of other frames is not.
@@ -169,7 +169,9 @@ def test_extending_whole_chunks_is_what_it_was(
     for strategy in ("0,0,end,0,5", "0,0,-5,0,5"):
         request = Request(prompt="x", reference_path=path, mask_strategy=strategy, **SMALL)
         with torch.no_grad():
-            starts.append(KeptFrames(pipeline, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0])
+            starts.append(
+                KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
+            )
     assert torch.equal(*starts)
 
 
@@ -181,7 +183,7 @@ def test_a_loop_continues_the_last_frame(frames: int, pipeline: Pipeline) -> Non
     assert first is not None
     assert second is not None
     with torch.no_grad():
-        vae = pipeline.vae(request, encoder=True)
+        vae = pipeline.models.vae(request, encoder=True)
         last = vae.decode(first, frames)[:, :, -17:].float()
         mean = vae.encode(last)
     kept = second[:, :, :5]
@@ -198,7 +200,7 @@ def test_a_loops_own_groups_reach_all_of_the_clip_before(pipeline: Pipeline) -> 
     assert first is not None
     assert second is not None
     with torch.no_grad():
-        vae = pipeline.vae(request, encoder=True)
+        vae = pipeline.models.vae(request, encoder=True)
         mean = vae.encode(vae.decode(first, 34)[:, :, :17].float())
     assert (second[:, :, 5:] - mean).abs().mean() < 0.3 * mean.abs().mean()
 
@@ -220,7 +222,7 @@ def whole(pipeline: Pipeline, request: Request, path: Path) -> torch.Tensor:
 
     video = read_reference(path, 32, 48, fps=request.reference_fps).video
     key = noise_key(request, 0)
-    vae = pipeline.vae(request, encoder=True)
+    vae = pipeline.models.vae(request, encoder=True)
     return vae.encode(video[None], lambda w, s: key.normal(s, f"reference 0 {w}"))[0].float()
 
 
@@ -237,7 +239,7 @@ def test_parts_are_what_the_whole_gives(
         reference_fps=fps, **SMALL,
     )  # fmt: skip
     with torch.no_grad():
-        kept = KeptFrames(pipeline, [request])
+        kept = KeptFrames(pipeline.models, [request])
         z, _ = kept.start(0, torch.zeros(1, 4, 10, 4, 6))
         latents = whole(pipeline, request, path)
     for p in plan_strategy(parse_mask_strategy(strategy), 0, [latents.shape[1]], 10, align)[-1:]:
@@ -253,7 +255,7 @@ def test_work_is_bounded_by_what_is_kept(
     path = write(tmp_path / f"long.{suffix}", 1500, codec)
     request = Request(prompt="x", reference_path=str(path), mask_strategy=strategy, **SMALL)
     with torch.no_grad():
-        KeptFrames(pipeline, [request])
+        KeptFrames(pipeline.models, [request])
     assert work["encoded"] <= 17
     assert work["converted"] <= 17
     assert work["decoded"] <= 17 + 40  # from a keyframe on, with what the decoder holds back
@@ -266,7 +268,7 @@ def test_what_nothing_keeps_is_not_read(
     for strategy in ("", "1,0", "0,0,90", "0,1,0,0,0"):
         request = Request(prompt="x", reference_path=paths, mask_strategy=strategy, **SMALL)
         with torch.no_grad():
-            KeptFrames(pipeline, [request])
+            KeptFrames(pipeline.models, [request])
     assert work == {"decoded": 0, "converted": 0, "encoded": 0}
 
 
@@ -305,7 +307,7 @@ def test_a_wrong_count_is_found_and_mended(
     path = write(tmp_path / "a.mp4", 60)
     request = Request(prompt="x", reference_path=str(path), mask_strategy="0,0,end,0,5", **SMALL)
     with torch.no_grad():
-        right = KeptFrames(pipeline, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
+        right = KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
         count = reference_frames._count_packets
 
         def too_few(*arguments: Any) -> Any:
@@ -314,7 +316,7 @@ def test_a_wrong_count_is_found_and_mended(
             return reference_frames._Timeline(found.frames[:-20], found.keys[:-2], exact=False)
 
         monkeypatch.setattr(reference_frames, "_count_packets", too_few)
-        mended = KeptFrames(pipeline, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
+        mended = KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
     assert torch.equal(right, mended)
 
 

@@ -99,7 +99,7 @@ def test_paths_as_text(tmp_path: Path) -> None:
         text_cache=str(tmp_path),  # type: ignore[arg-type]
         transformer_only=True,
     )
-    assert pipeline.text_cache == tmp_path
+    assert pipeline.text.cache == tmp_path
     wrongs: list[tuple[dict[str, Any], str]] = [
         ({"dit": 3}, "dit 3 is not a usable path"),
         ({"vae": "x"}, "vae is not"),
@@ -163,9 +163,9 @@ def test_generating_refuses_before_a_model_is_loaded(kind: str, pipeline: Pipeli
         call(pipeline)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert pipeline._transformer is None
-    assert pipeline._text_encoder is None
-    assert pipeline._vae is None
+    assert pipeline.models._transformer is None
+    assert pipeline.text._encoder is None
+    assert pipeline.models._vae is None
 
 
 def test_a_session_that_is_closed_is_no_session() -> None:

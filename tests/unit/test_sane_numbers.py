@@ -13,7 +13,6 @@ from tiny import TINY, conditions, normal, tiny_transformer
 
 from opensora_sp.base.deadlines import DEADLINES, parse_deadlines
 from opensora_sp.base.errors import UserError
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.sinks import Collector
@@ -91,8 +90,8 @@ def test_the_block_where_nan_begins_is_named() -> None:
 def test_a_run_stops_at_the_step_where_nan_appears(check: Any) -> None:
     pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32", check_finite=check)
     with torch.no_grad():
-        pipeline.transformer.final_layer.linear.bias[0] = float("nan")
+        pipeline.models.transformer.final_layer.linear.bias[0] = float("nan")
     request = Request(prompt="x", height=32, width=48, num_frames=1, steps=2)
     said = "velocity of step 1" if check == "steps" else "decoded video"
     with pytest.raises(UserError, match=said):
-        generate(pipeline, [request], [Collector()])
+        pipeline.generate_to([request], [Collector()])

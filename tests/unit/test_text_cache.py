@@ -84,7 +84,7 @@ def test_a_prompt_seen_before_needs_no_encoder(
 ) -> None:
     def texts() -> list[torch.Tensor]:
         pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32", text_cache=tmp_path / "text")
-        text = pipeline.text(["a cat", "a longer caption of a dog"], 16)
+        text = pipeline.text.broadcast(["a cat", "a longer caption of a dog"], 16)
         return [*text.tokens, text.masks]
 
     first = texts()
@@ -99,7 +99,7 @@ def test_a_prompt_seen_before_needs_no_encoder(
         runtime=Runtime(text_weights="int8"),
     )
     with pytest.raises(pytest.fail.Exception, match="loaded again"):  # other embeddings
-        pipeline.text(["a cat"], 16)
+        pipeline.text.broadcast(["a cat"], 16)
 
 
 def test_the_encoder_is_known_by_its_content(tmp_path: Path) -> None:
