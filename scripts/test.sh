@@ -48,6 +48,7 @@ if [[ "$stack" == current ]]; then
     check "ruff check" "$bin/ruff" check
     check "ruff format" "$bin/ruff" format --check
     check "mypy" "$bin/mypy"
+    check "lint-imports" "$bin/lint-imports" --no-cache --no-logo
 fi
 
 workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"

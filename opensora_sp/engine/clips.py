@@ -22,8 +22,11 @@ from opensora_sp.media.fetch import Remote
 from opensora_sp.media.reader import MAX_REFERENCE_BYTES
 from opensora_sp.parallel.agreement import hand_out_checked
 from opensora_sp.request.conditions import all_groups, layout_of
-from opensora_sp.request.mask_strategy import FrameLayout, Placement, apply_strategy, plan_clip
+from opensora_sp.request.mask_strategy import FrameLayout, Placement, plan_clip
 from opensora_sp.request.request import Request, reference_paths
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from opensora_sp.media.frames import ReferenceFrames
@@ -353,3 +356,37 @@ def _blamed_on(place: int) -> Iterator[None]:
         raise
     except UserError as error:
         raise PromptFault(str(error), place) from error
+
+
+def apply_strategy(
+    z: Tensor, references: Sequence[Tensor], placements: Sequence[Placement]
+) -> Tensor:
+    """Copy the placed reference frames into z, in place, and return the frame mask [T].
+
+    Args:
+        z: the clip's noise [4, T, H, W].
+        references: normalised latents of the prompt's references, each [4, T_ref, H, W].
+        placements: from `plan_strategy` with these lengths; `frames` of a placement is not looked
+            at, so for those of `plan_clip` the references are what was encoded for each.
+
+    Returns:
+        float32 [T] on the CPU: the edit ratio where a reference was placed and 1 elsewhere. All
+        ones means a plain run.
+
+    Raises:
+        ValueError: a reference whose channels, height or width are not z's.
+    """
+    import torch
+
+    mask = torch.ones(z.shape[1])
+    for p in placements:
+        source = references[p.ref]
+        if source.shape[0] != z.shape[0] or source.shape[2:] != z.shape[2:]:
+            raise ValueError(
+                f"reference {p.ref} has latents {list(source.shape)}, which do not fit the clip's "
+                f"{list(z.shape)}"
+            )
+        target = slice(p.target_start, p.target_start + p.length)
+        z[:, target] = source[:, p.ref_start : p.ref_start + p.length].to(z)
+        mask[target] = p.edit_ratio
+    return mask

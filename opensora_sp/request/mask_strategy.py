@@ -18,7 +18,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _MOST_SIGNS = 20  # of one value; no clip has so many frames, and int() ends at 4300 digits
 _FORM = (
@@ -257,37 +257,3 @@ def _start(name: str, value: int, total: int, align: int | None) -> int:
             f"give -{total} or more"
         )
     return start if align is None else align_to(start, align, total)
-
-
-def apply_strategy(
-    z: Tensor, references: Sequence[Tensor], placements: Sequence[Placement]
-) -> Tensor:
-    """Copy the placed reference frames into z, in place, and return the frame mask [T].
-
-    Args:
-        z: the clip's noise [4, T, H, W].
-        references: normalised latents of the prompt's references, each [4, T_ref, H, W].
-        placements: from `plan_strategy` with these lengths; `frames` of a placement is not looked
-            at, so for those of `plan_clip` the references are what was encoded for each.
-
-    Returns:
-        float32 [T] on the CPU: the edit ratio where a reference was placed and 1 elsewhere. All
-        ones means a plain run.
-
-    Raises:
-        ValueError: a reference whose channels, height or width are not z's.
-    """
-    import torch
-
-    mask = torch.ones(z.shape[1])
-    for p in placements:
-        source = references[p.ref]
-        if source.shape[0] != z.shape[0] or source.shape[2:] != z.shape[2:]:
-            raise ValueError(
-                f"reference {p.ref} has latents {list(source.shape)}, which do not fit the clip's "
-                f"{list(z.shape)}"
-            )
-        target = slice(p.target_start, p.target_start + p.length)
-        z[:, target] = source[:, p.ref_start : p.ref_start + p.length].to(z)
-        mask[target] = p.edit_ratio
-    return mask

@@ -123,7 +123,8 @@ def _alignment(cases: list[list[int]]) -> list[str]:
 
 def _application(cases: list[dict[str, Any]]) -> list[str]:
     """References hold 1, 2, 3, …, the second one 101, 102, …, so that copies can be told apart."""
-    from opensora_sp.request.mask_strategy import apply_strategy, parse_mask_strategy, plan_strategy
+    from opensora_sp.engine.clips import apply_strategy
+    from opensora_sp.request.mask_strategy import parse_mask_strategy, plan_strategy
 
     wrong = []
     for case in cases:

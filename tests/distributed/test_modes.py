@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 
-from opensora_sp.engine.clips import KeptFrames
+from opensora_sp.engine.clips import KeptFrames, apply_strategy
 from opensora_sp.engine.generate import denoise
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.pipeline import Pipeline
@@ -19,7 +19,7 @@ from opensora_sp.engine.progress import ResumePoint
 from opensora_sp.media.writer import VideoWriter, to_uint8
 from opensora_sp.parallel.session import alone, open_session
 from opensora_sp.request.conditions import dropped_frames
-from opensora_sp.request.mask_strategy import apply_strategy, parse_mask_strategy, plan_strategy
+from opensora_sp.request.mask_strategy import parse_mask_strategy, plan_strategy
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Request
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.engine.clips import apply_strategy
 from opensora_sp.request.mask_strategy import (
     Group,
     Placement,
     align_to,
-    apply_strategy,
     parse_mask_strategy,
     plan_strategy,
 )
