@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from opensora_sp.base.cpu_threads import busy_elsewhere, fair_share  # noqa: E402
 from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
 
 # How torch runs where nobody decides: libgomp spins about so long, and takes every core.
@@ -90,6 +91,8 @@ def run(what: str, ranks: int, ours: bool, cores: int, timeout: float) -> float:
     environ = {k: v for k, v in os.environ.items() if not re.match("OMP_|GOMP_|KMP_", k)}
     environ["PYTHONPATH"] = str(ROOT)
     threads = max(1, cores // ranks)
+    if ours:  # as --cpu-threads auto chooses for a wide transformer
+        threads = max(1, fair_share(cores, busy_elsewhere()) // ranks)
     if not ours:
         environ |= TORCH_DEFAULT
     with tempfile.TemporaryDirectory() as folder:

@@ -39,10 +39,10 @@ TORCHRUN = {"OMP_NUM_THREADS": "1"}
         (3, "cpu", {}, 192, 0, 3),
         (None, "cuda", {}, 192, 0, None),
         (None, "cpu", {"OMP_NUM_THREADS": "4"}, 192, 0, None),
-        # Up to one other thread a core is shared with, more is left a core.
-        (None, "cpu", {}, FULL, 8, 8),
-        (None, "cpu", {}, FULL, 11, 5),
-        (None, "cpu", {"LOCAL_WORLD_SIZE": "2", **TORCHRUN}, FULL, 12, 2),
+        # Beside others it takes its fair share of the cores, at least one.
+        (None, "cpu", {}, FULL, 1, 7),
+        (None, "cpu", {}, FULL, 8, 4),
+        (None, "cpu", {"LOCAL_WORLD_SIZE": "2", **TORCHRUN}, FULL, 4, 2),
         (None, "cpu", {}, FULL, 400, 1),
         (6, "cpu", {}, FULL, 400, 6),
     ],
