@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from opensora_sp.benchmark.live_report import Draft
+from opensora_sp.benchmark.live_report import LiveReport
 from opensora_sp.benchmark.options import BenchmarkOptions
 from opensora_sp.benchmark.report.build import run_record
 from opensora_sp.benchmark.report.files import SCHEMA_FILE
@@ -74,7 +74,7 @@ def rank_record(
 
 def draft_of(
     folder: Path, *flags: str, ranks: int = 2, scales: tuple[float, ...] = (1.0, 1.2)
-) -> Draft:
+) -> LiveReport:
     """A draft with one warm-up and a measured run per scale; its report goes to report.json."""
     argv = [] if "--prompt" in flags else ["--prompt", "a <b> & c"]
     argv += [] if "--num-frames" in flags else ["--image-size", "64", "96", "--num-frames", "17"]
@@ -87,7 +87,7 @@ def draft_of(
     ]
     values = resolve(parse_command_line(argv), program="benchmark")
     job = build_job(values, world_size=ranks)
-    draft = Draft(job, BenchmarkOptions.from_values(values), ranks=ranks)
+    draft = LiveReport(job, BenchmarkOptions.from_values(values), ranks=ranks)
     draft.check_seconds = 3.0
     guidance = job.settings.guidance_parallel or 1
     mesh = {"replicas": 1, "guidance": guidance, "sequence": ranks // guidance}

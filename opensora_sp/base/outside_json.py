@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.value_types import Kind, shown
+from opensora_sp.base.value_types import ValueType, shown
 
 MOST_BYTES = 64 * 2**20
 _DEEPEST = 64
@@ -104,7 +104,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 def check_keys(
     content: Mapping[str, Any],
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, ValueType],
     where: str,
     *,
     error: type[UserError] = UserError,

@@ -38,7 +38,7 @@ def shown(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueType:
     """One kind of value.
 
     `read` turns text into a value and raises ValueError where it cannot; `legal` judges a value
@@ -69,7 +69,7 @@ class Kind:
         return UserError(f"{name} {shown(value)} is not {self.allowed}")
 
 
-def integer(low: int, high: int | None = None) -> Kind:
+def integer(low: int, high: int | None = None) -> ValueType:
     """Whole numbers from `low` to `high`, both included."""
 
     def read(text: str) -> int:
@@ -82,10 +82,12 @@ def integer(low: int, high: int | None = None) -> Kind:
         return whole and value >= low and (high is None or value <= high)
 
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return Kind("N", f"a whole number {limits}", read, legal)
+    return ValueType("N", f"a whole number {limits}", read, legal)
 
 
-def number(low: float, high: float = math.inf, *, above: bool = False, metavar: str = "X") -> Kind:
+def number(
+    low: float, high: float = math.inf, *, above: bool = False, metavar: str = "X"
+) -> ValueType:
     """Finite numbers of at least `low`, or strictly above it, and at most `high`."""
 
     def read(text: str) -> float:
@@ -104,10 +106,10 @@ def number(low: float, high: float = math.inf, *, above: bool = False, metavar: 
 
     limits = f"above {low:g}" if above else f"of at least {low:g}"
     limits += "" if math.isinf(high) else f" and at most {high:g}"
-    return Kind(metavar, f"a finite number {limits}", read, legal)
+    return ValueType(metavar, f"a finite number {limits}", read, legal)
 
 
-def boolean() -> Kind:
+def boolean() -> ValueType:
     """True true t yes y 1, or False false f no n 0, in any case."""
 
     def read(text: str) -> bool:
@@ -116,25 +118,27 @@ def boolean() -> Kind:
             raise ValueError(text)
         return word in _TRUE
 
-    return Kind("BOOL", "true or false", read, lambda value: isinstance(value, bool))
+    return ValueType("BOOL", "true or false", read, lambda value: isinstance(value, bool))
 
 
-def choice(*names: str) -> Kind:
+def choice(*names: str) -> ValueType:
     """One of a few names."""
     allowed = f"one of {', '.join(names)}"
-    return Kind("{" + ",".join(names) + "}", allowed, str.strip, lambda value: value in names)
+    return ValueType("{" + ",".join(names) + "}", allowed, str.strip, lambda value: value in names)
 
 
-def text(*, empty: bool = True, metavar: str = "TEXT") -> Kind:
+def text(*, empty: bool = True, metavar: str = "TEXT") -> ValueType:
     """Text that can be written as UTF-8; on a command line other bytes arrive as surrogates."""
 
     def legal(value: Any) -> bool:
         return isinstance(value, str) and _encodable(value) and (empty or bool(value.strip()))
 
-    return Kind(metavar, "valid UTF-8 text" if empty else "text with something in it", str, legal)
+    return ValueType(
+        metavar, "valid UTF-8 text" if empty else "text with something in it", str, legal
+    )
 
 
-def path(metavar: str = "PATH") -> Kind:
+def path(metavar: str = "PATH") -> ValueType:
     """A path that a file system could hold; `~` is expanded because YAML has no shell to do it."""
 
     def read(text: str) -> str:
@@ -154,10 +158,10 @@ def path(metavar: str = "PATH") -> Kind:
         except UnicodeEncodeError:  # half a surrogate pair, which YAML can write
             return False
 
-    return Kind(metavar, "a usable path", read, legal)
+    return ValueType(metavar, "a usable path", read, legal)
 
 
-def file_stem() -> Kind:
+def file_stem() -> ValueType:
     """The beginning of a file's name: no folder, not hidden, short enough for a suffix."""
 
     def legal(value: Any) -> bool:
@@ -171,16 +175,16 @@ def file_stem() -> Kind:
 
     allowed = f"a plain file name of at most {LONGEST_STEM} bytes, without a folder, control "
     allowed += "characters, or a dot or dash at its beginning"
-    return Kind("NAME", allowed, str, legal)
+    return ValueType("NAME", allowed, str, legal)
 
 
-def optional(kind: Kind, word: str = "none") -> Kind:
+def optional(kind: ValueType, word: str = "none") -> ValueType:
     """The same kind, or nothing at all, which is written as `word`."""
 
     def read(text: str) -> Any:
         return None if text.strip().lower() == word else kind.read(text)
 
-    return Kind(
+    return ValueType(
         kind.metavar,
         f"{kind.allowed} or {word}",
         read,

@@ -25,7 +25,7 @@ from opensora_sp.request.request import Job
 SCHEDULER = "rflow"
 
 
-class Draft:
+class LiveReport:
     """What is known so far; the leading rank's. `write` puts it on disk as it stands."""
 
     def __init__(self, job: Job, options: BenchmarkOptions, *, ranks: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.base import faults
 from opensora_sp.base.machine import describe_machine
 from opensora_sp.benchmark.flops import decode_flops, denoise_flops, measure_peak, text_flops
-from opensora_sp.benchmark.live_report import Draft, frames_of, run_facts
+from opensora_sp.benchmark.live_report import LiveReport, frames_of, run_facts
 from opensora_sp.benchmark.memory_meter import MemoryMeter
 from opensora_sp.benchmark.options import BenchmarkOptions
 from opensora_sp.benchmark.profile import profiled, trace_path
@@ -81,11 +81,11 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
     """
     settings = job.settings
     with open_job_session(settings) as session:
-        draft = Draft(job, options, ranks=session.world_size)
+        draft = LiveReport(job, options, ranks=session.world_size)
         clock = Clock(session.device, session.stage)
-        if session.liveness is not None and session.leads:
+        if session.watchdog is not None and session.leads:
             # When a peer fails this process may be ended where it stands.
-            session.liveness.at_end.append(draft.fail_for_all)
+            session.watchdog.at_end.append(draft.fail_for_all)
         try:
             if session.leads:
                 draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
@@ -100,12 +100,12 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
                 faults.reach("report")
                 _finish(draft, options)
         # Whoever had left could not say that the leading rank was killed over its report.
-        session.wait_for_all()
+        session.barrier()
     return 0
 
 
 def _measure(
-    job: Job, options: BenchmarkOptions, session: Session, draft: Draft, clock: Clock
+    job: Job, options: BenchmarkOptions, session: Session, draft: LiveReport, clock: Clock
 ) -> None:
     """Everything between the first and the last version of the report."""
     with clock.stage("check"):
@@ -145,7 +145,7 @@ def _shortened(task: Task) -> Task:
 
 
 def _encode_texts(
-    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, draft: Draft
+    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, draft: LiveReport
 ) -> dict[str, int]:
     """Every run's texts, encoded once for each run; the token count of each caption, on all."""
     for run in runs:
@@ -159,7 +159,7 @@ def _encode_texts(
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
     length = pipeline.models.max_length(requests[0])
     counts = pipeline.text.token_counts(captions, length) if pipeline.session.leads else None
-    return dict(zip(captions, pipeline.session.share(counts), strict=True))
+    return dict(zip(captions, pipeline.session.broadcast_object(counts), strict=True))
 
 
 def _encode_run(pipeline: Pipeline, run: _Run) -> None:
@@ -168,7 +168,7 @@ def _encode_run(pipeline: Pipeline, run: _Run) -> None:
     pipeline.text.encode(captions, pipeline.models.max_length(requests[0]))
 
 
-def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Draft) -> None:
+def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: LiveReport) -> None:
     """One run; its record joins the draft on the leading rank. Collective."""
     draft.doing = f"{run.kind} run {run.number}"
     if pipeline.session.leads and pipeline.options.show_progress:
@@ -177,7 +177,7 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Dra
         frames = _generate(pipeline, job, run)
     assert run.text is not None
     session = pipeline.session
-    ranks = session.collect(rank_record(session.rank, [run.text, phase]))
+    ranks = session.all_gather_object(rank_record(session.rank, [run.text, phase]))
     if session.leads:
         videos = sum(len(batch) for batch in run.batches)
         draft.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
@@ -198,37 +198,37 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
     return frames
 
 
-def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: Draft) -> None:
+def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: LiveReport) -> None:
     """One more run with few steps under the profiler, so that no measured run is slowed by it."""
     assert options.profile is not None
     draft.doing = "profiled run"
     session = pipeline.session
     short = [[_shortened(task) for task in last.batches[0]]]
     path = trace_path(options.profile, session.rank)
-    session.wait_for_all()
+    session.barrier()
     with profiled(path, session.rank, session.device):
         for batch in short:
             requests = [task.request for task in batch]
             pipeline.generate_to(requests, [CountingSink() for _ in batch], keep_latents=False)
-    draft.profile = session.collect(str(path))
+    draft.profile = session.all_gather_object(str(path))
 
 
 def _describe(
     pipeline: Pipeline,
     job: Job,
     options: BenchmarkOptions,
-    draft: Draft,
+    draft: LiveReport,
     tokens: dict[str, int],
 ) -> None:
     """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
     session, settings = pipeline.session, job.settings
     checkpoints = settings.checkpoints or embedded_checkpoints()
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
-    shares = session.collect(own)
+    shares = session.all_gather_object(own)
     if options.measure_peak:
         with pipeline.models.arithmetic():
-            session.wait_for_all()
-            peaks = session.collect(measure_peak(session.device, pipeline.models.dtype))
+            session.barrier()
+            peaks = session.all_gather_object(measure_peak(session.device, pipeline.models.dtype))
         draft.peak = {"per_rank": peaks, "source": "measured"}
     elif options.peak_tflops is not None:
         given = [options.peak_tflops * 1e12] * session.world_size
@@ -267,7 +267,7 @@ def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, 
     return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)
 
 
-def _finish(draft: Draft, options: BenchmarkOptions) -> None:
+def _finish(draft: LiveReport, options: BenchmarkOptions) -> None:
     report = draft.write("ok")
     write_page(options.page, report)
     for line in report_lines(report):

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from opensora_sp.base.finite import require_finite
 from opensora_sp.models.layers import KeyValue
-from opensora_sp.models.offload import Layers
+from opensora_sp.models.offload import LayerOffload
 from opensora_sp.models.stdit3 import (
     SpatialBlock,
     STDiT3,
     StepTables,
     TemporalBlock,
 )
-from opensora_sp.models.tiling import boxes, ranges
-from opensora_sp.parallel.overlap import Piece, cut
+from opensora_sp.models.tiling import ranges, tiles
+from opensora_sp.parallel.overlap import OverlapChunk, cut
 from opensora_sp.request.runtime import Runtime
 
 
@@ -47,11 +47,11 @@ class Pending(Protocol):
 class Reshard(Protocol):
     """Moves a piece between the two shardings; see `opensora_sp.parallel.exchange`."""
 
-    def to_frames(self, h: Tensor, piece: Piece) -> Pending:
+    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Pending:
         """h [B,t,S_local,C], every frame of the piece → whole frames [F_local,S,C]."""
         ...
 
-    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Pending:
+    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Pending:
         """Whole frames [F_local,S,C] → [B,t,S_local,C], every frame of the piece."""
         ...
 
@@ -70,11 +70,11 @@ class Ready:
 class Local:
     """The identity: this rank holds all patches of all frames."""
 
-    def to_frames(self, h: Tensor, piece: Piece) -> Ready:
+    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Ready:
         """[B,t,S,C] → [B·t,S,C]."""
         return Ready(h.flatten(0, 1))
 
-    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Ready:
+    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Ready:
         """[B·t,S,C] → [B,t,S,C]."""
         return Ready(attended.unflatten(0, (batch, -1)))
 
@@ -85,11 +85,11 @@ class Blocking:
     def __init__(self, inner: Reshard) -> None:
         self.inner = inner
 
-    def to_frames(self, h: Tensor, piece: Piece) -> Ready:
+    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Ready:
         """As the inner one, arrived."""
         return Ready(self.inner.to_frames(h, piece).wait())
 
-    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Ready:
+    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Ready:
         """As the inner one, arrived."""
         return Ready(self.inner.to_patches(attended, piece, batch).wait())
 
@@ -139,7 +139,7 @@ class _Attention:
             if torch.is_grad_enabled():
                 parts.append(block.rest(x, attended, tables, text))
                 continue
-            for t, c in boxes(x.shape, self.tokens):
+            for t, c in tiles(x.shape, self.tokens):
                 some = tables.frames(t.start, t.stop)
                 block.rest(x[:, t, c], attended[:, t, c], some, text, in_place=True)
         if not parts:
@@ -165,7 +165,7 @@ def _by_tokens(
     tokens: int | None,
 ) -> Tensor:
     """compute(x [B,T,S,C], tables) → [B,T,S,c], as many tokens at a time as there is room for."""
-    parts = list(boxes(x.shape, tokens))
+    parts = list(tiles(x.shape, tokens))
     if len(parts) <= 1 or torch.is_grad_enabled():
         return compute(x, tables)
     whole: Tensor | None = None
@@ -195,7 +195,7 @@ def run_blocks(
     runtime: Runtime | None = None,
     *,
     equal_inputs: bool = False,
-    layers: Layers | None = None,
+    layers: LayerOffload | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
 
@@ -240,7 +240,7 @@ def _arrived(pending: list[Pending]) -> list[Pending]:
 Pair = tuple[SpatialBlock, TemporalBlock]
 
 
-def _with_next(layers: Layers) -> Iterator[tuple[int, Pair, Pair | None]]:
+def _with_next(layers: LayerOffload) -> Iterator[tuple[int, Pair, Pair | None]]:
     """(number, pair of blocks, the pair after it or None); both are on the device."""
     # Asked for more than there are, the layers would take back the last one before its use.
     with closing(iter(layers)) as passing:

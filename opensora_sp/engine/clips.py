@@ -20,7 +20,7 @@ from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import noise_key
 from opensora_sp.media.fetch import Remote
 from opensora_sp.media.reader import MAX_REFERENCE_BYTES
-from opensora_sp.parallel.agreement import hand_out_checked
+from opensora_sp.parallel.agreement import broadcast_checked
 from opensora_sp.request.conditions import all_groups, layout_of
 from opensora_sp.request.mask_strategy import FrameLayout, Placement, plan_clip
 from opensora_sp.request.request import Request, reference_paths
@@ -116,7 +116,7 @@ class _Kept:
         return z
 
 
-class KeptFrames:
+class ConditioningFrames:
     """What every clip of a batch keeps. Made on every rank; full on the leading one only.
 
     Of a reference only what some clip keeps is read and encoded: whole chunks, so that the result
@@ -163,7 +163,7 @@ class KeptFrames:
         session = self._models.session
         noise = noise.clone()
         with self._models.clock.stage("wait"):
-            mask = session.share(
+            mask = session.broadcast_object(
                 session.together(
                     lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
                     leading_only=True,
@@ -173,7 +173,7 @@ class KeptFrames:
             return noise, None
         placed = noise if session.leads else None
         with self._models.clock.stage("hand out"):
-            z = hand_out_checked(session, placed, noise.shape, noise.dtype)
+            z = broadcast_checked(session, placed, noise.shape, noise.dtype)
         return z.cpu(), mask
 
     def watched_from(self, clip: int) -> int | None:

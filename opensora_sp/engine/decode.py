@@ -19,7 +19,7 @@ from opensora_sp.base.geometry import Chunk
 from opensora_sp.media.pixels import to_bytes
 from opensora_sp.models.video_vae import VideoVAE
 from opensora_sp.parallel.decode_plan import Part, Unit, plan_decode
-from opensora_sp.parallel.exchange import Transfer, bring, spread
+from opensora_sp.parallel.exchange import Transfer, gather_parts, scatter_parts
 from opensora_sp.parallel.session import Session
 
 
@@ -67,7 +67,7 @@ def decode_shared(
         yield from decode_alone(vae, z, num_frames, keep_from)
         return
     work = _Shared(session, vae, shape, num_frames, keep_from)
-    session.wait_for_all()  # the leading rank may have been busy for longer than a collective may
+    session.barrier()  # the leading rank may have been busy for longer than a collective may
     arriving = work.send_latents(0, z)
     for number, units in enumerate(work.rounds):
         received = arriving.wait()
@@ -77,7 +77,7 @@ def decode_shared(
         mine = session.together(partial(work.decode, units, received))
         assert mine is not None
         sizes = [work.payload(unit) for unit in units]
-        whole = bring(session.world, mine, sizes).wait()
+        whole = gather_parts(session.world, mine, sizes).wait()
         del mine
         if session.leads:
             yield from work.read_round(units, whole)
@@ -116,7 +116,7 @@ class _Shared:
             parts = [
                 _latents(z, self._chunks[part.chunk]).to(like) for unit in units for part in unit
             ]
-        return spread(comm, parts, sizes, like)
+        return scatter_parts(comm, parts, sizes, like)
 
     def payload(self, unit: Unit) -> int:
         """Bytes of a unit's frames on their way."""

@@ -15,7 +15,7 @@ from opensora_sp.base import faults
 from opensora_sp.base.errors import Cancelled, UserError
 from opensora_sp.base.finite import require_finite
 from opensora_sp.base.value_types import shown
-from opensora_sp.engine.clips import KeptFrames
+from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.engine.guidance import Conditions
 from opensora_sp.engine.model_set import ModelSet
@@ -84,7 +84,9 @@ def generate(
     every: list[Tensor | None] = []
     with torch.no_grad(), models.arithmetic():
         needed = not progress.is_finished(first.loop - 1)
-        kept = KeptFrames(models, requests, allow_remote=options.allow_remote, needed=needed)
+        kept = ConditioningFrames(
+            models, requests, allow_remote=options.allow_remote, needed=needed
+        )
         for clip in range(first.loop):
             if progress.is_finished(clip):
                 latents = progress.latents(clip)
@@ -211,7 +213,7 @@ def _call(
     session: Session, on_step_end: StepEnd, step: int, t: float, latents: Tensor | None
 ) -> None:
     """The caller's function on every rank; all ranks end when one of them asks for it."""
-    if any(session.collect(on_step_end(step, t, latents) is True)):
+    if any(session.all_gather_object(on_step_end(step, t, latents) is True)):
         raise Cancelled(f"the callback ended the generation after step {step + 1}")
 
 

@@ -22,7 +22,7 @@ def transformer_config(session: Session, directory: Path, source: WeightsFrom) -
     if source == "disk":
         return STDiT3Config.load(directory)
     config = session.together(lambda: STDiT3Config.load(directory), leading_only=True)
-    shared = session.share(config)
+    shared = session.broadcast_object(config)
     assert shared is not None
     return shared
 

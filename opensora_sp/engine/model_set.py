@@ -21,7 +21,7 @@ from opensora_sp.engine.loading import (
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.timing import Clock
 from opensora_sp.models.kernels.cpu_half import arithmetic
-from opensora_sp.models.offload import Turns
+from opensora_sp.models.offload import ModelOffload
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
@@ -60,7 +60,7 @@ class ModelSet:
     weights_from: WeightsFrom = "disk"
     _transformer: STDiT3 | None = None
     _vae: VideoVAE | None = None
-    _turns: Turns | None = None
+    _turns: ModelOffload | None = None
     _comms: dict[Mesh, MeshComms] = field(default_factory=dict)
 
     def check(self, *, transformer_only: bool = False) -> None:
@@ -161,7 +161,7 @@ class ModelSet:
         if isinstance(module, STDiT3) and self.runtime.residency == "streamed":
             module = None  # it brings its layers itself
         if self._turns is None:
-            self._turns = Turns(self.session.device)
+            self._turns = ModelOffload(self.session.device)
         self._turns.take(module)
 
     def arithmetic(self) -> AbstractContextManager[Any]:

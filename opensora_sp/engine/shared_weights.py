@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora_sp.models.checkpoint import Shape, WeightFiles
-from opensora_sp.parallel.exchange import hand_out
+from opensora_sp.parallel.exchange import broadcast
 from opensora_sp.parallel.session import Session
 
 
@@ -22,7 +22,7 @@ class HandedOut(WeightFiles):
 
     def __init__(self, session: Session, files: WeightFiles | None) -> None:
         known = (files.shapes, {name: files.file_of(name) for name in files.shapes}) if files else 0
-        shared = session.share(known)
+        shared = session.broadcast_object(known)
         assert isinstance(shared, tuple)
         self.shapes: dict[str, Shape] = shared[0]
         self._homes_by_name: Mapping[str, Path] = shared[1]
@@ -41,10 +41,10 @@ class HandedOut(WeightFiles):
         """The weight on the session's device, in its stored dtype. Collective."""
         session = self._session
         stored = None if self._leading is None else self._leading.get(name)
-        dtype = session.share(None if stored is None else str(stored.dtype))
+        dtype = session.broadcast_object(None if stored is None else str(stored.dtype))
         assert dtype is not None
         wanted: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
-        return hand_out(session.world, stored, self.shapes[name], wanted, session.device)
+        return broadcast(session.world, stored, self.shapes[name], wanted, session.device)
 
     def release(self) -> None:
         """Drop the leading rank's mappings."""

@@ -19,7 +19,7 @@ from opensora_sp.engine.text_cache import TextCache
 from opensora_sp.engine.weight_digests import text_encoder_digest
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.offload import release_cached
-from opensora_sp.parallel.agreement import hand_out_checked
+from opensora_sp.parallel.agreement import broadcast_checked
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.request import CheckFinite
 
@@ -77,7 +77,7 @@ class TextStage:
             for start in range(0, len(captions) if replica else 0, _CAPTIONS_AT_ONCE):
                 part = [(c, max_length) for c in captions[start : start + _CAPTIONS_AT_ONCE]]
                 known = {k: self._captions[k] for k in part} if session.whole.leads else None
-                shared = session.whole.share(known)
+                shared = session.whole.broadcast_object(known)
                 if own:
                     self._captions.update(shared)
                     self._ahead |= set(shared)
@@ -151,9 +151,9 @@ class TextStage:
             self._forget_oldest()
             flat, lengths = torch.cat(rows), [len(row) for row in rows]
         with self.models.clock.stage("hand out"):
-            lengths = session.share(lengths)
+            lengths = session.broadcast_object(lengths)
             shape = (sum(lengths), self.models.config.caption_channels)
-            flat = hand_out_checked(session, flat, shape, self.models.dtype)
+            flat = broadcast_checked(session, flat, shape, self.models.dtype)
         masks = (torch.arange(max_length) < torch.tensor(lengths)[:, None]).to(torch.int64)
         return Text(list(flat.split(lengths)), masks)
 

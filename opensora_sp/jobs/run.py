@@ -25,7 +25,7 @@ from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.jobs.saved_progress import SavedProgress
 from opensora_sp.jobs.schedule import Work, deal, regroup
 from opensora_sp.jobs.sheet_sink import RunSheet
-from opensora_sp.jobs.worklist import Standing, captions_left, look_at_all, renamed
+from opensora_sp.jobs.worklist import WorkState, captions_left, look_up_work, renamed
 from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.parallel.session import Session
@@ -49,7 +49,7 @@ def run_job(job: Job) -> int:
         models = whole.together(
             lambda: model_digests(pipeline.models.checkpoints), leading_only=True
         )
-        models = whole.share(models)
+        models = whole.broadcast_object(models)
         _agree(job, whole)
         job, works = _unfinished(job, whole, models)
         if works:
@@ -74,8 +74,8 @@ def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> tuple[Job, 
     The job comes back with the names that its outputs have.
     """
     planned = job
-    looked = whole.together(lambda: look_at_all(planned, models), leading_only=True)
-    found = whole.share(looked)
+    looked = whole.together(lambda: look_up_work(planned, models), leading_only=True)
+    found = whole.broadcast_object(looked)
     job = renamed(job, found)
     standings = dict(zip(job.tasks, found, strict=True))
     works = regroup(job.batches(), {task: one.position for task, one in standings.items()})
@@ -85,7 +85,7 @@ def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> tuple[Job, 
 
 
 def _refine(
-    works: Sequence[Work], standings: dict[Task, Standing], settings: RunSettings, whole: Session
+    works: Sequence[Work], standings: dict[Task, WorkState], settings: RunSettings, whole: Session
 ) -> list[Work]:
     """The works with refined prompts; what has been begun goes on with the prompt it has."""
     fresh = [work.tasks for work in works if work.start == Position()]
@@ -159,7 +159,7 @@ def _generate_all(
 
     _wait_for_replicas(whole, run_list)
     if settings.sheet:
-        sheets = whole.collect(sheet)
+        sheets = whole.all_gather_object(sheet)
         if whole.leads:
             timings = {"whole run": time.perf_counter() - started, **pipeline.models.clock.seconds}
             order = [task.output for task in job.tasks]
@@ -214,7 +214,7 @@ def _run_what_can_be(
 
 def _report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
     """Name every output of any replica that could not be made; the exit code. Collective."""
-    every = {one.output: one for part in whole.collect(list(failed)) for one in part}
+    every = {one.output: one for part in whole.all_gather_object(list(failed)) for one in part}
     if whole.leads:
         lines = [f"{line}; not made" for line in job.failed]
         lines += [

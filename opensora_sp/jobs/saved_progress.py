@@ -17,7 +17,7 @@ from opensora_sp.base.errors import Stopped, UserError
 from opensora_sp.base.screen import note_once
 from opensora_sp.engine.progress import Gather, Position, Progress, ResumePoint
 from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
-from opensora_sp.parallel.exchange import hand_out
+from opensora_sp.parallel.exchange import broadcast
 from opensora_sp.parallel.session import Session
 
 
@@ -64,10 +64,10 @@ class SavedProgress(Progress):
         saved = session.together(
             lambda: [files.load_step() for files in self._files], leading_only=True
         )
-        mask = session.share(None if saved is None else (_masks(saved),))[0]
+        mask = session.broadcast_object(None if saved is None else (_masks(saved),))[0]
         whole = None if saved is None else torch.stack([one.z for one in saved])
-        shape = session.share(None if whole is None else tuple(whole.shape))
-        z = hand_out(session.world, whole, shape, torch.float32, session.device)
+        shape = session.broadcast_object(None if whole is None else tuple(whole.shape))
+        z = broadcast(session.world, whole, shape, torch.float32, session.device)
         return ResumePoint(step, z.cpu(), mask)
 
     @contextmanager
@@ -102,11 +102,11 @@ class SavedProgress(Progress):
         session = self._session
         if not self._stops or session.world_size == 1:
             return []
-        return [number for each in session.collect(list(self._asked)) for number in each]
+        return [number for each in session.all_gather_object(list(self._asked)) for number in each]
 
     def _leave(self, asked: Sequence[int]) -> None:
         if asked:
-            self._session.wait_for_all()  # the first that leaves ends the one that saves
+            self._session.barrier()  # the first that leaves ends the one that saves
             raise Stopped(asked[0])
 
     def save_now(self) -> None:

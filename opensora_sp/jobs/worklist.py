@@ -27,7 +27,7 @@ _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with -
 
 
 @dataclass(frozen=True)
-class Standing:
+class WorkState:
     """Where a task stands: None is finished. refined: the prompt it was begun with, if refined.
 
     output: the file it is written to, where that is not the one it was planned for.
@@ -38,7 +38,7 @@ class Standing:
     output: Path | None = None
 
 
-def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
+def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
     """Where each of the job's tasks stands; says what is skipped and what goes on.
 
     An output that nobody named, and whose name another request's file has, gets a free name.
@@ -71,8 +71,8 @@ def look_at_all(job: Job, models: Mapping[str, str]) -> list[Standing]:
     return standings
 
 
-def renamed(job: Job, standings: Sequence[Standing]) -> Job:
-    """The job with the outputs that `look_at_all` found for its tasks."""
+def renamed(job: Job, standings: Sequence[WorkState]) -> Job:
+    """The job with the outputs that `look_up_work` found for its tasks."""
     tasks = tuple(
         task if standing.output is None else replace(task, output=standing.output)
         for task, standing in zip(job.tasks, standings, strict=True)
@@ -127,7 +127,9 @@ def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -
         return False
 
 
-def _say_names(tasks: Sequence[Task], standings: Sequence[Standing], settings: RunSettings) -> None:
+def _say_names(
+    tasks: Sequence[Task], standings: Sequence[WorkState], settings: RunSettings
+) -> None:
     others = [
         (task.output, standing.output)
         for task, standing in zip(tasks, standings, strict=True)
@@ -141,12 +143,12 @@ def _say_names(tasks: Sequence[Task], standings: Sequence[Standing], settings: R
         )
 
 
-def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
+def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
     if not settings.overwrite and _is_finished(task, identity, settings):
-        return Standing(None)
+        return WorkState(None)
     files = StateFiles(task.output, latents_identity(identity))
     if settings.overwrite and not settings.decode_only:
-        return Standing(Position())
+        return WorkState(Position())
     position = files.position()
     request = task.request
     said = f"clip {position.clip + 1} of {request.loop}, step {position.step} of {request.steps}"
@@ -156,11 +158,11 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> Standing:
             "leave --decode-only out to finish it"
         )
     if position == Position():
-        return Standing(position)
+        return WorkState(position)
     if settings.verbose > 0:
         stands = "is only decoded" if position.clip >= request.loop else f"goes on after {said}"
         print(one_line(f"{task.output} {stands}"), file=sys.stderr, flush=True)
-    return Standing(position, files.refined_prompt())
+    return WorkState(position, files.refined_prompt())
 
 
 def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import CheckpointError
-from opensora_sp.base.value_types import Kind
+from opensora_sp.base.value_types import ValueType
 from opensora_sp.models.configs import checked, read_config_object
 from opensora_sp.models.offload import pinned
 from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
@@ -225,7 +225,7 @@ def load_module(
     assert not left, f"weights left on the meta device: {_some(left)}"
 
 
-def read_config(directory: Path, kinds: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+def read_config(directory: Path, kinds: Mapping[str, ValueType] | None = None) -> dict[str, Any]:
     """The checkpoint directory's config.json; its keys in `kinds` are of their kinds.
 
     Raises:

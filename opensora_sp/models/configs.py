@@ -13,28 +13,30 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.outside_json import check_keys, inner_object, read_object
-from opensora_sp.base.value_types import Kind, boolean, integer, number, optional
+from opensora_sp.base.value_types import ValueType, boolean, integer, number, optional
 
 _MOST_BYTES = 2**20
 _WIDTH, _COUNT, _LAYERS = integer(1, 65536), integer(1, 4096), integer(1, 512)
 _CHANNELS = integer(1, 8192)
 
 
-def many(kind: Kind, most: int) -> Kind:
+def many(kind: ValueType, most: int) -> ValueType:
     """Lists of 1 to `most` values of a kind."""
 
     def legal(value: Any) -> bool:
         right = isinstance(value, (list, tuple)) and 1 <= len(value) <= most
         return right and all(kind.legal(entry) for entry in value)
 
-    return Kind("LIST", f"a list of 1 to {most} values, each {kind.allowed}", kind.read, legal)
+    return ValueType("LIST", f"a list of 1 to {most} values, each {kind.allowed}", kind.read, legal)
 
 
-def _words(allowed: str = "a word") -> Kind:
-    return Kind("TEXT", allowed, str, lambda value: isinstance(value, str) and len(value) <= 200)
+def _words(allowed: str = "a word") -> ValueType:
+    return ValueType(
+        "TEXT", allowed, str, lambda value: isinstance(value, str) and len(value) <= 200
+    )
 
 
-DIT: Mapping[str, Kind] = {
+DIT: Mapping[str, ValueType] = {
     "hidden_size": _WIDTH,
     "depth": _LAYERS,
     "num_heads": _COUNT,
@@ -48,7 +50,7 @@ DIT: Mapping[str, Kind] = {
     "skip_y_embedder": optional(boolean()),
     "patch_size": many(integer(1, 64), 3),
 }
-T5: Mapping[str, Kind] = {
+T5: Mapping[str, ValueType] = {
     "model_type": _words(),
     "d_model": _WIDTH,
     "d_ff": integer(1, 262_144),
@@ -64,7 +66,7 @@ T5: Mapping[str, Kind] = {
     "dropout_rate": number(0, 1),
     "initializer_factor": number(0),
 }
-VAE2D: Mapping[str, Kind] = {
+VAE2D: Mapping[str, ValueType] = {
     "_class_name": _words(),
     "block_out_channels": many(_CHANNELS, 8),
     "down_block_types": many(_words(), 8),
@@ -80,13 +82,13 @@ VAE2D: Mapping[str, Kind] = {
     "use_post_quant_conv": boolean(),
     "mid_block_add_attention": boolean(),
 }
-VAE3D: Mapping[str, Kind] = {
+VAE3D: Mapping[str, ValueType] = {
     "micro_frame_size": optional(integer(1, 10_000), word="null"),
 }
-VAE3D_SPATIAL: Mapping[str, Kind] = {
+VAE3D_SPATIAL: Mapping[str, ValueType] = {
     "micro_batch_size": optional(integer(1, 10_000), word="null"),
 }
-VAE3D_TEMPORAL: Mapping[str, Kind] = {
+VAE3D_TEMPORAL: Mapping[str, ValueType] = {
     key: optional(kind, word="null")
     for key, kind in {
         "type": _words(),
@@ -142,7 +144,7 @@ def read_config_object(path: Path) -> dict[str, Any]:
 
 
 def checked(
-    content: Mapping[str, Any], kinds: Mapping[str, Kind], source: Path | str
+    content: Mapping[str, Any], kinds: Mapping[str, ValueType], source: Path | str
 ) -> dict[str, Any]:
     """The content, whose known keys are of their kinds. Raises CheckpointError."""
     check_keys(content, kinds, f"{source}: ", error=CheckpointError)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Loan:
+class DeviceCopy:
     """Modules' weights on their way to a device, and there, until they are given back."""
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, lane: Lane) -> None:
@@ -86,7 +86,7 @@ def _nothing() -> None:
     """In line, a copy has arrived when it was made."""
 
 
-class Layers:
+class LayerOffload:
     """The layers of a model in order, each on the device when it is yielded, the next on its way.
 
     streamed False: they are there already and are passed on as they are. keep: how many of those
@@ -111,8 +111,8 @@ class Layers:
         if self._lane is None:
             yield from self._layers
             return
-        held: deque[Loan] = deque()
-        coming: Loan | None = Loan(self._layers[0], self._device, self._lane)
+        held: deque[DeviceCopy] = deque()
+        coming: DeviceCopy | None = DeviceCopy(self._layers[0], self._device, self._lane)
         try:
             for number, layer in enumerate(self._layers):
                 while len(held) >= self._keep:
@@ -121,7 +121,9 @@ class Layers:
                 coming.take()
                 held.append(coming)
                 more = number + 1 < len(self._layers)
-                coming = Loan(self._layers[number + 1], self._device, self._lane) if more else None
+                coming = (
+                    DeviceCopy(self._layers[number + 1], self._device, self._lane) if more else None
+                )
                 yield layer
         finally:
             for loan in held:
@@ -135,21 +137,21 @@ class StreamedList(nn.ModuleList):
         super().__init__(modules)
         # A plain attribute: what is in it is in the list already.
         object.__setattr__(
-            self, "_passing", Layers([(module,) for module in modules], device, streamed=True)
+            self, "_passing", LayerOffload([(module,) for module in modules], device, streamed=True)
         )
 
     def __iter__(self) -> Iterator[nn.Module]:
-        passing: Layers = self._passing  # type: ignore[assignment]
+        passing: LayerOffload = self._passing  # type: ignore[assignment]
         return (module for (module,) in passing)
 
 
-class Turns:
+class ModelOffload:
     """Whole models that take turns on a device; the others wait in host memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lane = device, Lane(device)
         self._module: nn.Module | None = None
-        self._loan: Loan | None = None
+        self._loan: DeviceCopy | None = None
 
     def take(self, module: nn.Module | None) -> None:
         """It is `module`'s turn, which stays until another's comes; None sends everybody home."""
@@ -160,7 +162,7 @@ class Turns:
         self._module, self._loan = module, None
         release_cached(self._device)
         if module is not None:
-            self._loan = Loan([module], self._device, self._lane)
+            self._loan = DeviceCopy([module], self._device, self._lane)
             self._loan.take()
 
 

@@ -31,7 +31,7 @@ from opensora_sp.models.layers import (
     position_table,
     rotary_tables,
 )
-from opensora_sp.models.offload import Layers
+from opensora_sp.models.offload import LayerOffload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,10 +274,10 @@ class STDiT3(nn.Module):
         """The blocks in the order they run."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
-    def layers(self, *, streamed: bool = False) -> Layers:
+    def layers(self, *, streamed: bool = False) -> LayerOffload:
         """The pairs in order; streamed: their weights are in host memory, and pass through."""
         # Two are kept: while a pair is finished, the next one's first attention is prepared.
-        return Layers(self.pairs, self.device, streamed=streamed, keep=2)
+        return LayerOffload(self.pairs, self.device, streamed=streamed, keep=2)
 
     def positions(self, grid: tuple[int, int], height: float, width: float) -> Tensor:
         """Position table [S,C] for a grid of patches, in the run's dtype on the model's device."""
@@ -308,7 +308,7 @@ class STDiT3(nn.Module):
         return StepTables(now, self.t_block(now).unflatten(-1, (6, -1)))
 
     def text_kv(
-        self, tokens: Sequence[Tensor], layers: Layers | None = None
+        self, tokens: Sequence[Tensor], layers: LayerOffload | None = None
     ) -> list[list[KeyValue]]:
         """Each sample's real tokens [L_b, caption_channels] → per block, per sample, k and v.
 

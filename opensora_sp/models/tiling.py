@@ -15,7 +15,7 @@ def ranges(length: int, tokens_each: int, tokens: int | None) -> Iterator[slice]
         yield slice(start, min(start + step, length))
 
 
-def boxes(shape: Sequence[int], tokens: int | None) -> Iterator[tuple[slice, slice]]:
+def tiles(shape: Sequence[int], tokens: int | None) -> Iterator[tuple[slice, slice]]:
     """Parts (of T, of S) of [B,T,S,…] of at most `tokens` tokens of all samples, in order.
 
     Whole frames as long as one fits, parts of a frame below that.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from opensora_sp.parallel.exchange import hand_out
+from opensora_sp.parallel.exchange import broadcast
 from opensora_sp.parallel.session import Session
 
 _SAMPLED_VALUES = 16  # per weight: enough to tell two checkpoints apart, too few to cost anything
@@ -48,7 +48,7 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
     Raises DisagreementError on every rank, naming the first rank that differs from what most of
     them have (from rank 0 where there is no majority), and in what.
     """
-    everyone = session.collect(dict(facts))
+    everyone = session.all_gather_object(dict(facts))
     for name, value in everyone[0].items():
         values = [theirs.get(name) for theirs in everyone]
         common, count = Counter(values).most_common(1)[0]
@@ -64,7 +64,7 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
                 )
 
 
-def hand_out_checked(
+def broadcast_checked(
     session: Session, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The leading rank's tensor on every rank, proven to have arrived as it was sent.
@@ -73,8 +73,8 @@ def hand_out_checked(
     """
     if tensor is not None:
         tensor = tensor.to(session.device, dtype).contiguous()
-    expected = session.share(None if tensor is None else checksum([tensor]))
-    arrived = hand_out(session.world, tensor, shape, dtype, session.device)
+    expected = session.broadcast_object(None if tensor is None else checksum([tensor]))
+    arrived = broadcast(session.world, tensor, shape, dtype, session.device)
     if session.world_size > 1 and checksum([arrived]) != expected:
         rank = session.whole.rank
         raise DisagreementError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from opensora_sp.base import faults
 from opensora_sp.parallel.layout import Layout, bounds
 from opensora_sp.parallel.ledger import Ledger
-from opensora_sp.parallel.overlap import Piece
+from opensora_sp.parallel.overlap import OverlapChunk
 
 _FAULT_POINTS = {
     "patches_to_frames": "exchange",
@@ -108,7 +108,7 @@ class Exchange:
             raise ValueError(f"layout for {layout.ranks} ranks on a group of {comm.size}")
         self.comm, self.layout = comm, layout
 
-    def to_frames(self, h: Tensor, piece: Piece) -> Transfer:
+    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Transfer:
         """h [B,t,S_local,C] → this rank's whole frames [F_local,S,C].
 
         The frames are cut from the flattened B·t, so what goes to each rank lies contiguous
@@ -132,7 +132,7 @@ class Exchange:
             join,
         )
 
-    def to_patches(self, attended: Tensor, piece: Piece, batch: int) -> Transfer:
+    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Transfer:
         """Whole frames [F_local,S,C] → [B,t,S_local,C]; the mirror image of `to_frames`."""
         mine, _, channels = attended.shape
         frames = piece.stop - piece.start
@@ -186,7 +186,7 @@ def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor
     return whole if leads else None
 
 
-def spread(
+def scatter_parts(
     comm: Comm, parts: Sequence[Tensor] | None, sizes: Sequence[int], like: Tensor, source: int = 0
 ) -> Transfer:
     """Each rank's own flat part, of `sizes[rank]` elements, from the rank that has them all.
@@ -201,14 +201,14 @@ def spread(
     return Transfer(comm, "latents", flat.contiguous(), send, recv, lambda got: got)
 
 
-def bring(comm: Comm, mine: Tensor, sizes: Sequence[int], to: int = 0) -> Transfer:
+def gather_parts(comm: Comm, mine: Tensor, sizes: Sequence[int], to: int = 0) -> Transfer:
     """Flat parts of `sizes[rank]` elements, end to end on rank `to`; empty on the others."""
     send = [mine.numel() if rank == to else 0 for rank in range(comm.size)]
     recv = list(sizes) if comm.rank == to else [0] * comm.size
     return Transfer(comm, "frames", mine, send, recv, lambda got: got)
 
 
-def hand_out(
+def broadcast(
     comm: Comm,
     tensor: Tensor | None,
     shape: Sequence[int],

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True)
-class Piece:
+class OverlapChunk:
     """Frames start..stop of one stream, exchanged in one go.
 
     `before` counts the frames of all pieces that come earlier in the loop: whoever splits the
@@ -21,15 +21,15 @@ class Piece:
     before: int
 
 
-def cut(shapes: Sequence[tuple[int, int]], chunks: int) -> list[list[Piece]]:
+def cut(shapes: Sequence[tuple[int, int]], chunks: int) -> list[list[OverlapChunk]]:
     """The pieces of each stream, given its (samples, frames): one each, or parts of a lone one."""
-    pieces: list[list[Piece]] = []
+    pieces: list[list[OverlapChunk]] = []
     before = 0
     for s, (batch, frames) in enumerate(shapes):
         parts = max(1, min(chunks, frames)) if len(shapes) == 1 else 1
         edges = [frames * i // parts for i in range(parts + 1)]
         pieces.append([])
         for start, stop in pairwise(edges):
-            pieces[-1].append(Piece(s, start, stop, before))
+            pieces[-1].append(OverlapChunk(s, start, stop, before))
             before += batch * (stop - start)
     return pieces

@@ -31,10 +31,10 @@ from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.mesh import Mesh, Place
 from opensora_sp.parallel.nodes import node_name, number_nodes
-from opensora_sp.parallel.watchdog.board import Board, connect_store
 from opensora_sp.parallel.watchdog.signals import default_signals, handled_signals
 from opensora_sp.parallel.watchdog.stages import Limits
-from opensora_sp.parallel.watchdog.watch import STOP_GRACE_S, Liveness
+from opensora_sp.parallel.watchdog.store import StatusStore, connect_store
+from opensora_sp.parallel.watchdog.watch import STOP_GRACE_S, Watchdog
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.colossal import Colossal
@@ -76,7 +76,7 @@ class Session:
     backend: Backend
     world: Comm
     side: Any = None
-    liveness: Liveness | None = None
+    watchdog: Watchdog | None = None
     nodes: tuple[int, ...] = (0,)
     colossal: Colossal | None = None
     replica: int = 0
@@ -106,16 +106,16 @@ class Session:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Be in a stage of the run: peers know of it, and its deadline holds."""
-        if self.liveness is None:
+        if self.watchdog is None:
             yield
             return
-        with self.liveness.stage(name):
+        with self.watchdog.stage(name):
             yield
 
     def progress(self, detail: str) -> None:
         """The stage has come this far; its deadline starts anew."""
-        if self.liveness is not None:
-            self.liveness.progress(detail)
+        if self.watchdog is not None:
+            self.watchdog.progress(detail)
 
     @contextmanager
     def signals_noted(self, into: list[int]) -> Iterator[None]:
@@ -131,13 +131,13 @@ class Session:
                 signal.signal(each, signal.SIG_DFL)
 
         with handled_signals(note):
-            if self.liveness is not None:
-                self.liveness.stop_grace = SAVE_GRACE_S
+            if self.watchdog is not None:
+                self.watchdog.stop_grace = SAVE_GRACE_S
             yield
-            if self.liveness is not None and not into:
-                self.liveness.stop_grace = STOP_GRACE_S
+            if self.watchdog is not None and not into:
+                self.watchdog.stop_grace = STOP_GRACE_S
 
-    def share(self, value: T | None, source: int = 0) -> T:
+    def broadcast_object(self, value: T | None, source: int = 0) -> T:
         """One rank's picklable value on every rank, over the side group."""
         if self.side is None:
             return value  # type: ignore[return-value]
@@ -146,7 +146,7 @@ class Session:
         dist.broadcast_object_list(box, src=first, group=self.side)
         return box[0]  # type: ignore[return-value]
 
-    def collect(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's picklable value on every rank, in rank order, over the side group."""
         if self.side is None:
             return [value]
@@ -170,7 +170,7 @@ class Session:
                 error = caught
         place = error.place if isinstance(error, PromptFault) else None
         for rank, (fault, of) in enumerate(
-            self.collect((None if error is None else str(error), place))
+            self.all_gather_object((None if error is None else str(error), place))
         ):
             if fault is not None and of is not None:
                 raise SharedPromptFault(fault, of) from error
@@ -179,7 +179,7 @@ class Session:
                 raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error
         return result
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank has come here; waits on the side group, not in a collective."""
         if self.side is not None:
             dist.barrier(group=self.side)
@@ -306,13 +306,16 @@ def open_session(
     through_host = row.device != kind
     comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
     session = Session(rank, local_rank, world, here, row, comm, side, colossal=colossal)
-    session.nodes = number_nodes(session.collect(node_name()))
+    session.nodes = number_nodes(session.all_gather_object(node_name()))
     session.world = replace(comm, elsewhere=_elsewhere(range(world), rank, session.nodes))
-    liveness = Liveness(
-        rank, Board.connect(rank, world), session.collect(Process.current()), limits or Limits()
+    watchdog = Watchdog(
+        rank,
+        StatusStore.connect(rank, world),
+        session.all_gather_object(Process.current()),
+        limits or Limits(),
     )
-    session.liveness = liveness
-    liveness.start()
+    session.watchdog = watchdog
+    watchdog.start()
     try:
         with session.stage("start"):
             faults.reach("after-init")
@@ -321,7 +324,7 @@ def open_session(
         _close(session)
         raise
     except BaseException as error:
-        raise liveness.failed(error) from error
+        raise watchdog.failed(error) from error
     _close(session)
 
 
@@ -370,14 +373,14 @@ def _colossal(device: torch.device, backend: Backend) -> Colossal:
 
 def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:
     """A session without peers: its stages have deadlines, its errors pass through."""
-    session.liveness = Liveness(0, None, [], limits or Limits())
-    session.liveness.start()
+    session.watchdog = Watchdog(0, None, [], limits or Limits())
+    session.watchdog.start()
     try:
         faults.reach("after-init")
         yield session
     finally:
         session.closed = True
-        session.liveness.close()
+        session.watchdog.close()
 
 
 def _side_group(ranks: list[int] | None = None) -> Any:
@@ -387,10 +390,10 @@ def _side_group(ranks: list[int] | None = None) -> Any:
 
 def _close(session: Session) -> None:
     """Destroy the groups when every rank has come here."""
-    session.wait_for_all()
+    session.barrier()
     session.closed = True
-    if session.liveness is not None:
-        session.liveness.close()
+    if session.watchdog is not None:
+        session.watchdog.close()
     # gloo's threads let go of a collective's tensors a moment after it was waited for, and need
     # the interpreter for that; torch 2.3 tears a group down while holding it, and waits for the
     # threads. So they get their moment first.

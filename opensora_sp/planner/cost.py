@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.overlap import Piece, cut
+from opensora_sp.parallel.overlap import OverlapChunk, cut
 from opensora_sp.request.runtime import Runtime
 
 
@@ -59,7 +59,7 @@ def step_traffic(
 
 
 def _piece_traffic(
-    work: Workload, layout: Layout, rank: int, piece: Piece, blocks: int
+    work: Workload, layout: Layout, rank: int, piece: OverlapChunk, blocks: int
 ) -> dict[str, tuple[int, int]]:
     count = work.batch * (piece.stop - piece.start)
     mine = share(count, layout.ranks, rank, piece.before)

@@ -24,7 +24,7 @@ from opensora_sp.base.deadlines import (
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import references_without_secrets
 from opensora_sp.base.value_types import (
-    Kind,
+    ValueType,
     boolean,
     choice,
     file_stem,
@@ -55,7 +55,7 @@ LOOP_CARRY = ("frames", "latents")
 CheckFinite = Literal["off", "steps", "blocks"]
 
 
-def _deadlines_kind() -> Kind:
+def _deadlines_type() -> ValueType:
     def legal(value: Any) -> bool:
         try:
             parse_deadlines(value)
@@ -68,11 +68,11 @@ def _deadlines_kind() -> Kind:
         f"a list like step=600,decode=off (seconds from {low:.0f} to {high:.0f}, or off; "
         f"kinds: {kinds})"
     )
-    return Kind("LIST", allowed, str.strip, legal)
+    return ValueType("LIST", allowed, str.strip, legal)
 
 
 # Legal values of the fields below; the flags and YAML keys use the same entries.
-REQUEST_KINDS: Mapping[str, Kind] = {
+REQUEST_TYPES: Mapping[str, ValueType] = {
     "prompt": text(metavar="P"),
     "prompt_index": integer(0),
     "sample_index": integer(0),
@@ -99,7 +99,7 @@ REQUEST_KINDS: Mapping[str, Kind] = {
     "micro_batch_size": integer(1, 10_000),
     "model_max_length": optional(integer(1, 100_000)),
 }
-SETTINGS_KINDS: Mapping[str, Kind] = {
+SETTINGS_TYPES: Mapping[str, ValueType] = {
     "device": optional(choice(*DEVICES), word="auto"),
     "backend": optional(choice(*BACKENDS), word="auto"),
     "launcher": choice(*LAUNCHERS),
@@ -115,7 +115,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
     "enable_compile": boolean(),
     "timeout": number(*TIMEOUT_RANGE_S, metavar="SECONDS"),
     "heartbeat_timeout": number(*HEARTBEAT_RANGE_S, metavar="SECONDS"),
-    "deadlines": _deadlines_kind(),
+    "deadlines": _deadlines_type(),
     "check_finite": choice(*get_args(CheckFinite)),
     "sequence_parallel": optional(integer(1), word="auto"),
     "guidance_parallel": optional(integer(1, 2), word="auto"),
@@ -144,7 +144,7 @@ SETTINGS_KINDS: Mapping[str, Kind] = {
 }
 
 
-def _check(instance: Any, kinds: Mapping[str, Kind]) -> None:
+def _check(instance: Any, kinds: Mapping[str, ValueType]) -> None:
     for name, kind in kinds.items():
         value = _plain(getattr(instance, name))
         is_path = isinstance(value, Path) and kind.metavar == "DIR"
@@ -236,7 +236,7 @@ class Request(_Named):
     def __post_init__(self) -> None:
         if isinstance(self.reference_path, Path):
             object.__setattr__(self, "reference_path", str(self.reference_path))
-        _check(self, REQUEST_KINDS)
+        _check(self, REQUEST_TYPES)
         check_fields(vars(self))
         # 7 and 7.0 are one request: they must have one digest.
         for name in ("cfg_scale", "aes", "flow"):
@@ -369,7 +369,7 @@ class RunSettings(_Named):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, SETTINGS_KINDS)
+        _check(self, SETTINGS_TYPES)
         object.__setattr__(self, "save_dir", a_path("save_dir", self.save_dir))
 
     @property

@@ -21,7 +21,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the check: what was looked at in which directory, and what was wrong."""
 
     directory: Path
@@ -48,7 +48,7 @@ def recognise(directory: Path) -> str:
     return known[kind]
 
 
-def check_directory(directory: Path) -> Iterator[Finding]:
+def check_directory(directory: Path) -> Iterator[CheckResult]:
     """Everything that can be said of one checkpoint directory without a network.
 
     Weights are not read for their names and shapes, but are for their hashes.
@@ -56,18 +56,18 @@ def check_directory(directory: Path) -> Iterator[Finding]:
     try:
         kind = recognise(directory)
     except CheckpointError as error:
-        yield Finding(directory, "kind", str(error))
+        yield CheckResult(directory, "kind", str(error))
         return
     try:
         wrong = _compare_config(directory) if kind == "vae2d" else _compare(kind, directory)
     except CheckpointError as error:
         wrong = str(error)
     what = "sizes of the VAE" if kind == "vae2d" else "names and shapes"
-    yield Finding(directory, f"{kind}, {what}", wrong)
+    yield CheckResult(directory, f"{kind}, {what}", wrong)
     if access.is_file(directory / SUMS):
-        yield Finding(directory, f"{kind}, hashes", _compare_hashes(directory))
+        yield CheckResult(directory, f"{kind}, hashes", _compare_hashes(directory))
     else:
-        yield Finding(directory, f"{kind}, no {SUMS}, so contents were not compared")
+        yield CheckResult(directory, f"{kind}, no {SUMS}, so contents were not compared")
 
 
 def _compare_config(directory: Path) -> str | None:

@@ -285,7 +285,7 @@ def open_shards(directory: Path, session: Session) -> Shards:
     vocabulary = directory / "spiece.model"
     if session.leads and not vocabulary.exists():
         vocabulary.write_bytes(train_vocabulary())
-    session.wait_for_all()
+    session.barrier()
     shards = Shards(directory, SentencePieceProcessor(model_proto=vocabulary.read_bytes()))
     shards.refresh()
     return shards

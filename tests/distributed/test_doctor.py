@@ -10,8 +10,8 @@ from ranks import run_ranks
 
 from opensora_sp.parallel.session import open_session
 from opensora_sp.verification.doctor import collectives
+from opensora_sp.verification.doctor.check_result import CheckResult, merge
 from opensora_sp.verification.doctor.collectives import check_collectives
-from opensora_sp.verification.doctor.finding import Finding, merge
 
 
 class _Done:
@@ -78,7 +78,7 @@ def test_planted_faults_are_found() -> None:
     assert "even parts: what came from rank(s) 0, 1 of the group" in said
 
 
-def bad(findings: list[Finding]) -> set[str]:
+def bad(findings: list[CheckResult]) -> set[str]:
     return {f.name for f in findings if f.state == "FAILED"}
 
 

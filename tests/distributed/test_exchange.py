@@ -11,7 +11,7 @@ from ranks import RankFailure, run_ranks
 from opensora_sp.parallel.exchange import Comm, Exchange, Transfer, gather_patches, swap_halves
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.overlap import Piece
+from opensora_sp.parallel.overlap import OverlapChunk
 from opensora_sp.parallel.session import open_session
 
 # (frames, latent size): T and S below, at and above the rank counts, every remainder among them.
@@ -36,7 +36,7 @@ def round_trips(rank: int, world: int, init_file: str) -> int:
                 whole = numbered(frames, layout, batch)
                 mine = whole[:, :, layout.patches(rank)]
                 for before in range(world):
-                    piece = Piece(0, 0, frames, before)
+                    piece = OverlapChunk(0, 0, frames, before)
                     arrived = exchange.to_frames(mine, piece).wait()
                     shares = layout.frame_split(batch * frames, before)
                     start = sum(shares[:rank])

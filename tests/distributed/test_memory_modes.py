@@ -12,7 +12,7 @@ from tiny import conditions, normal, tiny_transformer
 
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.models.tiling import boxes
+from opensora_sp.models.tiling import tiles
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import alone, open_session
@@ -92,7 +92,7 @@ def test_parts_cover_every_token_once() -> None:
     for shape in [(1, 7, 15), (2, 1, 4), (1, 5, 1)]:
         for tokens in (None, 1, 3, 16, 1000):
             seen = torch.zeros(shape[1:])
-            for frames, patches in boxes(shape, tokens):
+            for frames, patches in tiles(shape, tokens):
                 part = seen[frames, patches]
                 part += 1
                 assert tokens is None or part.numel() * shape[0] <= max(tokens, shape[0])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 
-from opensora_sp.engine.clips import KeptFrames, apply_strategy
+from opensora_sp.engine.clips import ConditioningFrames, apply_strategy
 from opensora_sp.engine.generate import denoise
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.pipeline import Pipeline
@@ -107,7 +107,7 @@ def test_modes_on_ranks(world: int, single: Any, folder: Path) -> None:
 def test_kept_latents_are_the_references_bit_for_bit(mode: str, single: Any, folder: Path) -> None:
     pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32")
     with torch.no_grad():
-        references = KeptFrames(pipeline.models, [modes(folder)[mode]]).references[0]
+        references = ConditioningFrames(pipeline.models, [modes(folder)[mode]]).references[0]
     latents = single[mode][0][0]  # [4,T,h,w]
     for reference, source, target in KEPT[mode]:
         assert torch.equal(latents[:, target], references[reference][:, source])
@@ -170,7 +170,7 @@ def test_earlier_clips_keep_their_numbers_while_they_are_asked_for() -> None:
     request = Request(
         prompt="x", loop=3, loop_carry="latents", mask_strategy="2,0,0,5,1,0", **SMALL
     )
-    kept = KeptFrames(Pipeline.load(session=alone("cpu"), dtype="fp32").models, [request])
+    kept = ConditioningFrames(Pipeline.load(session=alone("cpu"), dtype="fp32").models, [request])
     for clip in range(2):
         kept.finish(clip, torch.full((1, 4, 10, 5, 7), 100.0 * (clip + 1)))
     z, _ = kept.start(2, torch.zeros(1, 4, 10, 5, 7))
@@ -181,7 +181,7 @@ def test_earlier_clips_keep_their_numbers_while_they_are_asked_for() -> None:
 def test_a_loop_keeps_one_clip_back_and_no_more() -> None:
     request = Request(prompt="x", loop=4, loop_carry="latents", **SMALL)
     pipeline = Pipeline.load(session=alone("cpu"), dtype="fp32")
-    kept = KeptFrames(pipeline.models, [request])
+    kept = ConditioningFrames(pipeline.models, [request])
     for clip in range(3):
         kept.finish(clip, torch.full((1, 4, 10, 5, 7), float(clip)))
         assert [z.shape[1] for z in kept.references[0]] == [0] * clip + [10]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
-from opensora_sp.engine.clips import KeptFrames
+from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.writer import VideoWriter
 from opensora_sp.parallel.session import alone
@@ -73,10 +73,10 @@ def test_any_picture_or_video_is_a_reference(
     )  # fmt: skip
     if strategy.startswith("0,0,-5") and name != "long.mp4":
         with pytest.raises(UserError, match="ref_start -5 lies before the first"):
-            KeptFrames(pipeline.models, [request])
+            ConditioningFrames(pipeline.models, [request])
         return
     with torch.no_grad():
-        kept = KeptFrames(pipeline.models, [request])
+        kept = ConditioningFrames(pipeline.models, [request])
     reference = kept.references[0][0]
     assert reference.shape[2:] == (4, 6)
     assert bool(torch.isfinite(reference).all())

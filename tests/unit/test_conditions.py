@@ -17,7 +17,7 @@ from PIL import Image
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.geometry import latent_frames
-from opensora_sp.engine.clips import KeptFrames
+from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media import reader as references
 from opensora_sp.media.frames import open_reference
@@ -150,7 +150,9 @@ def test_extending_keeps_the_last_frames(
         prompt="x", reference_path=str(path), mask_strategy=f"0,0,end,0,{length}", **SMALL
     )
     with torch.no_grad():
-        z, mask = KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))
+        z, mask = ConditioningFrames(pipeline.models, [request]).start(
+            0, torch.zeros(1, 4, 10, 4, 6)
+        )
         count = FrameLayout(34).frames_before(length)
         last = read_reference(path, 32, 48).video[:, -count:]
         mean = pipeline.models.vae(request, encoder=True).encode(last[None])
@@ -170,7 +172,9 @@ def test_extending_whole_chunks_is_what_it_was(
         request = Request(prompt="x", reference_path=path, mask_strategy=strategy, **SMALL)
         with torch.no_grad():
             starts.append(
-                KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
+                ConditioningFrames(pipeline.models, [request]).start(
+                    0, torch.zeros(1, 4, 10, 4, 6)
+                )[0]
             )
     assert torch.equal(*starts)
 
@@ -239,7 +243,7 @@ def test_parts_are_what_the_whole_gives(
         reference_fps=fps, **SMALL,
     )  # fmt: skip
     with torch.no_grad():
-        kept = KeptFrames(pipeline.models, [request])
+        kept = ConditioningFrames(pipeline.models, [request])
         z, _ = kept.start(0, torch.zeros(1, 4, 10, 4, 6))
         latents = whole(pipeline, request, path)
     for p in plan_strategy(parse_mask_strategy(strategy), 0, [latents.shape[1]], 10, align)[-1:]:
@@ -255,7 +259,7 @@ def test_work_is_bounded_by_what_is_kept(
     path = write(tmp_path / f"long.{suffix}", 1500, codec)
     request = Request(prompt="x", reference_path=str(path), mask_strategy=strategy, **SMALL)
     with torch.no_grad():
-        KeptFrames(pipeline.models, [request])
+        ConditioningFrames(pipeline.models, [request])
     assert work["encoded"] <= 17
     assert work["converted"] <= 17
     assert work["decoded"] <= 17 + 40  # from a keyframe on, with what the decoder holds back
@@ -268,7 +272,7 @@ def test_what_nothing_keeps_is_not_read(
     for strategy in ("", "1,0", "0,0,90", "0,1,0,0,0"):
         request = Request(prompt="x", reference_path=paths, mask_strategy=strategy, **SMALL)
         with torch.no_grad():
-            KeptFrames(pipeline.models, [request])
+            ConditioningFrames(pipeline.models, [request])
     assert work == {"decoded": 0, "converted": 0, "encoded": 0}
 
 
@@ -307,7 +311,9 @@ def test_a_wrong_count_is_found_and_mended(
     path = write(tmp_path / "a.mp4", 60)
     request = Request(prompt="x", reference_path=str(path), mask_strategy="0,0,end,0,5", **SMALL)
     with torch.no_grad():
-        right = KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
+        right = ConditioningFrames(pipeline.models, [request]).start(
+            0, torch.zeros(1, 4, 10, 4, 6)
+        )[0]
         count = reference_frames._count_packets
 
         def too_few(*arguments: Any) -> Any:
@@ -316,7 +322,9 @@ def test_a_wrong_count_is_found_and_mended(
             return reference_frames._Timeline(found.frames[:-20], found.keys[:-2], exact=False)
 
         monkeypatch.setattr(reference_frames, "_count_packets", too_few)
-        mended = KeptFrames(pipeline.models, [request]).start(0, torch.zeros(1, 4, 10, 4, 6))[0]
+        mended = ConditioningFrames(pipeline.models, [request]).start(
+            0, torch.zeros(1, 4, 10, 4, 6)
+        )[0]
     assert torch.equal(right, mended)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from opensora_sp.cli.verify import main
 from opensora_sp.verification.doctor import surroundings
-from opensora_sp.verification.doctor.finding import failed, merge, passed
+from opensora_sp.verification.doctor.check_result import failed, merge, passed
 from opensora_sp.verification.doctor.operations import CASES, check_operations
 from opensora_sp.verification.doctor.surroundings import check_host, check_versions
 

@@ -19,7 +19,7 @@ from opensora_sp.base.rank_log import rank_log
 from opensora_sp.base.redaction import redacted, references_without_secrets, without_secrets
 from opensora_sp.base.screen import one_line
 from opensora_sp.base.value_types import shown
-from opensora_sp.benchmark.live_report import Draft
+from opensora_sp.benchmark.live_report import LiveReport
 from opensora_sp.cli.infer import main
 from opensora_sp.jobs.identity import difference, digest, identity_of
 from opensora_sp.jobs.records import read_record, record_path, write_record
@@ -182,7 +182,7 @@ def test_the_printed_configuration_leaves_logins_out_and_says_so() -> None:
 
 
 def test_a_benchmarks_report_holds_nothing_secret(tmp_path: Path) -> None:
-    draft = Draft.__new__(Draft)
+    draft = LiveReport.__new__(LiveReport)
     task = remote(tmp_path, f"http://me:{SECRET}@host/a.png?{SECRET}")
     draft._job = Job(settings=RunSettings(), tasks=(task,))
     text = json.dumps(draft._request())

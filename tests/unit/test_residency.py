@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opensora_sp.engine.blocks import _with_next
-from opensora_sp.models.offload import Layers, StreamedList
+from opensora_sp.models.offload import LayerOffload, StreamedList
 
 # Of another type than the host, so that a weight's place can be told; never computed on.
 DEVICE = torch.device("meta")
@@ -20,7 +20,7 @@ def places(modules: Sequence[nn.Module]) -> set[str]:
 
 def test_a_pair_and_the_next_are_on_the_device() -> None:
     pairs = [(nn.Linear(2, 2), nn.LayerNorm(2)) for _ in range(4)]
-    layers = Layers(pairs, DEVICE, streamed=True, keep=2)
+    layers = LayerOffload(pairs, DEVICE, streamed=True, keep=2)
     for round_ in range(2):  # of sampling: every step passes all of them again
         seen = []
         for number, here, following in _with_next(layers):

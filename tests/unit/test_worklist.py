@@ -17,7 +17,7 @@ from opensora_sp.jobs.identity import difference, identity_of, latents_identity
 from opensora_sp.jobs.records import read_record, record_path, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.jobs.schedule import deal, regroup
-from opensora_sp.jobs.worklist import look_at_all, renamed
+from opensora_sp.jobs.worklist import look_up_work, renamed
 from opensora_sp.request.request import Job, Request, RunSettings, Task
 
 MODELS = {"dit": "d", "t5": "t", "vae2d": "v2", "vae3d": "v3"}
@@ -35,7 +35,7 @@ def job(folder: Path, *tasks: Task, **settings: Any) -> Job:
 
 
 def positions(work: Job) -> list[Position | None]:
-    return [standing.position for standing in look_at_all(work, MODELS)]
+    return [standing.position for standing in look_up_work(work, MODELS)]
 
 
 def finish(one: Task, content: bytes = b"frames", **settings: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_changed_request_is_refused_before_anything_is_touched(
 ) -> None:
     finish(task(tmp_path, 1))
     with pytest.raises(UserError, match=f"sample_0001.mp4 is there already, but {said}.*--overw"):
-        look_at_all(job(tmp_path, task(tmp_path, 0), task(tmp_path, 1, **change)), MODELS)
+        look_up_work(job(tmp_path, task(tmp_path, 0), task(tmp_path, 1, **change)), MODELS)
     assert not record_path(task(tmp_path, 0).output).exists()
     assert task(tmp_path, 1).output.read_bytes() == b"frames"
 
@@ -86,9 +86,9 @@ def test_other_weights_and_settings_are_other_requests(tmp_path: Path) -> None:
     one = task(tmp_path)
     finish(one)
     with pytest.raises(UserError, match="its dit weights were others"):
-        look_at_all(job(tmp_path, one), {**MODELS, "dit": "other"})
+        look_up_work(job(tmp_path, one), {**MODELS, "dit": "other"})
     with pytest.raises(UserError, match="its dtype was 'bf16' and is 'fp32' now"):
-        look_at_all(job(tmp_path, one, dtype="fp32"), MODELS)
+        look_up_work(job(tmp_path, one, dtype="fp32"), MODELS)
     # How it is computed is no part of what it shows.
     small = dataclasses.replace(one, request=dataclasses.replace(one.request, micro_batch_size=1))
     assert positions(job(tmp_path, small)) == [None]
@@ -101,7 +101,7 @@ def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
     assert positions(job(tmp_path, one)) == [None]
     one.output.write_bytes(b"fraaes")
     with pytest.raises(UserError, match="was changed since it was made"):
-        look_at_all(job(tmp_path, one), MODELS)
+        look_up_work(job(tmp_path, one), MODELS)
     one.output.unlink()
     assert positions(job(tmp_path, one)) == [Position()]
 
@@ -113,8 +113,8 @@ def test_a_file_of_which_nothing_is_known_is_never_replaced(
     one.output.write_bytes(b"somebody's")
     assert positions(job(tmp_path, one, prompt_as_path=True, sample_name=None)) == [None]
     with pytest.raises(UserError, match="nothing is known of how it was made"):
-        look_at_all(job(tmp_path, one), MODELS)
-    (found,) = look_at_all(job(tmp_path, one, sample_name=None), MODELS)
+        look_up_work(job(tmp_path, one), MODELS)
+    (found,) = look_up_work(job(tmp_path, one, sample_name=None), MODELS)
     assert found.output == tmp_path / "sample_0000_2.mp4"
     assert positions(job(tmp_path, one, overwrite=True)) == [Position()]
     record_path(one.output).unlink()
@@ -125,8 +125,8 @@ def test_a_file_of_which_nothing_is_known_is_never_replaced(
 
 
 def names(work: Job) -> list[tuple[str, Position | None]]:
-    """The name and the position that `look_at_all` gives each task."""
-    standings = look_at_all(work, MODELS)
+    """The name and the position that `look_up_work` gives each task."""
+    standings = look_up_work(work, MODELS)
     found = renamed(work, standings).tasks
     return [(t.output.name, s.position) for t, s in zip(found, standings, strict=True)]
 
@@ -212,7 +212,7 @@ def test_a_state_may_be_used_for_another_kind_of_file(tmp_path: Path) -> None:
     only = job(tmp_path, marked, watermark=True, decode_only=True, overwrite=True)
     assert positions(only) == [Position(1)]
     with pytest.raises(UserError, match="saved state of another request, its seed was 42"):
-        look_at_all(job(tmp_path, task(tmp_path, seed=7)), MODELS)
+        look_up_work(job(tmp_path, task(tmp_path, seed=7)), MODELS)
 
 
 def test_a_state_of_an_earlier_clip_is_not_taken_for_the_next(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_state_of_an_earlier_clip_is_not_taken_for_the_next(tmp_path: Path) ->
     assert positions(job(tmp_path, one)) == [Position(2)]
     files.clip_path(0).unlink()
     with pytest.raises(UserError, match="is of clip 1, but clip 0 is not there"):
-        look_at_all(job(tmp_path, one), MODELS)
+        look_up_work(job(tmp_path, one), MODELS)
 
 
 def test_overwrite_begins_again(tmp_path: Path) -> None:

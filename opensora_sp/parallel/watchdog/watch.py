@@ -26,22 +26,22 @@ from opensora_sp.base.errors import JobEnded, Stopped, UserError
 from opensora_sp.base.launcher import launcher_keeps_store
 from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import one_line, printable
-from opensora_sp.parallel.watchdog.board import (
-    PATIENCE_S,
-    Beat,
-    Board,
-    Fault,
-    record_for_launcher,
-    records_for_launcher,
-)
 from opensora_sp.parallel.watchdog.orphans import launcher_process, watched_by_the_session
 from opensora_sp.parallel.watchdog.own_clock import TICK_S, OwnClock
 from opensora_sp.parallel.watchdog.signals import STOP_SIGNALS, leave
 from opensora_sp.parallel.watchdog.stages import Limits, Stages
+from opensora_sp.parallel.watchdog.store import (
+    PATIENCE_S,
+    Beat,
+    Fault,
+    StatusStore,
+    record_for_launcher,
+    records_for_launcher,
+)
 
 POLL_S = 0.25
 BEAT_S = 1.0
-# A peer's broken connection is a consequence: its cause is on the board within this time.
+# A peer's broken connection is a consequence: its cause is in the store within this time.
 SETTLE_S = 4.0
 # torchrun sends SIGTERM when a rank has died: before that counts as a person's wish, the watching
 # thread has had time to find the death.
@@ -55,10 +55,10 @@ STOP_GRACE_S = 10.0
 _COLLECTIVE_FILES = (os.path.join("torch", "distributed"), "exchange.py", "session.py")
 
 
-class Liveness:
+class Watchdog:
     """One rank's signs of life and its eye on the others.
 
-    board None: the process is alone; only its own deadlines are watched then.
+    store None: the process is alone; only its own deadlines are watched then.
     peers: every rank's process, in rank order. directories: where outputs are written, looked
     through for what a killed rank left. at_end: called with what happened before this process is
     ended over it, in the watching thread. stop_grace: seconds that the main thread has to leave in
@@ -66,12 +66,12 @@ class Liveness:
     """
 
     def __init__(
-        self, rank: int, board: Board | None, peers: Sequence[Process], limits: Limits
+        self, rank: int, store: StatusStore | None, peers: Sequence[Process], limits: Limits
     ) -> None:
         self.rank, self.directories = rank, list[Path]()
         self.at_end: list[Callable[[str], None]] = []
         self.stop_grace = STOP_GRACE_S
-        self._board, self._peers, self._limits = board, list(peers), limits
+        self._store, self._peers, self._limits = store, list(peers), limits
         self._stages = Stages()
         self._count = 0
         self._heard = {r: (-1, time.monotonic()) for r in range(len(peers)) if r != rank}
@@ -85,10 +85,10 @@ class Liveness:
         self._parent = launcher_process()
         # Two threads, for a store whose keeper is stopped never answers.
         self._threads = [
-            threading.Thread(target=self._watch, args=(looks,), name="liveness", daemon=True)
+            threading.Thread(target=self._watch, args=(looks,), name="watchdog", daemon=True)
             for looks in (
-                (self._launcher, self._signals, self._deaths, self._late, self._store),
-                (self._told, self._silence) if board is not None else (),
+                (self._launcher, self._signals, self._deaths, self._late, self._lost_store),
+                (self._told, self._silence) if store is not None else (),
             )
             if looks
         ]
@@ -117,9 +117,9 @@ class Liveness:
         """Stop watching; this rank has finished and may go."""
         self._closing.set()
         watched_by_the_session(False)
-        if self._board is not None:
+        if self._store is not None:
             with suppress(Exception):  # whoever keeps the store may have gone before us
-                self._board.finish()
+                self._store.finish()
         if self._wakeup is not None:
             signal.set_wakeup_fd(-1)
             self._inlet.close()
@@ -194,11 +194,11 @@ class Liveness:
 
     def _claim(self, fault: Fault) -> bool:
         """Whether this rank's word is the one that stands."""
-        if self._board is None:
+        if self._store is None:
             return True
         mine = replace(fault, found_by=self.rank)  # two may have found the very same
         try:
-            return self._board.claim(mine) == mine
+            return self._store.claim(mine) == mine
         except Exception:  # the store is gone: the lowest rank that is left speaks
             below = self._peers[: self.rank]
             return not any(peer.here and peer.state() == "running" for peer in below)
@@ -242,16 +242,16 @@ class Liveness:
         return None
 
     def _told(self) -> Fault | None:
-        assert self._board is not None
+        assert self._store is not None
         if time.monotonic() - self._last_beat > BEAT_S:
             self._show()
-        fault = self._board.fault()
+        fault = self._store.fault()
         self._answered = time.monotonic()
         return fault
 
-    def _store(self) -> Fault | None:
+    def _lost_store(self) -> Fault | None:
         silent = time.monotonic() - self._answered
-        if self._board is None or silent < self._limits.heartbeat + PATIENCE_S:
+        if self._store is None or silent < self._limits.heartbeat + PATIENCE_S:
             return None
         what = f"the store of the run, kept there, has not answered for {silent:.0f} s"
         return Fault(rank=0, stage=self._stage_of(0), what=what)
@@ -280,9 +280,9 @@ class Liveness:
         return None
 
     def _silence(self) -> Fault | None:
-        assert self._board is not None
+        assert self._store is not None
         now = time.monotonic()
-        for rank, beat in self._board.beats(list(self._heard)).items():
+        for rank, beat in self._store.beats(list(self._heard)).items():
             self._last_stage[rank] = beat.stage
             if beat.count != self._heard[rank][0]:
                 self._heard[rank] = (beat.count, now)
@@ -312,7 +312,7 @@ class Liveness:
     def _end(self, fault: Fault) -> NoReturn:
         """End this process, whatever its main thread does."""
         self._deciding.acquire()  # for good
-        told = fault.found_by is not None  # only what stands on the board says who found it
+        told = fault.found_by is not None  # only what stands in the store says who found it
         mine = not told and self._claim(fault)
         if mine:
             _say(str(fault))
@@ -346,13 +346,13 @@ class Liveness:
 
     def _stage_of(self, rank: int) -> str:
         with suppress(Exception):  # the store may have died with the rank that kept it
-            assert self._board is not None
-            return self._board.beats([rank])[rank].stage
+            assert self._store is not None
+            return self._store.beats([rank])[rank].stage
         return self._last_stage.get(rank, "an unknown stage")
 
     def _has_finished(self, rank: int) -> bool:
         with suppress(Exception):
-            return self._board is not None and self._board.finished(rank)
+            return self._store is not None and self._store.finished(rank)
         return False  # whoever finishes leaves the store standing until all have
 
     def _main_stack(self) -> traceback.StackSummary:
@@ -361,12 +361,12 @@ class Liveness:
 
     def _show(self) -> None:
         """Put up a sign of life."""
-        if self._board is None:
+        if self._store is None:
             return
         self._count += 1
         self._last_beat = time.monotonic()
         with suppress(Exception):  # a store that is gone is found by whoever watches
-            self._board.beat(Beat(self._count, self._stages.where))
+            self._store.beat(Beat(self._count, self._stages.where))
 
 
 def _in_collective(filename: str) -> bool:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from opensora_sp.base.value_types import Kind, boolean, integer, number, optional, path
+from opensora_sp.base.value_types import ValueType, boolean, integer, number, optional, path
 
 WARMUP_STEPS = 5  # of a warm-up run, as in the vendor's benchmark
 DEFAULT_REPORT = "./benchmark/report-opensora-v1.2.json"
 
-BENCHMARK_KINDS: Mapping[str, Kind] = {
+BENCHMARK_KINDS: Mapping[str, ValueType] = {
     "warmup_count": integer(0, 10_000),
     "eval_count": integer(1, 10_000),
     "benchmark_save_path": path("FILE"),

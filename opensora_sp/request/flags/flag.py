@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opensora_sp.base.value_types import Kind
+from opensora_sp.base.value_types import ValueType
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Flag:
     """
 
     name: str
-    kind: Kind
+    kind: ValueType
     default: Any
     help: str
     nargs: Literal[0, 2, "+"] | None = None
@@ -70,7 +70,7 @@ class Flag:
         return self.name + values[self.nargs]
 
 
-def flag(name: str, kind: Kind, default: Any, help: str, **more: Any) -> Flag:
+def flag(name: str, kind: ValueType, default: Any, help: str, **more: Any) -> Flag:
     """A flag in one line of the table."""
     return Flag(name=name, kind=kind, default=default, help=help, **more)
 

@@ -4,20 +4,28 @@ from typing import Any, Literal
 
 from opensora_sp.base import geometry
 from opensora_sp.base.deadlines import DEADLINES, HEARTBEAT_S
-from opensora_sp.base.value_types import Kind, boolean, file_stem, integer, number, optional, path
+from opensora_sp.base.value_types import (
+    ValueType,
+    boolean,
+    file_stem,
+    integer,
+    number,
+    optional,
+    path,
+)
 from opensora_sp.request.flags.benchmark_types import BENCHMARK_KINDS, DEFAULT_REPORT
 from opensora_sp.request.flags.flag import Flag, Group, flag
-from opensora_sp.request.request import REQUEST_KINDS, SETTINGS_KINDS
+from opensora_sp.request.request import REQUEST_TYPES, SETTINGS_TYPES
 
 
-def _verbosity() -> Kind:
+def _verbosity() -> ValueType:
     """0 to 2; also a boolean, because scripts written for the reference say True."""
-    level, truth = SETTINGS_KINDS["verbose"], boolean()
+    level, truth = SETTINGS_TYPES["verbose"], boolean()
 
     def read(value: str) -> int:
         return int(value) if value.strip().isdecimal() else int(truth.read(value))
 
-    return Kind("{0,1,2}", "0, 1, 2, true or false", read, level.legal)
+    return ValueType("{0,1,2}", "0, 1, 2, true or false", read, level.legal)
 
 
 def _benchmark(name: str, default: Any, help: str, nargs: Literal[0] | None = None) -> Flag:
@@ -26,7 +34,7 @@ def _benchmark(name: str, default: Any, help: str, nargs: Literal[0] | None = No
     return flag(name, kind, default, help, program="benchmark", nargs=nargs)
 
 
-_R, _S = REQUEST_KINDS, SETTINGS_KINDS
+_R, _S = REQUEST_TYPES, SETTINGS_TYPES
 _BOOL = boolean()
 
 RUN_GROUPS: tuple[Group, ...] = (

@@ -1,16 +1,16 @@
 """The flags that say what to generate: half of the table in flag_table.py."""
 
-from opensora_sp.base.value_types import Kind, boolean, integer, number, path, text
+from opensora_sp.base.value_types import ValueType, boolean, integer, number, path, text
 from opensora_sp.request.flags.flag import Group, flag
-from opensora_sp.request.request import REQUEST_KINDS, SETTINGS_KINDS
+from opensora_sp.request.request import REQUEST_TYPES, SETTINGS_TYPES
 
 
-def _looked_up(metavar: str, allowed: str) -> Kind:
+def _looked_up(metavar: str, allowed: str) -> ValueType:
     """Text that is looked up in the size table later."""
-    return Kind(metavar, allowed, str, text(empty=False).legal)
+    return ValueType(metavar, allowed, str, text(empty=False).legal)
 
 
-_R, _S = REQUEST_KINDS, SETTINGS_KINDS
+_R, _S = REQUEST_TYPES, SETTINGS_TYPES
 _BOOL = boolean()
 
 REQUEST_GROUPS: tuple[Group, ...] = (

@@ -14,10 +14,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opensora_sp.parallel.exchange import Comm, Transfer, hand_out
+from opensora_sp.parallel.exchange import Comm, Transfer, broadcast
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import Session
-from opensora_sp.verification.doctor.finding import Finding, attempt, failed, passed, skipped
+from opensora_sp.verification.doctor.check_result import (
+    CheckResult,
+    attempt,
+    failed,
+    passed,
+    skipped,
+)
 
 AREA = "collectives"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +56,7 @@ PATTERNS: dict[str, Sizes] = {
 }
 
 
-def check_collectives(session: Session) -> list[Finding]:
+def check_collectives(session: Session) -> list[CheckResult]:
     """Every collective over the world and over subgroups. Collective; findings of this rank."""
     if session.world_size == 1:
         line = "torchrun --nproc_per_node N launch/verify.py --doctor"
@@ -68,14 +74,14 @@ def check_collectives(session: Session) -> list[Finding]:
     return findings
 
 
-def _attempt_together(session: Session, name: str, check: Callable[[], Finding]) -> Finding:
+def _attempt_together(session: Session, name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Every rank tries, then all wait: one that failed does not run ahead into the next."""
     finding = attempt(AREA, name, check)
-    session.wait_for_all()
+    session.barrier()
     return finding
 
 
-def _of_group(session: Session, comm: Comm, where: str) -> list[Finding]:
+def _of_group(session: Session, comm: Comm, where: str) -> list[CheckResult]:
     findings = []
     for dtype in DTYPES:
         kind = str(dtype).removeprefix("torch.")
@@ -92,7 +98,7 @@ def pattern(sender: int, receiver: int, count: int, dtype: torch.dtype) -> Tenso
     return ((17 * sender + 43 * receiver + 5 * place + 1) % _EXACT).to(dtype)
 
 
-def _exchanges(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> Finding:
+def _exchanges(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> CheckResult:
     """Every pattern of sizes; all are tried, for each is another way of the backend."""
     wrong = [(case, _exchange(session, comm, sizes, dtype)) for case, sizes in PATTERNS.items()]
     bad = [
@@ -117,13 +123,13 @@ def _exchange(session: Session, comm: Comm, sizes: Sizes, dtype: torch.dtype) ->
     return [sender for sender, (got, sent) in enumerate(pairs) if not got.equal(sent)]
 
 
-def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> Finding:
+def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> CheckResult:
     """From every rank of the group in turn."""
     wrong = []
     for source in range(comm.size):
         expected = pattern(source, 7, 37, dtype)
         own = expected if comm.rank == source else None
-        arrived = hand_out(comm, own, (37,), dtype, session.device, source)
+        arrived = broadcast(comm, own, (37,), dtype, session.device, source)
         if not arrived.cpu().equal(expected):
             wrong.append(str(source))
     if wrong:
@@ -131,36 +137,38 @@ def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> F
     return passed(AREA, name)
 
 
-def _barrier(session: Session) -> Finding:
-    session.wait_for_all()
+def _barrier(session: Session) -> CheckResult:
+    session.barrier()
     return passed(AREA, "barrier")
 
 
-def _share(session: Session) -> Finding:
+def _share(session: Session) -> CheckResult:
     for source in range(session.world_size):
-        said = session.share({"from": source} if session.rank == source else None, source)
+        said = session.broadcast_object(
+            {"from": source} if session.rank == source else None, source
+        )
         if said != {"from": source}:
             return failed(AREA, "share an object", f"{said!r} came from rank {source}")
     return passed(AREA, "share an object")
 
 
-def _collect(session: Session) -> Finding:
-    everyone = session.collect(("rank", session.rank))
+def _collect(session: Session) -> CheckResult:
+    everyone = session.all_gather_object(("rank", session.rank))
     if everyone != [("rank", rank) for rank in range(session.world_size)]:
         return failed(AREA, "collect objects", f"{everyone!r} were collected")
     return passed(AREA, "collect objects")
 
 
-def _speed(session: Session) -> Finding:
+def _speed(session: Session) -> CheckResult:
     """Bytes a second that leave a rank in a large exchange; told, not judged."""
     count = _SPEED_BYTES // 4
     sizes: Sequence[int] = [count] * session.world_size
     send = torch.zeros(count * session.world_size, device=session.device)
     best = float("inf")
     for _ in range(3):
-        session.wait_for_all()
+        session.barrier()
         started = time.perf_counter()
         Transfer(session.world, "doctor", send, sizes, sizes, lambda got: got).wait().sum().item()
-        best = min(best, max(session.collect(time.perf_counter() - started)))
+        best = min(best, max(session.all_gather_object(time.perf_counter() - started)))
     speed = _SPEED_BYTES * (session.world_size - 1) / best / 1e9
     return passed(AREA, "speed", f"{speed:.3g} GB/s leave a rank in an all-to-all of 8 MiB parts")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from opensora_sp.base.launcher import read_launch
 from opensora_sp.parallel.session import Session
+from opensora_sp.verification.doctor.check_result import CheckResult, merge, table
 from opensora_sp.verification.doctor.collectives import check_collectives
-from opensora_sp.verification.doctor.finding import Finding, merge, table
 from opensora_sp.verification.doctor.operations import check_operations
 from opensora_sp.verification.doctor.surroundings import check_device, check_host, check_versions
 
@@ -16,7 +16,7 @@ from opensora_sp.verification.doctor.surroundings import check_device, check_hos
 TIMEOUT_S = 120.0
 
 
-def examine(session: Session, directory: Path) -> list[Finding]:
+def examine(session: Session, directory: Path) -> list[CheckResult]:
     """Every finding, ranks merged, on every rank. directory: where outputs would go. Collective."""
     ranks_here = read_launch().local_world_size
     alone = check_versions() if session.leads else []
@@ -26,8 +26,8 @@ def examine(session: Session, directory: Path) -> list[Finding]:
     with session.stage("operations"):
         everywhere += check_operations(session.device)
     host = check_host(directory, ranks_here) if session.leads else []
-    before, after = session.share((alone, host) if session.leads else None)
-    return [*before, *merge(session.collect(everywhere)), *after]
+    before, after = session.broadcast_object((alone, host) if session.leads else None)
+    return [*before, *merge(session.all_gather_object(everywhere)), *after]
 
 
 def report(session: Session, directory: Path) -> int:

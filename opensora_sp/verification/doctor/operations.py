@@ -20,7 +20,7 @@ from torch import Tensor
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.kernels.reference import attend, modulated_norm, rms_norm, rotate
 from opensora_sp.models.layers import rotary_tables, sinusoid
-from opensora_sp.verification.doctor.finding import Finding, attempt, failed, passed
+from opensora_sp.verification.doctor.check_result import CheckResult, attempt, failed, passed
 
 AREA = "operations"
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -135,7 +135,7 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def check_operations(device: torch.device) -> list[Finding]:
+def check_operations(device: torch.device) -> list[CheckResult]:
     """Every operation in every dtype on a device; the findings of this rank."""
     findings = []
     for number, case in enumerate(CASES):
@@ -149,7 +149,7 @@ def _draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _check(case: Case, inputs: Sequence[Tensor], device: torch.device) -> Finding:
+def _check(case: Case, inputs: Sequence[Tensor], device: torch.device) -> CheckResult:
     """One operation in all of its dtypes, worst news first."""
     bad, good = [], []
     for dtype in case.dtypes:
@@ -187,7 +187,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.cpu().double() - expected).norm() / expected.norm())
 
 
-def _check_whole_numbers(device: torch.device) -> Finding:
+def _check_whole_numbers(device: torch.device) -> CheckResult:
     """Index arithmetic on the device, within 32 bits: wider numbers stay on the CPU here."""
     numbers = torch.arange(-1000, 1000, 7)
     back = (numbers.to(device) * 3 + 1).cpu()

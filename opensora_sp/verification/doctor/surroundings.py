@@ -21,7 +21,13 @@ from opensora_sp.base.machine import DEVICE_TOOLS, run_tool
 from opensora_sp.models.kernels.cpu_half import computes_natively
 from opensora_sp.parallel.backend import device_module, load_plugin
 from opensora_sp.parallel.session import Session
-from opensora_sp.verification.doctor.finding import Finding, attempt, failed, passed, skipped
+from opensora_sp.verification.doctor.check_result import (
+    CheckResult,
+    attempt,
+    failed,
+    passed,
+    skipped,
+)
 
 # The oldest that the program is tested with; see pyproject.toml.
 OLDEST = {
@@ -46,7 +52,7 @@ _LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: launch/
 _GIB = 2**30
 
 
-def check_versions() -> list[Finding]:
+def check_versions() -> list[CheckResult]:
     """Python and every package that the program imports."""
     python = f"{platform.python_version()}, {sys.executable}"
     good = sys.version_info >= (3, 10)
@@ -56,7 +62,7 @@ def check_versions() -> list[Finding]:
     return findings
 
 
-def _package(name: str, oldest: tuple[int, ...]) -> Finding:
+def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
     needed = ".".join(map(str, oldest))
     try:
         found = version(name)
@@ -72,7 +78,7 @@ def _package(name: str, oldest: tuple[int, ...]) -> Finding:
     return passed("versions", name, found)
 
 
-def check_device(session: Session) -> list[Finding]:
+def check_device(session: Session) -> list[CheckResult]:
     """The backend's plugin, the devices and what they support; this rank's findings."""
     kind, device = session.device.type, session.device
     return [
@@ -84,7 +90,7 @@ def check_device(session: Session) -> list[Finding]:
     ]
 
 
-def _backend(session: Session) -> Finding:
+def _backend(session: Session) -> CheckResult:
     load_plugin(session.device.type)
     row = session.backend
     plugin = "" if row.plugin is None else f", from {row.plugin}"
@@ -92,7 +98,7 @@ def _backend(session: Session) -> Finding:
     return passed("device", "backend", f"{row.name} on {session.device.type}{plugin}, {ranks}")
 
 
-def _devices(kind: str) -> Finding:
+def _devices(kind: str) -> CheckResult:
     if kind == "cpu":
         return passed("device", "devices", f"cpu, {available_cores()} usable cores")
     module = device_module(kind)
@@ -102,7 +108,7 @@ def _devices(kind: str) -> Finding:
     return passed("device", "devices", f"{len(names)} × {', '.join(sorted(set(names)))}")
 
 
-def _bf16(device: torch.device) -> Finding:
+def _bf16(device: torch.device) -> CheckResult:
     if device.type == "cpu":
         native = computes_natively(torch.bfloat16)
         return passed("device", "bf16", "native" if native else "stored; computed in float32")
@@ -112,7 +118,7 @@ def _bf16(device: torch.device) -> Finding:
     return passed("device", "bf16", "native") if ask() else failed("device", "bf16", "no")
 
 
-def _device_memory(device: torch.device) -> Finding:
+def _device_memory(device: torch.device) -> CheckResult:
     if device.type == "cpu":
         return skipped("device", "free memory", "the host's, below")
     free = free_bytes(device)
@@ -121,7 +127,7 @@ def _device_memory(device: torch.device) -> Finding:
     return passed("device", "free memory", f"{free / _GIB:.1f} GiB")
 
 
-def _tool(kind: str) -> Finding:
+def _tool(kind: str) -> CheckResult:
     if kind not in DEVICE_TOOLS:
         return skipped("device", "tool", "none for a CPU")
     name = DEVICE_TOOLS[kind][0]
@@ -130,7 +136,7 @@ def _tool(kind: str) -> Finding:
     return passed("device", "tool", f"{name} answers")
 
 
-def check_host(directory: Path, ranks_here: int) -> list[Finding]:
+def check_host(directory: Path, ranks_here: int) -> list[CheckResult]:
     """Encoder, disk and memory of this machine; the leading rank's."""
     return [
         attempt("host", "encoder", _encoder),
@@ -141,14 +147,14 @@ def check_host(directory: Path, ranks_here: int) -> list[Finding]:
     ]
 
 
-def _encoder() -> Finding:
+def _encoder() -> CheckResult:
     from opensora_sp.media.writer import probe_encoder
 
     probe_encoder(24, 96, 160)
     return passed("host", "encoder", "H.264 writes and reads back")
 
 
-def _disk(name: str, directory: Path) -> Finding:
+def _disk(name: str, directory: Path) -> CheckResult:
     place = directory.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -160,7 +166,7 @@ def _disk(name: str, directory: Path) -> Finding:
     return passed("host", name, said) if enough else failed("host", name, f"only {said}")
 
 
-def _memory(ranks_here: int) -> Finding:
+def _memory(ranks_here: int) -> CheckResult:
     free = free_bytes(torch.device("cpu"))
     if free == float("inf"):
         return skipped("host", "memory", "this system does not say")
@@ -178,7 +184,7 @@ def _limits(group: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
         yield most - int((group / "memory.current").read_text(encoding="ascii"))
 
 
-def _shared_memory(place: Path = Path("/dev/shm")) -> Finding:
+def _shared_memory(place: Path = Path("/dev/shm")) -> CheckResult:
     """Collectives within a node may pass through it; containers often have 64 MB."""
     if not place.exists():
         return skipped("host", "shared memory", "this system has none")

@@ -10,7 +10,7 @@ State = Literal["ok", "FAILED", "skipped"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the table: what was looked at, how it is, what was found there."""
 
     area: str
@@ -19,22 +19,22 @@ class Finding:
     found: str = ""
 
 
-def passed(area: str, name: str, found: str = "") -> Finding:
+def passed(area: str, name: str, found: str = "") -> CheckResult:
     """It is as it should be."""
-    return Finding(area, name, "ok", found)
+    return CheckResult(area, name, "ok", found)
 
 
-def failed(area: str, name: str, found: str) -> Finding:
+def failed(area: str, name: str, found: str) -> CheckResult:
     """It is not."""
-    return Finding(area, name, "FAILED", found)
+    return CheckResult(area, name, "FAILED", found)
 
 
-def skipped(area: str, name: str, why: str) -> Finding:
+def skipped(area: str, name: str, why: str) -> CheckResult:
     """It could not be looked at here."""
-    return Finding(area, name, "skipped", why)
+    return CheckResult(area, name, "skipped", why)
 
 
-def attempt(area: str, name: str, check: Callable[[], Finding]) -> Finding:
+def attempt(area: str, name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """A check's finding; an exception is a failed one, for the doctor never stops half way."""
     try:
         return check()
@@ -43,7 +43,7 @@ def attempt(area: str, name: str, check: Callable[[], Finding]) -> Finding:
         return failed(area, name, f"{type(error).__name__}: {said[:200]}")
 
 
-def merge(per_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
+def merge(per_rank: Sequence[Sequence[CheckResult]]) -> list[CheckResult]:
     """The ranks' findings as one list: each once, a failed one with the rank that found it.
 
     Every rank must have made the same checks in the same order.
@@ -61,7 +61,7 @@ def merge(per_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
     return merged
 
 
-def table(findings: Sequence[Finding]) -> Iterator[str]:
+def table(findings: Sequence[CheckResult]) -> Iterator[str]:
     """The lines of the table and the sum below it."""
     area = max(len(f.area) for f in findings)
     name = max(len(f.name) for f in findings)

@@ -52,7 +52,7 @@ class Beat:
     stage: str
 
 
-class Board:
+class StatusStore:
     """One rank's view of the store. Any thread may use it; all calls raise when it is gone."""
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
@@ -60,7 +60,7 @@ class Board:
         self._lock = threading.Lock()  # a client's calls must not interleave
 
     @classmethod
-    def connect(cls, rank: int, world: int) -> Board:
+    def connect(cls, rank: int, world: int) -> StatusStore:
         """A connection of its own to the store of this run."""
         return cls(connect_store("board", _TIMEOUT), rank, world)
 
