@@ -122,10 +122,17 @@ class _Attention:
     def attend(self, block: SpatialBlock, s: int, arriving: list[Pending]) -> list[Pending]:
         """Attend within whole frames as they arrive and start them on their way back."""
         batch = self.streams[s].x.shape[0]
-        return [
-            self.reshard.to_patches(_attend(block, pending.wait(), self.tokens), piece, batch)
-            for piece, pending in zip(self.pieces[s], arriving, strict=True)
-        ]
+        leaving = []
+        for piece, pending in zip(self.pieces[s], arriving, strict=True):
+            h = pending.wait()  # whole frames [F,S,C]; nobody else's, so it is overwritten
+            parts = list(ranges(h.shape[0], h.shape[1], self.tokens))
+            if len(parts) <= 1 or torch.is_grad_enabled():
+                h = block.attend(h)
+            else:
+                for frames in parts:
+                    h[frames] = block.attend(h[frames])
+            leaving.append(self.reshard.to_patches(h, piece, batch))
+        return leaving
 
     def finish(
         self, block: SpatialBlock, s: int, returning: list[Pending], text: Sequence[KeyValue]
@@ -176,16 +183,6 @@ def _by_tokens(
         whole[:, t, c] = some
     assert whole is not None
     return whole
-
-
-def _attend(block: SpatialBlock, h: Tensor, tokens: int | None) -> Tensor:
-    """Whole frames h [F,S,C] → [F,S,C], some at a time; h is nobody else's and is overwritten."""
-    parts = list(ranges(h.shape[0], h.shape[1], tokens))
-    if len(parts) <= 1 or torch.is_grad_enabled():
-        return block.attend(h)
-    for frames in parts:
-        h[frames] = block.attend(h[frames])
-    return h
 
 
 def run_blocks(

@@ -22,7 +22,7 @@ from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.progress import Progress, ResumePoint
 from opensora_sp.engine.result import Result
-from opensora_sp.engine.sampling import VelocityFunction, sample, timesteps
+from opensora_sp.engine.sampling import sample, timesteps
 from opensora_sp.engine.text import Text, TextStage
 from opensora_sp.engine.timing import Clock
 from opensora_sp.media.fetch import Remote
@@ -185,26 +185,36 @@ def denoise(
         return denoiser.shard(drawn)
 
     clock, session = models.clock, models.session
+    step = start.step
+
+    def check(tensor: Tensor, what: str) -> None:
+        if options.check_finite != "off":
+            require_finite(tensor, what, hint=_HINTS[options.check_finite])
+
+    def on_velocity(velocity: Tensor, t: float) -> None:
+        check(velocity, f"the velocity of step {step + 1} (t = {t:.1f})")
+
+    def on_step(done: int, z: Tensor) -> None:
+        nonlocal step
+        step = done + 1
+        bar.update()
+        step_ended(done)
+        if step < len(times):
+            session.progress(f"step {step + 1} of {len(times)}")
+            progress.watch(clip, step, start.mask, lambda: denoiser.gather(z))
+        if on_step_end is not None:
+            _call(session, on_step_end, done, times[done], denoiser.gather(z))
+
     show = options.show_progress and session.whole.leads
     with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
         with clock.part("prepare"):
-            velocity = _Watched(
-                session, options, denoiser.prepare(conditions), len(times), start.step
-            )
+            velocity = denoiser.prepare(conditions, on_velocity)
             z = denoiser.shard(start.z)
         step_ended = clock.steps(session.ledger)
-
-        def on_step(step: int, z: Tensor) -> None:
-            bar.update()
-            step_ended(step)
-            if step + 1 < len(times):
-                progress.watch(clip, step + 1, start.mask, lambda: denoiser.gather(z))
-            if on_step_end is not None:
-                _call(session, on_step_end, step, times[step], denoiser.gather(z))
-
+        session.progress(f"step {step + 1} of {len(times)}")
         with progress.stoppable():
             z = sample(z, times, velocity, start.mask, noise_at, on_step, start.step)
-        velocity.check(z, "the denoised latents")
+        check(z, "the denoised latents")
         with clock.part("gather"):
             return denoiser.gather(z)
 
@@ -215,32 +225,6 @@ def _call(
     """The caller's function on every rank; all ranks end when one of them asks for it."""
     if any(session.all_gather_object(on_step_end(step, t, latents) is True)):
         raise Cancelled(f"the callback ended the generation after step {step + 1}")
-
-
-class _Watched:
-    """The velocity, with the run's progress told to the peers and its numbers looked at."""
-
-    def __init__(
-        self,
-        session: Session,
-        options: GenerateOptions,
-        velocity: VelocityFunction,
-        steps: int,
-        done: int,
-    ) -> None:
-        self._session, self._check = session, options.check_finite
-        self._velocity, self._steps, self._step = velocity, steps, done
-
-    def __call__(self, z: Tensor, t: float, generate: Tensor | None) -> Tensor:
-        self._step += 1
-        self._session.progress(f"step {self._step} of {self._steps}")
-        velocity = self._velocity(z, t, generate)
-        self.check(velocity, f"the velocity of step {self._step} (t = {t:.1f})")
-        return velocity
-
-    def check(self, tensor: Tensor, what: str) -> None:
-        if self._check != "off":
-            require_finite(tensor, what, hint=_HINTS[self._check])
 
 
 def _agree(models: ModelSet, requests: Sequence[Request], text: Text, start: Tensor) -> None:

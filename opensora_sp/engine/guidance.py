@@ -17,7 +17,6 @@ from opensora_sp.base.geometry import PATCH
 from opensora_sp.engine.blocks import Pending, Reshard, Stream, _by_tokens, run_blocks
 from opensora_sp.models.stdit3 import (
     STDiT3,
-    StepTables,
     patchify,
     real_cells,
     unpatchify,
@@ -84,15 +83,26 @@ class Denoiser:
         rows, columns = (-(-side // PATCH) for side in self.size)
         return self.model.positions((rows, columns), height, width)[self.share.patches]
 
-    def prepare(self, conditions: Conditions) -> Velocity:
-        """Everything that is computed once per video: positions, text K/V, padding."""
-        return Velocity(self, conditions)
+    def prepare(
+        self, conditions: Conditions, on_velocity: Callable[[Tensor, float], None] | None = None
+    ) -> Velocity:
+        """Everything that is computed once per video: positions, text K/V, padding.
+
+        on_velocity(velocity, t): looks at the guided velocity of every step.
+        """
+        return Velocity(self, conditions, on_velocity)
 
 
 class Velocity:
     """velocity(z, t, kept) for `opensora_sp.engine.sampling.sample`, on patch shards."""
 
-    def __init__(self, denoiser: Denoiser, conditions: Conditions) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditions: Conditions,
+        on_velocity: Callable[[Tensor, float], None] | None = None,
+    ) -> None:
+        self._on_velocity = on_velocity
         model, share = denoiser.model, denoiser.share
         self._model, self._share, self._runtime = model, share, denoiser.runtime
         self._positions = denoiser.positions(conditions.height, conditions.width)
@@ -117,42 +127,34 @@ class Velocity:
         Float32, of z's shape; padded cells have velocity zero, or they would drift into the
         picture at the next step.
         """
-        velocities = [v.float() for v in self._all_halves(z, t, generate)]
-        velocity = velocities[0]
-        if len(velocities) == 2:
-            conditional, unconditional = velocities
-            velocity = torch.lerp(unconditional, conditional, self._cfg_scale)
-        if self._padding is not None:
-            velocity = velocity.masked_fill(self._padding, 0.0)
-        return velocity
-
-    def _all_halves(self, z: Tensor, t: float, generate: Tensor | None) -> list[Tensor]:
-        """The halves' velocities, conditional first, in the run's dtype."""
-        mine = self._own_halves(z, t, generate)
-        if self._swap is None:
-            return mine
-        other = self._swap(mine[0]).wait()
-        return [mine[0], other] if self._halves == (0,) else [other, mine[0]]
-
-    def _own_halves(self, z: Tensor, t: float, generate: Tensor | None) -> list[Tensor]:
-        model, batch, runtime = self._model, z.shape[0], self._runtime
+        model, runtime, batch = self._model, self._runtime, z.shape[0]
         fps = torch.full((batch,), float(self._fps))
         tables = model.tables(torch.full((batch,), t), fps, generate)
-        together = [[h] for h in self._halves] if runtime.serial_guidance else [self._halves]
-        return [v for halves in together for v in self._velocities(z, tables, halves)]
-
-    def _velocities(self, z: Tensor, tables: StepTables, halves: Sequence[int]) -> list[Tensor]:
-        """The velocities of guidance halves that advance together."""
-        x = self._model.embed(z, self._positions)
-        streams = [Stream(x.clone(), tables, self._text[half]) for half in halves[1:]]
-        streams.insert(0, Stream(x, tables, self._text[halves[0]]))
-        del x  # or it outlives its stream
-        outputs = run_blocks(
-            self._model,
-            streams,
-            self._share.reshard,
-            self._runtime,
-            equal_inputs=len(streams) > 1,
-            layers=self._layers,
-        )
-        return [_by_tokens(self._model.head, x, tables, self._runtime.tokens) for x in outputs]
+        mine: list[Tensor] = []
+        # Branches that advance together share what is equal in both; serial ones need less memory.
+        for together in [[b] for b in self._halves] if runtime.serial_guidance else [self._halves]:
+            x = model.embed(z, self._positions)
+            streams = [Stream(x.clone(), tables, self._text[b]) for b in together[1:]]
+            streams.insert(0, Stream(x, tables, self._text[together[0]]))
+            del x  # or it outlives its stream
+            outputs = run_blocks(
+                model,
+                streams,
+                self._share.reshard,
+                runtime,
+                equal_inputs=len(streams) > 1,
+                layers=self._layers,
+            )
+            mine += [_by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
+        velocity = mine[0].float()
+        if len(self._text) == 2 or self._swap is not None:
+            other = mine[1] if self._swap is None else self._swap(mine[0]).wait()
+            if self._halves == (1,):
+                velocity, other = other.float(), mine[0]
+            # Classifier-free guidance: away from the unconditional velocity, by the scale.
+            velocity = torch.lerp(other.float(), velocity, self._cfg_scale)
+        if self._padding is not None:
+            velocity = velocity.masked_fill(self._padding, 0.0)
+        if self._on_velocity is not None:
+            self._on_velocity(velocity, t)
+        return velocity
