@@ -24,12 +24,12 @@ def infer(rank: int, world: int, init_file: str, argv: list[str], trouble: Any =
     How often the text encoder was loaded is left as files beside the outputs.
     """
     from opensora_sp.cli.infer import main
-    from opensora_sp.jobs.saved_progress import Progress
+    from opensora_sp.jobs.saved_progress import SavedProgress
     from opensora_sp.models.text_encoder import TextEncoder
 
-    watch, load = Progress.watch, TextEncoder.load
+    watch, load = SavedProgress.watch, TextEncoder.load
 
-    def watched(self: Progress, clip: int, step: int, *rest: Any) -> None:
+    def watched(self: SavedProgress, clip: int, step: int, *rest: Any) -> None:
         if trouble is not None and trouble[:3] == (rank, clip, step):
             if trouble[3] == signal.SIGKILL:
                 watch(self, clip, step, *rest)
@@ -42,7 +42,7 @@ def infer(rank: int, world: int, init_file: str, argv: list[str], trouble: Any =
         (folder / f"{os.getpid()}-{len(list(folder.iterdir()))}").touch()
         return load(*arguments, **named)
 
-    setattr(Progress, "watch", watched)  # noqa: B010
+    setattr(SavedProgress, "watch", watched)  # noqa: B010
     setattr(TextEncoder, "load", counted)  # noqa: B010
     return main(argv)
 

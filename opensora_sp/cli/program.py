@@ -104,10 +104,11 @@ def _run(prepared: Prepared) -> int:
         for line in job.failed:
             note(f"{line}; the other prompts are made")
     settings = job.settings
+    checkpoints = settings.checkpoints
     threads = apply_cpu_threads(
         settings.cpu_threads,
         settings.device,
-        transformer=settings.checkpoints and settings.checkpoints.dit,
+        transformer=None if checkpoints is None else checkpoints.dit,
     )
     if launch.rank == 0 and settings.verbose > 1:
         note(f"CPU threads of a rank: {threads or os.environ.get(VARIABLE, 'as torch chooses')}")

@@ -204,7 +204,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
 
 
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
-    from opensora_sp.engine.pipeline import DTYPES as TORCH_DTYPES
+    from opensora_sp.engine.model_set import DTYPES as TORCH_DTYPES
     from opensora_sp.verification.conformance import EMBEDDED_SUITE, run_suite
     from opensora_sp.verification.suite import table
 

@@ -146,6 +146,7 @@ class Velocity:
                 layers=self._layers,
             )
             mine += [_by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
+            del streams, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:
             other = mine[1] if self._swap is None else self._swap(mine[0]).wait()

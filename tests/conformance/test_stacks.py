@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.sinks import Collector
@@ -32,7 +31,7 @@ def pipeline() -> Pipeline:
 
 
 def latents_from(noise: torch.Tensor) -> torch.Tensor:
-    latents = generate(pipeline(), [REQUEST], [Collector()], noise=noise).latents[0]
+    latents = pipeline().generate_to([REQUEST], [Collector()], noise=noise).latents[0]
     assert latents is not None
     return latents
 

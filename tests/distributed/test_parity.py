@@ -7,7 +7,8 @@ import torch
 from ranks import RankFailure, run_ranks
 
 from opensora_sp.cli.verify import main
-from opensora_sp.engine import guidance as denoiser_module
+from opensora_sp.engine.blocks import Local
+from opensora_sp.engine.guidance import Denoiser
 from opensora_sp.engine.model_set import Parallelism
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel import exchange, layout
@@ -43,15 +44,15 @@ def split_off_by_one() -> None:
 
 def velocity_on_padding() -> None:
     """Padded cells are moved like all others on the sharded denoiser only."""
-    original = denoiser_module.Denoiser.prepare
+    original = Denoiser.prepare
 
-    def prepare(self, conditions):  # type: ignore[no-untyped-def]
-        velocity = original(self, conditions)
-        if not isinstance(self.share.reshard, denoiser_module.Local):
+    def prepare(self, conditions, on_velocity=None):  # type: ignore[no-untyped-def]
+        velocity = original(self, conditions, on_velocity)
+        if not isinstance(self.share.reshard, Local):
             velocity._padding = None
         return velocity
 
-    denoiser_module.Denoiser.prepare = prepare  # type: ignore[method-assign]
+    Denoiser.prepare = prepare  # type: ignore[method-assign]
 
 
 BREAKAGES = {f.__name__: f for f in (swapped_order, split_off_by_one, velocity_on_padding)}

@@ -28,14 +28,14 @@ HANG_S = 60
 AS_NOBODY = """
 import encodings.ascii, os, sys, torch, safetensors.torch
 from pathlib import Path
-from opensora_sp import access
-from opensora_sp.config_file import read_config
-from opensora_sp.errors import UserError
-from opensora_sp.manifest import read_record
-from opensora_sp.preflight import check_checkpoints, check_save_dir
-from opensora_sp.prompt_files import read_prompt_file
-from opensora_sp.saved_state import StateFiles
-from opensora_sp.text_cache import TextCache
+from opensora_sp.base import access
+from opensora_sp.request.config_file import read_config
+from opensora_sp.base.errors import UserError
+from opensora_sp.jobs.records import read_record
+from opensora_sp.request.preflight import check_checkpoints, check_save_dir
+from opensora_sp.request.prompt_files import read_prompt_file
+from opensora_sp.jobs.saved_latents import StateFiles
+from opensora_sp.engine.text_cache import TextCache
 import yaml, av
 os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})
 folder = Path({folder!r})

@@ -139,7 +139,7 @@ def test_pieces_of_a_video_give_the_same_file(tmp_path: Path) -> None:
 ENCODE = """
 import hashlib, os, sys, pathlib
 import numpy as np
-from opensora_sp.media import VideoWriter
+from opensora_sp.media.writer import VideoWriter
 height, width, cores, junk = map(int, sys.argv[2:6])
 lossless = sys.argv[6] == "lossless"
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])

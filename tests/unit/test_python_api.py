@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.engine.generate import generate
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone, open_session
@@ -150,7 +149,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "list": (lambda p: p.generate(SMALL, noise=[0]), "noise [0] is not a tensor"),
     "callback": (lambda p: p.generate(SMALL, step_noise=3), "step_noise 3 is not a function"),
-    "sinks": (lambda p: generate(p, [SMALL], [Collector(), Collector()]), "2 sinks for 1"),
+    "sinks": (lambda p: p.generate_to([SMALL], [Collector(), Collector()]), "2 sinks for 1"),
     "file": (lambda p: p.generate(replace(SMALL, reference_path="none.png")), "none.png"),
     "strategy": (lambda p: p.generate(replace(SMALL, mask_strategy="0,7")), "'0,7'"),
 }

@@ -147,8 +147,8 @@ def test_a_film_beyond_the_work_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 MEASURED = """
 import resource, sys
-from opensora_sp.errors import UserError
-from opensora_sp.references import check_reference
+from opensora_sp.base.errors import UserError
+from opensora_sp.media.reader import check_reference
 import av, numpy, PIL.Image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
