@@ -1,0 +1,200 @@
+"""The durable queue of jobs: DBOS over SQLite in the save directory, or over Postgres.
+
+The gateway puts jobs in and looks (`JobQueue`); the engine's rank 0 takes them out one by one
+(`Worker`). A job that was taken and not ended is given out again when the engine is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.base.errors import UserError
+
+QUEUE, WORKFLOW = "videos", "make_video"
+APPLICATION, VERSION = "opensora-sp", "1"
+# How often the engine may end in one job before the job is given up.
+MOST_ATTEMPTS = 5
+POLL_SECONDS = 0.1
+
+log = logging.getLogger(__name__)
+
+
+def require_dbos() -> Any:
+    """The package; UserError with the way to install it where it is absent."""
+    try:
+        import dbos
+    except ImportError as error:
+        raise UserError(
+            f"serving needs the package {error.name}: pip install 'opensora_sp[serve]'"
+        ) from None
+    return dbos
+
+
+def sqlite_url(save_dir: Path) -> str:
+    """The queue of a save directory."""
+    return f"sqlite:///{save_dir.resolve()}/queue.sqlite"
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job as the queue sees it. status: queued, in_progress, ended or cancelled."""
+
+    id: str
+    status: str
+    priority: int
+    created_at: float
+
+
+_STATUS = {
+    "ENQUEUED": "queued",
+    "DELAYED": "queued",
+    "PENDING": "in_progress",
+    "SUCCESS": "ended",
+    "ERROR": "ended",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "ended",
+    "CANCELLED": "cancelled",
+}
+
+
+class JobQueue:
+    """The gateway's side. Its calls take milliseconds and may block: use them in a thread."""
+
+    def __init__(self, url: str) -> None:
+        dbos = require_dbos()
+        dbos.run_dbos_database_migrations(system_database_url=url, schema="dbos")
+        self._client = dbos.DBOSClient(
+            system_database_url=url,
+            serializer=dbos.DBOSPortableJSONSerializer(),
+            application_name=APPLICATION,
+        )
+        self._client.register_queue(QUEUE, worker_concurrency=1, polling_interval_sec=POLL_SECONDS)
+
+    def put(self, job_id: str, priority: int) -> None:
+        """Add a job. The same id twice is one job."""
+        self._client.enqueue(
+            {
+                "workflow_name": WORKFLOW,
+                "queue_name": QUEUE,
+                "workflow_id": job_id,
+                "app_version": VERSION,
+                "priority": priority,
+                "application_name": APPLICATION,
+            },
+            job_id,
+        )
+
+    def cancel(self, job_id: str) -> None:
+        """Take it out; one that is being made is not given out again."""
+        self._client.cancel_workflow(job_id)
+
+    def live(self) -> list[QueuedJob]:
+        """Jobs that are queued or being made, in the order in which they are taken."""
+        found = self._client.list_workflows(
+            status=["ENQUEUED", "DELAYED", "PENDING"], load_input=False, load_output=False
+        )
+        jobs = [_as_job(status) for status in found]
+        order = {"in_progress": 0, "queued": 1}
+        return sorted(jobs, key=lambda j: (order[j.status], j.priority, j.created_at, j.id))
+
+    def find(self, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
+        """The jobs of these ids that the queue knows."""
+        wanted = list(job_ids)
+        if not wanted:
+            return {}
+        found = self._client.list_workflows(
+            workflow_ids=wanted, load_input=False, load_output=False
+        )
+        return {status.workflow_id: _as_job(status) for status in found}
+
+    def forget(self, job_id: str) -> None:
+        """Remove every trace of a job that has ended."""
+        self._client.delete_workflow(job_id)
+
+    def close(self) -> None:
+        """Give the database back."""
+        self._client.destroy()
+
+
+def _as_job(status: Any) -> QueuedJob:
+    return QueuedJob(
+        id=status.workflow_id,
+        status=_STATUS[status.status],
+        priority=status.priority or 0,
+        created_at=(status.created_at or 0) / 1000,
+    )
+
+
+class Worker:
+    """The engine's side, on rank 0: DBOS takes a job in a thread, the main thread makes it.
+
+    executor: a name that stays the same when this engine is started again, so that it gets back
+    the jobs that it had.
+    """
+
+    def __init__(self, url: str, executor: str) -> None:
+        self._dbos = require_dbos()
+        self._jobs: queue.Queue[tuple[str, threading.Event]] = queue.Queue()
+        self._done: threading.Event | None = None
+        self._app = self._dbos.DBOS(
+            config={
+                "name": APPLICATION,
+                "system_database_url": url,
+                "application_version": VERSION,
+                "executor_id": executor,
+                "serializer": self._dbos.DBOSPortableJSONSerializer(),
+                "log_level": "WARNING",
+                "run_migrations": True,
+                "use_listen_notify": url.startswith("postgres"),
+            }
+        )
+        make: Callable[[str], None] = self._hand_over
+        self._dbos.DBOS.workflow(name=WORKFLOW, max_recovery_attempts=MOST_ATTEMPTS)(_plain(make))
+
+    def start(self) -> None:
+        """Begin to take jobs; those that this engine had come first."""
+        self._dbos.DBOS.launch()
+        self._dbos.DBOS.register_queue(
+            QUEUE,
+            worker_concurrency=1,
+            polling_interval_sec=POLL_SECONDS,
+            on_conflict="always_update",
+        )
+
+    def next(self, seconds: float) -> str | None:
+        """The next job, or None after so many seconds without one. Then call `done`."""
+        try:
+            job_id, self._done = self._jobs.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        return job_id
+
+    def done(self) -> None:
+        """The job that `next` gave has ended, and its result is written."""
+        if self._done is not None:
+            self._done.set()
+            self._done = None
+
+    def close(self) -> None:
+        """Take no more jobs. One that is being made stays the queue's, and is given out again."""
+        self._dbos.DBOS.destroy()
+
+    def _hand_over(self, job_id: str) -> None:
+        """In DBOS's thread: wait until the main thread has made the job."""
+        made = threading.Event()
+        self._jobs.put((job_id, made))
+        made.wait()
+
+
+def _plain(method: Callable[[str], None]) -> Callable[[str], None]:
+    """A function of its own: DBOS keeps workflows by function."""
+
+    def make_video(job_id: str) -> None:
+        method(job_id)
+
+    return make_video

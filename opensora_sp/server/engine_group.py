@@ -1,0 +1,303 @@
+"""The warm engine: ranks that hold the models and make one job after the other.
+
+Started by `opensora-sp serve`, under torchrun or alone. Rank 0 takes jobs from the durable queue and
+tells the others; between jobs all ranks meet every second, so that nothing waits in a collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.base.atomic import atomic_output
+from opensora_sp.base.errors import Cancelled, UserError
+from opensora_sp.base.screen import note, one_line
+from opensora_sp.server.checking import Engine as EngineFacts
+from opensora_sp.server.checking import job_arguments
+from opensora_sp.server.durable import Worker
+from opensora_sp.server.job_store import JobProgress, JobResult, JobStore, now
+
+TICK_SECONDS = 1.0
+BEAT_SECONDS = 1.0
+# The least time between two notes of a job's progress: a note is a small file.
+NOTE_SECONDS = 0.3
+LOCK_SECONDS = 60.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How a group is run. arguments: the engine's own flags."""
+
+    save_dir: Path
+    queue: str
+    arguments: tuple[str, ...]
+    warmup: tuple[str, ...] = ()
+    ranks: int = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank of the group until it is told to end."""
+    parser = argparse.ArgumentParser(prog="opensora_sp.server.engine_group")
+    parser.add_argument("--settings", required=True, help="JSON of GroupSettings")
+    found = json.loads(parser.parse_args(argv).settings)
+    settings = GroupSettings(
+        save_dir=Path(found["save_dir"]),
+        queue=found["queue"],
+        arguments=tuple(found["arguments"]),
+        warmup=tuple(found["warmup"]),
+        ranks=found["ranks"],
+    )
+    from opensora_sp.cli.program import run_prepared
+
+    store = JobStore(settings.save_dir)
+    job = _job(settings, [*settings.arguments, "--prompt=warm up"], settings.save_dir / "warmup")
+    return run_prepared(job, lambda: _serve(settings, store, job))
+
+
+def _job(settings: GroupSettings, arguments: Sequence[str], outputs: Path) -> Any:
+    from opensora_sp.request.settings import build_job, parse_command_line, resolve
+
+    values = resolve(parse_command_line([*arguments, f"--save-dir={outputs}", "--verbose=0"]))
+    return build_job(values, world_size=settings.ranks)
+
+
+def _serve(settings: GroupSettings, store: JobStore, first: Any) -> int:
+    """Open the engine, then make jobs for ever."""
+    from opensora_sp.jobs.open import open_engine
+
+    with _only_engine(settings.save_dir), open_engine(first) as engine:
+        leads = engine.whole.leads
+        worker = (
+            Worker(settings.queue, executor=f"engine-{settings.save_dir.name}") if leads else None
+        )
+        beat = Beat(settings.save_dir) if leads else None
+        try:
+            for size in settings.warmup:
+                _warm_up(engine, settings, size)
+            if worker is not None and beat is not None:
+                worker.start()
+                beat.state = "ready"
+            while True:
+                job_id = worker.next(TICK_SECONDS) if worker is not None else None
+                job_id = engine.whole.broadcast_object(job_id)
+                if job_id is None:
+                    continue
+                _make(engine, settings, store, job_id)
+                if worker is not None:
+                    worker.done()
+        finally:
+            if beat is not None:
+                beat.close()
+            if worker is not None:
+                worker.close()
+
+
+def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
+    """A short job of a configuration, so that the first real one is not the slow one."""
+    import tempfile
+
+    from opensora_sp.jobs.run import run_job
+
+    folder = engine.whole.broadcast_object(tempfile.mkdtemp() if engine.whole.leads else None)
+    arguments = [*settings.arguments, f"--config={config}", "--prompt=warm up"]
+    job = _job(settings, [*arguments, "--num-sampling-steps=1"], Path(folder))
+    run_job(engine, replace(job, engine=engine.settings))
+
+
+def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) -> None:
+    """Make one job, or write down in a line why it could not be made. Collective."""
+    whole = engine.whole
+    teller = Teller(store, job_id, whole.leads)
+    try:
+        job = whole.broadcast_object(_prepare(settings, store, job_id) if whole.leads else None)
+        if isinstance(job, str):
+            raise UserError(job)
+        if job is None:  # deleted, or made already when the queue gave it out again
+            return
+        _run(engine, replace(job, engine=engine.settings), teller)
+    except Cancelled:
+        return
+    except UserError as error:
+        teller.failed(str(error))
+        return
+    teller.completed(job, engine)
+
+
+def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
+    """The job to make; None where there is nothing to do, a line where it cannot be made."""
+    try:
+        if store.result(job_id) is not None or store.cancel_asked(job_id):
+            return None
+        spec = store.spec(job_id)
+    except KeyError:
+        return None
+    facts = EngineFacts(settings.arguments, settings.ranks)
+    arguments = job_arguments(facts, spec.arguments, store.outputs(job_id))
+    try:
+        from opensora_sp.request.settings import build_job, parse_command_line, resolve
+
+        job = build_job(resolve(parse_command_line(arguments)), world_size=settings.ranks)
+    except UserError as error:
+        return str(error)
+    return job.failed[0] if job.failed else job
+
+
+def _run(engine: Any, job: Any, teller: Teller) -> None:
+    from opensora_sp.jobs.prepare import check_encoder, encode_all_text, unfinished
+    from opensora_sp.jobs.run import make_batch
+    from opensora_sp.jobs.schedule import deal
+
+    job, works = unfinished(job, engine.whole, engine.digests)
+    teller.begin(job)
+    if not works:
+        return
+    check_encoder(engine.whole, job, works)
+    encode_all_text(engine.pipeline, deal(works, 1))
+    for work in works:
+        make_batch(engine, job, work, None, on_step_end=teller.on_step_end)
+
+
+class Teller:
+    """What the store is told of one job, by rank 0 alone; on the others it does nothing."""
+
+    def __init__(self, store: JobStore, job_id: str, leads: bool) -> None:
+        self._store, self._id, self._leads = store, job_id, leads
+        self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
+        self._first: float | None = None
+        self._before: dict[str, float] = {}
+
+    def begin(self, job: Any) -> None:
+        """The job has been taken and is made from here on."""
+        request = job.tasks[0].request
+        self._steps = request.steps * request.loop
+        self._note("text", force=True)
+
+    def on_step_end(self, step: int, t: float, latents: Any) -> bool:
+        """After every step: note how far it is; True where the job is to be stopped."""
+        if not self._leads:
+            return False
+        self._done += 1
+        if self._first is None:
+            self._first = time.time()
+        self._note("denoising" if self._done < self._steps else "decoding")
+        return self._store.cancel_asked(self._id)
+
+    def failed(self, reason: str, code: str = "invalid_request") -> None:
+        """It cannot be made, for a reason in one line."""
+        if self._leads:
+            self._store.put_result(
+                self._id,
+                JobResult(
+                    finished_at=now(),
+                    error=one_line(reason),
+                    error_code=code,
+                    seconds=time.time() - self._started,
+                ),
+            )
+
+    def completed(self, job: Any, engine: Any) -> None:
+        """Its output is there."""
+        if not self._leads:
+            return
+        clock = engine.pipeline.models.clock
+        stages = {name: round(seconds, 4) for name, seconds in clock.seconds.items()}
+        clock.seconds.clear()
+        self._store.put_result(
+            self._id,
+            JobResult(
+                finished_at=now(),
+                file=job.tasks[0].output.name,
+                seconds=time.time() - self._started,
+                stages=stages,
+                peak_bytes=_peak_bytes(engine.whole.device),
+            ),
+        )
+
+    def _note(self, stage: str, *, force: bool = False) -> None:
+        moment = time.time()
+        if not self._leads or (not force and moment - self._noted < NOTE_SECONDS):
+            return
+        self._noted = moment
+        eta = None
+        if self._first is not None and self._done > 1:
+            pace = (moment - self._first) / (self._done - 1)
+            eta = round(pace * max(0, self._steps - self._done), 1)
+        self._store.put_progress(
+            self._id, JobProgress(stage, self._done, self._steps, eta, self._started)
+        )
+
+
+def _peak_bytes(device: Any) -> int | None:
+    import torch
+
+    module = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(module, "max_memory_allocated"):
+        return None
+    return int(module.max_memory_allocated())  # type: ignore[union-attr]
+
+
+class Beat:
+    """Rank 0's sign of life for the gateway, a file that a thread writes every second."""
+
+    def __init__(self, save_dir: Path) -> None:
+        self.state = "starting"
+        self._path, self._end = save_dir / "engine.json", threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """No more signs; the file goes."""
+        self._end.set()
+        self._thread.join(5)
+        self._path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while True:
+            told = {"pid": os.getpid(), "state": self.state, "at": time.time()}
+            try:
+                with atomic_output(self._path) as temporary:
+                    temporary.write_text(json.dumps(told), encoding="ascii")
+            except UserError as error:
+                note(f"the engine's sign of life is not written: {error}")
+            if self._end.wait(BEAT_SECONDS):
+                return
+
+
+@contextmanager
+def _only_engine(save_dir: Path) -> Iterator[None]:
+    """Wait until an engine before this one has ended: two must never make the same job."""
+    from opensora_sp.base.launcher import read_launch
+
+    if read_launch().rank != 0:
+        yield
+        return
+    save_dir.mkdir(parents=True, exist_ok=True)
+    with (save_dir / "engine.lock").open("w") as lock:
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"another engine uses {save_dir}: end it, or give another --save-dir"
+                    ) from None
+                time.sleep(0.2)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

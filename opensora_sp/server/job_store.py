@@ -1,0 +1,203 @@
+"""A job's folder in the save directory: what was asked, what was sent along, how far it is.
+
+    SAVE/jobs/ID/job.json         what was asked for; written once, before the job is queued
+    SAVE/jobs/ID/uploads/         files that came with it, under names of our own
+    SAVE/jobs/ID/outputs/         the output, its record and its saved states, as infer writes them
+    SAVE/jobs/ID/progress.json    how far it is, while it is made
+    SAVE/jobs/ID/result.json      how it ended: the output's name and timings, or the error
+    SAVE/jobs/ID/cancel           somebody wants it to stop
+
+Every file appears whole or not at all. The gateway writes job.json and cancel; the engine's rank 0
+writes the others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opensora_sp.base.atomic import atomic_output
+
+_ID = re.compile(r"video_[0-9a-f]{24}")
+_LARGEST_FILE = 4 << 20
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What was asked for.
+
+    arguments: flags and values, as the command line takes them. shown: what a client is told
+    again (model, prompt, size, seconds, ...). priority: 1 is first.
+    """
+
+    id: str
+    created_at: float
+    arguments: tuple[str, ...]
+    shown: dict[str, Any] = field(default_factory=dict)
+    priority: int = 100
+    owner: str = ""
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """How far a job is. step counts over all clips; eta_s: None where it is not known yet."""
+
+    stage: str
+    step: int = 0
+    steps: int = 0
+    eta_s: float | None = None
+    started_at: float = 0.0
+
+    @property
+    def percent(self) -> int:
+        """0 to 99: 100 is for a job that is completed."""
+        return 0 if not self.steps else min(99, 100 * self.step // self.steps)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. error: one line, or None; file: the output's name in outputs/."""
+
+    finished_at: float
+    file: str | None = None
+    error: str | None = None
+    error_code: str | None = None
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class JobStore:
+    """All jobs of a save directory."""
+
+    def __init__(self, save_dir: Path) -> None:
+        self.root = save_dir / "jobs"
+
+    def new_id(self) -> str:
+        """A name that nobody can guess."""
+        return f"video_{secrets.token_hex(12)}"
+
+    def folder(self, job_id: str) -> Path:
+        """A job's folder. Raises KeyError for what is no id: nothing else becomes a path."""
+        if not _ID.fullmatch(job_id):
+            raise KeyError(job_id)
+        return self.root / job_id
+
+    def uploads(self, job_id: str) -> Path:
+        """Where the files that came with it lie."""
+        return self.folder(job_id) / "uploads"
+
+    def outputs(self, job_id: str) -> Path:
+        """Where its output is written."""
+        return self.folder(job_id) / "outputs"
+
+    def ids(self) -> Iterator[str]:
+        """Every job that was ever asked for and not deleted; in no order."""
+        if self.root.is_dir():
+            for path in self.root.iterdir():
+                if _ID.fullmatch(path.name) and (path / "job.json").is_file():
+                    yield path.name
+
+    def put_spec(self, spec: JobSpec) -> None:
+        """Write what was asked for; the folder may hold its uploads already."""
+        self.folder(spec.id).mkdir(parents=True, exist_ok=True)
+        self._put(spec.id, "job.json", asdict(spec))
+
+    def spec(self, job_id: str) -> JobSpec:
+        """What was asked for. Raises KeyError where there is no such job."""
+        found = self._get(job_id, "job.json")
+        if found is None:
+            raise KeyError(job_id)
+        found["arguments"] = tuple(found["arguments"])
+        return JobSpec(**found)
+
+    def put_progress(self, job_id: str, progress: JobProgress) -> None:
+        """Write how far it is."""
+        self._put(job_id, "progress.json", asdict(progress))
+
+    def progress(self, job_id: str) -> JobProgress | None:
+        """How far it is; None before it is begun."""
+        found = self._get(job_id, "progress.json")
+        return None if found is None else JobProgress(**found)
+
+    def put_result(self, job_id: str, result: JobResult) -> None:
+        """Write how it ended."""
+        self._put(job_id, "result.json", asdict(result))
+
+    def result(self, job_id: str) -> JobResult | None:
+        """How it ended; None while it has not."""
+        found = self._get(job_id, "result.json")
+        return None if found is None else JobResult(**found)
+
+    def ask_to_cancel(self, job_id: str) -> None:
+        """The engine stops at the next step of this job."""
+        (self.folder(job_id) / "cancel").touch()
+
+    def cancel_asked(self, job_id: str) -> bool:
+        """Whether somebody wants it to stop; also where it was deleted meanwhile."""
+        folder = self.folder(job_id)
+        return (folder / "cancel").exists() or not (folder / "job.json").exists()
+
+    def attempts(self, job_id: str) -> int:
+        """How often it was begun, this time included; written down before it begins."""
+        path = self.folder(job_id) / "attempts"
+        try:
+            count = int(path.read_text(encoding="ascii")) + 1
+        except (OSError, ValueError):
+            count = 1
+        with atomic_output(path) as temporary:
+            temporary.write_text(str(count), encoding="ascii")
+        return count
+
+    def delete(self, job_id: str) -> None:
+        """Remove everything of a job; job.json first, so that a half-deleted one is gone."""
+        folder = self.folder(job_id)
+        (folder / "job.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def output(self, job_id: str) -> Path | None:
+        """The finished output; None where there is none."""
+        result = self.result(job_id)
+        if result is None or result.file is None:
+            return None
+        path = self.outputs(job_id) / Path(result.file).name
+        return path if path.is_file() else None
+
+    def size(self, job_id: str) -> int:
+        """Bytes of everything in its folder."""
+        return sum(p.stat().st_size for p in self.folder(job_id).rglob("*") if p.is_file())
+
+    def _put(self, job_id: str, name: str, content: dict[str, Any]) -> None:
+        folder = self.folder(job_id)
+        if not folder.is_dir():
+            return  # deleted meanwhile: nothing is to come back
+        with atomic_output(folder / name) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+
+    def _get(self, job_id: str, name: str) -> dict[str, Any] | None:
+        path = self.folder(job_id) / name
+        try:
+            if path.stat().st_size > _LARGEST_FILE:
+                return None
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+def now() -> float:
+    """Seconds since 1970."""
+    return time.time()
+
+
+def in_order(specs: Sequence[JobSpec]) -> list[JobSpec]:
+    """Newest first; the id decides between those of one moment."""
+    return sorted(specs, key=lambda spec: (-spec.created_at, spec.id))

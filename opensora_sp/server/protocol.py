@@ -1,0 +1,285 @@
+"""The video API on the wire: fields of a request as flags, a job as a Video, errors.
+
+It is the video API of SGLang and vLLM-Omni, which the `openai` client speaks. A request's fields
+become flags of the command line, so its values are checked by the same declarations and refused in
+the same words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
+from opensora_sp.request.flags.flag import Flag
+from opensora_sp.request.flags.table import all_flags
+from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
+
+MODEL = "open-sora-1.2"
+# The API's names for flags; every other field has its flag's name with _ for -.
+ALIASES: Mapping[str, str] = {
+    "num_inference_steps": "num_sampling_steps",
+    "guidance_scale": "cfg_scale",
+    "motion_score": "flow",
+    "aesthetic_score": "aes",
+}
+# What a client may decide: what is generated, and what its file is. Never a path or an address of
+# the server's, and never how the engine runs.
+REQUEST_FIELDS = (
+    "num_frames",
+    "fps",
+    "save_fps",
+    "seed",
+    "num_sampling_steps",
+    "cfg_scale",
+    "aspect_ratio",
+    "resolution",
+    "loop",
+    "condition_frame_length",
+    "loop_carry",
+    "align",
+    "aes",
+    "flow",
+    "camera_motion",
+    "mask_strategy",
+    "reference_fps",
+    "edit_strength",
+    "lossless",
+    "watermark",
+)
+# Files that may come with a request, and the flag that each becomes.
+UPLOADS: Mapping[str, str] = {
+    "input_reference": "",  # a picture starts the video, a video is continued
+    "image": "image",
+    "last_image": "last_image",
+    "extend": "extend",
+    "edit": "edit",
+    "reference": "reference_path",  # several, numbered from 0, for mask_strategy
+}
+OWN_FIELDS = ("prompt", "model", "seconds", "size", "priority", "n", "response_format", "user")
+_SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*")
+_SECONDS = re.compile(r"\s*(\d{1,4}(?:\.\d{1,6})?)\s*s?\s*")
+_MOST_TEXT = 20_000
+
+
+class BadRequest(Exception):  # noqa: N818 (the client's mistake, told as HTTP 400)
+    """A mistake in a request: one line, and the field at fault where it is known."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request's fields: arguments for the command line, and what is told again."""
+
+    arguments: tuple[str, ...]
+    shown: dict[str, Any]
+    priority: int
+
+
+def flags_by_key() -> dict[str, Flag]:
+    """Every flag by its key."""
+    return {flag.key: flag for flag in all_flags()}
+
+
+def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str]] = ()) -> Asked:
+    """A request's fields, as text or JSON values, as arguments.
+
+    uploads: (field, path, kind) of each file that came along, kind "picture" or "video". Raises
+    BadRequest for a field that is unknown, twice what only one can be, or no text, number or
+    truth value; values themselves are judged by the flags.
+    """
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BadRequest("prompt is needed: a text that says what the video shows", "prompt")
+    if len(prompt) > _MOST_TEXT:
+        raise BadRequest(
+            f"prompt has {len(prompt)} characters; at most {_MOST_TEXT} are taken", "prompt"
+        )
+    _refuse_unknown(fields)
+    model = fields.get("model") or MODEL
+    if model not in (MODEL, "default"):
+        raise BadRequest(f"model {shown(model)} is not here: there is {MODEL}", "model")
+    arguments = [f"--prompt={prompt}"]
+    arguments += _length(fields)
+    arguments += _size(fields)
+    flags = flags_by_key()
+    for name, value in fields.items():
+        key = ALIASES.get(name, name)
+        if key in REQUEST_FIELDS and value is not None and value != "":
+            arguments += _argument(flags[key], name, value)
+    arguments += _references(uploads)
+    priority = _whole(fields.get("priority", 100), "priority", 1, 1000)
+    return Asked(tuple(arguments), {"model": model, "prompt": prompt}, priority)
+
+
+def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+    known = {*OWN_FIELDS, *ALIASES, *REQUEST_FIELDS, *UPLOADS}
+    for name in fields:
+        if name not in known:
+            raise BadRequest(
+                f"{shown(name)} is not a field; there are {', '.join(sorted(known))}", name
+            )
+
+
+def _length(fields: Mapping[str, Any]) -> list[str]:
+    seconds = fields.get("seconds")
+    if seconds in (None, ""):
+        return []
+    if fields.get("num_frames") not in (None, ""):
+        raise BadRequest("seconds and num_frames both say how long it is: give one", "seconds")
+    found = _SECONDS.fullmatch(str(seconds))
+    if found is None or float(found[1]) == 0:
+        raise BadRequest(
+            f'seconds {shown(seconds)} is not a number of seconds, such as "4"', "seconds"
+        )
+    amount = found[1]
+    if amount in ("2", "4", "8", "16"):  # the durations of the table, whole chunks of frames
+        return [f"--num-frames={amount}s"]
+    fps = _whole(fields.get("fps") or 24, "fps", 1, 1000)
+    return [f"--num-frames={max(1, round(float(amount) * fps))}"]
+
+
+def _size(fields: Mapping[str, Any]) -> list[str]:
+    size = fields.get("size")
+    if size in (None, ""):
+        return []
+    found = _SIZE.fullmatch(str(size))
+    if found is None:
+        raise BadRequest(
+            f'size {shown(size)} is not "WIDTHxHEIGHT" in pixels, such as "426x240"; sizes by '
+            "name are given as resolution and aspect_ratio",
+            "size",
+        )
+    width, height = found[1], found[2]
+    return ["--image-size", height, width]
+
+
+def _argument(flag: Flag, name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, (str, int, float)):
+        text = str(value)
+    else:
+        raise BadRequest(f"{name} {shown(value)} is not a text or a number", name)
+    if flag.nargs == 0:
+        if text.lower() not in ("true", "false", "1", "0", "on", "off"):
+            raise BadRequest(f"{name} {shown(value)} is not true or false", name)
+        return [flag.name] if text.lower() in ("true", "1", "on") else []
+    return [f"{flag.name}={text}"]
+
+
+def _references(uploads: Sequence[tuple[str, str, str]]) -> list[str]:
+    arguments: list[str] = []
+    numbered = [path for field, path, _ in uploads if field == "reference"]
+    if numbered:
+        arguments.append(f"--reference-path={';'.join(numbered)}")
+    seen: set[str] = set()
+    for field, path, kind in uploads:
+        flag = UPLOADS[field]
+        if field == "input_reference":
+            flag = "image" if kind == "picture" else "extend"
+        if field == "reference":
+            continue
+        if flag in seen:
+            raise BadRequest(f"{field} came twice: one file is taken", field)
+        seen.add(flag)
+        arguments.append(f"--{flag.replace('_', '-')}={path}")
+    return arguments
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise BadRequest(f"{name} {shown(value)} is not a whole number from {low} to {high}", name)
+    return number
+
+
+def as_bad_request(error: UserError) -> BadRequest:
+    """A refusal of the command line in the API's words: its fields instead of flags."""
+    names = {value: key for key, value in ALIASES.items()}
+    names |= {"image_size": "size", "prompt_path": "prompt"}
+    param: str | None = None
+
+    def field(found: re.Match[str]) -> str:
+        nonlocal param
+        key = found[1].replace("-", "_")
+        name = names.get(key, key)
+        param = param or name
+        return name
+
+    text = re.sub(r"--([a-z][a-z0-9-]*)", field, str(error))
+    return BadRequest(text, param)
+
+
+def video_json(
+    spec: JobSpec,
+    status: str,
+    progress: JobProgress | None,
+    result: JobResult | None,
+    *,
+    place: int | None = None,
+    keep_seconds: float | None = None,
+) -> dict[str, Any]:
+    """A job as the API's Video. status: queued, in_progress, completed or failed.
+
+    place: how many jobs are before it. keep_seconds: for how long outputs are kept.
+    """
+    percent = progress.percent if progress is not None and status == "in_progress" else 0
+    error = None
+    if status == "failed":
+        error = {
+            "code": (result and result.error_code) or "failed",
+            "message": (result and result.error) or "the engine ended while it was made",
+        }
+    finished = int(result.finished_at) if result is not None else None
+    video: dict[str, Any] = {
+        "id": spec.id,
+        "object": "video",
+        "model": spec.shown.get("model", MODEL),
+        "status": status,
+        "progress": 100 if status == "completed" else percent,
+        "created_at": int(spec.created_at),
+        "completed_at": finished if status == "completed" else None,
+        "expires_at": None
+        if finished is None or keep_seconds is None
+        else int(finished + keep_seconds),
+        "prompt": spec.shown.get("prompt", ""),
+        "seconds": spec.shown.get("seconds", ""),
+        "size": spec.shown.get("size", ""),
+        "remixed_from_video_id": None,
+        "error": error,
+        "seed": spec.shown.get("seed"),
+        "num_frames": spec.shown.get("num_frames"),
+        "file_name": None if result is None else result.file,
+        "inference_time_s": None if result is None else round(result.seconds, 3),
+        "stage_durations": {} if result is None else result.stages,
+        "peak_memory_mb": None
+        if result is None or result.peak_bytes is None
+        else round(result.peak_bytes / 1e6, 1),
+    }
+    if status == "queued":
+        video["queue_position"] = place
+    if status == "in_progress" and progress is not None:
+        video |= {
+            "stage": progress.stage,
+            "step": progress.step,
+            "steps": progress.steps,
+            "eta_s": progress.eta_s,
+        }
+    return video
+
+
+def error_json(
+    message: str, *, kind: str = "invalid_request_error", param: str | None, code: str | None = None
+) -> dict[str, Any]:
+    """The API's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,221 @@
+"""`opensora-sp serve`: the gateway here, the engine as a child, started again when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.server.engine_group import GroupSettings
+
+# An engine that has ended is started again after this time, doubled each time up to the second.
+RESTART_SECONDS, MOST_RESTART_SECONDS = 0.5, 30.0
+# Without a sign of life for this long it counts as stuck.
+SILENT_SECONDS = 30.0
+# After so many ends in a row without one job made, it is given up.
+MOST_ENDS = 10
+END_SECONDS = 60.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """Where the server listens and what its engine is."""
+
+    host: str
+    port: int
+    group: GroupSettings
+    token_file: Path | None = None
+    keep_days: float | None = None
+    keep_bytes: int | None = None
+
+
+class EngineProcess:
+    """The engine's processes, watched by a thread."""
+
+    def __init__(self, settings: GroupSettings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Event()
+        self._failed: str | None = None
+        self.restarts = 0
+        self._thread = threading.Thread(target=self._watch, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start it, and again whenever it ends."""
+        self._thread.start()
+
+    def state(self) -> str:
+        """ready, starting, stuck, or why it was given up."""
+        if self._failed is not None:
+            return f"failed: {self._failed}"
+        if self._ending.is_set():
+            return "stopped"
+        try:
+            beat = json.loads((self._settings.save_dir / "engine.json").read_text())
+        except (OSError, ValueError):
+            return "starting"
+        if time.time() - float(beat["at"]) > SILENT_SECONDS:
+            return "failed: the engine gives no sign of life"
+        return str(beat["state"])
+
+    def stop(self) -> None:
+        """Let it save what it is making, and end it."""
+        self._ending.set()
+        if self._process is not None and self._process.poll() is None:
+            _signal_group(self._process, signal.SIGTERM)
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                _signal_group(self._process, signal.SIGKILL)
+        self._thread.join(5)
+
+    def _watch(self) -> None:
+        wait, ends = RESTART_SECONDS, 0
+        while not self._ending.is_set():
+            started = time.monotonic()
+            (self._settings.save_dir / "engine.json").unlink(missing_ok=True)
+            self._process = subprocess.Popen(
+                command(self._settings),
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+                stdin=subprocess.DEVNULL,
+            )
+            code = self._process.wait()
+            if self._ending.is_set():
+                return
+            lasted = time.monotonic() - started
+            ends = 0 if lasted > 60 else ends + 1
+            wait = RESTART_SECONDS if ends <= 1 else min(MOST_RESTART_SECONDS, wait * 2)
+            if code == 2 or ends >= MOST_ENDS:
+                self._failed = f"the engine ended with exit code {code}; its messages say why"
+                log.error("%s", self._failed)
+                return
+            self.restarts += 1
+            log.warning(
+                "the engine ended with exit code %s; it is started again in %.1f s", code, wait
+            )
+            self._ending.wait(wait)
+
+
+def command(settings: GroupSettings) -> list[str]:
+    """The engine's command line: torchrun for several ranks, plain python for one."""
+    told = asdict(settings) | {"save_dir": str(settings.save_dir)}
+    module = ["-m", "opensora_sp.server.engine_group", "--settings", json.dumps(told)]
+    if settings.ranks == 1:
+        return [sys.executable, *module]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*run, "--nproc_per_node", str(settings.ranks), *module]
+
+
+def _end_with_parent() -> None:
+    """In the child: the kernel ends it when the gateway is killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def only_server(save_dir: Path) -> Iterator[None]:
+    """One gateway to a save directory. Raises UserError where there is one already."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    with (save_dir / "gateway.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--save-dir {save_dir}: another server uses it; end it or give another one"
+            ) from None
+        yield
+
+
+def read_tokens(path: Path) -> dict[str, str]:
+    """Tokens of a file, one a line, NAME:TOKEN or TOKEN. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--token-file {path}: {error.strerror}") from None
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, colon, token = line.partition(":")
+        if not colon:
+            name, token = f"token {number}", line
+        if len(token) < 16:
+            raise UserError(
+                f"--token-file {path}: the token in line {number} has {len(token)} characters; "
+                "16 or more are needed, such as `openssl rand -hex 24` makes"
+            )
+        tokens[token] = name
+    if not tokens:
+        raise UserError(f"--token-file {path} holds no token")
+    return tokens
+
+
+def serve(settings: ServiceSettings) -> int:
+    """Run the server until it is asked to end."""
+    import uvicorn
+
+    from opensora_sp.server.app import Gateway, build_app
+    from opensora_sp.server.board import Board
+    from opensora_sp.server.checking import Engine, Judge
+    from opensora_sp.server.durable import JobQueue
+    from opensora_sp.server.job_store import JobStore
+
+    group = settings.group
+    with only_server(group.save_dir):
+        store, jobs = JobStore(group.save_dir), JobQueue(group.queue)
+        keep = None if settings.keep_days is None else settings.keep_days * 86400
+        board = Board(store, jobs, keep_seconds=keep)
+        board.load()
+        engine = EngineProcess(group)
+        gateway = Gateway(
+            store=store,
+            jobs=jobs,
+            board=board,
+            judge=Judge(Engine(group.arguments, group.ranks)),
+            engine_state=engine.state,
+            tokens={} if settings.token_file is None else read_tokens(settings.token_file),
+            hosts=_hosts(settings.host),
+        )
+        engine.start()
+        try:
+            uvicorn.run(
+                build_app(gateway),
+                host=settings.host,
+                port=settings.port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        finally:
+            gateway.draining = True
+            engine.stop()
+            jobs.close()
+    return 0
+
+
+def _hosts(host: str) -> Sequence[str]:
+    """Names under which a server on this machine alone is called; any where it is open."""
+    if host in ("127.0.0.1", "localhost", "::1"):
+        return ("127.0.0.1", "localhost", "::1")
+    return ()
