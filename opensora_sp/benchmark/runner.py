@@ -27,14 +27,14 @@ from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.benchmark.weights import describe_weights
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
-from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_job_session
+from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_session, tidy
 from opensora_sp.jobs.outputs import open_outputs
 from opensora_sp.media.sinks import Sink
 from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.requests import plan_in_mode
 from opensora_sp.request.embedded import embedded_checkpoints
-from opensora_sp.request.flags.benchmark_types import WARMUP_STEPS
+from opensora_sp.request.flags.benchmark_settings import WARMUP_STEPS
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Task
 
@@ -79,8 +79,8 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
     The report is on disk from the start, as running; a failure leaves it as failed and goes on
     its way. Raises UserError for what a person can mend.
     """
-    settings = job.settings
-    with open_job_session(settings) as session:
+    with open_engine_session(job.engine) as session:
+        tidy(session, job.settings.save_dir)
         draft = LiveReport(job, options, ranks=session.world_size)
         clock = Clock(session.device, session.stage)
         if session.watchdog is not None and session.leads:
@@ -88,7 +88,7 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
             session.watchdog.at_end.append(draft.fail_for_all)
         try:
             if session.leads:
-                draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
+                draft.facts["machine"] = describe_machine(session.device, job.settings.save_dir)
                 draft.write("running")
             _measure(job, options, session, draft, clock)
         except BaseException as error:
@@ -191,7 +191,7 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
         with ExitStack() as stack:
             inner: list[Any] = [None] * len(batch)
             if run.saved:
-                inner = stack.enter_context(open_outputs(pipeline, job.settings, batch))
+                inner = stack.enter_context(open_outputs(pipeline, job, batch))
             sinks = [CountingSink(sink) for sink in inner]
             pipeline.generate_to([task.request for task in batch], sinks, keep_latents=False)
         frames += frames_of(sinks)
@@ -221,8 +221,8 @@ def _describe(
     tokens: dict[str, int],
 ) -> None:
     """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
-    session, settings = pipeline.session, job.settings
-    checkpoints = settings.checkpoints or embedded_checkpoints()
+    session = pipeline.session
+    checkpoints = job.engine.checkpoints or embedded_checkpoints()
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
     shares = session.all_gather_object(own)
     if options.measure_peak:
@@ -245,7 +245,7 @@ def _describe(
         "text": text_flops(checkpoints.t5, length) * len(tokens),
     }
     draft.facts["model"] = {
-        "checkpoints": "embedded" if settings.checkpoints is None else "given",
+        "checkpoints": "embedded" if job.engine.checkpoints is None else "given",
         "transformer_parameters": sum(p.numel() for p in pipeline.models.transformer.parameters()),
         "weights": describe_weights(checkpoints, hashes=options.weight_hashes),
     }

@@ -21,7 +21,7 @@ from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.report.files import Report, read_report, write_report
 from opensora_sp.benchmark.sweep_spec import Point, read_sweep
 from opensora_sp.benchmark.sweep_table import write_tables
-from opensora_sp.request.flags.benchmark_types import DEFAULT_REPORT
+from opensora_sp.request.flags.benchmark_settings import DEFAULT_REPORT
 from opensora_sp.request.settings import CommandLine, build_job, parse_command_line, resolve
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]

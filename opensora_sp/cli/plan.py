@@ -14,15 +14,15 @@ from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
 from opensora_sp.request.flags.docs import help_text
 from opensora_sp.request.preflight import check_checkpoints
-from opensora_sp.request.request import Request, RunSettings
+from opensora_sp.request.request import EngineSettings, Request
 from opensora_sp.request.settings import (
     Values,
     check_request,
-    fields_of,
     parse_command_line,
     resolve,
     size_of,
 )
+from opensora_sp.request.setting import from_flags
 
 DOES_NOT_FIT = 1
 
@@ -54,17 +54,16 @@ def _main(argv: Sequence[str]) -> int:
 def _answer(values: Values) -> int:
     height, width = size_of(values)
     request = Request(
-        **fields_of(Request, values, without={"prompt", "reference_path", "mask_strategy"}),
+        **from_flags(Request, values),
         prompt="",
         reference_path="given" if values["reference_path"] or _typed(values) else "",
         height=height,
         width=width,
-        steps=values["num_sampling_steps"],
     )
     checkpoints = check_checkpoints(
         {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
     )
-    settings = RunSettings(**fields_of(RunSettings, values, without={"save_dir"}))
+    settings = EngineSettings(**from_flags(EngineSettings, values))
     # Without paths the published models are meant: the embedded one fits everywhere.
     models = ModelSizes() if checkpoints is None else ModelSizes.read(checkpoints)
     if settings.device_memory is None:
@@ -72,7 +71,7 @@ def _answer(values: Values) -> int:
             f"--device-memory is needed, such as 48GB or one of the cards {', '.join(CARDS)}"
         )
     memory = parse_memory(settings.device_memory)
-    shape, options = shape_of(request, settings, settings.batch_size), options_of(settings)
+    shape, options = shape_of(request, settings, values["batch_size"]), options_of(settings)
     ranks = values["ranks"]
     if values["table"]:
         print(

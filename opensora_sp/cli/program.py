@@ -84,7 +84,7 @@ def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
 
 def _require_room(job: Job) -> None:
     """Refuse what does not fit --device-memory; without it the device is asked, after torch."""
-    settings = job.settings
+    settings = job.engine
     if settings.device_memory is not None and rank() == "0":
         memory = parse_memory(settings.device_memory)
         if not settings.no_plan:
@@ -103,18 +103,18 @@ def _run(prepared: Prepared) -> int:
             note(each)
         for line in job.failed:
             note(f"{line}; the other prompts are made")
-    settings = job.settings
-    checkpoints = settings.checkpoints
+    engine = job.engine
+    checkpoints = engine.checkpoints
     threads = apply_cpu_threads(
-        settings.cpu_threads,
-        settings.device,
+        engine.cpu_threads,
+        engine.device,
         transformer=None if checkpoints is None else checkpoints.dit,
     )
-    if launch.rank == 0 and settings.verbose > 1:
+    if launch.rank == 0 and job.settings.verbose > 1:
         note(f"CPU threads of a rank: {threads or os.environ.get(VARIABLE, 'as torch chooses')}")
     with stoppable():
         try:
-            with rank_log(job.settings.log_dir):
+            with rank_log(engine.log_dir):
                 return prepared.work()
         except JobEnded as ended:  # all ranks know, and one of them has said why
             leave(ended.code)

@@ -32,8 +32,9 @@ from opensora_sp.parallel.session import Session, alone
 from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.preflight import check_conditions, find_checkpoints
 from opensora_sp.request.prompts import split_loops
-from opensora_sp.request.request import SETTINGS_TYPES, CheckFinite, Checkpoints, Request, a_path
+from opensora_sp.request.request import CheckFinite, Checkpoints, EngineSettings, Request
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.setting import a_path, settings_of
 
 _CHECKPOINTS = "Checkpoints(dit=..., t5=..., vae2d=..., vae3d=...), the four directories"
 
@@ -93,7 +94,7 @@ class Pipeline:
             ("check_finite", check_finite),
             ("weights_from", weights_from),
         ):
-            SETTINGS_TYPES[name].check(name, value)
+            settings_of(EngineSettings)[name].check(value)
         _require_kind("checkpoints", checkpoints, Checkpoints, _CHECKPOINTS)
         _require_kind("session", session, Session, "with open_session() as session: ...")
         _require_kind("runtime", runtime, Runtime, "Runtime(...), or leave it out")

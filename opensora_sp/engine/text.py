@@ -57,9 +57,10 @@ class TextStage:
     def encode(self, captions: Sequence[str], max_length: int) -> None:
         """Encode cleaned captions ahead of their use, on rank 0 of all ranks. Collective of all.
 
-        A replica's leader then needs those of its own videos: `scatter`.
+        A replica's leader then needs those of its own videos: `scatter`. Those that an earlier call
+        encoded ahead are kept no longer than others, so that memory stays flat over many calls.
         """
-        self._ahead |= {(caption, max_length) for caption in captions}
+        self._ahead = {(caption, max_length) for caption in captions}
         self._encode_together(self.models.session.whole, captions, max_length)
 
     def _encode_together(self, session: Session, captions: Sequence[str], max_length: int) -> None:

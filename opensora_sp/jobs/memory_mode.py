@@ -22,9 +22,9 @@ def choose_memory(job: Job, session: Session) -> MemoryMode:
     Raises SharedFault, with the ways out, where nothing fits and --no-plan is not given. On a CPU
     models have nowhere else to be, so there a plan is made for --device-memory only.
     """
-    settings = job.settings
+    settings = job.engine
     asked: MemoryMode = "speed" if settings.memory == "auto" else settings.memory
-    _tell_of_idle_devices(session, quiet=settings.verbose == 0)
+    _tell_of_idle_devices(session, quiet=job.settings.verbose == 0)
     if settings.device_memory is not None:
         memory = parse_memory(settings.device_memory)
     elif session.device.type == "cpu":
@@ -36,7 +36,7 @@ def choose_memory(job: Job, session: Session) -> MemoryMode:
     planned = session.together(lambda: plan_job(job, session.world_size, memory), leading_only=True)
     plan = session.broadcast_object(planned)
     assert plan is not None
-    if session.leads and settings.verbose > 0:
+    if session.leads and job.settings.verbose > 0:
         print(
             f"plan: --memory {plan.mode}, {plan.peak / GB:.1f} of {memory / GB:.1f} GB at most, "
             f"{plan.flops / 1e15:.2f} PFLOP and {plan.sent / GB:.1f} GB sent on the busiest rank",

@@ -21,7 +21,7 @@ from opensora_sp.jobs.identity import Identity, difference, identity_of, latents
 from opensora_sp.jobs.records import FOLDER, Record, read_record, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.request.naming import number_of, numbered
-from opensora_sp.request.request import Job, RunSettings, Task
+from opensora_sp.request.request import Job, JobSettings, Task
 
 _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
@@ -47,7 +47,7 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
     or a saved state is of another request, was changed or is damaged.
     """
     settings = job.settings
-    identities = [identity_of(task, settings, models) for task in job.tasks]
+    identities = [identity_of(task, job.engine, settings, models) for task in job.tasks]
     pairs = [
         (_named(task, identity, settings), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
@@ -80,7 +80,7 @@ def renamed(job: Job, standings: Sequence[WorkState]) -> Job:
     return replace(job, tasks=tasks)
 
 
-def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
+def _named(task: Task, identity: Identity, settings: JobSettings) -> Task:
     """The task with the output it had before, or else with the first name that is free."""
     if not settings.default_names:
         return task
@@ -113,7 +113,7 @@ def _names_in_use(output: Path) -> set[int]:
     return found
 
 
-def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -> bool:
+def _is_same(record: Record | None, identity: Identity, settings: JobSettings) -> bool:
     """Whether a record is of this request, as far as what is still to be made depends on it."""
     if record is None:
         return False
@@ -122,13 +122,14 @@ def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -
     if record.stage == "done" and not settings.decode_only:
         return False
     try:
-        return latents_identity(record.identity) == latents_identity(identity)
+        before = latents_identity(record.identity)
+        return difference(before, latents_identity(identity)) is None
     except (KeyError, TypeError, AttributeError):  # of a version with other fields
         return False
 
 
 def _say_names(
-    tasks: Sequence[Task], standings: Sequence[WorkState], settings: RunSettings
+    tasks: Sequence[Task], standings: Sequence[WorkState], settings: JobSettings
 ) -> None:
     others = [
         (task.output, standing.output)
@@ -143,7 +144,7 @@ def _say_names(
         )
 
 
-def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
+def _look_at(task: Task, identity: Identity, settings: JobSettings) -> WorkState:
     if not settings.overwrite and _is_finished(task, identity, settings):
         return WorkState(None)
     files = StateFiles(task.output, latents_identity(identity))
@@ -165,7 +166,7 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState
     return WorkState(position, files.refined_prompt())
 
 
-def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
+def _is_finished(task: Task, identity: Identity, settings: JobSettings) -> bool:
     """Whether an output is there that this run would make, or that it has to leave alone.
 
     A file of which nothing is known is never replaced; with `prompt_as_path` it is skipped, as

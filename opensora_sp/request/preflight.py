@@ -13,7 +13,8 @@ from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
 from opensora_sp.request.conditions import Facts, judge, look_at
 from opensora_sp.request.mask_strategy import parse_mask_strategy
-from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
+from opensora_sp.request.request import Checkpoints, Request, reference_paths
+from opensora_sp.request.setting import a_path
 
 BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
 LOSSLESS_BYTES_PER_PIXEL = 3.0

@@ -20,7 +20,8 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.request.request import REQUEST_TYPES
+from opensora_sp.request.request import Request
+from opensora_sp.request.setting import settings_of
 
 # What a field may be called, and the request's field that it is; of several, the first is read.
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -319,7 +320,7 @@ def _entries_of(
 
 def _value(what: str, key: str, value: Any) -> Any:
     """A field's value, "" where it is empty; raises UserError where it is not legal."""
-    kind = REQUEST_TYPES[key]
+    kind = settings_of(Request)[key].kind
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
     if isinstance(value, str) and key == "seed":

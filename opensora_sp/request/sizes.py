@@ -22,7 +22,7 @@ LONGEST_TRAINED = 408  # 16 s at 24 fps
 # In the table, but beyond what the model was trained on.
 UNTRAINED = frozenset({"1080p", "2k", "2048", "2880", "4k"})
 
-_SIDE = integer(SMALLEST_SIDE, LARGEST_SIDE)
+SIDE = integer(SMALLEST_SIDE, LARGEST_SIDE)
 _FRAMES = integer(1, MOST_FRAMES)
 
 
@@ -59,7 +59,7 @@ def resolve_size(
         if len(image_size) != 2:
             raise UserError(f"--image-size {shown(list(image_size))} is not a height and a width")
         for side in image_size:
-            _SIDE.check("--image-size", side)
+            SIDE.check("--image-size", side)
         return image_size[0], image_size[1]
     name, ratio = resolution.strip().lower(), aspect_ratio.strip()
     if name not in resolutions():

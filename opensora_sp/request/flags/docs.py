@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 
 from opensora_sp.request import sizes
-from opensora_sp.request.flags.flag import FEATURES, Flag
 from opensora_sp.request.flags.rules import COMBINATIONS
 from opensora_sp.request.flags.table import GROUPS
+from opensora_sp.request.setting import FEATURES, Setting
 
 _EXAMPLES = """\
 examples:
@@ -25,7 +25,7 @@ _HELP_COLUMN = 34
 _NO_BREAK = "\u00a0"
 
 
-def default_text(flag: Flag) -> str:
+def default_text(flag: Setting) -> str:
     """A flag's default, as a person would type it."""
     if flag.shown_default is not None:
         return flag.shown_default
@@ -54,7 +54,7 @@ def help_text(program: str = "infer") -> str:
     return "\n".join(lines) + "\n\n" + _EXAMPLES
 
 
-def _help_entry(flag: Flag) -> list[str]:
+def _help_entry(flag: Setting) -> list[str]:
     said = flag.help
     if not flag.available:
         said += " [not available yet]"
