@@ -15,6 +15,7 @@ from opensora_sp.planner.requests import options_of, shape_of
 from opensora_sp.request.flags.docs import help_text
 from opensora_sp.request.preflight import check_checkpoints
 from opensora_sp.request.request import EngineSettings, Request
+from opensora_sp.request.setting import from_flags
 from opensora_sp.request.settings import (
     Values,
     check_request,
@@ -22,7 +23,6 @@ from opensora_sp.request.settings import (
     resolve,
     size_of,
 )
-from opensora_sp.request.setting import from_flags
 
 DOES_NOT_FIT = 1
 

@@ -1,7 +1,7 @@
 """A whole job: what is left to make, all texts at once, then output by output.
 
-    with open_engine(job) as engine:  # ranks and models; they stay for as many jobs as are wanted
-        code = run_job(engine, job)
+with open_engine(job) as engine:  # ranks and models; they stay for as many jobs as are wanted
+    code = run_job(engine, job)
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -27,6 +26,7 @@ Changes = Literal["content", "file", "nothing"]
 
 _KEY = "opensora_sp setting"
 _SAME: Any = object()
+_known: dict[type[Any], Mapping[str, Setting]] = {}
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,15 @@ def setting(
     return field
 
 
-@cache
 def settings_of(cls: type[Any]) -> Mapping[str, Setting]:
     """The declarations of a dataclass's fields, by the field's name, in their order."""
-    return {
-        field.name: dataclasses.replace(field.metadata[_KEY], field=field.name)
-        for field in dataclasses.fields(cls)
-        if _KEY in field.metadata
-    }
+    if cls not in _known:
+        _known[cls] = {
+            field.name: dataclasses.replace(field.metadata[_KEY], field=field.name)
+            for field in dataclasses.fields(cls)
+            if _KEY in field.metadata
+        }
+    return _known[cls]
 
 
 def from_flags(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
