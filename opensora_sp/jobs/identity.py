@@ -88,10 +88,13 @@ def identity_of(
     identity: dict[str, Any] = {"request": request, "references": _references(output)}
     for values in (engine, settings):
         for one in _deciding(type(values)):
-            if one.field not in _MADE_OF:
+            if one.field in _MADE_OF:
+                name, make = _MADE_OF[one.field]
+                identity[name] = make(output)
+            else:
                 identity[one.identity_name] = getattr(values, one.field)
-    for name, make in _MADE_OF.values():
-        identity[name] = make(output)
+    # Last: where weights differ and something else does too, that is said.
+    identity["models"] = identity.pop("models")
     return dict(json.loads(json.dumps(identity)))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.request.config_file import read_config
-from opensora_sp.request.flags.docs import docs_page, help_text
+from opensora_sp.request.flags.docs import base_config, docs_page, help_text
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.naming import output_stems, safe_stem
 from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request
@@ -134,6 +134,10 @@ def values_notes(*argv: str) -> tuple[str, ...]:
 def test_base_config_writes_out_every_default() -> None:
     keys = {flag.key for flag in all_flags() if not flag.control and flag.program is None}
     path = ROOT / "configs" / "base.yaml"
+    written = path.read_text(encoding="utf-8")
+    assert written == base_config(), (
+        "run: python -m opensora_sp.request.flags.docs base > configs/base.yaml"
+    )
     assert set(read_config(str(path))) == keys
     assert values_of("--config", str(path)) == values_of()
 

@@ -1,6 +1,7 @@
-"""The flag table as people read it: `--help` and docs/flags.md.
+"""The flag table as people read it: `--help`, docs/flags.md and configs/base.yaml.
 
-`python -m opensora_sp.request.flags.docs > docs/flags.md` writes the page.
+`python -m opensora_sp.request.flags.docs > docs/flags.md` writes the page, and
+`python -m opensora_sp.request.flags.docs base > configs/base.yaml` the configuration.
 """
 
 import re
@@ -9,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 
 from opensora_sp.request import sizes
+from opensora_sp.request.config_file import write_config
 from opensora_sp.request.flags.rules import COMBINATIONS
 from opensora_sp.request.flags.table import GROUPS
 from opensora_sp.request.setting import FEATURES, Setting
@@ -74,7 +76,7 @@ def docs_page() -> str:
     parts = [
         "# Flags",
         "<!-- Written by `python -m opensora_sp.request.flags.docs > docs/flags.md`: edit the "
-        "table in opensora_sp/request/flags/table.py, not this page. -->",
+        "declarations named in opensora_sp/request/flags/table.py, not this page. -->",
         "Every flag is also a YAML key for `--config` (with `_` for `-`); a flag wins over the "
         "file, the file over the default. `--print-config` prints what results. Booleans take a "
         "value: `true t yes y 1` or `false f no n 0`, in any case. A request that cannot be run "
@@ -140,5 +142,19 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
+def base_config() -> str:
+    """The whole of configs/base.yaml: every default of what is a YAML key of every program."""
+    parts = [
+        "# Every default, written out: flags win over a file given by --config. docs/flags.md "
+        "explains\n# them all; null means that the program chooses. Written by\n"
+        "# `python -m opensora_sp.request.flags.docs base > configs/base.yaml`.\n"
+    ]
+    for title, flags in GROUPS:
+        own = {f.key: f.default for f in flags if not f.control and f.program is None}
+        if own:
+            parts.append(f"# {title}\n{write_config(own)}")
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(docs_page())
+    sys.stdout.write(base_config() if sys.argv[1:] == ["base"] else docs_page())

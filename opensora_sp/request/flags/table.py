@@ -4,7 +4,8 @@ The flags themselves are declared as fields of `Request`, `EngineSettings`, `Job
 `BenchmarkSettings`, or in others.py. Here is only their order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 
 from opensora_sp.request.engine_settings import EngineSettings
 from opensora_sp.request.flags.benchmark_settings import BenchmarkSettings
@@ -56,7 +57,8 @@ _ORDER: dict[str, str] = {
 }
 
 
-def declared_flags() -> dict[str, Setting]:
+@cache
+def declared_flags() -> Mapping[str, Setting]:
     """Every declared setting that a flag sets, by its key, in no order that matters."""
     fields = [one for cls in DATACLASSES for one in settings_of(cls).values()]
     return {one.key: one for one in (*fields, *OTHERS) if one.name}
