@@ -200,7 +200,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
             for line in project(parity, pipeline, arguments.link_gbps * 1e9):
                 print(line)
         sys.stdout.flush()
-    return 0 if session.broadcast_object(parity.ok if parity is not None else None) else 1
+    return 0 if session.control.broadcast_object(parity.ok if parity is not None else None) else 1
 
 
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
@@ -222,4 +222,6 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
         skips = len(checks) - held - failed
         print(f"{held} held, {failed} failed, {skips} skipped", flush=True)
     # Nothing held where nothing ran.
-    return session.broadcast_object(1 if failed or not held else 0 if session.leads else None)
+    return session.control.broadcast_object(
+        1 if failed or not held else 0 if session.leads else None
+    )

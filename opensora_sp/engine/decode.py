@@ -67,14 +67,15 @@ def decode_shared(
         yield from decode_alone(vae, z, num_frames, keep_from)
         return
     work = _Shared(session, vae, shape, num_frames, keep_from)
-    session.barrier()  # the leading rank may have been busy for longer than a collective may
+    # The leading rank may have been busy for longer than a collective may.
+    session.control.barrier()
     arriving = work.send_latents(0, z)
     for number, units in enumerate(work.rounds):
         received = arriving.wait()
         if number + 1 < len(work.rounds):
             # Ahead of the frames, so that nobody waits for the leading rank to have written them.
             arriving = work.send_latents(number + 1, z)
-        mine = session.together(partial(work.decode, units, received))
+        mine = session.control.together(partial(work.decode, units, received))
         assert mine is not None
         sizes = [work.payload(unit) for unit in units]
         whole = gather_parts(session.world, mine, sizes).wait()

@@ -44,8 +44,8 @@ def open_job_session(settings: RunSettings) -> Iterator[Session]:
 def _tidy(session: Session, settings: RunSettings) -> None:
     """Remove what a killed run left where this one writes; a killed rank's is removed at once."""
     places = [settings.save_dir, settings.save_dir / FOLDER]
-    if session.watchdog is not None:
-        session.watchdog.directories += places
+    if session.control.watchdog is not None:
+        session.control.watchdog.directories += places
     if session.leads:
         for place in places:
             remove_leftovers(place)

@@ -46,10 +46,10 @@ def run_job(job: Job) -> int:
         mesh = mesh_of(job, whole.world_size)
         session = whole.split(mesh) if mesh.replicas > 1 else whole
         pipeline = load_pipeline(job, session, mesh)
-        models = whole.together(
+        models = whole.control.together(
             lambda: model_digests(pipeline.models.checkpoints), leading_only=True
         )
-        models = whole.broadcast_object(models)
+        models = whole.control.broadcast_object(models)
         _agree(job, whole)
         job, works = _unfinished(job, whole, models)
         if works:
@@ -74,8 +74,8 @@ def _unfinished(job: Job, whole: Session, models: dict[str, str]) -> tuple[Job, 
     The job comes back with the names that its outputs have.
     """
     planned = job
-    looked = whole.together(lambda: look_up_work(planned, models), leading_only=True)
-    found = whole.broadcast_object(looked)
+    looked = whole.control.together(lambda: look_up_work(planned, models), leading_only=True)
+    found = whole.control.broadcast_object(looked)
     job = renamed(job, found)
     standings = dict(zip(job.tasks, found, strict=True))
     works = regroup(job.batches(), {task: one.position for task, one in standings.items()})
@@ -139,11 +139,11 @@ def _generate_all(
         # A broken encoder or a full disk is found now, not after hours of denoising; where the
         # outputs go, for a full temporary folder is no reason to end.
         place = settings.save_dir / FOLDER
-        whole.together(
+        whole.control.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size, place), leading_only=True
         )
     if settings.verbose > 0:
-        whole.together(lambda: _tell(pipeline, settings, lists), leading_only=True)
+        whole.control.together(lambda: _tell(pipeline, settings, lists), leading_only=True)
     _encode_all_text(pipeline, lists)
     sheet = RunSheet() if settings.sheet and session.leads else None
     failed: list[Failure] = []
@@ -151,15 +151,15 @@ def _generate_all(
     def run_list() -> None:
         for work in mine:
             if session is not whole:
-                with session.stage("replica work"):
+                with session.control.stage("replica work"):
                     faults.reach("replica-work")
             failed.extend(_run_what_can_be(pipeline, settings, work, models, sheet))
-            with session.stage("between outputs"):
+            with session.control.stage("between outputs"):
                 faults.reach("between-outputs")
 
     _wait_for_replicas(whole, run_list)
     if settings.sheet:
-        sheets = whole.all_gather_object(sheet)
+        sheets = whole.control.all_gather_object(sheet)
         if whole.leads:
             timings = {"whole run": time.perf_counter() - started, **pipeline.models.clock.seconds}
             order = [task.output for task in job.tasks]
@@ -214,7 +214,9 @@ def _run_what_can_be(
 
 def _report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
     """Name every output of any replica that could not be made; the exit code. Collective."""
-    every = {one.output: one for part in whole.all_gather_object(list(failed)) for one in part}
+    every = {
+        one.output: one for part in whole.control.all_gather_object(list(failed)) for one in part
+    }
     if whole.leads:
         lines = [f"{line}; not made" for line in job.failed]
         lines += [
@@ -244,7 +246,7 @@ def _wait_for_replicas(whole: Session, run_list: Callable[[], None]) -> None:
         if fault is not None:
             raise fault
 
-    whole.together(outcome)
+    whole.control.together(outcome)
 
 
 def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Work]]) -> None:

@@ -48,7 +48,7 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
     Raises DisagreementError on every rank, naming the first rank that differs from what most of
     them have (from rank 0 where there is no majority), and in what.
     """
-    everyone = session.all_gather_object(dict(facts))
+    everyone = session.control.all_gather_object(dict(facts))
     for name, value in everyone[0].items():
         values = [theirs.get(name) for theirs in everyone]
         common, count = Counter(values).most_common(1)[0]
@@ -73,7 +73,7 @@ def broadcast_checked(
     """
     if tensor is not None:
         tensor = tensor.to(session.device, dtype).contiguous()
-    expected = session.broadcast_object(None if tensor is None else checksum([tensor]))
+    expected = session.control.broadcast_object(None if tensor is None else checksum([tensor]))
     arrived = broadcast(session.world, tensor, shape, dtype, session.device)
     if session.world_size > 1 and checksum([arrived]) != expected:
         rank = session.whole.rank

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "opensora_sp"
 
 # Request, planner and command line answer within a moment: they never wait for torch.
 TORCH_FREE = ("opensora_sp/request", "opensora_sp/planner", "opensora_sp/cli")
-COLLECTIVE_CALLERS = ("opensora_sp/parallel/exchange.py", "opensora_sp/parallel/session.py")
+COLLECTIVE_CALLERS = ("opensora_sp/parallel/exchange.py", "opensora_sp/parallel/control.py")
 COLLECTIVES = {
     "all_gather",
     "all_gather_into_tensor",
