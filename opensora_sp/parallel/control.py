@@ -9,13 +9,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from opensora_sp.base.errors import PromptFault, SharedFault, SharedPromptFault, UserError
+from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark
 from opensora_sp.parallel.watchdog.signals import handled_signals
 from opensora_sp.parallel.watchdog.watch import STOP_GRACE_S, Watchdog
 
@@ -30,7 +31,8 @@ class ControlPlane:
 
     rank, world_size: this rank and the ranks of the session. first: what the whole world calls the
     session's rank 0; ranks of a session are consecutive in the world. side: the gloo group of the
-    session, None for a rank without peers. watchdog: None before the session is open.
+    session, None for a rank without peers. watchdog: None before the session is open. mark: set
+    while this rank waits for the others here.
     """
 
     rank: int = 0
@@ -38,6 +40,7 @@ class ControlPlane:
     first: int = 0
     side: Any = None
     watchdog: Watchdog | None = None
+    mark: CollectiveMark = field(default_factory=CollectiveMark)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -79,7 +82,8 @@ class ControlPlane:
             return value  # type: ignore[return-value]
         box = [value]
         first = dist.get_global_rank(self.side, source)
-        dist.broadcast_object_list(box, src=first, group=self.side)
+        with self.mark.inside("broadcast_object"):
+            dist.broadcast_object_list(box, src=first, group=self.side)
         return box[0]  # type: ignore[return-value]
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -87,7 +91,8 @@ class ControlPlane:
         if self.side is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.side)
+        with self.mark.inside("all_gather_object"):
+            dist.all_gather_object(values, value, group=self.side)
         return values
 
     def together(self, work: Callable[[], T], *, leading_only: bool = False) -> T | None:
@@ -118,4 +123,5 @@ class ControlPlane:
     def barrier(self) -> None:
         """Return when every rank has come here. Collective."""
         if self.side is not None:
-            dist.barrier(group=self.side)
+            with self.mark.inside("barrier"):
+                dist.barrier(group=self.side)

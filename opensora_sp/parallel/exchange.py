@@ -8,7 +8,6 @@ the gloo side group of the session instead.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,10 +64,10 @@ class Transfer:
         recv = torch.empty(sum(recv_sizes), dtype=send.dtype, device=send.device)
         _check(kind, send, send_sizes, comm)
         _check(kind, recv, recv_sizes, comm)
-        started = time.perf_counter()
-        self._work = dist.all_to_all_single(
-            recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
-        )
+        with comm.ledger.waiting(kind):
+            self._work = dist.all_to_all_single(
+                recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
+            )
         self._send, self._recv = send, recv
         leaving = sum(send_sizes) - send_sizes[comm.rank]
         between = sum(send_sizes[rank] for rank in comm.elsewhere)
@@ -76,15 +75,13 @@ class Transfer:
             kind,
             calls=1,
             bytes_sent=leaving * send.element_size(),
-            seconds=time.perf_counter() - started,
             bytes_between=between * send.element_size(),
         )
 
     def wait(self) -> Tensor:
         """The received tensor in its final shape."""
-        started = time.perf_counter()
-        self._work.wait()
-        self._comm.ledger.add(self._kind, seconds=time.perf_counter() - started)
+        with self._comm.ledger.waiting(self._kind):
+            self._work.wait()
         received = self._recv.to(self._device)
         del self._send, self._recv  # callers may keep this object longer than the result
         return self._finish(received)
@@ -225,15 +222,14 @@ def broadcast(
         buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
     if comm.size == 1:
         return buffer
-    started = time.perf_counter()
-    travelling = buffer.cpu() if comm.through_host else buffer
-    dist.broadcast(travelling, dist.get_global_rank(comm.group, source), group=comm.group)
+    with comm.ledger.waiting("hand_out"):
+        travelling = buffer.cpu() if comm.through_host else buffer
+        dist.broadcast(travelling, dist.get_global_rank(comm.group, source), group=comm.group)
     leaving = travelling.numel() * travelling.element_size() if comm.rank == source else 0
     comm.ledger.add(
         "hand_out",
         calls=1,
         bytes_sent=leaving,
-        seconds=time.perf_counter() - started,
         bytes_between=leaving if comm.elsewhere else 0,
     )
     arrived = travelling.to(device)

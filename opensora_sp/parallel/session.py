@@ -113,7 +113,8 @@ class Session:
         comms = self.build(mesh)
         world, side = self._group_of(replicas), None
         for ranks in replicas if size > 1 else []:
-            group = _side_group(ranks)
+            with self.control.mark.inside("new_group"):
+                group = _side_group(ranks)
             side = group if self.rank in ranks else side
         session = replace(
             self,
@@ -143,7 +144,8 @@ class Session:
             raise ValueError(f"mesh {mesh} on {self.world_size} ranks")
         if self.parent is not None and mesh.size > 1:
             raise ValueError(f"mesh {mesh} was not made when the session was split")
-        made = None if self.colossal is None else self.colossal.groups(mesh)
+        with self.control.mark.inside("new_group"):
+            made = None if self.colossal is None else self.colossal.groups(mesh)
         return MeshComms(
             mesh=mesh,
             place=mesh.place(self.rank),
@@ -162,7 +164,8 @@ class Session:
         for ranks in groups:
             group = None
             if len(ranks) > 1 and made is None:
-                group = dist.new_group(ranks)
+                with self.control.mark.inside("new_group"):
+                    group = dist.new_group(ranks)
             elif len(ranks) > 1 and self.rank in ranks and made is not None:
                 group = made[tuple(ranks)]
             if self.rank in ranks:
@@ -223,9 +226,11 @@ def open_session(
     colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
         _make_world(row.name, launch, timeout_s, colossal)
-        control = ControlPlane(rank, world, side=_side_group())
+        side = _side_group()
     through_host = row.device != kind
-    comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
+    ledger = Ledger()
+    control = ControlPlane(rank, world, side=side, mark=ledger.mark)
+    comm = Comm(dist.group.WORLD, rank, world, ledger, through_host)
     nodes = number_nodes(control.all_gather_object(node_name()))
     comm = replace(comm, elsewhere=_elsewhere(range(world), rank, nodes))
     session = Session(rank, local_rank, world, here, row, comm, control, nodes, colossal)
@@ -234,6 +239,7 @@ def open_session(
         StatusStore.connect(rank, world),
         control.all_gather_object(Process.current()),
         limits or Limits(),
+        ledger.mark,
     )
     control.watchdog = watchdog
     watchdog.start()

@@ -257,7 +257,8 @@ def add_gradients(models: Models, session: Session) -> None:
     if session.control.side is not None:
         # Over the side group, in host memory: no device's backend is asked for sums.
         total = flat.cpu()
-        dist.all_reduce(total, group=session.control.side)
+        with session.control.mark.inside("all_reduce"):
+            dist.all_reduce(total, group=session.control.side)
         flat = total.to(session.device)
     parts = flat.split([weight.numel() for weight in weights])
     for weight, part in zip(weights, parts, strict=True):
