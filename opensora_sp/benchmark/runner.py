@@ -31,6 +31,7 @@ from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_job_ses
 from opensora_sp.jobs.outputs import open_outputs
 from opensora_sp.media.sinks import Sink
 from opensora_sp.media.writer import probe_encoder
+from opensora_sp.parallel.backend_table import DRIVER_PACKAGES, for_device
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.requests import plan_in_mode
 from opensora_sp.request.embedded import embedded_checkpoints
@@ -88,7 +89,14 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
             session.control.watchdog.at_end.append(draft.fail_for_all)
         try:
             if session.leads:
-                draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
+                row = for_device(session.device.type)
+                draft.facts["machine"] = describe_machine(
+                    session.device,
+                    settings.save_dir,
+                    tool=row.tool,
+                    driver_query=row.driver_query,
+                    driver_packages=DRIVER_PACKAGES,
+                )
                 draft.write("running")
             _measure(job, options, session, draft, clock)
         except BaseException as error:

@@ -23,7 +23,14 @@ from opensora_sp.base.launcher import (
     port_taken,
 )
 from opensora_sp.base.processes import Process
-from opensora_sp.parallel.backend import device_module, load_plugin, pick_backend, pick_device
+from opensora_sp.parallel.backend import (
+    device_module,
+    load_plugin,
+    pick_backend,
+    pick_device,
+    require_backend,
+    visible_note,
+)
 from opensora_sp.parallel.backend_table import Backend
 from opensora_sp.parallel.control import ControlPlane
 from opensora_sp.parallel.exchange import Comm
@@ -206,12 +213,12 @@ def open_session(
 ) -> Iterator[Session]:
     """The session of this process, as torchrun's environment describes it; alone without one.
 
-    device: gcu, cuda, cpu or None for the first of them that is here. backend: None for the
-    device's own. launcher: torch, or colossalai to have it make the groups. limits: of silence
-    and of stages. Raises UserError for what is not there. Groups are destroyed on a clean exit.
-    With peers, an exception that leaves the block ends the run on all ranks, says why once, and
-    comes out as JobEnded; the groups are left to die with the process then, for peers may be
-    stuck inside them.
+    device: one of `backend_table.DEVICES`, or None for the first of them that is here. backend:
+    None for the device's own. launcher: torch, or colossalai to have it make the groups. limits:
+    of silence and of stages. Raises UserError for what is not there. Groups are destroyed on a
+    clean exit. With peers, an exception that leaves the block ends the run on all ranks, says why
+    once, and comes out as JobEnded; the groups are left to die with the process then, for peers may
+    be stuck inside them.
     """
     launch = join()
     rank, world, local_rank = launch.rank, launch.world_size, launch.local_rank
@@ -223,6 +230,7 @@ def open_session(
     if world == 1:
         yield from _alone(Session(0, 0, 1, here, row, Comm(None, 0, 1)), limits)
         return
+    require_backend(row)
     colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
         _make_world(row.name, launch, timeout_s, colossal)
@@ -337,8 +345,8 @@ def _claim_device(kind: str, local_rank: int, local_world: int) -> torch.device:
     count = int(module.device_count())
     if local_world > count:
         raise UserError(
-            f"{local_world} ranks on this node but {count} visible {kind} device(s); "
-            f"start with torchrun --nproc_per_node {count}"
+            f"{local_world} ranks on this node but {count} visible {kind} device(s)"
+            f"{visible_note(kind)}; start with torchrun --nproc_per_node {count}"
         )
     module.set_device(local_rank)
     return torch.device(kind, local_rank)

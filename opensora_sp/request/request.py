@@ -36,13 +36,12 @@ from opensora_sp.base.value_types import (
     text,
 )
 from opensora_sp.media.fetch import Remote
+from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.request import sizes
 from opensora_sp.request.rules import check_fields
 
 IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
 
-DEVICES = ("gcu", "cuda", "cpu")
-BACKENDS = ("eccl", "nccl", "gloo")
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 GUIDANCE = ("auto", "together", "serial")

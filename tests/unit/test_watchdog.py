@@ -201,6 +201,8 @@ def test_a_rank_that_stood_still_itself_accuses_nobody() -> None:
         run.peers[2].status = "stopped"
         run.watch(TICK)
         run.seconds += 1000  # rank 0 is stopped: it neither ticks nor listens
+        run.ranks[0].clock.tick()
+        assert run.ranks[0].find(run.ranks[0].lost_store) is None
         assert run.watch(HEARTBEAT) == []
         assert {fault.rank for fault in run.watch(DELIVERY_S + 1)} == {1, 2}  # still silent
 

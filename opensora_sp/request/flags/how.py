@@ -13,6 +13,7 @@ from opensora_sp.base.value_types import (
     optional,
     path,
 )
+from opensora_sp.parallel.backend_table import DEVICES
 from opensora_sp.request.flags.benchmark_types import BENCHMARK_KINDS, DEFAULT_REPORT
 from opensora_sp.request.flags.flag import Flag, Group, flag
 from opensora_sp.request.request import REQUEST_TYPES, SETTINGS_TYPES
@@ -158,7 +159,7 @@ RUN_GROUPS: tuple[Group, ...] = (
                 _S["device"],
                 None,
                 "where to run",
-                shown_default="the first of gcu, cuda, cpu that is there",
+                shown_default=f"the first of {', '.join(DEVICES)} that is there",
             ),
             flag("--backend", _S["backend"], None, "collectives", shown_default="the device's"),
             flag("--launcher", _S["launcher"], "torch", "who makes the process groups"),
