@@ -1,9 +1,9 @@
-"""Decoding a clip on the ranks of one session: frames arrive in order at the leading one.
+"""Decodes a clip on all ranks of a session; the frames arrive in order at the leading rank.
 
-In rounds: every rank decodes one unit of the plan, then one all-to-all brings the finished frames
-of the round, as bytes, to the leading rank. So no rank ever holds more than one unit, and the
-leading one no more than a round, however long the clip is. The kernels and the batches they run
-on are those of decoding alone, so the frames are equal to the bit.
+It works in rounds. In each, every rank decodes one unit of the plan, then one all-to-all gathers
+the finished frames, as bytes, on the leading rank. So no rank holds more than one unit, and the
+leading one no more than a round, however long the clip is. The kernels and the batches they run on
+are those of decoding alone, so the frames are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Shared:
         self.rounds: Sequence[tuple[Unit, ...]] = plan_decode(lengths, session.world_size, group)
 
     def send_latents(self, number: int, z: Tensor | None) -> Transfer:
-        """Start every rank's latents of a round on their way from the leading rank."""
+        """Scatter the latents of a round from the leading rank."""
         units, comm = self.rounds[number], self._session.world
         batch, channels, height, width = self._shape
         cells = batch * channels * height * width

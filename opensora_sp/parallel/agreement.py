@@ -1,7 +1,7 @@
-"""Before the first step, every rank must be about to compute the same thing.
+"""Checks, before the first step, that all ranks are about to compute the same video.
 
-Unsynchronised seeds, another prompt list or another checkpoint on one node do not crash a
-sharded run: they silently spoil the picture. So what every rank believes is compared first.
+Unsynchronised seeds, another prompt list or another checkpoint on one node do not crash a sharded
+run: they silently spoil the picture. So every rank's facts are compared first.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
 def broadcast_checked(
     session: Session, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The leading rank's tensor on every rank, proven to have arrived as it was sent.
+    """Broadcast the leading rank's tensor, and prove by a checksum that it arrived as it was sent.
 
     Raises DisagreementError on the rank where it did not.
     """

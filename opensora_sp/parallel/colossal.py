@@ -1,4 +1,4 @@
-"""The process group and the mesh made by ColossalAI, for those who run under it.
+"""Process groups and mesh made by ColossalAI: --launcher colossalai.
 
 Only its launch and its ProcessGroupMesh are used: they need nothing but psutil beside torch.
 Imported when `--launcher colossalai` asks for it and never before, for the import alone sets

@@ -1,4 +1,4 @@
-"""The byte ledger: every collective counted where it is called."""
+"""Ledger: counts the calls, bytes and seconds of every collective where it is called."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class _Stage:
 
 
 class Stages:
-    """The stages that lie in one another, written by the main thread and read by the watching one.
+    """A stack of nested stages, written by the main thread and read by the watching ones.
 
     failed: the innermost stage that an exception has left, if any. now: seconds on a clock that
     never goes back.
