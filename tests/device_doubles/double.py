@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,17 @@ from opensora_sp.parallel.backend_table import DEVICES, Backend, for_device
 _HERE = Path(__file__).parent
 
 
-def install(device: str) -> None:
-    """Make the device and its backend known to torch, as the row of the table names them."""
+def install(device: str, make_known: Callable[[Backend, dict[str, Any]], None]) -> None:
+    """Load the extension and make the device and its backend known to torch, as their row says.
+
+    make_known: gives torch the backend and the functions of `torch.<device>`.
+    """
     row = for_device(device)
     if dist.is_initialized():
         raise RuleBroken(f"{device} came after the process group was made: {row.name} is not in it")
     os.environ["DEVICE_DOUBLE_VISIBLE"] = row.visible_devices or ""
     extension = _load_extension()
-    _name(row, _functions(extension))
+    make_known(row, _functions(extension))
     extension.watch(_on_wide_operation)
     _forbid_other_devices(device)
     if "DEVICE_DOUBLE_JOURNAL" in os.environ:
@@ -49,8 +53,8 @@ def install(device: str) -> None:
         latents.keep(folder)
 
 
-def _name(row: Backend, functions: dict[str, Any]) -> None:
-    """Give torch the names of a device and of a backend that it does not have by itself."""
+def as_plugin(row: Backend, functions: dict[str, Any]) -> None:
+    """Give torch a device and a backend that it does not have by itself."""
     module = types.ModuleType(f"torch.{row.device}")
     vars(module).update(functions)
     backend_registration.rename_privateuse1_backend(row.device)

@@ -2,4 +2,4 @@
 
 from device_doubles import double
 
-double.install("gcu")
+double.install("gcu", double.as_plugin)
