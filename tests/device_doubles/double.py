@@ -145,13 +145,14 @@ def _functions(extension: Any) -> dict[str, Any]:
     }
     if os.environ.get("DEVICE_DOUBLE_BARE") == "1":
         return functions
-    return functions | {
+    figures: dict[str, Any] = {
         "memory_allocated": lambda device=None: extension.allocated(),
         "max_memory_allocated": lambda device=None: extension.peak(),
         "reset_peak_memory_stats": lambda device=None: extension.reset_peak(),
         "mem_get_info": lambda device=None: ((1 << 33) - extension.allocated(), 1 << 33),
         "empty_cache": lambda: None,
     }
+    return functions | figures
 
 
 def _write_journal(folder: Path, extension: Any) -> None:

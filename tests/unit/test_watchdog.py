@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from opensora_sp.parallel.exchange import Comm, Transfer
-from opensora_sp.parallel.watchdog import watch
 from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark, raised_in_collective
 from opensora_sp.parallel.watchdog.detector import COURTESY_S, DELIVERY_S, FailureDetector
 from opensora_sp.parallel.watchdog.own_clock import STOOD_STILL_S, OwnClock
+from opensora_sp.parallel.watchdog.signals import STOP_SIGNALS
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.parallel.watchdog.store import PATIENCE_S, Fault, StatusStore
-from opensora_sp.parallel.watchdog.watch import SETTLE_S, STOP_SIGNALS, Watchdog
+from opensora_sp.parallel.watchdog.watch import SETTLE_S, Watchdog
 
 HEARTBEAT, STEP = 5.0, 10.0
 TICK = 0.5  # of the test's clock: well below what counts as standing still
@@ -281,7 +281,7 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """What the ending of a run would sleep; signals are handled as before afterwards."""
     asked: list[float] = []
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    monkeypatch.setattr(watch.time, "sleep", asked.append)
+    monkeypatch.setattr("opensora_sp.parallel.watchdog.watch.time.sleep", asked.append)
     yield asked
     for number, handler in handlers.items():
         signal.signal(number, handler)
