@@ -1,4 +1,4 @@
-"""Process groups and mesh made by ColossalAI: --launcher colossalai.
+"""Makes process groups and the mesh by ColossalAI, for --launcher colossalai.
 
 Only its launch and its ProcessGroupMesh are used: they need nothing but psutil beside torch.
 Imported when `--launcher colossalai` asks for it and never before, for the import alone sets
