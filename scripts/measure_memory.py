@@ -84,7 +84,7 @@ def main() -> None:
         for mode in MEMORY_MODES:
             plan = make_plan(shape, session.world_size, mode, sizes_of(where), options)
             planned = {stage.name: stage.total for stage in plan.stages}
-            everyone = session.all_gather_object(measure(session, where, request, mode))
+            everyone = session.control.all_gather_object(measure(session, where, request, mode))
             for i, stage in enumerate(("text", "denoise", "decode")):
                 most = max(peaks[i] for peaks in everyone)
                 if session.leads:

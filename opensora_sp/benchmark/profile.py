@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.parallel.backend_table import for_device
 
 # Processes of a merged view are told apart by number: ranks on different nodes may share one.
 _PID_STRIDE = 1 << 22
@@ -26,7 +27,7 @@ def trace_path(directory: Path, rank: int) -> Path:
 def profiled(path: Path, rank: int, device: torch.device) -> Iterator[None]:
     """Trace a `with` block of one rank and write it to `path`, whole or not at all."""
     activities = [ProfilerActivity.CPU]
-    own = {"cuda": "CUDA", "cpu": None}.get(device.type, "PrivateUse1")
+    own = for_device(device.type).profiler
     if own is not None and hasattr(ProfilerActivity, own):
         activities.append(getattr(ProfilerActivity, own))
     with profile(activities=activities) as profiler:

@@ -37,7 +37,7 @@ class Phase:
 def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
     """Record a `with` block that all ranks begin and end together; the last wait is a stage."""
     session, clock = pipeline.session, pipeline.models.clock
-    session.barrier()
+    session.control.barrier()
     meter.reset()
     before = session.ledger.snapshot()
     with clock.record(meter.stage) as recording:
@@ -46,7 +46,7 @@ def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
         with sampler:
             yield phase
             with clock.stage(WAIT):
-                session.barrier()
+                session.control.barrier()
         last = recording.intervals[-1]
         phase.seconds = last.start + last.seconds
     phase.ledger = {k: e for k, e in session.ledger.since(before).items() if e.calls}

@@ -31,6 +31,7 @@ from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_
 from opensora_sp.jobs.outputs import open_outputs
 from opensora_sp.media.sinks import Sink
 from opensora_sp.media.writer import probe_encoder
+from opensora_sp.parallel.backend_table import DRIVER_PACKAGES, for_device
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.requests import plan_in_mode
 from opensora_sp.request.embedded import embedded_checkpoints
@@ -82,13 +83,20 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
     with open_engine_session(job.engine) as session:
         tidy(session, job.settings.save_dir)
         draft = LiveReport(job, options, ranks=session.world_size)
-        clock = Clock(session.device, session.stage)
-        if session.watchdog is not None and session.leads:
+        clock = Clock(session.device, session.control.stage)
+        if session.control.watchdog is not None and session.leads:
             # When a peer fails this process may be ended where it stands.
-            session.watchdog.at_end.append(draft.fail_for_all)
+            session.control.watchdog.at_end.append(draft.fail_for_all)
         try:
             if session.leads:
-                draft.facts["machine"] = describe_machine(session.device, job.settings.save_dir)
+                row = for_device(session.device.type)
+                draft.facts["machine"] = describe_machine(
+                    session.device,
+                    job.settings.save_dir,
+                    tool=row.tool,
+                    driver_query=row.driver_query,
+                    driver_packages=DRIVER_PACKAGES,
+                )
                 draft.write("running")
             _measure(job, options, session, draft, clock)
         except BaseException as error:
@@ -96,11 +104,11 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
                 draft.fail(error, clock.failed_in)
             raise
         if session.leads:
-            with session.stage("report"):
+            with session.control.stage("report"):
                 faults.reach("report")
                 _finish(draft, options)
         # Whoever had left could not say that the leading rank was killed over its report.
-        session.barrier()
+        session.control.barrier()
     return 0
 
 
@@ -117,7 +125,7 @@ def _measure(
     draft.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
     first = job.tasks[0].request
     if not first.is_image:
-        session.together(
+        session.control.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
         )
     announce(pipeline, first, mesh)
@@ -159,7 +167,7 @@ def _encode_texts(
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
     length = pipeline.models.max_length(requests[0])
     counts = pipeline.text.token_counts(captions, length) if pipeline.session.leads else None
-    return dict(zip(captions, pipeline.session.broadcast_object(counts), strict=True))
+    return dict(zip(captions, pipeline.session.control.broadcast_object(counts), strict=True))
 
 
 def _encode_run(pipeline: Pipeline, run: _Run) -> None:
@@ -177,7 +185,7 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Liv
         frames = _generate(pipeline, job, run)
     assert run.text is not None
     session = pipeline.session
-    ranks = session.all_gather_object(rank_record(session.rank, [run.text, phase]))
+    ranks = session.control.all_gather_object(rank_record(session.rank, [run.text, phase]))
     if session.leads:
         videos = sum(len(batch) for batch in run.batches)
         draft.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
@@ -205,12 +213,12 @@ def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: L
     session = pipeline.session
     short = [[_shortened(task) for task in last.batches[0]]]
     path = trace_path(options.profile, session.rank)
-    session.barrier()
+    session.control.barrier()
     with profiled(path, session.rank, session.device):
         for batch in short:
             requests = [task.request for task in batch]
             pipeline.generate_to(requests, [CountingSink() for _ in batch], keep_latents=False)
-    draft.profile = session.all_gather_object(str(path))
+    draft.profile = session.control.all_gather_object(str(path))
 
 
 def _describe(
@@ -224,11 +232,13 @@ def _describe(
     session = pipeline.session
     checkpoints = job.engine.checkpoints or embedded_checkpoints()
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
-    shares = session.all_gather_object(own)
+    shares = session.control.all_gather_object(own)
     if options.measure_peak:
         with pipeline.models.arithmetic():
-            session.barrier()
-            peaks = session.all_gather_object(measure_peak(session.device, pipeline.models.dtype))
+            session.control.barrier()
+            peaks = session.control.all_gather_object(
+                measure_peak(session.device, pipeline.models.dtype)
+            )
         draft.peak = {"per_rank": peaks, "source": "measured"}
     elif options.peak_tflops is not None:
         given = [options.peak_tflops * 1e12] * session.world_size

@@ -13,6 +13,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse, world_size
+from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a conformance suite; default: the one inside the package",
     )
-    parser.add_argument("--device", choices=("gcu", "cuda", "cpu"), help="default: the first there")
-    parser.add_argument("--backend", choices=("eccl", "nccl", "gloo"), help="default: the device's")
+    parser.add_argument("--device", choices=DEVICES, help="default: the first there")
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help="default: the device's")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -200,7 +201,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
             for line in project(parity, pipeline, arguments.link_gbps * 1e9):
                 print(line)
         sys.stdout.flush()
-    return 0 if session.broadcast_object(parity.ok if parity is not None else None) else 1
+    return 0 if session.control.broadcast_object(parity.ok if parity is not None else None) else 1
 
 
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
@@ -222,4 +223,6 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
         skips = len(checks) - held - failed
         print(f"{held} held, {failed} failed, {skips} skipped", flush=True)
     # Nothing held where nothing ran.
-    return session.broadcast_object(1 if failed or not held else 0 if session.leads else None)
+    return session.control.broadcast_object(
+        1 if failed or not held else 0 if session.leads else None
+    )

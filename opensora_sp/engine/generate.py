@@ -200,7 +200,7 @@ def denoise(
         bar.update()
         step_ended(done)
         if step < len(times):
-            session.progress(f"step {step + 1} of {len(times)}")
+            session.control.progress(f"step {step + 1} of {len(times)}")
             progress.watch(clip, step, start.mask, lambda: denoiser.gather(z))
         if on_step_end is not None:
             _call(session, on_step_end, done, times[done], denoiser.gather(z))
@@ -211,7 +211,7 @@ def denoise(
             velocity = denoiser.prepare(conditions, on_velocity)
             z = denoiser.shard(start.z)
         step_ended = clock.steps(session.ledger)
-        session.progress(f"step {step + 1} of {len(times)}")
+        session.control.progress(f"step {step + 1} of {len(times)}")
         with progress.stoppable():
             z = sample(z, times, velocity, start.mask, noise_at, on_step, start.step)
         check(z, "the denoised latents")
@@ -223,7 +223,7 @@ def _call(
     session: Session, on_step_end: StepEnd, step: int, t: float, latents: Tensor | None
 ) -> None:
     """The caller's function on every rank; all ranks end when one of them asks for it."""
-    if any(session.all_gather_object(on_step_end(step, t, latents) is True)):
+    if any(session.control.all_gather_object(on_step_end(step, t, latents) is True)):
         raise Cancelled(f"the callback ended the generation after step {step + 1}")
 
 

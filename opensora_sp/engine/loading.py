@@ -21,8 +21,8 @@ def transformer_config(session: Session, directory: Path, source: WeightsFrom) -
     """The transformer's config.json, of this rank's directory or of the leading one's."""
     if source == "disk":
         return STDiT3Config.load(directory)
-    config = session.together(lambda: STDiT3Config.load(directory), leading_only=True)
-    shared = session.broadcast_object(config)
+    config = session.control.together(lambda: STDiT3Config.load(directory), leading_only=True)
+    shared = session.control.broadcast_object(config)
     assert shared is not None
     return shared
 
@@ -30,10 +30,12 @@ def transformer_config(session: Session, directory: Path, source: WeightsFrom) -
 def open_transformer(session: Session, directory: Path, source: WeightsFrom) -> WeightFiles:
     """Its weight files, with names and shapes known and no data read. Collective."""
     if source == "disk":
-        files = session.together(lambda: WeightFiles.open(directory, "model"))
+        files = session.control.together(lambda: WeightFiles.open(directory, "model"))
         assert files is not None
         return files
-    leading = session.together(lambda: WeightFiles.open(directory, "model"), leading_only=True)
+    leading = session.control.together(
+        lambda: WeightFiles.open(directory, "model"), leading_only=True
+    )
     return HandedOut(session, leading)
 
 

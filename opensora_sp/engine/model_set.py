@@ -69,9 +69,9 @@ class ModelSet:
         Raises CheckpointError naming the weight and the file that does not fit.
         """
         files = open_transformer(self.session, self.checkpoints.dit, self.weights_from)
-        self.session.together(lambda: load_transformer(files, self.config, check_only=True))
+        self.session.control.together(lambda: load_transformer(files, self.config, check_only=True))
         if not transformer_only:
-            self.session.together(self._check_leading_models, leading_only=True)
+            self.session.control.together(self._check_leading_models, leading_only=True)
 
     def mesh(self, request: Request) -> Mesh:
         """How the ranks share this request."""
@@ -100,7 +100,7 @@ class ModelSet:
             with self.clock.stage("load"):
                 faults.reach("load")
                 files = open_transformer(self.session, self.checkpoints.dit, self.weights_from)
-                self._transformer = self.session.together(
+                self._transformer = self.session.control.together(
                     lambda: load_transformer(
                         files,
                         self.config,
@@ -122,7 +122,7 @@ class ModelSet:
 
     def shared_vae(self, request: Request) -> VideoVAE:
         """The VAE on every rank, for a decode that they share. Collective at first use."""
-        vae = self.session.together(
+        vae = self.session.control.together(
             lambda: self._load_vae(request, encoder=self.session.leads and request.loop > 1)
         )
         assert vae is not None

@@ -109,7 +109,7 @@ class Pipeline:
             dtype=DTYPES[dtype],
             runtime=runtime or Runtime(),
             parallelism=parallelism or Parallelism(),
-            clock=clock or Clock(session.device, session.stage),
+            clock=clock or Clock(session.device, session.control.stage),
             config=transformer_config(session, checkpoints.dit, weights_from),
             weights_from=weights_from,
         )
@@ -174,7 +174,7 @@ class Pipeline:
                 f"callback_on_step_end {shown(callback_on_step_end)} is not a function of a "
                 "step's number, its time and the latents"
             )
-        self.session.together(lambda: self._check_words(requests), leading_only=True)
+        self.session.control.together(lambda: self._check_words(requests), leading_only=True)
         return self.generate_to(
             requests,
             [Collector() for _ in requests],

@@ -66,7 +66,9 @@ class TextStage:
     def _encode_together(self, session: Session, captions: Sequence[str], max_length: int) -> None:
         """Encode what is missing on the session's leading rank, while the others wait."""
         with self.models.clock.stage("wait"):
-            session.together(lambda: self._encode_missing(captions, max_length), leading_only=True)
+            session.control.together(
+                lambda: self._encode_missing(captions, max_length), leading_only=True
+            )
         if self.models.runtime.residency != "resident":
             self.release_encoder()
 
@@ -78,7 +80,7 @@ class TextStage:
             for start in range(0, len(captions) if replica else 0, _CAPTIONS_AT_ONCE):
                 part = [(c, max_length) for c in captions[start : start + _CAPTIONS_AT_ONCE]]
                 known = {k: self._captions[k] for k in part} if session.whole.leads else None
-                shared = session.whole.broadcast_object(known)
+                shared = session.whole.control.broadcast_object(known)
                 if own:
                     self._captions.update(shared)
                     self._ahead |= set(shared)
@@ -152,7 +154,7 @@ class TextStage:
             self._forget_oldest()
             flat, lengths = torch.cat(rows), [len(row) for row in rows]
         with self.models.clock.stage("hand out"):
-            lengths = session.broadcast_object(lengths)
+            lengths = session.control.broadcast_object(lengths)
             shape = (sum(lengths), self.models.config.caption_channels)
             flat = broadcast_checked(session, flat, shape, self.models.dtype)
         masks = (torch.arange(max_length) < torch.tensor(lengths)[:, None]).to(torch.int64)

@@ -30,11 +30,13 @@ def choose_memory(job: Job, session: Session) -> MemoryMode:
     elif session.device.type == "cpu":
         return asked
     else:
-        memory = min(session.all_gather_object(free_bytes(session.device)))
+        memory = min(session.control.all_gather_object(free_bytes(session.device)))
     if settings.no_plan or math.isinf(memory):
         return asked
-    planned = session.together(lambda: plan_job(job, session.world_size, memory), leading_only=True)
-    plan = session.broadcast_object(planned)
+    planned = session.control.together(
+        lambda: plan_job(job, session.world_size, memory), leading_only=True
+    )
+    plan = session.control.broadcast_object(planned)
     assert plan is not None
     if session.leads and job.settings.verbose > 0:
         print(

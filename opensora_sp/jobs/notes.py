@@ -51,7 +51,9 @@ def say_captions(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
     Before T5's weights are loaded, and whether or not its embeddings are cached.
     """
     if job.settings.verbose > 0:
-        pipeline.session.whole.together(lambda: _tell(pipeline, job, works), leading_only=True)
+        pipeline.session.whole.control.together(
+            lambda: _tell(pipeline, job, works), leading_only=True
+        )
 
 
 def _tell(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
@@ -82,7 +84,9 @@ def _tell(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
 
 def report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
     """Name every output of any replica that could not be made; the exit code. Collective."""
-    every = {one.output: one for part in whole.all_gather_object(list(failed)) for one in part}
+    every = {
+        one.output: one for part in whole.control.all_gather_object(list(failed)) for one in part
+    }
     if whole.leads:
         lines = [f"{line}; not made" for line in job.failed]
         lines += [

@@ -71,10 +71,10 @@ def open_engine(job: Job) -> Iterator[Engine]:
         mesh = mesh_of(job, whole.world_size)
         session = whole.split(mesh) if mesh.replicas > 1 else whole
         pipeline = load_pipeline(job, session, mesh)
-        digests = whole.together(
+        digests = whole.control.together(
             lambda: model_digests(pipeline.models.checkpoints), leading_only=True
         )
-        digests = whole.broadcast_object(digests)
+        digests = whole.control.broadcast_object(digests)
         yield Engine(job.engine, whole, mesh.replicas, pipeline, digests)
 
 
@@ -97,9 +97,9 @@ def open_engine_session(settings: EngineSettings) -> Iterator[Session]:
 def tidy(session: Session, save_dir: Path) -> None:
     """Remove what a killed run left where this one writes; a killed rank's is removed at once."""
     places = [save_dir, save_dir / FOLDER]
-    if session.watchdog is not None:
-        known = session.watchdog.directories
-        session.watchdog.directories += [place for place in places if place not in known]
+    if session.control.watchdog is not None:
+        known = session.control.watchdog.directories
+        session.control.watchdog.directories += [place for place in places if place not in known]
     if session.leads:
         for place in places:
             remove_leftovers(place)

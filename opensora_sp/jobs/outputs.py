@@ -158,7 +158,7 @@ def write_run_sheet(
     `time.perf_counter`. before: seconds per stage that the pipeline had spent by then.
     """
     whole = pipeline.session.whole
-    sheets = whole.all_gather_object(sheet)
+    sheets = whole.control.all_gather_object(sheet)
     if not whole.leads:
         return
     order = [task.output for task in job.tasks]

@@ -25,8 +25,8 @@ def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job
     """
     _require_same_list(job, whole)
     planned = job
-    looked = whole.together(lambda: look_up_work(planned, models), leading_only=True)
-    found = whole.broadcast_object(looked)
+    looked = whole.control.together(lambda: look_up_work(planned, models), leading_only=True)
+    found = whole.control.broadcast_object(looked)
     job = renamed(job, found)
     standings = dict(zip(job.tasks, found, strict=True))
     works = regroup(job.batches(), {task: one.position for task, one in standings.items()})
@@ -77,7 +77,7 @@ def check_encoder(whole: Session, job: Job, works: Sequence[Work]) -> None:
     first = works[0].tasks[0].request
     if not first.is_image:
         place = job.settings.save_dir / FOLDER
-        whole.together(
+        whole.control.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size, place), leading_only=True
         )
 

@@ -88,8 +88,8 @@ def refine_batches(
     it comes. Raises SharedFault on every rank when the endpoint fails.
     """
     requests = [[task.request for task in batch] for batch in batches]
-    refined = session.broadcast_object(
-        session.together(
+    refined = session.control.broadcast_object(
+        session.control.together(
             lambda: _refine_all(endpoint_from_environment(model), requests, verbose),
             leading_only=True,
         )

@@ -53,7 +53,7 @@ def run_job(engine: Engine, job: Job) -> int:
         with _every_replica(whole):
             for work in lists[session.replica]:
                 if session is not whole:
-                    with session.stage("replica work"):
+                    with session.control.stage("replica work"):
                         faults.reach("replica-work")
                 while work.tasks:
                     try:
@@ -63,7 +63,7 @@ def run_job(engine: Engine, job: Job) -> int:
                         bad = work.tasks[fault.place]
                         failed.append(Failure(bad.output, str(fault)))
                         work = _without(work, bad, engine, sheet, fault)
-                with session.stage("between outputs"):
+                with session.control.stage("between outputs"):
                     faults.reach("between-outputs")
         if job.settings.sheet:
             write_run_sheet(pipeline, job, sheet, started, before)
@@ -130,7 +130,7 @@ def _every_replica(whole: Session) -> Iterator[None]:
         if fault is not None:
             raise fault
 
-    whole.together(outcome)
+    whole.control.together(outcome)
 
 
 def _without(

@@ -50,7 +50,7 @@ class SavedProgress(Progress):
 
     def latents(self, clip: int) -> Tensor | None:
         """A finished clip's latents [B,4,T,H,W] on the leading rank. Collective."""
-        return self._session.together(
+        return self._session.control.together(
             lambda: torch.stack([files.load_clip(clip) for files in self._files]),
             leading_only=True,
         )
@@ -61,12 +61,12 @@ class SavedProgress(Progress):
         if clip != self._start.clip or step == 0:
             return None
         session = self._session
-        saved = session.together(
+        saved = session.control.together(
             lambda: [files.load_step() for files in self._files], leading_only=True
         )
-        mask = session.broadcast_object(None if saved is None else (_masks(saved),))[0]
+        mask = session.control.broadcast_object(None if saved is None else (_masks(saved),))[0]
         whole = None if saved is None else torch.stack([one.z for one in saved])
-        shape = session.broadcast_object(None if whole is None else tuple(whole.shape))
+        shape = session.control.broadcast_object(None if whole is None else tuple(whole.shape))
         z = broadcast(session.world, whole, shape, torch.float32, session.device)
         return ResumePoint(step, z.cpu(), mask)
 
@@ -86,7 +86,7 @@ class SavedProgress(Progress):
                 self.save_now()
                 raise
         else:
-            with self._session.signals_noted(self._asked):
+            with self._session.control.signals_noted(self._asked):
                 yield
 
     def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
@@ -102,11 +102,15 @@ class SavedProgress(Progress):
         session = self._session
         if not self._stops or session.world_size == 1:
             return []
-        return [number for each in session.all_gather_object(list(self._asked)) for number in each]
+        return [
+            number
+            for each in session.control.all_gather_object(list(self._asked))
+            for number in each
+        ]
 
     def _leave(self, asked: Sequence[int]) -> None:
         if asked:
-            self._session.barrier()  # the first that leaves ends the one that saves
+            self._session.control.barrier()  # the first that leaves ends the one that saves
             raise Stopped(asked[0])
 
     def save_now(self) -> None:

@@ -23,10 +23,9 @@ from opensora_sp.base.value_types import (
     text,
 )
 from opensora_sp.media.fetch import Remote
+from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.request.setting import Declared, a_path, field_names, setting
 
-DEVICES = ("gcu", "cuda", "cpu")
-BACKENDS = ("eccl", "nccl", "gloo")
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 CheckFinite = Literal["off", "steps", "blocks"]
@@ -95,7 +94,7 @@ class EngineSettings(Declared):
         None,
         "where to run",
         changes="nothing",
-        shown_default="the first of gcu, cuda, cpu that is there",
+        shown_default=f"the first of {', '.join(DEVICES)} that is there",
     )
     backend: str | None = setting(
         "--backend",

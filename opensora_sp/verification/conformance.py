@@ -62,12 +62,12 @@ def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Che
             for part, check in _leading(suite, session).items():
                 runs = exact or part not in ("t5", "vae3d")
                 yield from _part(suite, part, LEADING_PARTS[part], check, runs, float32_only)
-        session.barrier()
+        session.control.barrier()
         for part, check in _sharded(suite, session, dtype).items():
             runs = exact or part != "sampler"
             checks = _part(suite, part, SHARDED_PARTS[part], check, runs, float32_only)
             yield from (c for c in checks if session.leads)
-        session.barrier()
+        session.control.barrier()
 
 
 def _part(

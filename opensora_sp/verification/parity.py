@@ -86,12 +86,14 @@ def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity 
     wanted = request
     while True:
         smaller = _smaller(request)
-        if session.broadcast_object(_fits_alone(pipeline, request) if session.leads else None):
+        if session.control.broadcast_object(
+            _fits_alone(pipeline, request) if session.leads else None
+        ):
             trial = _on_all_ranks(pipeline, request)
             busy = trial.step_seconds * pipeline.models.mesh(request).replica_size
             runs = 3 if pipeline.models.dtype == torch.float32 else 1
             soon = busy * (request.steps + 2) * runs <= most_seconds
-            if session.broadcast_object(soon if session.leads else None) or smaller is None:
+            if session.control.broadcast_object(soon if session.leads else None) or smaller is None:
                 break
         elif smaller is None:
             raise UserError(
@@ -100,7 +102,7 @@ def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity 
             )
         request = smaller
     found = _compare(pipeline, request, trial, request != wanted) if session.leads else None
-    session.barrier()
+    session.control.barrier()
     return found
 
 
@@ -132,7 +134,7 @@ def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
     spent = {k: e for k, e in ledger.since(before).items() if e.calls and k != "gather_latents"}
     waited = sum(entry.seconds for entry in spent.values()) / request.steps
     sent = {kind: entry.bytes_sent // request.steps for kind, entry in spent.items()}
-    everyone = session.all_gather_object((seconds, waited, sent))
+    everyone = session.control.all_gather_object((seconds, waited, sent))
     busiest = max((row[2] for row in everyone), key=lambda row: sum(row.values()))
     slowest = max(row[0] for row in everyone)
     share = max(row[1] for row in everyone) / slowest

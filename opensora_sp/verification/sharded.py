@@ -48,7 +48,7 @@ class Transformer:
     def forward(self, case: Case) -> Tensor | None:
         """A case's raw forward → float32 [B,8,T,H,W] on rank 0, None elsewhere.
 
-        The two halves of the batch travel as two streams, as guidance's do.
+        The batch is cut in two streams, as the two CFG branches are.
         """
         x = case["x"]
         batch, model = x.shape[0], self.model
@@ -73,12 +73,12 @@ class Transformer:
                     text=model.text_kv(tokens),
                 )
             )
-        outs = run_blocks(model, streams, denoiser.share.reshard)
+        outs = run_blocks(model, streams, denoiser.sharding.reshard)
         raw = [
             model.head(out, stream.tables, model.config.out_channels)
             for out, stream in zip(outs, streams, strict=True)
         ]
-        whole = denoiser.share.gather(torch.cat(raw))
+        whole = denoiser.sharding.gather(torch.cat(raw))
         return None if whole is None else unpatchify(whole, denoiser.size).float().cpu()
 
 

@@ -30,10 +30,10 @@ def one_fails(rank: int, world: int, init_file: str, failing: int) -> str:
 
     try:
         with open_session("cpu") as session:
-            assert session.together(lambda: rank) == rank
-            leading = session.together(lambda: rank, leading_only=True)
+            assert session.control.together(lambda: rank) == rank
+            leading = session.control.together(lambda: rank, leading_only=True)
             assert leading == (0 if rank == 0 else None)
-            session.together(work)
+            session.control.together(work)
     except SharedFault as fault:
         return str(fault)
     return "nothing happened"

@@ -17,10 +17,6 @@ from ranks import free_port
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import Launch, check_store, first_host, join, read_launch, speaks
 from opensora_sp.base.processes import Process
-from opensora_sp.parallel.watchdog.own_clock import STOOD_STILL_S, OwnClock
-from opensora_sp.parallel.watchdog.stages import Limits
-from opensora_sp.parallel.watchdog.store import Fault
-from opensora_sp.parallel.watchdog.watch import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -270,42 +266,3 @@ def test_no_rank_outlives_a_killed_torchrun(moment: float, tmp_path: Path) -> No
         for pid in ranks:
             if Process(pid, "", "").state() != "gone":
                 os.kill(pid, signal.SIGKILL)
-
-
-def test_a_clock_that_stood_still_is_noticed_by_whoever_asks_first() -> None:
-    time_is = [0.0]
-    restarts: list[float] = []
-    clock = OwnClock(lambda: restarts.append(time_is[0]), lambda: time_is[0])
-    for _ in range(20):  # ticks in time: nothing stood still
-        time_is[0] += STOOD_STILL_S / 2
-        clock.tick()
-    assert (clock.halts(), restarts) == (0, [])
-    time_is[0] += 12
-    assert clock.halts() == 1  # a watcher that wakes before the ticking thread
-    clock.tick()
-    assert (clock.halts(), restarts) == (1, [time_is[0]])
-    time_is[0] += 12
-    clock.tick()  # and one that wakes after it sees the same
-    assert (clock.halts(), len(restarts)) == (2, 2)
-
-
-def test_what_a_watcher_finds_after_its_own_halt_does_not_count() -> None:
-    """In the middle of a look or before it; what it finds at the next look does."""
-    watchdog = Watchdog(0, None, [], Limits(heartbeat=5))
-    time_is = [100.0]
-    watchdog._clock = OwnClock(watchdog._stood_still, lambda: time_is[0])
-    fault = Fault(rank=1, stage="denoise", what="hangs")
-
-    def stopped_in_the_middle() -> Fault:
-        time_is[0] += 12
-        return fault
-
-    watchdog._heard = {1: (7, 100.0)}
-    assert watchdog._found_by(stopped_in_the_middle) is None
-    assert watchdog._heard[1][0] == -1  # its peers' silence is counted anew
-    assert watchdog._found_by(lambda: fault) == fault
-    watchdog._heard = {1: (7, 100.0)}
-    time_is[0] += 12
-    seen = []
-    watchdog._found_by(lambda: seen.append(watchdog._heard[1][0]))  # type: ignore[arg-type]
-    assert seen == [-1]

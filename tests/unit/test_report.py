@@ -285,7 +285,7 @@ def test_tools_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tool.write_text("#!/bin/sh\necho Driver Ver: 1.2.3 '$(touch x)' $#\n", encoding="utf-8")
     tool.chmod(0o755)
     assert run_tool(("efsmi", "; echo no")) == "Driver Ver: 1.2.3 $(touch x) 1\n"
-    assert machine._driver_version("gcu") == "1.2.3"
+    assert machine.driver_version(("efsmi",), ()) == "1.2.3"
     tool.write_text("#!/bin/sh\nwhile :; do :; done\n", encoding="utf-8")
     monkeypatch.setattr(machine, "TOOL_SECONDS", 0.3)
     assert run_tool(("efsmi",)) is None

@@ -7,6 +7,7 @@ from typing import Any
 
 from opensora_sp.benchmark.report import units
 from opensora_sp.benchmark.report.table import columns, headline
+from opensora_sp.parallel.backend_table import PACKAGES
 
 Report = Mapping[str, Any]
 _SETTINGS = (
@@ -42,7 +43,7 @@ def differences(a: Report, b: Report) -> Iterator[str]:
             yield f"{name} {a['run'].get(name)} / {b['run'].get(name)}"
     if _device(a) != _device(b):
         yield f"device {_device(a)} / {_device(b)}"
-    for package in ("torch", "torch_gcu"):
+    for package in ("torch", *PACKAGES):
         mine, theirs = ((r["python_packages"] or {}).get(package) for r in (a, b))
         if mine != theirs:
             yield f"{package} {mine} / {theirs}"

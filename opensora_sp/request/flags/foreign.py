@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from opensora_sp.parallel.backend_table import DEVICES
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -302,7 +304,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "accelerator",
         "no-cuda",
         "platform",
-        why="gcu, cuda or cpu; by default the first that is there",
+        why=f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}; by default the first that is there",
     ),
     _same("--guidance", "cfg-batch", "sequential-cfg", why="serial: one half after the other"),
     _none(

@@ -2,6 +2,7 @@
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
+from opensora_sp.parallel.backend_table import BACKENDS
 from opensora_sp.request import sizes
 from opensora_sp.request.flags.table import declared_flags
 from opensora_sp.request.rules import REQUEST_COMBINATIONS, Combination, Values
@@ -138,8 +139,8 @@ COMBINATIONS: tuple[Combination, ...] = (
         features="--device + --backend",
         outcome="refused",
         meets=lambda v: (
-            (v["device"], v["backend"])
-            in {("cpu", "nccl"), ("cpu", "eccl"), ("cuda", "eccl"), ("gcu", "nccl")}
+            None not in (v["device"], v["backend"])
+            and not BACKENDS[v["backend"]].serves(v["device"])
         ),
         text="--backend {backend} does not serve --device {device}: leave --backend out",
     ),

@@ -77,7 +77,7 @@ def check_collectives(session: Session) -> list[CheckResult]:
 def _attempt_together(session: Session, name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Every rank tries, then all wait: one that failed does not run ahead into the next."""
     finding = attempt(AREA, name, check)
-    session.barrier()
+    session.control.barrier()
     return finding
 
 
@@ -138,13 +138,13 @@ def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> C
 
 
 def _barrier(session: Session) -> CheckResult:
-    session.barrier()
+    session.control.barrier()
     return passed(AREA, "barrier")
 
 
 def _share(session: Session) -> CheckResult:
     for source in range(session.world_size):
-        said = session.broadcast_object(
+        said = session.control.broadcast_object(
             {"from": source} if session.rank == source else None, source
         )
         if said != {"from": source}:
@@ -153,7 +153,7 @@ def _share(session: Session) -> CheckResult:
 
 
 def _collect(session: Session) -> CheckResult:
-    everyone = session.all_gather_object(("rank", session.rank))
+    everyone = session.control.all_gather_object(("rank", session.rank))
     if everyone != [("rank", rank) for rank in range(session.world_size)]:
         return failed(AREA, "collect objects", f"{everyone!r} were collected")
     return passed(AREA, "collect objects")
@@ -166,9 +166,9 @@ def _speed(session: Session) -> CheckResult:
     send = torch.zeros(count * session.world_size, device=session.device)
     best = float("inf")
     for _ in range(3):
-        session.barrier()
+        session.control.barrier()
         started = time.perf_counter()
         Transfer(session.world, "doctor", send, sizes, sizes, lambda got: got).wait().sum().item()
-        best = min(best, max(session.all_gather_object(time.perf_counter() - started)))
+        best = min(best, max(session.control.all_gather_object(time.perf_counter() - started)))
     speed = _SPEED_BYTES * (session.world_size - 1) / best / 1e9
     return passed(AREA, "speed", f"{speed:.3g} GB/s leave a rank in an all-to-all of 8 MiB parts")

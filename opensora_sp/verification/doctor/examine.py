@@ -21,13 +21,13 @@ def examine(session: Session, directory: Path) -> list[CheckResult]:
     ranks_here = read_launch().local_world_size
     alone = check_versions() if session.leads else []
     everywhere = check_device(session)
-    with session.stage("collectives"):
+    with session.control.stage("collectives"):
         everywhere += check_collectives(session)
-    with session.stage("operations"):
+    with session.control.stage("operations"):
         everywhere += check_operations(session.device)
     host = check_host(directory, ranks_here) if session.leads else []
-    before, after = session.broadcast_object((alone, host) if session.leads else None)
-    return [*before, *merge(session.all_gather_object(everywhere)), *after]
+    before, after = session.control.broadcast_object((alone, host) if session.leads else None)
+    return [*before, *merge(session.control.all_gather_object(everywhere)), *after]
 
 
 def report(session: Session, directory: Path) -> int:

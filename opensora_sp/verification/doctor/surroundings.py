@@ -17,9 +17,10 @@ import torch
 
 from opensora_sp.base.cpu_threads import available_cores
 from opensora_sp.base.free_memory import free_bytes
-from opensora_sp.base.machine import DEVICE_TOOLS, run_tool
+from opensora_sp.base.machine import run_tool
 from opensora_sp.models.kernels.cpu_half import computes_natively
-from opensora_sp.parallel.backend import device_module, load_plugin
+from opensora_sp.parallel.backend import device_module, load_plugin, visible_note
+from opensora_sp.parallel.backend_table import for_device
 from opensora_sp.parallel.session import Session
 from opensora_sp.verification.doctor.check_result import (
     CheckResult,
@@ -102,10 +103,11 @@ def _devices(kind: str) -> CheckResult:
     if kind == "cpu":
         return passed("device", "devices", f"cpu, {available_cores()} usable cores")
     module = device_module(kind)
+    where = visible_note(kind)
     names = [str(module.get_device_name(i)) for i in range(module.device_count())]
     if not names:
-        return failed("device", "devices", f"no {kind} device is visible")
-    return passed("device", "devices", f"{len(names)} × {', '.join(sorted(set(names)))}")
+        return failed("device", "devices", f"no {kind} device is visible{where}")
+    return passed("device", "devices", f"{len(names)} × {', '.join(sorted(set(names)))}{where}")
 
 
 def _bf16(device: torch.device) -> CheckResult:
@@ -128,12 +130,12 @@ def _device_memory(device: torch.device) -> CheckResult:
 
 
 def _tool(kind: str) -> CheckResult:
-    if kind not in DEVICE_TOOLS:
+    tool = for_device(kind).tool
+    if not tool:
         return skipped("device", "tool", "none for a CPU")
-    name = DEVICE_TOOLS[kind][0]
-    if run_tool(DEVICE_TOOLS[kind]) is None:
-        return skipped("device", "tool", f"{name} is absent or does not answer")
-    return passed("device", "tool", f"{name} answers")
+    if run_tool(tool) is None:
+        return skipped("device", "tool", f"{tool[0]} is absent or does not answer")
+    return passed("device", "tool", f"{tool[0]} answers")
 
 
 def check_host(directory: Path, ranks_here: int) -> list[CheckResult]:

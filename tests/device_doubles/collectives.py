@@ -1,7 +1,7 @@
-"""The process group `eccl` of the test device: gloo on copies in host memory, after checks.
+"""The process group of a device double: gloo on copies in host memory, after checks.
 
 The real eccl sends the raw buffer of a non-contiguous tensor and cuts 64-bit numbers to 32; here
-both are refused. Only what eccl is known to have is there at all.
+both are refused. Only the collectives that every backend has are there at all.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch_gcu
 from torch import Tensor
+
+from device_doubles.rules import RuleBroken, journal
+from opensora_sp.parallel.backend_table import Backend
 
 
 class Copying(dist._Work):  # type: ignore[name-defined]
@@ -35,19 +37,21 @@ class Copying(dist._Work):  # type: ignore[name-defined]
         return bool(self._work.is_completed())
 
 
-class ECCL(dist.ProcessGroup):
+class Collectives(dist.ProcessGroup):
     """all_to_all_single, broadcast and barrier, as the program uses them."""
+
+    row: Backend
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
-        if not torch_gcu.journal["set_device"]:
-            raise torch_gcu.RuleBroken("an eccl group was made before set_device")
-        torch_gcu.journal["groups"].append(size)
+        if not journal["set_device"]:
+            raise RuleBroken("a group was made before set_device")
+        journal["groups"].append(size)
 
     def getBackendName(self) -> str:  # noqa: N802 (torch's name)
         """As torch asks for it."""
-        return "eccl"
+        return self.row.name
 
     def alltoall_base(  # type: ignore[override]
         self, output: Tensor, input: Tensor, out_splits: Any, in_splits: Any, opts: Any
@@ -68,18 +72,19 @@ class ECCL(dist.ProcessGroup):
 
     def _take(self, name: str, *tensors: Tensor) -> list[Tensor]:
         """Host copies of a collective's buffers, once they are found to be fit for it."""
-        counts = torch_gcu.journal["collectives"]
+        counts = journal["collectives"]
         counts[name] = counts.get(name, 0) + 1
+        current = getattr(torch, self.row.device).current_device()
         for tensor in tensors:
-            if tensor.device != torch.device("gcu", torch.gcu.current_device()):  # type: ignore[attr-defined]
-                raise torch_gcu.RuleBroken(f"{name}: a buffer is on {tensor.device}")
+            if tensor.device != torch.device(self.row.device, current):
+                raise RuleBroken(f"{name}: a buffer is on {tensor.device}")
             if not tensor.is_contiguous():
-                raise torch_gcu.RuleBroken(f"{name}: a buffer is not contiguous")
+                raise RuleBroken(f"{name}: a buffer is not contiguous")
             if tensor.dtype in (torch.int64, torch.float64):
-                raise torch_gcu.RuleBroken(f"{name}: {tensor.dtype} is narrowed on the way")
+                raise RuleBroken(f"{name}: {tensor.dtype} is narrowed on the way")
         return [tensor.cpu() for tensor in tensors]
 
 
-def register() -> None:
-    """Make `init_process_group("eccl")` known to torch."""
-    dist.Backend.register_backend("eccl", ECCL, devices=["gcu"])
+def collectives_of(row: Backend) -> type[Collectives]:
+    """The process group of a backend."""
+    return type(row.name.upper(), (Collectives,), {"row": row})

@@ -1,7 +1,7 @@
-"""The GCU path, executed: the real command line on a device named gcu with a backend eccl.
+"""The accelerators' path, executed: the real command line on a double of each device.
 
-The device is the test double in tests/gcu_device. It shows that the program keeps the rules of
-such a device; what only a real card can show stands in docs/gcu.md.
+The doubles are in tests/device_doubles. They show that the program keeps the rules of such a
+device; what only a real card can show stands in docs/gcu.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gcu_device
+import device_doubles
 import pytest
 import torch
 from ranks import free_port
@@ -28,19 +28,25 @@ from opensora_sp.request.request import Request
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST = Request(prompt="a red ball", height=32, width=48, num_frames=17, steps=2)
 FLAGS = ["--prompt", "a red ball", "--image-size", "32", "48", "--num-frames", "17"]
-FLAGS += ["--num-sampling-steps", "2", "--dtype", "fp32", "--device", "gcu"]
+FLAGS += ["--num-sampling-steps", "2", "--dtype", "fp32"]
 FLAGS += ["--text-cache", "off"]  # every run is to show T5 on the device
 
 
+@pytest.fixture(scope="module", params=device_doubles.DOUBLES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that has a double."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """What a process needs to find the device and its plugin."""
     try:
-        built = gcu_device.build()
-    except gcu_device.CannotBuildError as error:
+        built = device_doubles.build(device)
+    except device_doubles.CannotBuildError as error:
         pytest.skip(f"the test device cannot be built here: {error}")
-    path = os.pathsep.join([str(ROOT), str(gcu_device.HERE)])
-    return {**os.environ, "GCU_TEST_DEVICE": str(built), "PYTHONPATH": path}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", device_doubles.HERE / device)))
+    return {**os.environ, "DEVICE_DOUBLE": str(built), "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,7 @@ def run(command: list[str], environment: dict[str, str]) -> str:
 def test_the_command_equals_the_cpu(
     ranks: int,
     groups_by: str,
+    device: str,
     environment: dict[str, str],
     cpu: tuple[torch.Tensor, float],
     tmp_path: Path,
@@ -86,8 +93,11 @@ def test_the_command_equals_the_cpu(
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     torchrun += ["--master_port", str(free_port())]
     launcher, more = ([], []) if ranks == 1 else (torchrun, ["--sequence-parallel", "2"])
-    more += ["--launcher", groups_by]
-    where = {"GCU_TEST_JOURNAL": str(tmp_path), "GCU_TEST_BARE": "1" if ranks == 1 else "0"}
+    more += ["--launcher", groups_by, "--device", device]
+    where = {
+        "DEVICE_DOUBLE_JOURNAL": str(tmp_path),
+        "DEVICE_DOUBLE_BARE": "1" if ranks == 1 else "0",
+    }
     out = str(tmp_path / "out")
     said = run(
         [*launcher, "launch/infer.py", *FLAGS, *more, "--save-dir", out], {**environment, **where}
@@ -107,11 +117,15 @@ def test_the_command_equals_the_cpu(
 
 @pytest.mark.parametrize("memory", ["balanced", "small"])
 def test_weights_that_come_and_go(
-    memory: str, environment: dict[str, str], cpu: tuple[torch.Tensor, float], tmp_path: Path
+    memory: str,
+    device: str,
+    environment: dict[str, str],
+    cpu: tuple[torch.Tensor, float],
+    tmp_path: Path,
 ) -> None:
     """Memory modes lend weights to the device; one used before or after is on another device."""
-    where = {"GCU_TEST_JOURNAL": str(tmp_path), "GCU_TEST_BARE": "0"}
-    more = ["--memory", memory, "--save-dir", str(tmp_path / "out")]
+    where = {"DEVICE_DOUBLE_JOURNAL": str(tmp_path), "DEVICE_DOUBLE_BARE": "0"}
+    more = ["--device", device, "--memory", memory, "--save-dir", str(tmp_path / "out")]
     run(["launch/infer.py", *FLAGS, *more], {**environment, **where})
     wanted, tolerance = cpu
     latents = torch.load(tmp_path / "latents.pt", weights_only=True)
@@ -135,35 +149,37 @@ def check_journal(journal: dict[str, Any], rank: int, ranks: int) -> None:
 
 RULES = """
 import sys, torch
-import torch_gcu
-from torch_gcu import RuleBroken
+from device_doubles.rules import RuleBroken
+from opensora_sp.parallel.backend import for_device, load_plugin
+device = sys.argv[1]
+load_plugin(device)
 
 def broken(code):
     try:
-        exec(compile(code, "/somewhere/opensora_sp/module.py", "exec"), {"torch": torch, "x": x})
+        exec(compile(code, "/somewhere/opensora_sp/module.py", "exec"), globals())
     except RuleBroken as error:
         return True
     return False
 
-x = torch.ones(3).to("gcu")
+x = torch.ones(3).to(device)
 assert not broken("(x + 1).cpu()")
-assert broken("torch.arange(3, device='gcu') + 1"), "index arithmetic"
+assert broken("torch.arange(3, device=device) + 1"), "index arithmetic"
 assert broken("x.double() * 2"), "64 bits"
-assert broken("x[torch.tensor([True, False, True]).to('gcu')]"), "a mask as an index"
+assert broken("x[torch.tensor([True, False, True]).to(device)]"), "a mask as an index"
 assert broken("torch.cuda.is_available()"), "a name of another device"
 
 import torch.distributed as dist
 def group():
     store = dist.HashStore()
-    dist.init_process_group("eccl", store=store, rank=0, world_size=1)
+    dist.init_process_group(for_device(device).name, store=store, rank=0, world_size=1)
 try:
     group()
 except RuleBroken:
-    torch.gcu.set_device(0)
+    getattr(torch, device).set_device(0)
     group()
 else:
     raise AssertionError("a group before set_device")
-pairs = torch.ones(4, 2, device="gcu")
+pairs = torch.ones(4, 2, device=device)
 for buffer, fine in ((pairs, True), (pairs.t(), False), (pairs.cpu(), False)):
     try:
         dist.broadcast(buffer, 0)
@@ -174,5 +190,7 @@ for buffer, fine in ((pairs, True), (pairs.t(), False), (pairs.cpu(), False)):
 """
 
 
-def test_the_double_refuses_what_a_card_would_get_wrong(environment: dict[str, str]) -> None:
-    run(["-c", RULES], environment)
+def test_the_double_refuses_what_a_card_would_get_wrong(
+    device: str, environment: dict[str, str]
+) -> None:
+    run(["-c", RULES, device], environment)

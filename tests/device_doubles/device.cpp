@@ -1,8 +1,9 @@
-// A test double of an accelerator: torch's PrivateUse1 device on host memory.
+// A test double of an accelerator: a device of torch's on host memory.
 //
-// Tensors on it are real device tensors (their storage says PrivateUse1, the CPU's kernels refuse
-// them), but every operation is done by the CPU on copies. It is watched: operations on 64-bit
-// numbers are reported to Python, because the real device stores those in 32 bits.
+// DEVICE_KEY: torch's name of the device, PrivateUse1 for one that a plugin brings.
+// Tensors on it are real device tensors (their storage says so, the CPU's kernels refuse them), but
+// every operation is done by the CPU on copies. It is watched: operations on 64-bit numbers are
+// reported to Python, because such devices may store those in 32 bits.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -25,10 +26,11 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
+constexpr auto DEVICE = c10::DeviceType::DEVICE_KEY;
 
 c10::DeviceIndex device_count() {
-  const char* text = std::getenv("TOPS_VISIBLE_DEVICES");
+  const char* variable = std::getenv("DEVICE_DOUBLE_VISIBLE");  // as the device's row names it
+  const char* text = variable == nullptr ? nullptr : std::getenv(variable);
   if (text == nullptr) return 2;
   c10::DeviceIndex count = *text != '\0';
   for (; *text != '\0'; ++text) count += *text == ',';
@@ -96,7 +98,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   c10::Device getDevice() const override { return {DEVICE, current}; }
   void setDevice(c10::Device device) const override {
-    TORCH_CHECK(device.index() < device_count(), "gcu:", int(device.index()), " is not there");
+    TORCH_CHECK(device.index() < device_count(), "device ", int(device.index()), " is not there");
     if (device.has_index()) current = device.index();
   }
   void uncheckedSetDevice(c10::Device device) const noexcept override {
@@ -112,7 +114,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream&) const override {}
 };
 
-C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+C10_REGISTER_GUARD_IMPL(DEVICE_KEY, Guard);
 
 // No `override`: torch 2.3 asks for none of these yet.
 struct Hooks final : at::PrivateUse1HooksInterface {
@@ -132,7 +134,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 // ---- the few operations that only a device itself can do ----------------------------------
 
-const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
+const c10::DispatchKeySet KEYS(c10::DispatchKey::DEVICE_KEY);
 
 at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype,
                  std::optional<at::Layout>, std::optional<at::Device> device,
@@ -228,7 +230,7 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::native::cpu_fallback(op, stack);
 }
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(aten, DEVICE_KEY, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
   m.impl("_copy_from", &copy_from);
@@ -242,7 +244,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }
 
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(_, DEVICE_KEY, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }
 
