@@ -67,7 +67,7 @@ class Denoiser:
     ) -> None:
         self.model, self.size, self.runtime = model, size, runtime
         self.share = share
-        self.layers = model.layers(streamed=runtime.residency == "streamed")
+        self.layers = model.layers(offloaded=runtime.offload.layers)
 
     def shard(self, z: Tensor) -> Tensor:
         """Latents [B,4,T,H,W] → this rank's patches [B,T,S_local,16] on the model's device."""

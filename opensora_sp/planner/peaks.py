@@ -97,7 +97,7 @@ def denoising_peak(
     kept = 2 * models.depth * shape.batch * models.tokens * 2 * c * item * halves
     kept += patches * c * item  # positions
     kept += count * patches * (64 + 64 * (halves > together) + 32 * halves)  # latents, velocities
-    passing = 3 * models.pair_weights * item if runtime.residency == "streamed" else 0
+    passing = 3 * models.pair_weights * item if runtime.offload.layers else 0
     return int(most + kept + passing)
 
 

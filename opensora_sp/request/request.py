@@ -37,6 +37,7 @@ from opensora_sp.base.value_types import (
 )
 from opensora_sp.media.fetch import Remote
 from opensora_sp.request import sizes
+from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.request.rules import check_fields
 
 IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
@@ -46,7 +47,7 @@ BACKENDS = ("eccl", "nccl", "gloo")
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 GUIDANCE = ("auto", "together", "serial")
-MEMORY = ("auto", "speed", "balanced", "small")
+MEMORY = ("auto", *MEMORY_MODES)
 T5_DEVICE = ("device", "cpu")
 T5_WEIGHTS = ("full", "int8")
 WEIGHTS_FROM = ("disk", "rank0")
@@ -349,7 +350,7 @@ class RunSettings(_Named):
     overlap: bool = True
     vae_decode: Literal["auto", "rank0", "shared"] = "auto"
     weights_from: Literal["disk", "rank0"] = "disk"
-    memory: Literal["auto", "speed", "balanced", "small"] = "auto"
+    memory: str = "auto"
     t5_device: Literal["device", "cpu"] = "device"
     t5_weights: Literal["full", "int8"] = "full"
     device_memory: str | None = None

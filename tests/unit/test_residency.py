@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opensora_sp.engine.blocks import _with_next
-from opensora_sp.models.offload import LayerOffload, StreamedList
+from opensora_sp.models.offload import LayerOffload, OffloadedModuleList
 
 # Of another type than the host, so that a weight's place can be told; never computed on.
 DEVICE = torch.device("meta")
@@ -20,21 +20,21 @@ def places(modules: Sequence[nn.Module]) -> set[str]:
 
 def test_a_pair_and_the_next_are_on_the_device() -> None:
     pairs = [(nn.Linear(2, 2), nn.LayerNorm(2)) for _ in range(4)]
-    layers = LayerOffload(pairs, DEVICE, streamed=True, keep=2)
+    layers = LayerOffload(pairs, DEVICE, offloaded=True, keep=2)
     for round_ in range(2):  # of sampling: every step passes all of them again
         seen = []
         for number, here, following in _with_next(layers):
             seen.append((number, following is None))
             used = [*here, *(following or ())]
             assert places(used) == {"meta"}, (round_, number)
-            lent = [pair for pair in pairs if places(pair) == {"meta"}]
-            assert len(lent) <= 2
+            on_device = [pair for pair in pairs if places(pair) == {"meta"}]
+            assert len(on_device) <= 2
         assert seen == [(0, False), (1, False), (2, False), (3, True)]
         assert places([m for pair in pairs for m in pair]) == {"cpu"}
 
 
 def test_a_loop_that_is_left_early_gives_everything_back() -> None:
-    modules = StreamedList([nn.Linear(2, 2) for _ in range(3)], DEVICE)
+    modules = OffloadedModuleList([nn.Linear(2, 2) for _ in range(3)], DEVICE)
     before = list(modules.parameters())
     for module in modules:
         assert places([module]) == {"meta"}
