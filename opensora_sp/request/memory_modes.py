@@ -57,12 +57,13 @@ NO_OFFLOAD = Offload()
 class MemoryMode:
     """What a memory mode chooses: how much device memory a run takes, and at what cost in time.
 
-    name: as --memory takes it. tokens: tokens that a block computes at once; None is all of them.
-    serial_guidance: one CFG branch after the other on a rank. vae_frames: frames that the spatial
-    VAE takes at once; None is a request's micro batch.
+    name: as --memory takes it. about: what its help says of it. tokens: tokens that a block
+    computes at once; None is all of them. serial_guidance: one CFG branch after the other on a
+    rank. vae_frames: frames that the spatial VAE takes at once; None is a request's micro batch.
     """
 
     name: str
+    about: str
     offload: Offload = NO_OFFLOAD
     tokens: int | None = None
     serial_guidance: bool = False
@@ -79,6 +80,7 @@ class Speed(MemoryMode):
     """Every model stays on the device."""
 
     name: str = "speed"
+    about: str = "all models stay on the device"
     tokens: int | None = 65536
 
 
@@ -87,6 +89,7 @@ class Balanced(MemoryMode):
     """One whole model is on the device at a time."""
 
     name: str = "balanced"
+    about: str = "one model is on the device at a time"
     offload: Offload = Offload(models=True)
     tokens: int | None = 32768
     serial_guidance: bool = True
@@ -97,6 +100,7 @@ class Small(MemoryMode):
     """The layers of the transformer and of T5 are copied to the device one by one."""
 
     name: str = "small"
+    about: str = "layers are copied to it one by one"
     offload: Offload = Offload(models=True, layers=True)
     tokens: int | None = 16384
     serial_guidance: bool = True

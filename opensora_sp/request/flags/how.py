@@ -15,6 +15,7 @@ from opensora_sp.base.value_types import (
 )
 from opensora_sp.request.flags.benchmark_types import BENCHMARK_KINDS, DEFAULT_REPORT
 from opensora_sp.request.flags.flag import Flag, Group, flag
+from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.request.request import REQUEST_TYPES, SETTINGS_TYPES
 
 
@@ -231,8 +232,12 @@ RUN_GROUPS: tuple[Group, ...] = (
                 "--memory",
                 _S["memory"],
                 "auto",
-                "auto: the fastest mode that fits; speed: all models stay on the device; balanced: "
-                "they take turns; small: layers pass through it one by one",
+                "; ".join(
+                    [
+                        "auto: the fastest mode that fits",
+                        *(f"{mode}: {mode.about}" for mode in MEMORY_MODES.values()),
+                    ]
+                ),
             ),
             flag(
                 "--device-memory",
