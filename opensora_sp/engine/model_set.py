@@ -91,7 +91,13 @@ class ModelSet:
         frames, *size = request.latent_shape
         layout = Layout(frames=frames, size=(size[0], size[1]), ranks=mesh.sequence)
         self.to_device(self.transformer)
-        return parallelize(self.transformer, self._comms[mesh], layout, self.runtime)
+        return parallelize(
+            self.transformer,
+            self._comms[mesh],
+            layout,
+            self.runtime,
+            self.session.all_gather_object,
+        )
 
     @property
     def transformer(self) -> STDiT3:
