@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
 from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample
 from opensora_sp.engine.step_cache.first_block import FirstBlockCache
 from opensora_sp.engine.step_cache.policy import NoCache, StepCache
@@ -18,6 +19,7 @@ from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.memory_modes import Offload
+from opensora_sp.request.request import Request
 from opensora_sp.request.runtime import Runtime
 
 FRAMES, SIZE = 5, (6, 9)  # 15 patches a frame, odd sides
@@ -147,3 +149,17 @@ def test_all_ranks_reuse_the_steps_that_one_rank_reuses(mesh: Mesh) -> None:
         assert all(rank[name][:2] == (steps, changes) for rank in ranks), name
         assert error is not None
         assert error <= 1e-4, (name, error)
+
+
+def with_threshold(rank: int, world: int, init_file: str, thresholds: Sequence[float]) -> None:
+    """Generate with each rank's own threshold."""
+    with open_session("cpu") as session:
+        cache = FirstBlockCache(threshold=thresholds[rank])
+        pipeline = Pipeline.load(session=session, runtime=Runtime(step_cache=cache))
+        pipeline.generate(Request(prompt="a red ball", height=32, width=48, num_frames=1, steps=1))
+
+
+def test_ranks_with_other_thresholds_are_refused_before_the_first_step() -> None:
+    expected = r"differs from .* in its step cache \(first-block 0.2 instead of first-block 0.1\)"
+    with pytest.raises(RankFailure, match=expected):
+        run_ranks(with_threshold, 2, [0.1, 0.2])

@@ -53,7 +53,7 @@ class NoCache:
 def policy_of(runtime: Runtime) -> StepCache:
     """The policy that a runtime names. Raises UserError where its step_cache is none."""
     policy = NoCache() if runtime.step_cache is None else runtime.step_cache
-    if not isinstance(policy, StepCache):
+    if isinstance(policy, type) or not isinstance(policy, StepCache):
         raise UserError(
             f"step_cache {shown(policy)} is not a StepCache: give a policy such as "
             "FirstBlockCache(threshold=0.1), or leave it out"
