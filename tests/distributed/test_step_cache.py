@@ -99,14 +99,18 @@ def test_the_first_step_is_computed_and_so_is_one_with_other_frames() -> None:
 
 
 def test_a_reused_step_adds_what_the_last_computed_one_added() -> None:
-    """With frozen inputs a reused step would be exact, so the difference is only what changed."""
+    listening = Listening(Always())
     layout = Layout(frames=FRAMES, size=SIZE, ranks=1)
-    velocity = parallelize(MODEL, None, layout, Runtime(step_cache=Always())).prepare(conditions())
-    z = parallelize(MODEL, None, layout).shard(normal(1, 4, FRAMES, *SIZE))
+    denoiser = parallelize(MODEL, None, layout, Runtime(step_cache=listening))
+    velocity, z = denoiser.prepare(conditions()), denoiser.shard(normal(1, 4, FRAMES, *SIZE))
     with torch.no_grad():
-        first, again = velocity(z, 500.0), velocity(z, 500.0)
-        other = velocity(z, 100.0)
+        first, other, again = velocity(z, 500.0), velocity(z, 100.0), velocity(z, 500.0)
     assert velocity.cached.reused == [1, 2]
+    # What the first pair says is compared with the last computed step, not with the last one.
+    (_, _, change), (_, _, none) = listening.asked
+    assert change > 0.1
+    assert none == 0
+    # From equal inputs the reused step is the exact one, but for the rounding of the residual.
     assert float((first - again).abs().max() / first.abs().max()) <= 1e-5
     assert float((first - other).abs().max() / first.abs().max()) > 1e-3
 
