@@ -1,14 +1,16 @@
-"""Weights that pass through a device are there whenever they are used, and home afterwards."""
+"""Offloaded weights are on the device whenever they are used, and in host memory afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import nn
 
 from opensora_sp.engine.blocks import _with_next
-from opensora_sp.models.offload import LayerOffload, OffloadedModuleList
+from opensora_sp.models import offload
+from opensora_sp.models.offload import Lane, LayerOffload, OffloadedModuleList
 
 # Of another type than the host, so that a weight's place can be told; never computed on.
 DEVICE = torch.device("meta")
@@ -31,6 +33,29 @@ def test_a_pair_and_the_next_are_on_the_device() -> None:
             assert len(on_device) <= 2
         assert seen == [(0, False), (1, False), (2, False), (3, True)]
         assert places([m for pair in pairs for m in pair]) == {"cpu"}
+
+
+def test_a_copy_that_is_not_used_arrives_before_its_memory_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy may still be running in its own stream when the loop that started it is left."""
+    running: set[int] = set()
+
+    class SlowLane(Lane):
+        """Copies that end when they are waited for, and not before."""
+
+        def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+            number = len(running)
+            running.add(number)
+            return lambda: running.discard(number)
+
+    monkeypatch.setattr(offload, "Lane", SlowLane)
+    layers = LayerOffload([(nn.Linear(2, 2),) for _ in range(4)], DEVICE, offloaded=True)
+    passing = iter(layers)
+    next(passing)
+    assert running  # the second layer's copy
+    passing.close()
+    assert not running
 
 
 def test_a_loop_that_is_left_early_gives_everything_back() -> None:
