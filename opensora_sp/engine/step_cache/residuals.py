@@ -40,7 +40,9 @@ class Residuals:
         self._step, self._t = -1, 0.0
         self._generate: Tensor | None = None
         self._decision: bool | None = None  # of this step, once the first branch has made it
-        self._forget()
+        self._computed = False
+        self._first: Tensor | None = None
+        self._rest: dict[int, Tensor] = {}
 
     def begin_step(self, t: float, generate: Tensor | None) -> None:
         """The next step begins, at time t, with these frames generated (bool [B,T]; None is all).
@@ -107,9 +109,8 @@ class Residuals:
 
     def _forget(self) -> None:
         """Keep nothing, so that the next step is computed."""
-        self._computed = False
-        self._first: Tensor | None = None
-        self._rest: dict[int, Tensor] = {}
+        self._computed, self._first = False, None
+        self._rest.clear()
 
 
 def _difference(now: Tensor, before: Tensor) -> list[float]:
