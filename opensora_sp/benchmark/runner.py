@@ -122,7 +122,9 @@ def _measure(
         pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
     draft.check_seconds = clock.seconds["check"]
     draft.facts["run"] = run_facts(pipeline, job)
-    draft.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
+    mode = pipeline.models.runtime.mode
+    assert mode is not None  # a job's runtime is always a memory mode's
+    draft.plan = plan_in_mode(job, session.world_size, mode)
     first = job.tasks[0].request
     if not first.is_image:
         session.control.together(

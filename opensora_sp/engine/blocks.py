@@ -56,6 +56,10 @@ class Reshard(Protocol):
         ...
 
 
+# Looks at the streams after the first pair of blocks; True ends the loop there.
+AfterFirst = Callable[[list[Stream]], bool]
+
+
 @dataclass(frozen=True)
 class Ready:
     """A tensor that is already here."""
@@ -193,12 +197,14 @@ def run_blocks(
     *,
     equal_inputs: bool = False,
     layers: LayerOffload | None = None,
+    after_first: AfterFirst | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
 
     equal_inputs: every stream enters with the same x and tables (the two CFG branches, which
     differ in their text only), so the first spatial attention may be computed once for all.
     layers: the model's blocks, where they are not all on its device.
+    after_first: called after the first pair; must give the same answer on every rank.
 
     The collectives run in the order of this code, which is the same on every rank. Without
     gradients each stream's x is updated where it lies, so streams must not share it.
@@ -211,7 +217,7 @@ def run_blocks(
 
     for i, (spatial, temporal), following in _with_next(layers or model.layers()):
         if not arriving:
-            share = equal_inputs and runtime.share_first
+            share = i == 0 and equal_inputs and runtime.share_first
             arriving = {s: attention.send(spatial, s) for s in everyone[: 1 if share else None]}
         returning = {s: attention.attend(spatial, s, arriving.pop(s)) for s in list(arriving)}
         if len(returning) < len(streams):
@@ -223,9 +229,12 @@ def run_blocks(
             stream.x = attention.along_time(temporal, s, stream.text[2 * i + 1], rotary)
             if runtime.check_blocks:
                 require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
-            if following is not None:
+            # Nothing is sent ahead of the decision whether the second pair runs.
+            if following is not None and not (i == 0 and after_first is not None):
                 # Sent before the next stream is finished here: that is what hides the exchange.
                 arriving[s] = attention.send(following[0], s)
+        if i == 0 and after_first is not None and after_first(streams):
+            break
     return [stream.x for stream in streams]
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.engine.blocks import Pending, Reshard, Stream, _by_tokens, run_blocks
+from opensora_sp.engine.step_cache.policy import policy_of
+from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
 from opensora_sp.models.stdit3 import (
     STDiT3,
     patchify,
@@ -32,6 +35,7 @@ class Sharding:
     branches: the CFG branches it computes when a request is guided; 0 is the conditional one.
     swap: exchanges this branch's velocity for the other's, where they are on different ranks.
     gather: patch shards [B,T,S_local,c] → [B,T,S,c] on the leading rank, None elsewhere.
+    all_gather: some numbers of this rank → those of every rank of the video.
     """
 
     reshard: Reshard
@@ -39,6 +43,7 @@ class Sharding:
     branches: tuple[int, ...]
     swap: Callable[[Tensor], Pending] | None
     gather: Callable[[Tensor], Tensor | None]
+    all_gather: AllGather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,7 @@ class Denoiser:
     ) -> None:
         self.model, self.size, self.runtime = model, size, runtime
         self.sharding = sharding
-        self.layers = model.layers(streamed=runtime.residency == "streamed")
+        self.layers = model.layers(offloaded=runtime.offload.layers)
 
     def shard(self, z: Tensor) -> Tensor:
         """Latents [B,4,T,H,W] → this rank's patches [B,T,S_local,16] on the model's device."""
@@ -102,6 +107,7 @@ class Velocity:
         on_velocity: Callable[[Tensor, float], None] | None = None,
     ) -> None:
         self._on_velocity = on_velocity
+        self.cached = Residuals(policy_of(denoiser.runtime), denoiser.sharding.all_gather)
         model, sharding = denoiser.model, denoiser.sharding
         self._model, self._sharding, self._runtime = model, sharding, denoiser.runtime
         self._positions = denoiser.positions(conditions.height, conditions.width)
@@ -129,6 +135,7 @@ class Velocity:
         model, runtime, batch = self._model, self._runtime, z.shape[0]
         fps = torch.full((batch,), float(self._fps))
         tables = model.tables(torch.full((batch,), t), fps, generate)
+        self.cached.begin_step(t, generate)
         mine: list[Tensor] = []
         # Branches that advance together share what is equal in both; serial ones need less memory.
         branches = self._branches
@@ -137,7 +144,8 @@ class Velocity:
             streams = [Stream(x.clone(), tables, self._text[b]) for b in together[1:]]
             streams.insert(0, Stream(x, tables, self._text[together[0]]))
             del x  # or it outlives its stream
-            outputs = run_blocks(
+            blocks = partial(
+                run_blocks,
                 model,
                 streams,
                 self._sharding.reshard,
@@ -145,8 +153,9 @@ class Velocity:
                 equal_inputs=len(streams) > 1,
                 layers=self._layers,
             )
+            outputs = self.cached.run(together, streams, blocks)
             mine += [_by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
-            del streams, outputs  # or they are there while the other branch is computed
+            del streams, blocks, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:
             other = mine[1] if self._swap is None else self._swap(mine[0]).wait()

@@ -24,6 +24,7 @@ from opensora_sp.engine.loading import WeightsFrom, transformer_config
 from opensora_sp.engine.model_set import DTYPES, ModelSet, Parallelism
 from opensora_sp.engine.progress import Progress
 from opensora_sp.engine.result import Result
+from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.text import TextStage
 from opensora_sp.engine.timing import Clock
 from opensora_sp.media.fetch import Remote
@@ -100,6 +101,8 @@ class Pipeline:
         _require_kind("runtime", runtime, Runtime, "Runtime(...), or leave it out")
         _require_kind("parallelism", parallelism, Parallelism, "Parallelism(sequence=2)")
         text_cache = None if text_cache is None else a_path("text_cache", text_cache)
+        runtime = runtime or Runtime()
+        policy_of(runtime)
         session = alone() if session is None else session
         _require_open(session)
         checkpoints = checkpoints or embedded_checkpoints()
@@ -107,7 +110,7 @@ class Pipeline:
             session=session,
             checkpoints=checkpoints,
             dtype=DTYPES[dtype],
-            runtime=runtime or Runtime(),
+            runtime=runtime,
             parallelism=parallelism or Parallelism(),
             clock=clock or Clock(session.device, session.control.stage),
             config=transformer_config(session, checkpoints.dit, weights_from),

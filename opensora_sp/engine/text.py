@@ -42,7 +42,7 @@ class Text:
 class TextStage:
     """T5 of one process, and the embeddings it has made.
 
-    models: whose session, settings and turns it shares. cache: a directory in which embeddings
+    models: whose session, settings and device it shares. cache: a directory in which embeddings
     are kept between runs; None keeps them in memory only.
     """
 
@@ -69,7 +69,7 @@ class TextStage:
             session.control.together(
                 lambda: self._encode_missing(captions, max_length), leading_only=True
             )
-        if self.models.runtime.residency != "resident":
+        if not self.models.runtime.offload.text_encoder_stays:
             self.release_encoder()
 
     def scatter(self, wanted: Sequence[Sequence[str]], max_length: int) -> None:
@@ -166,14 +166,14 @@ class TextStage:
                 from opensora_sp.models.text_encoder import TextEncoder
 
                 self._encoder = None
-                self.models.take_turn(None)
+                self.models.to_device(None)
                 on_cpu = self.models.runtime.text_encoder == "cpu"
                 self._encoder = TextEncoder.load(
                     self.models.checkpoints.t5,
                     dtype=self.models.dtype,
                     device=torch.device("cpu") if on_cpu else self.models.session.device,
                     max_length=max_length,
-                    streamed=self.models.runtime.residency == "streamed" and not on_cpu,
+                    offload_layers=self.models.runtime.offload.layers and not on_cpu,
                     eight_bits=self.models.runtime.text_weights == "int8",
                 )
         return self._encoder

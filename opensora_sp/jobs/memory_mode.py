@@ -12,8 +12,8 @@ from opensora_sp.parallel.backend import device_module
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.devices import GB, parse_memory
 from opensora_sp.planner.requests import plan_job
+from opensora_sp.request.memory_modes import FASTEST, MemoryMode, memory_mode
 from opensora_sp.request.request import Job
-from opensora_sp.request.runtime import MemoryMode
 
 
 def choose_memory(job: Job, session: Session) -> MemoryMode:
@@ -23,7 +23,7 @@ def choose_memory(job: Job, session: Session) -> MemoryMode:
     models have nowhere else to be, so there a plan is made for --device-memory only.
     """
     settings = job.engine
-    asked: MemoryMode = "speed" if settings.memory == "auto" else settings.memory
+    asked = FASTEST if settings.memory == "auto" else memory_mode(settings.memory)
     _tell_of_idle_devices(session, quiet=job.settings.verbose == 0)
     if settings.device_memory is not None:
         memory = parse_memory(settings.device_memory)

@@ -28,6 +28,8 @@ class SavedProgress(Progress):
     Ctrl-C or SIGTERM comes. on_latents: called when the latents of the last clip are there.
     """
 
+    saves = True
+
     def __init__(
         self,
         session: Session,

@@ -8,8 +8,8 @@ from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
+from opensora_sp.request.memory_modes import MemoryMode, memory_mode
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
-from opensora_sp.request.runtime import MemoryMode
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 
@@ -41,7 +41,7 @@ def shape_of(request: Request, settings: EngineSettings, batch: int) -> Shape:
 def options_of(settings: EngineSettings) -> Options:
     """What the settings fix of a plan."""
     return Options(
-        memory=None if settings.memory == "auto" else settings.memory,
+        memory=None if settings.memory == "auto" else memory_mode(settings.memory),
         serial_guidance=settings.guidance == "serial",
         # Where only the leading rank has the weights it decodes alone, whatever was asked for.
         vae_decode="rank0" if settings.weights_from == "rank0" else settings.vae_decode,

@@ -24,13 +24,13 @@ from opensora_sp.base.value_types import (
 )
 from opensora_sp.media.fetch import Remote
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
+from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.request.setting import Declared, a_path, field_names, setting
 
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 CheckFinite = Literal["off", "steps", "blocks"]
 Guidance = Literal["auto", "together", "serial"]
-Memory = Literal["auto", "speed", "balanced", "small"]
 T5Device = Literal["device", "cpu"]
 T5Weights = Literal["full", "int8"]
 VaeDecode = Literal["auto", "rank0", "shared"]
@@ -220,12 +220,16 @@ class EngineSettings(Declared):
         "rank0: only rank 0 sees the paths; it hands the transformer out and decodes alone",
         changes="nothing",
     )
-    memory: Memory = setting(
+    memory: str = setting(
         "--memory",
-        choice(*get_args(Memory)),
+        choice("auto", *MEMORY_MODES),
         "auto",
-        "auto: the fastest mode that fits; speed: all models stay on the device; balanced: "
-        "they take turns; small: layers pass through it one by one",
+        "; ".join(
+            [
+                "auto: the fastest mode that fits",
+                *(f"{mode}: {mode.about}" for mode in MEMORY_MODES.values()),
+            ]
+        ),
         changes="nothing",
     )
     t5_device: T5Device = setting(

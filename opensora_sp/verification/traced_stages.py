@@ -13,7 +13,7 @@ from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.media.pixels import to_bytes
 from opensora_sp.models.kernels.int8_linear import quantize_
-from opensora_sp.models.offload import StreamedList
+from opensora_sp.models.offload import OffloadedModuleList
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.models.temporal_vae import TemporalVAEConfig
 from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig
@@ -74,14 +74,14 @@ def traced_denoising(
         model = _made(lambda: STDiT3(config), dtype)
         layout = Layout(frames=frames, size=size, ranks=mesh.sequence)
         denoiser = _denoiser(model, mesh, rank, layout, runtime)
-        streamed = runtime.residency == "streamed"
-        at_home = _bytes(*model.spatial_blocks, *model.temporal_blocks) if streamed else 0
+        blocks = _bytes(*model.spatial_blocks, *model.temporal_blocks)
+        in_host_memory = blocks if runtime.offload.layers else 0
         z = denoiser.shard(torch.empty(batch, config.in_channels, frames, *size))
 
         def step() -> None:
             denoiser.prepare(_conditions(batch, config, dtype))(z, 500.0)
 
-        return Traced(_bytes(model) - at_home, peak_bytes(step))
+        return Traced(_bytes(model) - in_host_memory, peak_bytes(step))
 
 
 def traced_decoding(
@@ -106,7 +106,7 @@ def traced_decoding(
 
 def traced_text(
     *,
-    streamed: bool,
+    offload_layers: bool,
     tokens: int = 300,
     dtype: torch.dtype = torch.bfloat16,
     eight_bits: bool = False,
@@ -117,16 +117,18 @@ def traced_text(
     with without_memory():
         config = T5Config.from_dict(T5_XXL)
         model: Any = _made(lambda: T5EncoderModel(config), dtype)
-        at_home = 0
+        in_host_memory = 0
         if eight_bits:
             for block in model.encoder.block:
                 quantize_(block)
-        if streamed:
-            at_home = _bytes(*model.encoder.block)
-            model.encoder.block = StreamedList(list(model.encoder.block), torch.device("cpu"))
+        if offload_layers:
+            in_host_memory = _bytes(*model.encoder.block)
+            model.encoder.block = OffloadedModuleList(
+                list(model.encoder.block), torch.device("cpu")
+            )
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         mask = torch.ones_like(ids)
-        weights = _bytes(model) - at_home
+        weights = _bytes(model) - in_host_memory
         return Traced(weights, peak_bytes(lambda: model(input_ids=ids, attention_mask=mask)))
 
 

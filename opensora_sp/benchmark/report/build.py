@@ -154,7 +154,7 @@ def planned_memory(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
                 "measured_over_predicted": None if found is None else found / stage.total,
             }
         )
-    return {"memory_mode": plan.mode, "stages": stages, "predicted_host_bytes": plan.host}
+    return {"memory_mode": plan.mode.name, "stages": stages, "predicted_host_bytes": plan.host}
 
 
 def first_and_warm(runs: Sequence[Run]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ FOREIGN: tuple[Foreign, ...] = (
         *("cpu-offload", "use-cpu-offload", "model-cpu-offload", "dit-cpu-offload", "low-vram"),
         *("lowvram", "low-memory", "offload-mode", "group-offload", "enable-group-offload"),
         *("dit-layerwise-offload", "vae-cpu-offload", "pin-cpu-memory", "highvram", "medvram"),
-        why="balanced: models take turns on the device; small: layers pass through it",
+        why="balanced is model offload, small is layer offload",
     ),
     _same(
         "--t5-device",
