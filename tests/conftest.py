@@ -10,13 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.configuration
 import pytest
 import ranks
+
+# The same examples in every run, so that a failure elsewhere is a failure here; and no deadline,
+# because an example takes as long as the machine's other work lets it.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # Whatever a test starts, it must neither read nor write the embeddings in a person's own cache.
 _CACHE = tempfile.mkdtemp(prefix="opensora-sp-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+hypothesis.configuration.set_hypothesis_home_dir(_CACHE)
 
 ASSETS = Path(__file__).resolve().parent.parent / "opensora_sp" / "assets"
 
