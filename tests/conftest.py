@@ -14,6 +14,7 @@ import hypothesis
 import hypothesis.configuration
 import pytest
 import ranks
+from fast import is_fast
 
 # The same examples in every run, so that a failure elsewhere is a failure here; and no deadline,
 # because an example takes as long as the machine's other work lets it.
@@ -45,6 +46,14 @@ def embedded_dir() -> Path:
 def run_ranks() -> Callable[..., list[Any]]:
     """``ranks.run_ranks``: call a top-level function on several gloo ranks."""
     return ranks.run_ranks
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is fast, see fast.py."""
+    for item in items:
+        if is_fast(item):
+            item.add_marker("fast")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
