@@ -18,7 +18,8 @@ TESTS = Path(__file__).resolve().parent
 UNIT = TESTS / "unit"
 # Names of what starts processes, and of what loads or makes a model of more than a few weights.
 STARTERS = {"subprocess", "multiprocessing", "run_ranks", "Copies", "fork"}
-MODELS = {"Pipeline", "run_job", "VideoVAE", "TextEncoder", "traced_denoising", "traced_stages"}
+MODELS = {"Pipeline", "run_job", "VideoVAE", "TextEncoder", "traced_denoising"}
+MODELS |= {"traced_decoding", "traced_text"}
 
 
 def is_fast(item: pytest.Item) -> bool:

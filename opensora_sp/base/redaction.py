@@ -18,8 +18,8 @@ _SHORTEST_SECRET = 8
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # In running text an address ends at white space, quotes, brackets or the `;` between references.
-# It is searched from the beginning of a word only: from every letter of a word of 100,000 the search
-# takes 15 s. What stands in the word before the first letter is no part of the address.
+# It is searched from the beginning of a word only: from every letter of a word of 100,000 letters
+# the search takes 15 s. What is in the word before its first letter is no part of the address.
 _ADDRESS_IN_TEXT = re.compile(
     r"(?<![A-Za-z0-9+.-])([0-9+.-]*)([A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>;]+)"
 )

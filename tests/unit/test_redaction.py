@@ -127,6 +127,7 @@ def png() -> bytes:
 
 
 @pytest.mark.parametrize("frames", ["17", "1"])
+@pytest.mark.slow
 def test_a_whole_run_shows_and_stores_nothing_secret(
     frames: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
