@@ -351,7 +351,7 @@ def test_a_planned_mesh_fills_the_world_as_it_was_asked_or_the_legal_ones_are_li
 
 # --- prompts -------------------------------------------------------------------------------------
 
-words = st.text(st.characters(blacklist_characters="|{", blacklist_categories=("Cs",)), max_size=20)
+words = st.text(st.characters(exclude_characters="|{", exclude_categories=["Cs"]), max_size=20)
 
 
 @given(texts=st.dictionaries(st.integers(1, 50), words, max_size=6), first=words)
@@ -421,6 +421,6 @@ def test_every_unfinished_task_is_dealt_exactly_once(
     # Each went to the first of those that had least to do, so nobody waits longer than one work.
     loads = [0] * replicas
     for work in works:
-        mine = next(i for i, dealt in enumerate(lists) if any(work is one for one in dealt))
-        assert mine == loads.index(min(loads))
-        loads[mine] += work.steps + len(work.tasks)
+        least = next(i for i, dealt in enumerate(lists) if any(work is one for one in dealt))
+        assert least == loads.index(min(loads))
+        loads[least] += work.steps + len(work.tasks)
