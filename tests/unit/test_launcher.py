@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Copies
 from ranks import free_port
 
 from opensora_sp.base.errors import UserError
@@ -192,44 +193,25 @@ def test_a_refused_flag_is_heard_whatever_the_environment_says(environ: dict[str
 def test_nobody_at_the_address_is_one_line(tmp_path: Path) -> None:
     environ = clean(**{**TWO, "MASTER_PORT": str(free_port())})
     flags = ["--prompt", "x", "--image-size", "32", "48", "--num-frames", "17", "--timeout", "2"]
-    done = subprocess.run(
-        [sys.executable, "launch/infer.py", *flags, "--device", "cpu", "--save-dir", str(tmp_path)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error: rank 1: nobody was reached" in done.stderr.splitlines()[-1]
+    argv = [*flags, "--device", "cpu", "--save-dir", str(tmp_path / "made")]
+    said = tmp_path / "said"
+    assert Copies(argv, [environ], said).finish(120) == [2], said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert "error: rank 1: nobody was reached" in said.read_text().splitlines()[-1]
 
 
 def test_two_copies_of_mpirun_make_one_video(tmp_path: Path) -> None:
     flags = ["--prompt", "x", "--image-size", "32", "48", "--num-frames", "17", "--device", "cpu"]
-    flags += ["--num-sampling-steps", "1", "--dtype", "fp32", "--save-dir", str(tmp_path)]
+    flags += ["--num-sampling-steps", "1", "--dtype", "fp32", "--save-dir", str(tmp_path / "made")]
     place = {"MASTER_PORT": str(free_port())}
-    copies = [
-        subprocess.Popen(
-            [sys.executable, "launch/infer.py", *flags],
-            cwd=ROOT,
-            env=clean(
-                **{**OMPI, **place, "OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_LOCAL_RANK": r}
-            ),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    environments = [
+        clean(**{**OMPI, **place, "OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_LOCAL_RANK": r})
         for r in "01"
     ]
-    try:
-        said = [copy.communicate(timeout=120)[1] for copy in copies]
-    finally:
-        for copy in copies:
-            copy.kill()
-    assert [copy.returncode for copy in copies] == [0, 0], said
-    assert "on 2 x cpu" in said[0]
-    assert [path.name for path in tmp_path.glob("*.mp4")] == ["sample_0000.mp4"]
+    said = tmp_path / "said"
+    assert Copies(flags, environments, said).finish(120) == [0, 0], said.read_text()
+    assert said.read_text().count("on 2 x cpu") == 1
+    assert [path.name for path in (tmp_path / "made").glob("*.mp4")] == ["sample_0000.mp4"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

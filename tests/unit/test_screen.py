@@ -185,11 +185,18 @@ def test_a_list_is_made_whole_on_a_full_ascii_screen(tmp_path: Path) -> None:
     assert done.stderr.count(b"standard output takes nothing more") == 1
 
 
-@pytest.mark.parametrize("name", [b"by\xffte", b"esc\x1b[31m", "ä".encode()])
-def test_a_path_is_printed_so_that_it_opens(name: bytes, tmp_path: Path) -> None:
-    folder = os.fsencode(tmp_path) + b"/" + name
-    command = [*INFER, "--prompt", "x", "--save-dir", os.fsdecode(folder)]
+def test_a_path_is_printed_so_that_it_opens(tmp_path: Path) -> None:
+    names = [b"by\xffte", b"esc\x1b[31m", "ä".encode()]
+    folders = [os.fsencode(tmp_path) + b"/" + name for name in names]
+    several = (
+        "import sys; from opensora_sp.cli.infer import main\n"
+        "argv, folders = sys.argv[1:-3], sys.argv[-3:]\n"
+        "sys.exit(sum(main([*argv, '--save-dir', folder]) for folder in folders))"
+    )
+    command = ["-c", several, *INFER[1:], "--prompt", "x", *map(os.fsdecode, folders)]
     done = started(command, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0, done.stderr
-    assert os.path.isfile(done.stdout.removesuffix(b"\n"))
+    printed = done.stdout.removesuffix(b"\n").split(b"\n")
+    assert [os.path.dirname(path) for path in printed] == folders
+    assert all(os.path.isfile(path) for path in printed)
     assert b"\x1b[31m" not in done.stderr

@@ -69,6 +69,7 @@ def run(sweep_file: Path, machine: Machine, *flags: str) -> int:
     return run_sweep(parse_command_line(argv), argv, machine)
 
 
+@pytest.mark.slow
 def test_six_points_on_two_meshes(
     sweep_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> list[st
     return capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_says_it_once_cached_or_not_and_writes_it_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
