@@ -96,7 +96,7 @@ class ModelSet:
             self._comms[mesh],
             layout,
             self.runtime,
-            self.session.all_gather_object,
+            self.session.control.all_gather_object,
         )
 
     @property

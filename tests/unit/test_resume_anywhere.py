@@ -23,7 +23,7 @@ from opensora_sp.jobs.identity import identity_of, latents_identity
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.jobs.saved_progress import SavedProgress
 from opensora_sp.parallel.session import alone
-from opensora_sp.request.request import Request, RunSettings, Task
+from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
 
 CLIPS, STEPS = 3, 3
 SHAPE = (4, 10, 2, 2)
@@ -42,7 +42,10 @@ def state_of(folder: Path, video: int = 0) -> StateFiles:
         prompt=f"p{video}", height=16, width=16, num_frames=34, loop=CLIPS, steps=STEPS
     )
     task = Task(request=request, output=folder / f"{video}.mp4")
-    return StateFiles(task.output, latents_identity(identity_of(task, RunSettings(), {"dit": "d"})))
+    return StateFiles(
+        task.output,
+        latents_identity(identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"})),
+    )
 
 
 @functools.cache
