@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.deadlines import parse_deadlines
-from opensora_sp.base.screen import note
 from opensora_sp.engine.model_set import Parallelism
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.text_cache import default_directory
@@ -22,6 +21,8 @@ from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.request.request import Job, Request, RunSettings
 from opensora_sp.request.runtime import Runtime
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -107,10 +108,9 @@ def _text_cache(settings: RunSettings, *, leads: bool) -> Path | None:
         return Path(settings.text_cache)
     directory = default_directory()
     if directory is None and leads and settings.verbose > 0:
-        print(
-            "note: text cache: off, for this user has no home directory: set HOME, or give "
-            "--text-cache DIR",
-            file=sys.stderr,
+        _log.warning(
+            "text cache: off, for this user has no home directory: set HOME, or give "
+            "--text-cache DIR"
         )
     return directory
 
@@ -122,14 +122,13 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
         return
     known = pipeline.models.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
-        note(f"this transformer knows {known} text tokens at most")
+        _log.warning("this transformer knows %d text tokens at most", known)
     if (crossing := crossing_note(mesh, whole.nodes)) is not None:
-        note(crossing)
+        _log.warning(crossing)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
-    print(
+    _log.info(
         f"{request.num_frames} frames of {request.height}x{request.width} as {frames}x{height}x"
         f"{width} latents ({rows * columns} patches a frame), {request.steps} steps, "
-        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
-        file=sys.stderr,
+        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})"
     )

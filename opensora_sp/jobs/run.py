@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from opensora_sp.base import faults
 from opensora_sp.base.errors import SharedFault, SharedPromptFault, UserError
-from opensora_sp.base.screen import note, note_once, one_line, result
+from opensora_sp.base.screen import result, warn_once
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Position
 from opensora_sp.engine.weight_digests import model_digests
@@ -32,6 +32,8 @@ from opensora_sp.parallel.session import Session
 from opensora_sp.request.naming import numbered
 from opensora_sp.request.request import Job, RunSettings, Task
 from opensora_sp.request.told import MOST_NOTES, told
+
+_log = logging.getLogger(__name__)
 
 
 def run_job(job: Job) -> int:
@@ -115,7 +117,7 @@ def _advise(settings: RunSettings, whole: Session, works: Sequence[Work]) -> Non
     """More replicas are a person's choice: whether a video fits fewer ranks is not known here."""
     ranks, asked = whole.world_size, settings.replicas is not None
     if whole.leads and settings.verbose > 0 and not asked and ranks > 1 and len(works) > 1:
-        note(
+        _log.warning(
             f"{len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
             f"R at a time on {ranks}/R ranks each, faster if one fits their memory"
         )
@@ -205,7 +207,7 @@ def _run_what_can_be(
             failed.append(Failure(bad.output, str(fault)))
             if pipeline.session.leads:
                 record_path(bad.output).unlink(missing_ok=True)  # or it would hold the name
-                note(f"{bad.output} is not made: {fault}; the others are")
+                _log.warning("%s is not made: %s; the others are", bad.output, fault)
             if sheet is not None:
                 sheet.forget(work.tasks)
             work = replace(work, tasks=tuple(task for task in work.tasks if task is not bad))
@@ -225,7 +227,7 @@ def _report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
         if lines:
             lines.append("all others are made; the same command makes these once they are mended")
         for line in lines:
-            print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+            _log.error(line)
     return 1 if every or job.failed else 0
 
 
@@ -264,18 +266,17 @@ def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Wo
             notes += one.notes(refined=settings.llm_refine)
             if settings.verbose > 1:
                 clip = f" from clip {one.clip} on" if one.clips > 1 else ""
-                print(f"{task.output.name}{clip} is told: {one.caption!r}", file=sys.stderr)
+                _log.info("%s%s is told: %r", task.output.name, clip, one.caption)
                 if one.unread:
-                    print(f"{task.output.name}{clip} is not told: {one.unread!r}", file=sys.stderr)
+                    _log.info("%s%s is not told: %r", task.output.name, clip, one.unread)
     most = len(notes) if settings.verbose > 1 else MOST_NOTES
     for told_of in notes[:most]:
-        note(told_of)
+        _log.warning(told_of)
     if len(notes) > most:
-        note(
+        _log.warning(
             f"{len(notes) - most} more notes of this kind; --verbose 2 shows all of them and "
             "what the model is told of every prompt"
         )
-    sys.stderr.flush()
 
 
 def _encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> None:
@@ -352,11 +353,11 @@ def _finish(
             try:
                 one.remove()
             except OSError as error:  # the output is there: what is left over takes nothing from it
-                note_once("left over", f"the saved state of {one.output} is left: {error}")
+                warn_once(_log, "left over", f"the saved state of {one.output} is left: {error}")
     if sheet is not None:
         sheet.took(work.tasks, seconds)
     if pipeline.options.show_progress:
-        print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        _log.info("done in %.1f s", seconds)
     for task in work.tasks:
         result(task.output)
 
@@ -365,4 +366,4 @@ def _put_down(task: Task, identity: Identity, stage: Stage) -> None:
     try:
         write_record(task.output, identity, stage)
     except (UserError, OSError) as error:
-        note_once("record", f"the record of {task.output} is not written: {error}")
+        warn_once(_log, "record", f"the record of {task.output} is not written: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import pytest
 from opensora_sp.base.screen import (
     MOST_SHOWN,
     note,
-    note_once,
     one_line,
     printable,
     result,
     robust_screen,
+    warn_once,
 )
 
+LOG = logging.getLogger("opensora_sp.jobs.run")
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ["launch/plan.py", "--device-memory", "48GB"]
 INFER = ["launch/infer.py", "--device", "cpu", "--dtype", "fp32", "--image-size", "32", "48"]
@@ -122,9 +124,9 @@ def test_standard_error_that_is_gone_is_done_without(monkeypatch: pytest.MonkeyP
 def test_trouble_of_a_kind_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):  # two commands of one process
         with robust_screen():
-            note_once("record", "first")
-            note_once("record", "second")
-            note_once("state", "third")
+            warn_once(LOG, "record", "first")
+            warn_once(LOG, "record", "second")
+            warn_once(LOG, "state", "third")
     assert capsys.readouterr().err.splitlines() == ["note: first", "note: third"] * 2
 
 
