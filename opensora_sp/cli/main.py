@@ -130,7 +130,7 @@ def overview() -> str:
             "commands:",
             *lines,
             "",
-            "opensora-sp COMMAND --help shows the flags that most people use; --help all, every one",
+            "opensora-sp COMMAND --help shows the flags that most people use, --help all every one",
             "opensora-sp --version prints the version.",
             "",
             "examples:",

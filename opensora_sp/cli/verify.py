@@ -90,8 +90,10 @@ def _parser(only: Examination | None = None) -> argparse.ArgumentParser:
             "--dtype",
             choices=DTYPES,
             default="fp32",
-            help="default fp32; the conformance suite runs whole in fp32, and in the others the "
-            "transformer's cases alone, compared by relative RMS",
+            help="default fp32"
+            if only == "parity"
+            else "fp32 (default) runs every part of the suite; others only the transformer's, by "
+            "relative RMS",
         )
     if only in (None, "verify"):
         parser.add_argument(

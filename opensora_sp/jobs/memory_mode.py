@@ -55,5 +55,6 @@ def _tell_of_idle_devices(session: Session, *, quiet: bool) -> None:
     if count > here:
         _log.warning(
             f"{count} {session.device.type} devices are visible but {here} rank(s) run on "
-            f"this node: torchrun --nproc_per_node {count} launch/infer.py … uses them all"
+            f"this node: torchrun --nproc_per_node {count} --no-python opensora-sp generate … uses "
+            "them all"
         )

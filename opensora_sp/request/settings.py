@@ -190,9 +190,7 @@ def _convert(flag: Flag, raw: Raw, program: str) -> Any:
 
 
 def _refuse_program(flag: Flag, raw: Raw) -> NoReturn:
-    raise UserError(
-        f"{flag.name} {shown(raw)} belongs to the {flag.program}: use launch/{flag.program}.py"
-    )
+    raise UserError(f"{flag.name} {shown(raw)} belongs to opensora-sp {flag.program}")
 
 
 def _convert_one(flag: Flag, text: str | None) -> Any:

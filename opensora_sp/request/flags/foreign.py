@@ -142,7 +142,8 @@ FOREIGN: tuple[Foreign, ...] = (
         *("hsdp-shard-dim", "use-fsdp-inference", "zero", "zero-stage"),
     ),
     _none(
-        "torchrun says how many ranks there are: torchrun --nproc_per_node N launch/infer.py ...",
+        "torchrun says how many ranks there are: torchrun --nproc_per_node N --no-python "
+        "opensora-sp …",
         *("num-gpus", "ngpus", "gpus", "num-devices", "nproc-per-node", "nproc", "n-gpus"),
         *("world-size", "gpu-ids", "devices", "gpu", "nnodes", "node-rank", "master-addr"),
         *("master-port",),
@@ -356,7 +357,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "serve",
     ),
     _none(
-        "Hugging Face is never asked at run time: scripts/download_weights.py fetches weights",
+        "Hugging Face is never asked at run time: opensora-sp download fetches weights",
         "hf-token",
         "token",
         "revision",

@@ -290,7 +290,7 @@ RUN_GROUPS: tuple[Group, ...] = (
         ),
     ),
     (
-        "Benchmark (launch/benchmark.py only)",
+        "Benchmark (opensora-sp benchmark only)",
         (
             _benchmark("--warmup-count", 1, "runs of 5 steps before measuring, not saved"),
             _benchmark("--eval-count", 1, "measured runs, each written as infer does"),
@@ -326,7 +326,7 @@ RUN_GROUPS: tuple[Group, ...] = (
         ),
     ),
     (
-        "Plan (launch/plan.py only)",
+        "Plan (opensora-sp plan only)",
         (
             flag("--ranks", integer(1, 64), 1, "plan for so many ranks", program="plan"),
             flag(
@@ -358,9 +358,10 @@ RUN_GROUPS: tuple[Group, ...] = (
         (
             flag(
                 "--config",
-                path("FILE"),
+                path("FILE|NAME"),
                 None,
-                "YAML file with the same names as keys; flags win over it",
+                "YAML file with the same names as keys, or the name of one that comes along, such "
+                "as 720p-16s; flags win over it",
                 control=True,
             ),
             flag(
