@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 1 if the check found something, or 2 for a mistake."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = parser().parse_args(argv)
         if arguments.check:
             return check(arguments.check)
         if arguments.directory is None:
@@ -93,35 +93,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    made = _Parser(
         prog="opensora-sp download",
+        usage="opensora-sp download DIR\n       opensora-sp download --check DIR [DIR ...]",
         description="Fetches the four published checkpoints into DIR/dit, DIR/t5, DIR/vae2d and "
         "DIR/vae3d (25 GB), or checks directories that are there. HF_ENDPOINT names a mirror.",
     )
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="where to put them")
-    parser.add_argument(
+    made.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="where to put them")
+    made.add_argument(
         "--only", nargs="+", choices=tuple(REPOSITORIES), help="some of the four (default: all)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--hashes",
         type=Path,
         metavar="FILE",
         help="more hashes to hold files against: SHA256SUMS of an earlier download's DIR",
     )
-    parser.add_argument(
+    made.add_argument(
         "--token-to-mirror",
         action="store_true",
         help="send HF_TOKEN to the mirror in HF_ENDPOINT too, which can then use it as you",
     )
-    parser.add_argument(
+    made.add_argument(
         "--check",
         nargs="+",
         type=Path,
         metavar="DIR",
         help="verify directories offline: a checkpoint, or the DIR of an earlier download",
     )
-    return parser
+    return made
 
 
 def is_mirror() -> bool:

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (asked := help_asked(argv)) is not None:
             # Short help is of one examination; all of it, of the three that share this command.
-            return say(_parser(None if asked == "all" else _examination(argv)).format_help())
-        arguments = _parser().parse_args(argv)
+            return say(parser_of(None if asked == "all" else examination(argv)).format_help())
+        arguments = parser_of().parse_args(argv)
         launch = join()
         request = _request(arguments) if arguments.parity else None
         if arguments.doctor and arguments.parity:
@@ -67,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error, same_everywhere=False)
 
 
-def _examination(argv: Sequence[str]) -> Examination:
+def examination(argv: Sequence[str]) -> Examination:
     """Which of the three is asked for, as far as help is concerned."""
     return "parity" if "--parity" in argv else "doctor" if "--doctor" in argv else "verify"
 
 
-def _parser(only: Examination | None = None) -> argparse.ArgumentParser:
+def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
     """The parser of all three examinations; for its help, of one of them only."""
     name = only or "verify"
     parser = _Parser(
