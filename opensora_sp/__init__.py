@@ -6,8 +6,8 @@
         pipeline = Pipeline.load(session=session)
         result = pipeline.generate(Request(prompt="a red ball rolls to the left"))
 
-The names in `__all__` are what Python code may rely on (docs/python.md). Each is imported when it is
-first used: `import opensora_sp` alone loads neither torch nor any model.
+The names in `__all__` are what Python code may rely on (docs/python.md). Each is imported at its
+first use: `import opensora_sp` alone loads neither torch nor any model.
 """
 
 from typing import TYPE_CHECKING, Any
