@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import on_any_screen, one_line
+from opensora_sp.base.screen import on_any_screen
+from opensora_sp.base.value_types import shown
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, program_help, say
 
@@ -94,15 +95,13 @@ def _text(argv: Sequence[str]) -> str:
         return f"opensora_sp {__version__}\n"
     if name.startswith("-"):
         raise UserError(
-            f"{one_line(name)}: the command comes first, such as opensora-sp generate "
-            f"{one_line(name)} … (opensora-sp --help lists the commands)"
+            f"{shown(name)}: the command comes first, such as opensora-sp generate "
+            f"{name.partition('=')[0]} … (opensora-sp --help lists the commands)"
         )
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(
-            f"{one_line(name)!r} is not a command{meant} (opensora-sp --help lists them)"
-        )
+        raise UserError(f"{shown(name)} is not a command{meant} (opensora-sp --help lists them)")
     command, asked = COMMANDS[name], help_asked(rest)
     if command.operands is None:
         assert command.program is not None

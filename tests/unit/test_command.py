@@ -157,11 +157,12 @@ def test_commands_do_what_the_old_names_do(
     assert reports[0] in compared
 
 
-@pytest.mark.parametrize("name", names())
-def test_a_config_is_known_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    by_name = said(capsys, "generate", "--config", name, "--print-config")
-    path = str(ROOT / "configs" / f"{name}.yaml")
-    assert by_name == said(capsys, "generate", "--config", path, "--print-config")
+def test_a_config_is_known_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"720p-16s", "144p-image", "base", "embedded"} <= set(names())
+    for name in names():
+        by_name = said(capsys, "generate", "--config", name, "--print-config")
+        path = str(ROOT / "configs" / f"{name}.yaml")
+        assert by_name == said(capsys, "generate", "--config", path, "--print-config")
 
 
 def test_a_name_of_no_config_is_refused_with_the_nearest(
@@ -183,113 +184,37 @@ def test_a_name_of_no_config_is_refused_with_the_nearest(
 
 
 # The vendor's two scripts, flag for flag, as its guide starts them.
-VENDOR = [
-    "--device",
-    "cpu",
-    "--ckpt-path-dit",
-    "dit",
-    "--ckpt-path-t5",
-    "t5",
-    "--ckpt-path-vae2d",
-    "vae2d",
-    "--ckpt-path-vae3d",
-    "vae3d",
-    "--num-frames",
-    "2s",
-    "--resolution",
-    "720p",
-    "--aspect-ratio",
-    "9:16",
-    "--sample-name",
-    "sample",
-    "--save-dir",
-    "./samples/samples/",
-    "--prompt",
-    "a",
-    "b",
-    "--start-index",
-    "0",
-    "--end-index",
-    "2",
-    "--num-sample",
-    "1",
-    "--prompt-as-path",
-    "--batch-size",
-    "1",
-    "--seed",
-    "42",
-    "--dtype",
-    "bf16",
-    "--fps",
-    "24",
-    "--save-fps",
-    "24",
-    "--frame-interval",
-    "1",
-    "--num-sampling-steps",
-    "30",
-    "--cfg-scale",
-    "7.0",
-    "--loop",
-    "1",
-    "--condition-frame-length",
-    "5",
-    "--reference-path",
-    "a.png",
-    "b.png",
-    "--mask-strategy",
-    "0",
-    "0",
-    "--align",
-    "5",
-    "--aes",
-    "6.5",
-    "--flow",
-    "3",
-    "--camera-motion",
-    "none",
-    "--watermark",
-    "False",
-    "--verbose",
-    "True",
-    "--model-max-length",
-    "300",
-    "--micro-batch-size",
-    "4",
-    "--micro-frame-size",
-    "17",
-    "--enable-compile",
-    "False",
-    "--flash-attn",
-    "False",
-    "--layernorm-kernel",
-    "False",
-    "--qk-norm",
-    "True",
-    "--llm-refine",
-    "False",
-    "--prompt-generator",
-    "m",
-]
+VENDOR = """
+--device cpu --ckpt-path-dit dit --ckpt-path-t5 t5 --ckpt-path-vae2d vae2d --ckpt-path-vae3d vae3d
+--num-frames 2s --resolution 720p --aspect-ratio 9:16 --sample-name sample
+--save-dir ./samples/samples/ --prompt a b --start-index 0 --end-index 2 --num-sample 1
+--prompt-as-path --batch-size 1 --seed 42 --dtype bf16 --fps 24 --save-fps 24 --frame-interval 1
+--num-sampling-steps 30 --cfg-scale 7.0 --loop 1 --condition-frame-length 5
+--reference-path a.png b.png --mask-strategy 0 0 --align 5 --aes 6.5 --flow 3 --camera-motion none
+--watermark False --verbose True --model-max-length 300 --micro-batch-size 4 --micro-frame-size 17
+--enable-compile False --flash-attn False --layernorm-kernel False --qk-norm True
+--llm-refine False --prompt-generator m
+"""
 
 
 @pytest.mark.parametrize(
     ("script", "more"),
     [
-        ("demo_open_sora", ["--image-size", "720", "1280"]),
+        ("demo_open_sora", "--image-size 720 1280"),
         (
             "benchmark_open_sora",
-            ["--warmup-count", "1", "--eval-count", "1", "--benchmark-save-path", "r.json"],
+            "--warmup-count 1 --eval-count 1 --benchmark-save-path r.json",
         ),
     ],
 )
-def test_the_vendor_s_command_lines_are_accepted(script: str, more: list[str]) -> None:
-    done = start(f"scripts/{script}.py", *VENDOR, *more, "--print-config", cwd=ROOT)
+def test_the_vendor_s_command_lines_are_accepted(script: str, more: str) -> None:
+    flags = f"{VENDOR} {more}".split()
+    done = start(f"scripts/{script}.py", *flags, "--print-config", cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert "resolution: 720p" in done.stdout
     assert "num_frames: 51" in done.stdout
     assert ("eval_count: 1" in done.stdout) == (script == "benchmark_open_sora")
-    refused = start(f"scripts/{script}.py", *VENDOR, "--dtype", "fp8", cwd=ROOT)
+    refused = start(f"scripts/{script}.py", *flags, "--dtype", "fp8", cwd=ROOT)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --dtype 'fp8'")
 
@@ -317,9 +242,8 @@ def test_bash_completes_commands_flags_and_values(
     script = tmp_path / "completion.bash"
     script.write_text(said(capsys, "completion", "bash")[0], encoding="utf-8")
     assert set(complete(script, "opensora-sp", "")) >= set(COMMANDS)
-    assert complete(script, "opensora-sp", "generate", "--sav") == ["--save-fps", "--save-dir"] + [
-        "--save-every"
-    ]
+    saving = ["--save-fps", "--save-dir", "--save-every"]
+    assert complete(script, "opensora-sp", "generate", "--sav") == saving
     assert complete(script, "opensora-sp", "generate", "--dtype", "") == ["fp32", "fp16", "bf16"]
     assert complete(script, "opensora-sp", "plan", "--rank") == ["--ranks"]
     assert "--link-gbps" in complete(script, "opensora-sp", "parity", "--")
@@ -340,7 +264,7 @@ def test_completion_without_shtab_says_what_to_install(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this code, unpacked where neither the checkout nor its configs/ are beside it."""
+    """The wheel of this code, unpacked where nothing of the checkout is beside it."""
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
@@ -379,9 +303,8 @@ def test_the_wheel_works_in_another_folder(wheel: Path, tmp_path: Path) -> None:
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         return start("-m", "opensora_sp", *words, cwd=tmp_path, PYTHONPATH=str(wheel))
 
-    where = start(
-        "-c", "import opensora_sp as o; print(o.__file__)", cwd=tmp_path, PYTHONPATH=str(wheel)
-    )
+    ask = "import opensora_sp; print(opensora_sp.__file__)"
+    where = start("-c", ask, cwd=tmp_path, PYTHONPATH=str(wheel))
     assert where.stdout.startswith(str(wheel))
     printed = command("generate", "--config", "720p-16s", "--print-config")
     assert printed.returncode == 0, printed.stderr
