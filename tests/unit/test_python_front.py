@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -193,3 +194,26 @@ def test_the_package_leaves_logging_as_it_was() -> None:
     with robust_screen():
         assert not log.propagate
     assert (log.level, log.propagate, log.handlers) == before
+
+
+def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # What a comment beside a print promises is what is printed.
+    promised = re.findall(r"print\(.*\)  # (?:.* = )?(.*\d.*|.*exist)$", page, re.MULTILINE)
+    assert len(promised) == 5
+    for words in promised:
+        assert words in done.stdout.splitlines()
+    for name in set(opensora_sp.__all__) - {"__version__"}:
+        assert f"`{name}" in page
