@@ -209,7 +209,8 @@ note: CPU threads of a rank: 1
 sample_0000.png is told: 'a red ball aesthetic score: 6.5.'
 sample_0001.png is told: 'ein ball 👍 aesthetic score: 6.5.'
 note: prompt 'Ein Ball 一只猫 👍': not read are '一只猫', which caption cleaning drops; the \
-model is told 'ein ball 👍 aesthetic score: 6.5.': write it in English (--llm-refine true translates)
+model is told 'ein ball 👍 aesthetic score: 6.5.': write it in English (--llm-refine true \
+translates)
 note: prompt 'Ein Ball 一只猫 👍': the text encoder has no letters for '👍', which all read \
 alike to it: write it in English (--llm-refine true translates)
 done in N s
