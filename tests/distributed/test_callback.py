@@ -25,10 +25,11 @@ def watched(session: Session, request: Request) -> tuple[list[Any], Tensor | Non
         seen.append((step, t, None if latents is None else latents.clone()))
 
     result = pipeline.generate(request, callback_on_step_end=watch)
-    plain = pipeline.generate(request).latents[0]
-    assert (plain is None) == (result.latents[0] is None)
-    if plain is not None:
-        assert torch.equal(plain, result.latents[0])
+    plain, seen_to = pipeline.generate(request).latents[0], result.latents[0]
+    if plain is None or seen_to is None:
+        assert plain is seen_to
+    else:
+        assert torch.equal(plain, seen_to)
     return seen, plain
 
 

@@ -82,6 +82,7 @@ def test_from_pretrained_takes_one_directory_or_four(tmp_path: Path) -> None:
     (latents,) = one_elsewhere.generate(SMALL).latents
     (expected,) = Pipeline.load(session=alone("cpu"), dtype="fp32").generate(SMALL).latents
     assert latents is not None
+    assert expected is not None
     assert torch.equal(latents, expected)
 
 
@@ -110,7 +111,7 @@ def test_the_callback_sees_every_step_and_changes_nothing(pipeline: Pipeline) ->
     plain = pipeline.generate(SMALL)
     seen: list[tuple[int, float, Tensor]] = []
 
-    def watch(step: int, t: float, latents: Tensor | None) -> int:
+    def watch(step: int, t: float, latents: Tensor | None) -> Any:
         assert latents is not None
         seen.append((step, t, latents.clone()))
         latents.zero_()  # what a callback does with its latents is its own affair
@@ -124,6 +125,7 @@ def test_the_callback_sees_every_step_and_changes_nothing(pipeline: Pipeline) ->
     assert {tuple(state.shape) for state in states} == {(1, 4, *SMALL.latent_shape)}
     (latents,), (expected,) = watched.latents, plain.latents
     assert latents is not None
+    assert expected is not None
     assert torch.equal(latents, expected)
     assert torch.equal(states[-1], latents)
     assert not torch.equal(states[0], states[1])
