@@ -26,7 +26,8 @@ _DEFAULT_PORT = 29_500  # torch's own
 _PORTS = range(20_000, 32_000)  # below those that systems take for outgoing connections
 # Slurm numbers its steps that are no srun (a batch script, an interactive shell) from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-_HOW = "start with torchrun --nproc_per_node N launch/infer.py … (docs/launching.md)"
+_START = "--no-python opensora-sp generate …"
+_HOW = f"start with torchrun --nproc_per_node N {_START} (docs/launching.md)"
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _of_mpi(environ: Mapping[str, str]) -> Launch | None:
             raise UserError(
                 f"{family.size}={size} in the environment, but {missing} is missing, so that the "
                 f"copies cannot share a node's devices: torchrun --nproc_per_node {size} "
-                "launch/infer.py …"
+                f"{_START}"
             )
         where = "127.0.0.1" if local_size == size else None
         return _met(environ, family, (rank, size, local_rank, local_size), where)
@@ -301,7 +302,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch | None:
         raise UserError(
             f"srun started {size} tasks, but SLURM_PROCID, SLURM_LOCALID or "
             f"SLURM_STEP_TASKS_PER_NODE is missing in the environment: srun --ntasks-per-node 1 "
-            f"torchrun --nproc_per_node N launch/infer.py …"
+            f"torchrun --nproc_per_node N {_START}"
         )
     where = "127.0.0.1" if local_size == size else None
     nodes = _text(environ, "SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST")
@@ -368,10 +369,14 @@ def _port_of(job: str) -> int:
 
 
 def _alone_note(name: str, size: int, launcher: str) -> str:
-    flags = "srun -n" if launcher == "srun" else "torchrun --nproc_per_node"
+    start = (
+        f"srun -n {size} opensora-sp generate …"
+        if launcher == "srun"
+        else f"torchrun --nproc_per_node {size} {_START}"
+    )
     return (
         f"{name}={size} in the environment, but {launcher} did not say which of them this process "
-        f"is: it runs alone; {flags} {size} … launch/infer.py … makes {size} ranks share a video"
+        f"is: it runs alone; {start} makes {size} ranks share a video"
     )
 
 

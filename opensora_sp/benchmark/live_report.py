@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -9,7 +10,6 @@ from typing import Any
 
 from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.report import build
 from opensora_sp.benchmark.report.files import (
@@ -21,6 +21,8 @@ from opensora_sp.benchmark.report.files import (
 )
 from opensora_sp.planner.plan import Plan
 from opensora_sp.request.request import Job
+
+_log = logging.getLogger(__name__)
 
 SCHEDULER = "rflow"
 
@@ -65,7 +67,7 @@ class LiveReport:
         try:
             self.write("failed", found)
         except UserError as trouble:
-            note(f"the report of this failure: {trouble}")
+            _log.warning("the report of this failure: %s", trouble)
 
     def _report(self, status: str, error: Mapping[str, Any] | None) -> Report:
         machine = self.facts["machine"]

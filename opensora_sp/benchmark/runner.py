@@ -6,7 +6,7 @@ run encodes its texts anew; the time that took is the beginning of the run it be
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,6 +38,8 @@ from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.flags.benchmark_settings import WARMUP_STEPS
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Task
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,7 +184,7 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Liv
     """One run; its record joins the draft on the leading rank. Collective."""
     draft.doing = f"{run.kind} run {run.number}"
     if pipeline.session.leads and pipeline.options.show_progress:
-        print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
+        _log.info("%s run %d", run.kind, run.number)
     with recorded(pipeline, meter) as phase:
         frames = _generate(pipeline, job, run)
     assert run.text is not None

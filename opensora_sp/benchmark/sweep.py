@@ -6,6 +6,7 @@ goes on where it was. Imports no torch.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note
 from opensora_sp.base.value_types import shown
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.report.files import Report, read_report, write_report
@@ -23,6 +23,8 @@ from opensora_sp.benchmark.sweep_spec import Point, read_sweep
 from opensora_sp.benchmark.sweep_table import write_tables
 from opensora_sp.request.flags.benchmark_settings import DEFAULT_REPORT
 from opensora_sp.request.settings import CommandLine, build_job, parse_command_line, resolve
+
+_log = logging.getLogger(__name__)
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _END_SECONDS = 30.0  # between asking a point to stop and stopping it
@@ -41,7 +43,7 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
     given = resolve(parse_command_line(base), program="benchmark")
     sweep = read_sweep(path, given["aspect_ratio"])
     for each in _set_aside(given):
-        note(each)
+        _log.warning(each)
     report = Path(str(command.written.get("benchmark_save_path", DEFAULT_REPORT)))
     folder = report.parent / Path(path).stem
     points = list(sweep.points())

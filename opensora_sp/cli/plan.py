@@ -7,12 +7,12 @@ from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse
+from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
-from opensora_sp.request.flags.docs import help_text
 from opensora_sp.request.preflight import check_checkpoints
 from opensora_sp.request.request import EngineSettings, Request
 from opensora_sp.request.setting import from_flags
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    command = parse_command_line(argv)
-    if command.help:
-        sys.stdout.write(help_text("plan"))
+    if (asked := help_asked(argv)) is not None:
+        sys.stdout.write(program_help("plan", asked))
         return 0
+    command = parse_command_line(argv)
     if command.version:
         print(f"opensora_sp {__version__}")
         return 0

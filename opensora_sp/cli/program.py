@@ -12,12 +12,12 @@ from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.base.rank_log import rank_log
 from opensora_sp.base.screen import note
 from opensora_sp.cli.console import rank, refuse, world_size
+from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.cli.stopping import stoppable
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 from opensora_sp.parallel.watchdog.signals import leave
 from opensora_sp.planner.devices import parse_memory
 from opensora_sp.planner.requests import plan_job
-from opensora_sp.request.flags.docs import help_text
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import (
     Values,
@@ -68,9 +68,9 @@ def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
 
     Raises UserError.
     """
+    if (asked := help_asked(argv)) is not None:
+        return program_help(program.name, asked)
     command = parse_command_line(argv)
-    if command.help:
-        return help_text(program.name)
     if command.version:
         return f"opensora_sp {__version__}\n"
     values = resolve(command, program=program.name)

@@ -138,7 +138,7 @@ class Pipeline:
     ) -> Pipeline:
         """`load` from directories on this machine; nothing is downloaded.
 
-        directory: holds dit, t5, vae2d and vae3d, as scripts/download_weights.py leaves them. Or
+        directory: holds dit, t5, vae2d and vae3d, as opensora-sp download leaves them. Or
         the four by name, which win over what `directory` holds. settings: as for `load`. Raises
         UserError naming the directory that is missing or the file that it lacks.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from opensora_sp.models.offload import release_cached
 from opensora_sp.parallel.agreement import broadcast_checked
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.request import CheckFinite
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from opensora_sp.models.text_encoder import TextEncoder
@@ -100,7 +102,7 @@ class TextStage:
         self._captions |= {(caption, max_length): tokens for caption, tokens in known.items()}
         missing = [caption for caption in missing if caption not in known]
         if self.show_progress and known:
-            print(f"text: {len(known)} captions from the cache", file=sys.stderr, flush=True)
+            _log.info("text: %d captions from the cache", len(known))
         if not missing:
             return
         encoder = self._load_encoder(max_length)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 
 from opensora_sp.base.free_memory import free_bytes
 from opensora_sp.base.launcher import read_launch
-from opensora_sp.base.screen import note
 from opensora_sp.parallel.backend import device_module
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.devices import GB, parse_memory
 from opensora_sp.planner.requests import plan_job
 from opensora_sp.request.memory_modes import FASTEST, MemoryMode, memory_mode
 from opensora_sp.request.request import Job
+
+_log = logging.getLogger(__name__)
 
 
 def choose_memory(job: Job, session: Session) -> MemoryMode:
@@ -39,10 +40,9 @@ def choose_memory(job: Job, session: Session) -> MemoryMode:
     plan = session.control.broadcast_object(planned)
     assert plan is not None
     if session.leads and job.settings.verbose > 0:
-        print(
+        _log.info(
             f"plan: --memory {plan.mode}, {plan.peak / GB:.1f} of {memory / GB:.1f} GB at most, "
-            f"{plan.flops / 1e15:.2f} PFLOP and {plan.sent / GB:.1f} GB sent on the busiest rank",
-            file=sys.stderr,
+            f"{plan.flops / 1e15:.2f} PFLOP and {plan.sent / GB:.1f} GB sent on the busiest rank"
         )
     return plan.mode
 
@@ -55,7 +55,8 @@ def _tell_of_idle_devices(session: Session, *, quiet: bool) -> None:
     here = read_launch().local_world_size
     count = int(module.device_count())
     if count > here:
-        note(
+        _log.warning(
             f"{count} {session.device.type} devices are visible but {here} rank(s) run on "
-            f"this node: torchrun --nproc_per_node {count} launch/infer.py … uses them all"
+            f"this node: torchrun --nproc_per_node {count} --no-python opensora-sp generate … uses "
+            "them all"
         )

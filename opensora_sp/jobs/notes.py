@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opensora_sp.base.screen import note, one_line
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.open import Engine, announce
 from opensora_sp.jobs.schedule import Work
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.request import Job
 from opensora_sp.request.told import MOST_NOTES, told
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def say_what_begins(engine: Engine, job: Job, works: Sequence[Work]) -> None:
         and ranks > 1
         and len(works) > 1
     ):
-        note(
+        _log.warning(
             f"{len(works)} videos or batches, each on all {ranks} ranks; --replicas R makes "
             f"R at a time on {ranks}/R ranks each, faster if one fits their memory"
         )
@@ -68,18 +69,17 @@ def _tell(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
             notes += one.notes(refined=settings.llm_refine)
             if settings.verbose > 1:
                 clip = f" from clip {one.clip} on" if one.clips > 1 else ""
-                print(f"{task.output.name}{clip} is told: {one.caption!r}", file=sys.stderr)
+                _log.info("%s%s is told: %r", task.output.name, clip, one.caption)
                 if one.unread:
-                    print(f"{task.output.name}{clip} is not told: {one.unread!r}", file=sys.stderr)
+                    _log.info("%s%s is not told: %r", task.output.name, clip, one.unread)
     most = len(notes) if settings.verbose > 1 else MOST_NOTES
     for told_of in notes[:most]:
-        note(told_of)
+        _log.warning(told_of)
     if len(notes) > most:
-        note(
+        _log.warning(
             f"{len(notes) - most} more notes of this kind; --verbose 2 shows all of them and "
             "what the model is told of every prompt"
         )
-    sys.stderr.flush()
 
 
 def report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
@@ -97,5 +97,5 @@ def report(whole: Session, job: Job, failed: Sequence[Failure]) -> int:
         if lines:
             lines.append("all others are made; the same command makes these once they are mended")
         for line in lines:
-            print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+            _log.error(line)
     return 1 if every or job.failed else 0

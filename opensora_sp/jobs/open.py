@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from pathlib import Path
 from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.deadlines import parse_deadlines
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.model_set import Parallelism
 from opensora_sp.engine.pipeline import Pipeline
@@ -28,6 +27,8 @@ from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.request.request import EngineSettings, Job, Request
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.setting import field_names
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,9 @@ def _text_cache(job: Job, *, leads: bool) -> Path | None:
         return Path(where)
     directory = default_directory()
     if directory is None and leads and job.settings.verbose > 0:
-        print(
-            "note: text cache: off, for this user has no home directory: set HOME, or give "
-            "--text-cache DIR",
-            file=sys.stderr,
+        _log.warning(
+            "text cache: off, for this user has no home directory: set HOME, or give "
+            "--text-cache DIR"
         )
     return directory
 
@@ -186,14 +186,13 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
         return
     known = pipeline.models.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
-        note(f"this transformer knows {known} text tokens at most")
+        _log.warning("this transformer knows %d text tokens at most", known)
     if (crossing := crossing_note(mesh, whole.nodes)) is not None:
-        note(crossing)
+        _log.warning(crossing)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
-    print(
+    _log.info(
         f"{request.num_frames} frames of {request.height}x{request.width} as {frames}x{height}x"
         f"{width} latents ({rows * columns} patches a frame), {request.steps} steps, "
-        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
-        file=sys.stderr,
+        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})"
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import queue
 import re
-import sys
 import threading
 import time
 import urllib.error
@@ -35,6 +35,8 @@ from opensora_sp.request.llm_endpoint import (
 )
 from opensora_sp.request.prompts import split_loops
 from opensora_sp.request.request import Request, Task
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
@@ -110,7 +112,7 @@ def _refine_all(
             known[text, image] = answer = refine_text(endpoint, text, image=image)
             if verbose:
                 answered = printable(" ".join(answer.split()))
-                print(f"{shown(text)} refined: {answered}", file=sys.stderr, flush=True)
+                _log.info("%s refined: %s", shown(text), answered)
         return known[text, image]
 
     return [[refine_prompt(request, refine) for request in batch] for batch in batches]

@@ -6,7 +6,7 @@ with open_engine(job) as engine:  # ranks and models; they stay for as many jobs
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from opensora_sp.base import faults
 from opensora_sp.base.errors import SharedFault, SharedPromptFault, UserError
-from opensora_sp.base.screen import note, note_once, result
+from opensora_sp.base.screen import result, warn_once
 from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
 from opensora_sp.jobs.notes import Failure, report, say_captions, say_what_begins
 from opensora_sp.jobs.open import Engine, show_progress, tidy
@@ -27,6 +27,8 @@ from opensora_sp.jobs.schedule import Work, deal
 from opensora_sp.jobs.sheet_sink import RunSheet
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.request import Job, Task
+
+_log = logging.getLogger(__name__)
 
 
 def run_job(engine: Engine, job: Job) -> int:
@@ -139,7 +141,7 @@ def _without(
     """The batch without a task that cannot be made, which is said."""
     if engine.pipeline.session.leads:
         record_path(bad.output).unlink(missing_ok=True)  # or it would hold the name
-        note(f"{bad.output} is not made: {fault}; the others are")
+        _log.warning("%s is not made: %s; the others are", bad.output, fault)
     if sheet is not None:
         sheet.forget(work.tasks)
     return replace(work, tasks=tuple(task for task in work.tasks if task is not bad))
@@ -158,11 +160,11 @@ def _finish(
             try:
                 one.remove()
             except OSError as error:  # the output is there: what is left over takes nothing from it
-                note_once("left over", f"the saved state of {one.output} is left: {error}")
+                warn_once(_log, "left over", f"the saved state of {one.output} is left: {error}")
     if sheet is not None:
         sheet.took(work.tasks, seconds)
     if job.settings.verbose > 0:
-        print(f"done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        _log.info("done in %.1f s", seconds)
     for task in work.tasks:
         result(task.output)
 
@@ -171,4 +173,4 @@ def _put_down(task: Task, identity: Identity, stage: Stage) -> None:
     try:
         write_record(task.output, identity, stage)
     except (UserError, OSError) as error:
-        note_once("record", f"the record of {task.output} is not written: {error}")
+        warn_once(_log, "record", f"the record of {task.output} is not written: {error}")

@@ -6,6 +6,7 @@ lost by failing to save: that is said, and the run goes on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.errors import Stopped, UserError
-from opensora_sp.base.screen import note_once
+from opensora_sp.base.screen import warn_once
 from opensora_sp.engine.progress import Gather, Position, Progress, ResumePoint
 from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.parallel.exchange import broadcast
 from opensora_sp.parallel.session import Session
+
+_log = logging.getLogger(__name__)
 
 
 class SavedProgress(Progress):
@@ -142,7 +145,9 @@ class SavedProgress(Progress):
             save()
         except (UserError, OSError) as error:
             # Hours of work do not end because their insurance could not be paid.
-            note_once("state", f"the state is not saved, so it cannot be gone on from: {error}")
+            warn_once(
+                _log, "state", f"the state is not saved, so it cannot be gone on from: {error}"
+            )
 
 
 def _masks(saved: Sequence[SavedStep]) -> Tensor | None:

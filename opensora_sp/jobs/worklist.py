@@ -6,22 +6,24 @@ looks, for the others may see another file system.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note, one_line
+from opensora_sp.base.screen import one_line
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference, identity_of, latents_identity
 from opensora_sp.jobs.records import FOLDER, Record, read_record, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.request.naming import number_of, numbered
 from opensora_sp.request.request import Job, JobSettings, Task
+
+_log = logging.getLogger(__name__)
 
 _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
@@ -64,7 +66,7 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
             write_record(task.output, identity, "waiting")
     _say_names(job.tasks, standings, settings)
     if settings.resume and all(standing.position == Position() for standing in standings):
-        note(
+        _log.warning(
             "--resume: nothing of this run has been begun in its --save-dir, so all of it "
             "starts from the beginning"
         )
@@ -139,7 +141,7 @@ def _say_names(
     if others and settings.verbose > 0:
         old, new = others[0]
         more = f" (and {len(others) - 1} more likewise)" if len(others) > 1 else ""
-        note(
+        _log.warning(
             f"{old.name} is there already and is another request's, so this one becomes {new}{more}"
         )
 
@@ -162,7 +164,7 @@ def _look_at(task: Task, identity: Identity, settings: JobSettings) -> WorkState
         return WorkState(position)
     if settings.verbose > 0:
         stands = "is only decoded" if position.clip >= request.loop else f"goes on after {said}"
-        print(one_line(f"{task.output} {stands}"), file=sys.stderr, flush=True)
+        _log.info(one_line(f"{task.output} {stands}"))
     return WorkState(position, files.refined_prompt())
 
 
@@ -188,7 +190,7 @@ def _is_finished(task: Task, identity: Identity, settings: JobSettings) -> bool:
     if found is not None and not settings.skip_existing:
         raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")
     although = "" if found is None else f", although {found}"
-    print(one_line(f"{output} is there already, skipped{although}"), file=sys.stderr)
+    _log.info(one_line(f"{output} is there already, skipped{although}"))
     return True
 
 

@@ -294,7 +294,7 @@ def _remedy(problems: Mapping[str, Sequence[str]], files: Sequence[Path]) -> str
     others = problems["missing"] or problems["of another shape"]
     if not others and all(n.startswith(("decoder.", "lm_head.")) for n in problems["unexpected"]):
         return (
-            "that is T5 with its decoder: convert it with `python -m opensora_sp.cli.convert t5 "
+            "that is T5 with its decoder: convert it with `opensora-sp convert t5 "
             f"{files[0].parent} NEW_DIR`"
         )
     return "give the checkpoint that belongs to its config.json"

@@ -10,6 +10,7 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.request.named_configs import find_config
 
 Raw = str | list[str | None] | None  # a value as it was written
 
@@ -20,11 +21,14 @@ _PLAIN_TAGS = frozenset(
 
 
 def read_config(path: str) -> dict[str, Raw]:
-    """Key (with underscores) → value as written. Raises UserError naming the file and the line."""
+    """Key (with underscores) → value as written, of a file or of a name such as 720p-16s.
+
+    Raises UserError naming the file and the line.
+    """
     import yaml
 
     what = f"--config {shown(path)}"
-    text = access.read_text(path, limit=access.CONFIG_LIMIT, what=what)
+    text = access.read_text(find_config(path), limit=access.CONFIG_LIMIT, what=what)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     # A number in it may be too large: of an escaped character, or of the version of YAML.

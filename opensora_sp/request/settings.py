@@ -197,9 +197,7 @@ def _convert(flag: Setting, raw: Raw, program: str) -> Any:
 
 
 def _refuse_program(flag: Setting, raw: Raw) -> NoReturn:
-    raise UserError(
-        f"{flag.name} {shown(raw)} belongs to the {flag.program}: use launch/{flag.program}.py"
-    )
+    raise UserError(f"{flag.name} {shown(raw)} belongs to opensora-sp {flag.program}")
 
 
 def _convert_one(flag: Setting, text: str | None) -> Any:

@@ -114,8 +114,9 @@ def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_of_which_nothing_is_known_is_never_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "opensora_sp")
     one = task(tmp_path)
     one.output.write_bytes(b"somebody's")
     assert positions(job(tmp_path, one, prompt_as_path=True, sample_name=None)) == [None]
@@ -128,7 +129,7 @@ def test_a_file_of_which_nothing_is_known_is_never_replaced(
     finish(one)
     changed = task(tmp_path, seed=7)
     assert positions(job(tmp_path, changed, prompt_as_path=True, sample_name=None)) == [None]
-    assert "skipped, although its seed was 42 and is 7 now" in capsys.readouterr().err
+    assert "skipped, although its seed was 42 and is 7 now" in caplog.text
 
 
 def names(work: Job) -> list[tuple[str, Position | None]]:

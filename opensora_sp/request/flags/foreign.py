@@ -144,7 +144,8 @@ FOREIGN: tuple[Foreign, ...] = (
         *("hsdp-shard-dim", "use-fsdp-inference", "zero", "zero-stage"),
     ),
     _none(
-        "torchrun says how many ranks there are: torchrun --nproc_per_node N launch/infer.py ...",
+        "torchrun says how many ranks there are: torchrun --nproc_per_node N -m opensora_sp "
+        "generate ...",
         *("num-gpus", "ngpus", "gpus", "num-devices", "nproc-per-node", "nproc", "n-gpus"),
         *("world-size", "gpu-ids", "devices", "gpu", "nnodes", "node-rank", "master-addr"),
         *("master-port",),
@@ -358,7 +359,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "serve",
     ),
     _none(
-        "Hugging Face is never asked at run time: scripts/download_weights.py fetches weights",
+        "Hugging Face is never asked at run time: opensora-sp download fetches weights",
         "hf-token",
         "token",
         "revision",

@@ -223,9 +223,10 @@ PLAN = (
 CONTROL = (
     _flag(
         "--config",
-        path("FILE"),
+        path("FILE|NAME"),
         None,
-        "YAML file with the same names as keys; flags win over it",
+        "YAML file with the same names as keys, or the name of one that comes along, such "
+        "as 720p-16s; flags win over it",
         changes="nothing",
         control=True,
     ),

@@ -48,11 +48,11 @@ _ORDER: dict[str, str] = {
         memory device_memory no_plan t5_device t5_weights batch_size micro_batch_size
         micro_frame_size enable_compile flash_attn layernorm_kernel qk_norm
     """,
-    "Benchmark (launch/benchmark.py only)": """
+    "Benchmark (opensora-sp benchmark only)": """
         warmup_count eval_count benchmark_save_path baseline peak_tflops measure_peak profile
         weight_hashes sweep compare
     """,
-    "Plan (launch/plan.py only)": "ranks table flop_rate link_rate",
+    "Plan (opensora-sp plan only)": "ranks table flop_rate link_rate",
     "This command": "config print_config version help",
 }
 

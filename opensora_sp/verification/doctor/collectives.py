@@ -59,7 +59,7 @@ PATTERNS: dict[str, Sizes] = {
 def check_collectives(session: Session) -> list[CheckResult]:
     """Every collective over the world and over subgroups. Collective; findings of this rank."""
     if session.world_size == 1:
-        line = "torchrun --nproc_per_node N launch/verify.py --doctor"
+        line = "torchrun --nproc_per_node N --no-python opensora-sp doctor"
         return [skipped(AREA, "all", f"one process alone; see them with {line}")]
     findings = [_attempt_together(session, "barrier", lambda: _barrier(session))]
     findings.append(_attempt_together(session, "share an object", lambda: _share(session)))

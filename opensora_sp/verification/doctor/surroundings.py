@@ -49,7 +49,7 @@ OLDEST = {
     "tqdm": (4, 66),
 }
 _LEAST_DISK = 2 << 30  # bytes; a 16 s clip is tens of megabytes, a lossless one a gigabyte
-_LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: launch/plan.py says what
+_LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: opensora-sp plan says what
 _GIB = 2**30
 
 
