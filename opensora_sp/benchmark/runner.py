@@ -81,40 +81,40 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
     """
     settings = job.settings
     with open_job_session(settings) as session:
-        draft = LiveReport(job, options, ranks=session.world_size)
+        live = LiveReport(job, options, ranks=session.world_size)
         clock = Clock(session.device, session.stage)
         if session.watchdog is not None and session.leads:
             # When a peer fails this process may be ended where it stands.
-            session.watchdog.at_end.append(draft.fail_for_all)
+            session.watchdog.at_end.append(live.fail_for_all)
         try:
             if session.leads:
-                draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
-                draft.write("running")
-            _measure(job, options, session, draft, clock)
+                live.facts["machine"] = describe_machine(session.device, settings.save_dir)
+                live.write("running")
+            _measure(job, options, session, live, clock)
         except BaseException as error:
             if session.leads:
-                draft.fail(error, clock.failed_in)
+                live.fail(error, clock.failed_in)
             raise
         if session.leads:
             with session.stage("report"):
                 faults.reach("report")
-                _finish(draft, options)
+                _finish(live, options)
         # Whoever had left could not say that the leading rank was killed over its report.
         session.barrier()
     return 0
 
 
 def _measure(
-    job: Job, options: BenchmarkOptions, session: Session, draft: LiveReport, clock: Clock
+    job: Job, options: BenchmarkOptions, session: Session, live: LiveReport, clock: Clock
 ) -> None:
     """Everything between the first and the last version of the report."""
     with clock.stage("check"):
         mesh = mesh_of(job, session.world_size)
         # Without a text cache: texts are encoded to be measured.
         pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
-    draft.check_seconds = clock.seconds["check"]
-    draft.facts["run"] = run_facts(pipeline, job)
-    draft.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
+    live.check_seconds = clock.seconds["check"]
+    live.facts["run"] = run_facts(pipeline, job)
+    live.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
     first = job.tasks[0].request
     if not first.is_image:
         session.together(
@@ -123,13 +123,13 @@ def _measure(
     announce(pipeline, first, mesh)
     meter = MemoryMeter(session.device)
     runs = _planned_runs(job, options)
-    tokens = _encode_texts(pipeline, runs, meter, draft)
+    tokens = _encode_texts(pipeline, runs, meter, live)
     for run in runs:
-        _run(pipeline, job, run, meter, draft)
+        _run(pipeline, job, run, meter, live)
     if options.profile is not None:
-        _profile(pipeline, options, runs[-1], draft)
-    draft.doing = "counting FLOPs and hashing weights"
-    _describe(pipeline, job, options, draft, tokens)
+        _profile(pipeline, options, runs[-1], live)
+    live.doing = "counting FLOPs and hashing weights"
+    _describe(pipeline, job, options, live, tokens)
 
 
 def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
@@ -145,11 +145,11 @@ def _shortened(task: Task) -> Task:
 
 
 def _encode_texts(
-    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, draft: LiveReport
+    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, live: LiveReport
 ) -> dict[str, int]:
     """Every run's texts, encoded once for each run; the token count of each caption, on all."""
     for run in runs:
-        draft.doing = f"texts of {run.kind} run {run.number}"
+        live.doing = f"texts of {run.kind} run {run.number}"
         pipeline.text.forget()
         with recorded(pipeline, meter) as run.text:
             _encode_run(pipeline, run)
@@ -168,9 +168,9 @@ def _encode_run(pipeline: Pipeline, run: _Run) -> None:
     pipeline.text.encode(captions, pipeline.models.max_length(requests[0]))
 
 
-def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: LiveReport) -> None:
-    """One run; its record joins the draft on the leading rank. Collective."""
-    draft.doing = f"{run.kind} run {run.number}"
+def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: LiveReport) -> None:
+    """One run; its record joins the live on the leading rank. Collective."""
+    live.doing = f"{run.kind} run {run.number}"
     if pipeline.session.leads and pipeline.options.show_progress:
         print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
     with recorded(pipeline, meter) as phase:
@@ -180,8 +180,8 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: Liv
     ranks = session.all_gather_object(rank_record(session.rank, [run.text, phase]))
     if session.leads:
         videos = sum(len(batch) for batch in run.batches)
-        draft.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
-        draft.write("running")
+        live.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
+        live.write("running")
 
 
 def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
@@ -198,10 +198,10 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
     return frames
 
 
-def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: LiveReport) -> None:
+def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, live: LiveReport) -> None:
     """One more run with few steps under the profiler, so that no measured run is slowed by it."""
     assert options.profile is not None
-    draft.doing = "profiled run"
+    live.doing = "profiled run"
     session = pipeline.session
     short = [[_shortened(task) for task in last.batches[0]]]
     path = trace_path(options.profile, session.rank)
@@ -210,14 +210,14 @@ def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: L
         for batch in short:
             requests = [task.request for task in batch]
             pipeline.generate_to(requests, [CountingSink() for _ in batch], keep_latents=False)
-    draft.profile = session.all_gather_object(str(path))
+    live.profile = session.all_gather_object(str(path))
 
 
 def _describe(
     pipeline: Pipeline,
     job: Job,
     options: BenchmarkOptions,
-    draft: LiveReport,
+    live: LiveReport,
     tokens: dict[str, int],
 ) -> None:
     """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
@@ -229,22 +229,22 @@ def _describe(
         with pipeline.models.arithmetic():
             session.barrier()
             peaks = session.all_gather_object(measure_peak(session.device, pipeline.models.dtype))
-        draft.peak = {"per_rank": peaks, "source": "measured"}
+        live.peak = {"per_rank": peaks, "source": "measured"}
     elif options.peak_tflops is not None:
         given = [options.peak_tflops * 1e12] * session.world_size
-        draft.peak = {"per_rank": given, "source": "given"}
+        live.peak = {"per_rank": given, "source": "given"}
     if not session.leads:
         return
     length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop
     decoded = decode_flops(request, checkpoints.vae3d, checkpoints.vae2d)
-    draft.work = {
+    live.work = {
         "denoise": shares,
         "decode": None if decoded is None else decoded * clips,
         "text": text_flops(checkpoints.t5, length) * len(tokens),
     }
-    draft.facts["model"] = {
+    live.facts["model"] = {
         "checkpoints": "embedded" if settings.checkpoints is None else "given",
         "transformer_parameters": sum(p.numel() for p in pipeline.models.transformer.parameters()),
         "weights": describe_weights(checkpoints, hashes=options.weight_hashes),
@@ -267,8 +267,8 @@ def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, 
     return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)
 
 
-def _finish(draft: LiveReport, options: BenchmarkOptions) -> None:
-    report = draft.write("ok")
+def _finish(live: LiveReport, options: BenchmarkOptions) -> None:
+    report = live.write("ok")
     write_page(options.page, report)
     for line in report_lines(report):
         print(line)

@@ -17,7 +17,7 @@ from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
 from opensora_sp.request.request import Request, RunSettings, Task
-from opensora_sp.request.told import captions
+from opensora_sp.request.caption_notes import captions
 
 if TYPE_CHECKING:
     import numpy as np

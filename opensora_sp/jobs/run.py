@@ -31,7 +31,7 @@ from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.naming import numbered
 from opensora_sp.request.request import Job, RunSettings, Task
-from opensora_sp.request.told import MOST_NOTES, told
+from opensora_sp.request.caption_notes import MOST_NOTES, check_captions
 
 
 def run_job(job: Job) -> int:
@@ -260,7 +260,7 @@ def _tell(pipeline: Pipeline, settings: RunSettings, lists: Sequence[Sequence[Wo
     }
     notes = []
     for task in tasks.values():
-        for one in told(task.request, pieces, pipeline.models.max_length(task.request)):
+        for one in check_captions(task.request, pieces, pipeline.models.max_length(task.request)):
             notes += one.notes(refined=settings.llm_refine)
             if settings.verbose > 1:
                 clip = f" from clip {one.clip} on" if one.clips > 1 else ""

@@ -33,7 +33,7 @@ class Work:
 
 
 def regroup(
-    batches: Sequence[Sequence[Task]], standing: Mapping[Task, Position | None]
+    batches: Sequence[Sequence[Task]], positions: Mapping[Task, Position | None]
 ) -> list[Work]:
     """The batches without the tasks that are finished (None), parted where positions differ.
 
@@ -43,7 +43,7 @@ def regroup(
     for batch in batches:
         groups: dict[Position, list[Task]] = {}
         for task in batch:
-            position = standing[task]
+            position = positions[task]
             if position is not None:
                 groups.setdefault(position, []).append(task)
         works += [Work(tuple(tasks), position) for position, tasks in groups.items()]

@@ -52,30 +52,30 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
         (_named(task, identity, settings), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
     ]
-    standings = [
-        replace(_look_at(task, identity, settings), output=task.output) for task, identity in pairs
+    states = [
+        replace(_state_of(task, identity, settings), output=task.output) for task, identity in pairs
     ]
-    for (task, identity), standing in zip(pairs, standings, strict=True):
-        if standing.position is None:
+    for (task, identity), state in zip(pairs, states, strict=True):
+        if state.position is None:
             continue
         if settings.overwrite and not settings.decode_only:
             StateFiles(task.output, {}).remove()
-        if standing.position == Position():
+        if state.position == Position():
             write_record(task.output, identity, "waiting")
-    _say_names(job.tasks, standings, settings)
-    if settings.resume and all(standing.position == Position() for standing in standings):
+    _say_names(job.tasks, states, settings)
+    if settings.resume and all(state.position == Position() for state in states):
         note(
             "--resume: nothing of this run has been begun in its --save-dir, so all of it "
             "starts from the beginning"
         )
-    return standings
+    return states
 
 
-def renamed(job: Job, standings: Sequence[WorkState]) -> Job:
+def renamed(job: Job, states: Sequence[WorkState]) -> Job:
     """The job with the outputs that `look_up_work` found for its tasks."""
     tasks = tuple(
-        task if standing.output is None else replace(task, output=standing.output)
-        for task, standing in zip(job.tasks, standings, strict=True)
+        task if state.output is None else replace(task, output=state.output)
+        for task, state in zip(job.tasks, states, strict=True)
     )
     return replace(job, tasks=tasks)
 
@@ -127,13 +127,11 @@ def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -
         return False
 
 
-def _say_names(
-    tasks: Sequence[Task], standings: Sequence[WorkState], settings: RunSettings
-) -> None:
+def _say_names(tasks: Sequence[Task], states: Sequence[WorkState], settings: RunSettings) -> None:
     others = [
-        (task.output, standing.output)
-        for task, standing in zip(tasks, standings, strict=True)
-        if standing.position == Position() and standing.output not in (None, task.output)
+        (task.output, state.output)
+        for task, state in zip(tasks, states, strict=True)
+        if state.position == Position() and state.output not in (None, task.output)
     ]
     if others and settings.verbose > 0:
         old, new = others[0]
@@ -143,7 +141,7 @@ def _say_names(
         )
 
 
-def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
+def _state_of(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
     if not settings.overwrite and _is_finished(task, identity, settings):
         return WorkState(None)
     files = StateFiles(task.output, latents_identity(identity))

@@ -102,13 +102,13 @@ def _converted(
             light = light @ matrix.T
         np.maximum(light, 0, out=light)
         if brightest > 1:
-            light *= _pressed(light.max(axis=-1, keepdims=True), brightest)
+            light *= _tone_mapping(light.max(axis=-1, keepdims=True), brightest)
         np.minimum(light, 1, out=light)
         out[top : top + rows] = _encoding()[(light * 16383 + 0.5).astype(np.uint16)]
     return out
 
 
-def _pressed(peak: NDArray[np.float32], brightest: float) -> NDArray[np.float32]:
+def _tone_mapping(peak: NDArray[np.float32], brightest: float) -> NDArray[np.float32]:
     """The factor that brings a pixel's largest channel from [0, brightest] into [0, 1]."""
     over = np.clip((peak - _KNEE) / (1 - _KNEE), 0, None)
     most = (brightest - _KNEE) / (1 - _KNEE)

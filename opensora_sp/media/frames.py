@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import without_secrets
-from opensora_sp.media import reader as references
+from opensora_sp.media import reader
 from opensora_sp.media.bounds import MOST_RESAMPLED
 from opensora_sp.media.fetch import Remote, open_file
 from opensora_sp.media.reader import _Frames, _no_picture, _opened, _Part, _resampled, _TimedFrame
@@ -66,12 +66,12 @@ class ReferenceFrames:
         self._file, self._path = file, without_secrets(path)
         self._rate = None if fps is None else exact_rate(fps)
         self.is_image = False
-        self._use(self._look(exact=False))
+        self._set_timeline(self._read_timeline(exact=False))
 
     @property
     def count(self) -> int:
         """Frames, at the rate asked for."""
-        return len(self._picked)
+        return len(self._numbers)
 
     def read(self, parts: Sequence[tuple[int, int]], height: int, width: int) -> list[Tensor]:
         """The frames of each part (first, count), fitted: [3, count, height, width] in [-1, 1].
@@ -83,8 +83,8 @@ class ReferenceFrames:
         import torch
 
         numbers = {n for first, count in parts for n in range(first, first + count)}
-        wanted = sorted({self._picked[n] for n in numbers})
-        most = references.MAX_REFERENCE_BYTES // (3 * height * width * 4)
+        wanted = sorted({self._numbers[n] for n in numbers})
+        most = reader.MAX_REFERENCE_BYTES // (3 * height * width * 4)
         if len(wanted) > most:
             raise UserError(
                 f"reference {self._path} is to give {len(wanted)} frames, more than the {most} "
@@ -95,19 +95,19 @@ class ReferenceFrames:
         else:
             fitted = self._read_frames(wanted, height, width)
         return [
-            torch.stack([fitted[self._picked[n]] for n in range(first, first + count)], dim=1)
+            torch.stack([fitted[self._numbers[n]] for n in range(first, first + count)], dim=1)
             for first, count in parts
         ]
 
     def _read_image(self, height: int, width: int) -> Tensor:
-        with self._again() as source:
+        with self._reopened() as source:
             assert not isinstance(source, _Frames)
-            return references.fit_image(source, height, width)
+            return reader.fit_image(source, height, width)
 
     def _read_frames(self, wanted: Sequence[int], height: int, width: int) -> dict[int, Tensor]:
         def fit() -> dict[int, Tensor]:
             return {
-                number: references._fit_frame(picture, height, width)
+                number: reader._fit_frame(picture, height, width)
                 for number, picture in self._decode(wanted)
             }
 
@@ -116,9 +116,10 @@ class ReferenceFrames:
         except (_NotAsCounted, UserError):
             if self._timeline.exact:
                 raise
-        before = self._picked
-        self._use(self._look(exact=True))  # raises UserError where the file really is damaged
-        if self._picked != before:
+        before = self._numbers
+        # Raises UserError where the file really is damaged.
+        self._set_timeline(self._read_timeline(exact=True))
+        if self._numbers != before:
             raise Recounted
         return fit()
 
@@ -133,7 +134,7 @@ class ReferenceFrames:
         if key > 0:
             number, begin = self._timeline.keys[key]
         after = times[number].start
-        with self._again() as source:
+        with self._reopened() as source:
             assert isinstance(source, _Frames)
             for frame in source.frames(_Part(begin, lambda start: start in starts)):
                 if begin is not None and frame.start < after:
@@ -149,7 +150,7 @@ class ReferenceFrames:
         if number < len(times):
             raise _NotAsCounted
 
-    def _use(self, timeline: _Timeline) -> None:
+    def _set_timeline(self, timeline: _Timeline) -> None:
         self._timeline = timeline
         numbers: Iterator[Any] = iter(range(len(timeline.frames)))
         if self._rate is not None and not self.is_image:
@@ -158,30 +159,30 @@ class ReferenceFrames:
                 for number, frame in enumerate(timeline.frames)
             )
             numbers = (frame.picture for frame in _resampled(numbered, self._rate))
-        self._picked: list[int] = []
+        self._numbers: list[int] = []
         for number in numbers:
-            if len(self._picked) == MOST_RESAMPLED:
+            if len(self._numbers) == MOST_RESAMPLED:
                 raise UserError(
                     f"reference {self._path} has more than {MOST_RESAMPLED} frames at the rate "
                     "asked for: cut it shorter or lower --reference-fps"
                 )
-            self._picked.append(number)
+            self._numbers.append(number)
 
-    def _look(self, *, exact: bool) -> _Timeline:
-        with self._again() as source:
+    def _read_timeline(self, *, exact: bool) -> _Timeline:
+        with self._reopened() as source:
             if not isinstance(source, _Frames):
                 self.is_image = True
                 still = _TimedFrame(_no_picture(), Fraction(0), Fraction(0), Fraction(1))
                 return _Timeline([still])
-            if not exact and source.film is not None:
-                counted = _count_packets(*source.film, self._path)
+            if not exact and source.video_stream is not None:
+                counted = _count_packets(*source.video_stream, self._path)
                 if counted is not None:
                     return counted
-        with self._again() as source:  # anew: the packets have been read
+        with self._reopened() as source:  # anew: the packets have been read
             return _Timeline(list(source.frames(_Part(wanted=lambda start: False))))
 
     @contextmanager
-    def _again(self) -> Iterator[Any]:
+    def _reopened(self) -> Iterator[Any]:
         self._file.seek(0)
         with _opened(self._file, self._path) as source:
             yield source
@@ -194,7 +195,7 @@ def open_reference(
     """A reference with its frames counted; an address is fetched once.
 
     Args:
-        path, allow_remote: as for `references.read_reference`.
+        path, allow_remote: as for `reader.read_reference`.
         fps: the rate that a video is resampled to; None leaves its frames as they are.
 
     Raises:
@@ -213,7 +214,7 @@ def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline |
         and stream.codec.name not in _COUNTED_CODECS
     ):
         return None
-    tick, usual = Fraction(stream.time_base), references.usual_length(stream)
+    tick, usual = Fraction(stream.time_base), reader.usual_length(stream)
     found: list[tuple[int, int, bool]] = []  # start and length in ticks, whether a keyframe
     for packet in container.demux(stream):
         if not packet.size:

@@ -276,7 +276,7 @@ def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_Timed
 class _Frames:
     """A video or an animation that is open: `frames()` decodes it, at least one frame.
 
-    film: of a video, the container and the stream that is decoded. seconds: its length as its
+    video_stream: of a video, the container and the stream that is decoded. seconds: its length as its
     header tells; rate: its frames a second. None where unknown.
     """
 
@@ -285,13 +285,13 @@ class _Frames:
         name: str | Path,
         decode: Callable[[_Part], Iterator[_TimedFrame]],
         *,
-        film: tuple[Any, Any] | None = None,
+        video_stream: tuple[Any, Any] | None = None,
         seconds: Fraction | None = None,
         rate: Fraction | None = None,
     ) -> None:
         self._name = name
         self._decode = decode
-        self.film = film
+        self.video_stream = video_stream
         self.seconds, self.rate = seconds, rate
 
     def frames(self, part: _Part | None = None) -> Iterator[_TimedFrame]:
@@ -414,8 +414,8 @@ def _heif(file: IO[bytes], name: str | Path, notes: list[str]) -> Image:
     notes += found.notes
     if found.profile:
         image.info["icc_profile"] = found.profile
-        image, told = picture_to_srgb(image, image, None)
-        notes += told
+        image, more = picture_to_srgb(image, image, None)
+        notes += more
     return image
 
 
@@ -433,8 +433,8 @@ def _loaded(
         # Some profiles are known only once the picture is decoded.
         image.load()
         image = ImageOps.exif_transpose(image)
-        image, told = picture_to_srgb(image, _to_rgb(image, file_format), cicp)
-        notes += told
+        image, more = picture_to_srgb(image, _to_rgb(image, file_format), cicp)
+        notes += more
         return image
     except UserError:
         raise
@@ -486,14 +486,14 @@ def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterat
     with container:
         if container.format.name in _NOT_PICTURES:
             raise UserError(f"reference {name} has no picture in it: give an image or a video")
-        stream = _film(container, name, notes)
+        stream = _video_stream(container, name, notes)
         # The same for the decoder, whose stream may say another size than the container.
         stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}
-        seconds, rate = _judged(container, stream, name, notes)
+        seconds, rate = _length_and_rate(container, stream, name, notes)
         source = _Frames(
             name,
             lambda part: _video_frames(container, stream, part),
-            film=(container, stream),
+            video_stream=(container, stream),
             seconds=seconds,
             rate=rate,
         )
@@ -511,14 +511,14 @@ def _no_picture() -> NDArray[np.uint8]:
     return np.empty((0, 0, 3), np.uint8)
 
 
-def _film(container: Any, name: str | Path, notes: list[str]) -> Any:
+def _video_stream(container: Any, name: str | Path, notes: list[str]) -> Any:
     """The video stream that is meant: no cover art, then the default one, then the largest."""
     from av.stream import Disposition
 
     beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     streams = [each for each in container.streams.video if each.codec_context is not None]
-    films = [each for each in streams if not each.disposition & beside]
-    if not films:
+    candidates = [each for each in streams if not each.disposition & beside]
+    if not candidates:
         if streams:
             raise UserError(
                 f"reference {name} has no video, only cover art: give an image or a video"
@@ -530,10 +530,10 @@ def _film(container: Any, name: str | Path, notes: list[str]) -> Any:
         lasting = stream.frames != 1
         return lasting, bool(stream.disposition & Disposition.default), _area(stream)
 
-    chosen = max(films, key=rank)
-    if len(films) > 1:
+    chosen = max(candidates, key=rank)
+    if len(candidates) > 1:
         notes.append(
-            f"has {len(films)} videos in it; stream {chosen.index} "
+            f"has {len(candidates)} videos in it; stream {chosen.index} "
             f"({chosen.codec_context.width}x{chosen.codec_context.height}) is used"
         )
     return chosen
@@ -543,7 +543,7 @@ def _area(stream: Any) -> int:
     return int(stream.codec_context.width * stream.codec_context.height)
 
 
-def _judged(
+def _length_and_rate(
     container: Any, stream: Any, name: str | Path, notes: list[str]
 ) -> tuple[Fraction | None, Fraction | None]:
     """A stream's length in seconds and frames a second, within bounds; None where unknown."""

@@ -64,7 +64,7 @@ def all_groups(request: Request) -> list[Group]:
     ]
 
 
-def look_at(path: str, request: Request, *, allow_remote: Remote) -> Facts:
+def inspect_reference(path: str, request: Request, *, allow_remote: Remote) -> Facts:
     """Read a reference as far as its frames can be counted; of an address only the scheme.
 
     Raises:
@@ -81,7 +81,7 @@ def look_at(path: str, request: Request, *, allow_remote: Remote) -> Facts:
 
 
 def judge(request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = ()) -> list[str]:
-    """What is worth telling of what the strategy places; see `look_at` for the facts.
+    """What is worth telling of what the strategy places; see `inspect_reference` for the facts.
 
     flags: the typed flag that each reference came from, such as --extend; empty for the
     reference's own syntax.

@@ -11,7 +11,7 @@ from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
-from opensora_sp.request.conditions import Facts, judge, look_at
+from opensora_sp.request.conditions import Facts, judge, inspect_reference
 from opensora_sp.request.mask_strategy import parse_mask_strategy
 from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
 
@@ -184,7 +184,7 @@ def check_conditions(
     try:
         for path in reference_paths(request):
             if path not in known:
-                known[path] = look_at(path, request, allow_remote=allow_remote)
+                known[path] = inspect_reference(path, request, allow_remote=allow_remote)
         return judge(request, known, flags)
     except UserError as error:
         raise PromptFault(str(error)) from error

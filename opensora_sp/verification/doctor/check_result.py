@@ -35,7 +35,7 @@ def skipped(area: str, name: str, why: str) -> CheckResult:
 
 
 def attempt(area: str, name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """A check's finding; an exception is a failed one, for the doctor never stops half way."""
+    """A check's result; an exception is a failed one, for the doctor never stops half way."""
     try:
         return check()
     except Exception as error:
@@ -44,7 +44,7 @@ def attempt(area: str, name: str, check: Callable[[], CheckResult]) -> CheckResu
 
 
 def merge(per_rank: Sequence[Sequence[CheckResult]]) -> list[CheckResult]:
-    """The ranks' findings as one list: each once, a failed one with the rank that found it.
+    """The ranks' results as one list: each once, a failed one with the rank that found it.
 
     Every rank must have made the same checks in the same order.
     """
@@ -61,11 +61,11 @@ def merge(per_rank: Sequence[Sequence[CheckResult]]) -> list[CheckResult]:
     return merged
 
 
-def table(findings: Sequence[CheckResult]) -> Iterator[str]:
+def table(results: Sequence[CheckResult]) -> Iterator[str]:
     """The lines of the table and the sum below it."""
-    area = max(len(f.area) for f in findings)
-    name = max(len(f.name) for f in findings)
-    for f in findings:
+    area = max(len(f.area) for f in results)
+    name = max(len(f.name) for f in results)
+    for f in results:
         yield f"{f.area:<{area}}  {f.name:<{name}}  {f.state:<7}  {f.found}".rstrip()
-    counts = [sum(f.state == state for f in findings) for state in ("ok", "FAILED", "skipped")]
+    counts = [sum(f.state == state for f in results) for state in ("ok", "FAILED", "skipped")]
     yield f"{counts[0]} ok, {counts[1]} failed, {counts[2]} skipped"

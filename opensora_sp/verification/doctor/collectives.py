@@ -57,39 +57,39 @@ PATTERNS: dict[str, Sizes] = {
 
 
 def check_collectives(session: Session) -> list[CheckResult]:
-    """Every collective over the world and over subgroups. Collective; findings of this rank."""
+    """Every collective over the world and over subgroups. Collective; results of this rank."""
     if session.world_size == 1:
         line = "torchrun --nproc_per_node N launch/verify.py --doctor"
         return [skipped(AREA, "all", f"one process alone; see them with {line}")]
-    findings = [_attempt_together(session, "barrier", lambda: _barrier(session))]
-    findings.append(_attempt_together(session, "share an object", lambda: _share(session)))
-    findings.append(_attempt_together(session, "collect objects", lambda: _collect(session)))
-    findings += _of_group(session, session.world, "world")
+    results = [_attempt_together(session, "barrier", lambda: _barrier(session))]
+    results.append(_attempt_together(session, "share an object", lambda: _share(session)))
+    results.append(_attempt_together(session, "collect objects", lambda: _collect(session)))
+    results += _of_group(session, session.world, "world")
     halves = 2 if session.world_size % 2 == 0 else 1
     comms = session.build(Mesh(guidance=halves, sequence=session.world_size // halves))
     for comm, name in ((comms.sequence, "sequence group"), (comms.guidance, "guidance pair")):
         if 1 < comm.size < session.world_size:
-            findings += _of_group(session, comm, name)
-    findings.append(_attempt_together(session, "speed", lambda: _speed(session)))
-    return findings
+            results += _of_group(session, comm, name)
+    results.append(_attempt_together(session, "speed", lambda: _speed(session)))
+    return results
 
 
 def _attempt_together(session: Session, name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Every rank tries, then all wait: one that failed does not run ahead into the next."""
-    finding = attempt(AREA, name, check)
+    result = attempt(AREA, name, check)
     session.barrier()
-    return finding
+    return result
 
 
 def _of_group(session: Session, comm: Comm, where: str) -> list[CheckResult]:
-    findings = []
+    results = []
     for dtype in DTYPES:
         kind = str(dtype).removeprefix("torch.")
         for name, check in (("all_to_all_single", _exchanges), ("broadcast", _broadcast)):
             title = f"{name}, {where}, {kind}"
             work = partial(check, session, comm, title, dtype)
-            findings.append(_attempt_together(session, title, work))
-    return findings
+            results.append(_attempt_together(session, title, work))
+    return results
 
 
 def pattern(sender: int, receiver: int, count: int, dtype: torch.dtype) -> Tensor:

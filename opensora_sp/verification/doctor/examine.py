@@ -17,7 +17,7 @@ TIMEOUT_S = 120.0
 
 
 def examine(session: Session, directory: Path) -> list[CheckResult]:
-    """Every finding, ranks merged, on every rank. directory: where outputs would go. Collective."""
+    """Every result, ranks merged, on every rank. directory: where outputs would go. Collective."""
     ranks_here = read_launch().local_world_size
     alone = check_versions() if session.leads else []
     everywhere = check_device(session)
@@ -32,9 +32,9 @@ def examine(session: Session, directory: Path) -> list[CheckResult]:
 
 def report(session: Session, directory: Path) -> int:
     """Examine and print; 1 if anything failed, else 0, the same on every rank. Collective."""
-    findings = examine(session, directory)
+    results = examine(session, directory)
     if session.leads:
-        for line in table(findings):
+        for line in table(results):
             print(line)
         sys.stdout.flush()
-    return int(any(finding.state == "FAILED" for finding in findings))
+    return int(any(result.state == "FAILED" for result in results))

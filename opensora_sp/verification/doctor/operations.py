@@ -136,13 +136,13 @@ CASES: tuple[Case, ...] = (
 
 
 def check_operations(device: torch.device) -> list[CheckResult]:
-    """Every operation in every dtype on a device; the findings of this rank."""
-    findings = []
+    """Every operation in every dtype on a device; the results of this rank."""
+    results = []
     for number, case in enumerate(CASES):
         inputs = [_draw(shape, 100 * number + i) for i, shape in enumerate(case.shapes)]
-        findings.append(attempt(AREA, case.name, partial(_check, case, inputs, device)))
-    findings.append(attempt(AREA, "whole numbers", partial(_check_whole_numbers, device)))
-    return findings
+        results.append(attempt(AREA, case.name, partial(_check, case, inputs, device)))
+    results.append(attempt(AREA, "whole numbers", partial(_check_whole_numbers, device)))
+    return results
 
 
 def _draw(shape: tuple[int, ...], seed: int) -> Tensor:

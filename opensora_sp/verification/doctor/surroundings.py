@@ -56,10 +56,10 @@ def check_versions() -> list[CheckResult]:
     """Python and every package that the program imports."""
     python = f"{platform.python_version()}, {sys.executable}"
     good = sys.version_info >= (3, 10)
-    findings = [(passed if good else failed)("versions", "python", python)]
+    results = [(passed if good else failed)("versions", "python", python)]
     for package, oldest in OLDEST.items():
-        findings.append(attempt("versions", package, partial(_package, package, oldest)))
-    return findings
+        results.append(attempt("versions", package, partial(_package, package, oldest)))
+    return results
 
 
 def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
@@ -79,7 +79,7 @@ def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
 
 
 def check_device(session: Session) -> list[CheckResult]:
-    """The backend's plugin, the devices and what they support; this rank's findings."""
+    """The backend's plugin, the devices and what they support; this rank's results."""
     kind, device = session.device.type, session.device
     return [
         attempt("device", "backend", lambda: _backend(session)),

@@ -34,7 +34,7 @@ _SPACE = "\u2581"  # how a SentencePiece piece shows the space before it
 
 
 @dataclass(frozen=True)
-class Told:
+class CaptionCheck:
     """What the model reads for one text of a prompt.
 
     clip: the first clip that the text is for. caption: cleaned, scores appended. lost: words of the
@@ -90,10 +90,12 @@ def captions(request: Request) -> list[str]:
     return every
 
 
-def told(request: Request, pieces: Any = None, max_length: int = 0) -> list[Told]:
+def check_captions(
+    request: Request, tokenizer: Any = None, max_length: int = 0
+) -> list[CaptionCheck]:
     """What the model is told for each text of a request that a clip uses.
 
-    pieces: the text encoder's SentencePiece processor; without, only cleaning is looked at.
+    tokenizer: the text encoder's SentencePiece processor; without, only cleaning is looked at.
     max_length: tokens that are read, the end token counted.
     """
     found = []
@@ -102,9 +104,9 @@ def told(request: Request, pieces: Any = None, max_length: int = 0) -> list[Told
     for clip in texts:
         caption = caption_for_clip(request.prompt, clip, *scores)
         written = append_scores(prompt_for_loop(request.prompt, clip), *scores)
-        unread, unknown = ("", []) if pieces is None else _read(pieces, caption, max_length)
+        unread, unknown = ("", []) if tokenizer is None else _read(tokenizer, caption, max_length)
         found.append(
-            Told(
+            CaptionCheck(
                 prompt=request.prompt,
                 clip=clip,
                 clips=len(texts),
@@ -148,9 +150,9 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _read(pieces: Any, caption: str, max_length: int) -> tuple[str, list[str]]:
+def _read(tokenizer: Any, caption: str, max_length: int) -> tuple[str, list[str]]:
     """The end of a caption that is not read, and the words of the rest with an unknown piece."""
-    ids, parts = pieces.encode(caption), pieces.encode(caption, out_type=str)
+    ids, parts = tokenizer.encode(caption), tokenizer.encode(caption, out_type=str)
     starts = [i for i, part in enumerate(parts) if part.startswith(_SPACE)]
     most = max_length - 1  # the end token takes one
     unread = ""
@@ -165,7 +167,7 @@ def _read(pieces: Any, caption: str, max_length: int) -> tuple[str, list[str]]:
     unknown = []
     for _, group in groupby(of, key=lambda pair: pair[0]):
         places = [i for _, i in group]
-        if any(ids[i] == pieces.unk_id() for i in places):
+        if any(ids[i] == tokenizer.unk_id() for i in places):
             unknown.append("".join(parts[i] for i in places).replace(_SPACE, ""))
     return unread, list(dict.fromkeys(unknown))
 
