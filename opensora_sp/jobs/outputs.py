@@ -16,8 +16,8 @@ from opensora_sp.jobs.sheet_sink import RunSheet
 from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
-from opensora_sp.request.request import Request, RunSettings, Task
 from opensora_sp.request.caption_notes import captions
+from opensora_sp.request.request import Request, RunSettings, Task
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,9 +29,9 @@ from opensora_sp.jobs.worklist import WorkState, captions_left, look_up_work, re
 from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.parallel.session import Session
+from opensora_sp.request.caption_notes import MOST_NOTES, check_captions
 from opensora_sp.request.naming import numbered
 from opensora_sp.request.request import Job, RunSettings, Task
-from opensora_sp.request.caption_notes import MOST_NOTES, check_captions
 
 
 def run_job(job: Job) -> int:

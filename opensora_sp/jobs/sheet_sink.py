@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.media.contact_sheet import Picture, SheetEntry, chosen_frames, picture, write_sheet
+from opensora_sp.request.caption_notes import captions
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.request import Request, Task
-from opensora_sp.request.caption_notes import captions
 
 if TYPE_CHECKING:
     import numpy as np

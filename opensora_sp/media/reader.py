@@ -276,8 +276,8 @@ def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_Timed
 class _Frames:
     """A video or an animation that is open: `frames()` decodes it, at least one frame.
 
-    video_stream: of a video, the container and the stream that is decoded. seconds: its length as its
-    header tells; rate: its frames a second. None where unknown.
+    video_stream: the container of a video, and its stream that is decoded. seconds: its length as
+    its header gives it. rate: its frames per second. Each is None where it is unknown.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
-from opensora_sp.request.conditions import Facts, judge, inspect_reference
+from opensora_sp.request.conditions import Facts, inspect_reference, judge
 from opensora_sp.request.mask_strategy import parse_mask_strategy
 from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from opensora_sp.cli.infer import main
+from opensora_sp.request.caption_notes import captions, check_captions, lost_words
 from opensora_sp.request.embedded import EMBEDDED
 from opensora_sp.request.prompts import caption_for_clip
 from opensora_sp.request.request import Request
-from opensora_sp.request.caption_notes import captions, check_captions, lost_words
 
 RUN = ["--num-frames", "image", "--image-size", "32", "48", "--num-sampling-steps", "1"]
 RUN += ["--device", "cpu", "--dtype", "fp32"]
