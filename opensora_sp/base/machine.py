@@ -1,7 +1,6 @@
-"""What a measurement ran on: device, driver, packages, OS, CPU, disk, host.
+"""A description of the machine for a report: device, driver, packages, OS, CPU, disk, host.
 
-Everything here degrades to None: a tool, a file or a figure that is not there is not an error.
-Tools are started without a shell and given a few seconds.
+What cannot be found out is None and never an error. Tools run without a shell and with a timeout.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 TOOL_SECONDS = 10.0
 _LONGEST_OUTPUT = 8000  # characters of a tool's table that are kept
-# Each device's own table of itself; efsmi is Enflame's nvidia-smi.
+# The tool that describes each device. efsmi is Enflame's counterpart of nvidia-smi.
 DEVICE_TOOLS = {"gcu": ("efsmi",), "cuda": ("nvidia-smi",)}
 _DRIVER_PACKAGES = re.compile(
     r"^(tops|eccl|efml|enflame|gcu|libtops|libeccl|nvidia-(driver|utils|fabric)|cuda-drivers|libnccl)"
@@ -35,7 +34,7 @@ _BLOCK_DEVICES = Path("/sys/block")
 
 
 def run_tool(command: Sequence[str]) -> str | None:
-    """What a command prints, or None where it is not there, fails or does not answer in time."""
+    """The output of a command; None where it is absent, fails, is silent or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -54,7 +53,7 @@ def run_tool(command: Sequence[str]) -> str | None:
 
 
 def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
-    """The parts of a report that the vendor's has beside its `performance_info`."""
+    """The parts of the vendor's report other than `performance_info`."""
     return {
         "device": device_info(device),
         "driver_packages": driver_packages(),
@@ -67,7 +66,7 @@ def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
 
 
 def device_info(device: torch.device) -> dict[str, Any]:
-    """Type, name, count and memory of the accelerator, and what its own tool says of it."""
+    """Type, name, count, memory (bytes) and driver of the device, and the output of its tool."""
     import torch
 
     module: Any = getattr(torch, device.type, None)
@@ -109,7 +108,7 @@ def _driver_version(kind: str) -> str | None:
 
 
 def driver_packages() -> dict[str, str] | None:
-    """Installed system packages that look like a device's driver or runtime; None: no dpkg."""
+    """Installed system packages of device drivers and runtimes; None without dpkg."""
     said = run_tool(("dpkg-query", "-W", "-f", "${Package} ${Version}\n"))
     if said is None:
         return None
@@ -118,13 +117,13 @@ def driver_packages() -> dict[str, str] | None:
 
 
 def python_packages() -> dict[str, str]:
-    """Every installed distribution and its version."""
+    """Every installed Python distribution and its version."""
     found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def os_info() -> dict[str, Any]:
-    """Name, kernel and architecture."""
+    """Name, kernel, architecture and Python version."""
     pretty = None
     for line in _read(_OS_RELEASE).splitlines():
         if line.startswith("PRETTY_NAME="):
@@ -138,7 +137,7 @@ def os_info() -> dict[str, Any]:
 
 
 def cpu_name() -> str | None:
-    """The processor, as Linux names it."""
+    """The processor's model name."""
     for line in _read(_CPU_INFO).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -146,7 +145,7 @@ def cpu_name() -> str | None:
 
 
 def cpu_info() -> dict[str, Any]:
-    """The processor, its cores and how many of them this process may use."""
+    """The processor, its cores, the cores that this process may use, and threads of a rank."""
     from opensora_sp.base.cpu_threads import VARIABLE, available_cores
 
     return {
@@ -158,7 +157,7 @@ def cpu_info() -> dict[str, Any]:
 
 
 def disk_info(directory: Path) -> dict[str, Any]:
-    """The file system that outputs go to, and the block devices of the machine."""
+    """Size and free space (bytes) of the outputs' file system, and the block devices."""
     place = directory.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -179,7 +178,7 @@ def _block_devices() -> list[dict[str, Any]]:
             {
                 "name": entry.name,
                 "model": _read(entry / "device" / "model").strip() or None,
-                "bytes": int(sectors) * 512,  # the kernel counts in sectors of this size
+                "bytes": int(sectors) * 512,  # the kernel counts sectors of 512 bytes
                 "rotates": _read(entry / "queue" / "rotational").strip() == "1",
             }
         )
@@ -187,7 +186,7 @@ def _block_devices() -> list[dict[str, Any]]:
 
 
 def host_info() -> dict[str, Any]:
-    """Name, memory, and how long it has been up."""
+    """Name, memory (bytes), load average and time zone."""
     memory = {}
     for line in _read(_MEM_INFO).splitlines():
         name, _, rest = line.partition(":")
