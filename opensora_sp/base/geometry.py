@@ -3,14 +3,8 @@
 from dataclasses import dataclass
 
 SPATIAL_FACTOR = 8  # pixels of height or width per latent cell
-
-
 TIME_FACTOR = 4  # frames per latent frame inside one micro-frame chunk
-
-
 PATCH = 2  # latent cells of height or width per patch
-
-
 MICRO_FRAME_SIZE = 17
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that a request names, looked at before torch or a model is loaded."""
+"""Checks of the files and folders that a request names, before torch or a model is loaded."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from opensora_sp.request.conditions import Facts, inspect_reference, judge
 from opensora_sp.request.mask_strategy import parse_mask_strategy
 from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
 
-BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
+BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, for detailed and moving pictures
 LOSSLESS_BYTES_PER_PIXEL = 3.0
 
-# What each checkpoint directory must hold; of a tuple one is enough.
+# The files of each checkpoint directory. Of a tuple one file is enough.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _T5_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NEEDED: Mapping[str, tuple[str | tuple[str, ...], ...]] = {
@@ -110,7 +110,7 @@ def _check_shards(what: str, directory: str, index: str) -> None:
 
 
 def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
-    """The directory to write to, which need not exist yet; creates nothing.
+    """Check a directory for outputs. It need not exist yet, and nothing is created.
 
     Raises UserError where it could not be made or written to.
     """
@@ -128,8 +128,8 @@ def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
 def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool) -> None:
     """Raises UserError where the outputs of these requests would likely not fit on the disk.
 
-    What a video will take is not known before it is made; the estimate is at the upper end of
-    what real pictures need at this quality.
+    The size of a video is not known before it is made. The estimate is at the upper end of what
+    real videos need at this quality.
     """
     per_pixel = LOSSLESS_BYTES_PER_PIXEL if lossless else BYTES_PER_PIXEL
     needed = sum(
@@ -148,7 +148,7 @@ def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool)
 
 
 def amount(size: float) -> str:
-    """A number of bytes as a person reads it: "640 bytes", "31.9 kB", "2.05 GB"."""
+    """A number of bytes for a message: "640 bytes", "31.9 kB", "2.05 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * factor:
             value = size / factor
@@ -157,7 +157,7 @@ def amount(size: float) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError where a directory stands in the place of an output file."""
+    """Raise UserError where a directory has the name of an output file."""
     if access.is_dir(output):
         raise UserError(f"{output} is a directory, but an output has this name: rename one")
 
