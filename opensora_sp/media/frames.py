@@ -1,8 +1,8 @@
-"""Some frames of a reference: how many it has, and those that are wanted, without the others.
+"""Access to single frames of a reference, without decoding all of it.
 
-A long video of which a second is kept is counted from its packets and decoded from the keyframe
-before what is kept. What was counted is compared with what is decoded; where they disagree the
-video is counted again by decoding all of it. Imports torch only to read.
+The frames of a video are counted from its packets. Decoding begins at the keyframe before the first
+wanted frame. Where the decoded frames disagree with the packets, the video is counted again by
+decoding all of it. torch is imported only for reading frames.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-# Here every packet is one shown frame and says when. Elsewhere frames are counted by decoding.
+# In these formats every packet is one displayed frame with a time. In others frames are counted by
+# decoding.
 _COUNTED_FORMATS = frozenset({"mov", "mp4", "matroska", "webm"})
 _COUNTED_CODECS = frozenset(
     {"h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg", "prores", "ffv1", "png", "rawvideo", "dnxhd"}
 )
 
 
-class Recounted(Exception):  # noqa: N818 (not an error: what was planned from the count is)
-    """Decoding showed another number of frames than the packets: plan again."""
+class Recounted(Exception):  # noqa: N818 (no error: the plan made from the old count is wrong)
+    """Decoding gave another number of frames than the packets. The caller has to plan again."""
 
 
 class _NotAsCounted(Exception):  # noqa: N818 (caught where it is raised for)
-    """What is decoded is not what the packets said."""
+    """The decoded frames are not those that the packets announced."""
 
 
 @dataclass(frozen=True)
 class _Timeline:
-    """A video's frames in the order they are shown, without pictures.
+    """A video's frames in the order of display, without pictures.
 
-    keys: (number of a frame, its time in ticks of the stream) where decoding can begin. exact:
-    every frame was decoded, so the count cannot be wrong.
+    keys: (number of a frame, its time in ticks of the stream) for each keyframe, where decoding can
+    begin. exact: every frame was decoded, so the count is certain.
     """
 
     frames: Sequence[_TimedFrame]
@@ -57,9 +58,10 @@ class _Timeline:
 
 
 class ReferenceFrames:
-    """An open reference; made by `open_reference`.
+    """An open reference, made by `open_reference`.
 
-    is_image: one picture, not a video or an animation. count: its frames, after resampling.
+    is_image: whether it is one picture and not a video or an animation. count: its frames, after
+    resampling.
     """
 
     def __init__(self, file: IO[bytes], path: str | Path, fps: float | None) -> None:
@@ -70,15 +72,17 @@ class ReferenceFrames:
 
     @property
     def count(self) -> int:
-        """Frames, at the rate asked for."""
+        """The number of frames, at the requested rate."""
         return len(self._numbers)
 
     def read(self, parts: Sequence[tuple[int, int]], height: int, width: int) -> list[Tensor]:
-        """The frames of each part (first, count), fitted: [3, count, height, width] in [-1, 1].
+        """The frames of each part (first, count), fitted to height × width pixels.
+
+        Returns one float32 [3, count, height, width] in [-1, 1] for each part.
 
         Raises:
-            UserError: what is wanted of the file is damaged or too much.
-            Recounted: `count` was wrong and is right now.
+            UserError: the wanted frames are damaged or too many.
+            Recounted: `count` was wrong and has been corrected.
         """
         import torch
 
@@ -117,14 +121,14 @@ class ReferenceFrames:
             if self._timeline.exact:
                 raise
         before = self._numbers
-        # Raises UserError where the file really is damaged.
+        # Raises UserError where the file is damaged.
         self._set_timeline(self._read_timeline(exact=True))
         if self._numbers != before:
             raise Recounted
         return fit()
 
     def _decode(self, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """The wanted frames, by their numbers, which rise; decodes as little as it can."""
+        """(number, picture) of the wanted frames, rising. Decodes as little as possible."""
         if not wanted:
             return
         times = self._timeline.frames
@@ -138,13 +142,13 @@ class ReferenceFrames:
             assert isinstance(source, _Frames)
             for frame in source.frames(_Part(begin, lambda start: start in starts)):
                 if begin is not None and frame.start < after:
-                    continue  # needs frames before the keyframe, which were not decoded
+                    continue  # it depends on frames before the keyframe, which were not decoded
                 if number >= len(times) or frame.start != times[number].start:
                     raise _NotAsCounted
                 if number in chosen:
                     yield number, frame.picture
                 number += 1
-                # Of the last frame it has to be seen that it is the last.
+                # If the very last frame is wanted, decode on, to check that none follows.
                 if wanted[-1] < number < len(times):
                     return
         if number < len(times):
@@ -178,7 +182,7 @@ class ReferenceFrames:
                 counted = _count_packets(*source.video_stream, self._path)
                 if counted is not None:
                     return counted
-        with self._reopened() as source:  # anew: the packets have been read
+        with self._reopened() as source:  # counting has consumed the packets
             return _Timeline(list(source.frames(_Part(wanted=lambda start: False))))
 
     @contextmanager
@@ -192,11 +196,11 @@ class ReferenceFrames:
 def open_reference(
     path: str | Path, *, fps: float | None = None, allow_remote: Remote = False
 ) -> Iterator[ReferenceFrames]:
-    """A reference with its frames counted; an address is fetched once.
+    """Open a reference and count its frames. An address is fetched once.
 
     Args:
         path, allow_remote: as for `reader.read_reference`.
-        fps: the rate that a video is resampled to; None leaves its frames as they are.
+        fps: the rate to which a video is resampled; None keeps its frames.
 
     Raises:
         UserError: one line that says why this file or address cannot be used.
@@ -206,7 +210,7 @@ def open_reference(
 
 
 def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline | None:
-    """The frames as the packets tell of them; None where they cannot be relied on."""
+    """The frames according to the packets; None where the packets are not reliable."""
     if not _COUNTED_FORMATS & set(container.format.name.split(",")):
         return None
     if (
