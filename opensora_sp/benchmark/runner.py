@@ -1,7 +1,8 @@
-"""Runs a job several times with the main path and measures it: warm-up, measured runs, a trace.
+"""The benchmark: it runs a job several times through the main path, after warm-up runs.
 
-The order is infer's: all texts first, so that T5 can give its memory back, then the videos. Each
-run encodes its texts anew; the time that took is the beginning of the run it belongs to.
+As in infer, all texts are encoded first, so that T5 can be freed, and then the videos are made.
+Each run encodes its texts again, and that time is the first part of the run. With --profile one
+more run is traced.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Batches = Sequence[Sequence[Task]]
 
 @dataclass
 class CountingSink:
-    """Counts frames and hands them on, or drops them where there is nothing behind it."""
+    """A sink that counts frames and passes them to another sink, if there is one."""
 
     inner: Sink | None = None
     frames: int = 0
@@ -61,7 +62,7 @@ class CountingSink:
 
 @dataclass
 class _Run:
-    """One run to come: what it generates, whether it is saved, and its text phase once encoded."""
+    """A planned run: its kind, its batches, and its text phase once that is recorded."""
 
     kind: str
     number: int
@@ -74,17 +75,17 @@ class _Run:
 
 
 def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
-    """Measure the job on this rank and its peers; returns the exit code 0.
+    """Measure the job on this rank and its peers. Returns the exit code 0.
 
-    The report is on disk from the start, as running; a failure leaves it as failed and goes on
-    its way. Raises UserError for what a person can mend.
+    The report is on disk from the start with the status running. An error sets the status failed
+    and is raised again. Raises UserError for mistakes of the user.
     """
     settings = job.settings
     with open_job_session(settings) as session:
         live = LiveReport(job, options, ranks=session.world_size)
         clock = Clock(session.device, session.stage)
         if session.watchdog is not None and session.leads:
-            # When a peer fails this process may be ended where it stands.
+            # When a peer fails, the watchdog may end this process at any point.
             session.watchdog.at_end.append(live.fail_for_all)
         try:
             if session.leads:
@@ -99,7 +100,7 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
             with session.stage("report"):
                 faults.reach("report")
                 _finish(live, options)
-        # Whoever had left could not say that the leading rank was killed over its report.
+        # All ranks stay until the report is written, so that the watchdog still covers rank 0.
         session.barrier()
     return 0
 
@@ -107,10 +108,10 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
 def _measure(
     job: Job, options: BenchmarkOptions, session: Session, live: LiveReport, clock: Clock
 ) -> None:
-    """Everything between the first and the last version of the report."""
+    """Load, run and describe: everything between the first and the last version of the report."""
     with clock.stage("check"):
         mesh = mesh_of(job, session.world_size)
-        # Without a text cache: texts are encoded to be measured.
+        # No text cache, because encoding is measured.
         pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
     live.check_seconds = clock.seconds["check"]
     live.facts["run"] = run_facts(pipeline, job)
@@ -140,21 +141,21 @@ def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
 
 
 def _shortened(task: Task) -> Task:
-    """The task with a warm-up's steps."""
+    """The task with the number of steps of a warm-up."""
     return replace(task, request=replace(task.request, steps=WARMUP_STEPS))
 
 
 def _encode_texts(
     pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, live: LiveReport
 ) -> dict[str, int]:
-    """Every run's texts, encoded once for each run; the token count of each caption, on all."""
+    """Encode the texts of every run. Returns the number of tokens of each caption, on all ranks."""
     for run in runs:
         live.doing = f"texts of {run.kind} run {run.number}"
         pipeline.text.forget()
         with recorded(pipeline, meter) as run.text:
             _encode_run(pipeline, run)
     pipeline.text.release_encoder()
-    # The last run is a measured one, so its captions are all there are.
+    # The last run is a measured one, so it has every caption.
     requests = [task.request for batch in runs[-1].batches for task in batch]
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
     length = pipeline.models.max_length(requests[0])
@@ -169,7 +170,7 @@ def _encode_run(pipeline: Pipeline, run: _Run) -> None:
 
 
 def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: LiveReport) -> None:
-    """One run; its record joins the live on the leading rank. Collective."""
+    """Make one run, and add its record to the report on the leading rank. Collective."""
     live.doing = f"{run.kind} run {run.number}"
     if pipeline.session.leads and pipeline.options.show_progress:
         print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
@@ -185,7 +186,7 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: Live
 
 
 def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
-    """Make the run's videos as infer does; frames that came out on this rank."""
+    """Make the run's videos as infer does. Returns the number of frames on this rank."""
     frames = 0
     for batch in run.batches:
         with ExitStack() as stack:
@@ -199,7 +200,7 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
 
 
 def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, live: LiveReport) -> None:
-    """One more run with few steps under the profiler, so that no measured run is slowed by it."""
+    """Profile an extra run with few steps, so that no measured run is slowed down."""
     assert options.profile is not None
     live.doing = "profiled run"
     session = pipeline.session
@@ -220,7 +221,7 @@ def _describe(
     live: LiveReport,
     tokens: dict[str, int],
 ) -> None:
-    """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
+    """Add FLOPs, peak and weights to the report, after the runs. Collective."""
     session, settings = pipeline.session, job.settings
     checkpoints = settings.checkpoints or embedded_checkpoints()
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
@@ -252,7 +253,7 @@ def _describe(
 
 
 def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, int]) -> float:
-    """Of this rank, over all clips of a batch."""
+    """FLOPs of this rank, over all clips of a batch."""
     requests = [task.request for task in batch]
     mesh, rank = pipeline.models.mesh(requests[0]), pipeline.session.rank
     of_clip = partial(
