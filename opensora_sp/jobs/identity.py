@@ -1,6 +1,6 @@
-"""What decides an output's content, as plain data: to be stored, compared and named.
+"""The identity of an output: everything that decides its content, as plain data.
 
-Two runs with one identity make one video (beyond float rounding), wherever they run.
+It is stored and compared. Two runs with one identity make the same video, beyond float rounding.
 """
 
 from __future__ import annotations

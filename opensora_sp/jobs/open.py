@@ -1,4 +1,4 @@
-"""Open a run: ranks, session, models."""
+"""Opening of a run: its session, its mesh and its models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a task to its file: the writer, what frames pass on their way to it, what it says of itself.
+"""The output file of a task: its writer, the sinks before it, and its metadata.
 
 Only the leading rank opens outputs.
 """
@@ -30,10 +30,9 @@ PACKAGES = ("torch", "transformers", "diffusers", "av")
 def open_outputs(
     pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task], sheet: RunSheet | None = None
 ) -> Iterator[list[Sink]]:
-    """A sink for each task of a batch: its file on the leading rank, nothing that lasts elsewhere.
+    """A sink for each task of a batch. On the leading rank it is the task's file.
 
-    The files are there when the block has ended well; opening and finishing them is stage
-    "write".
+    The files appear when the block ends well. Opening and finishing them is the stage "write".
     """
     if not pipeline.session.leads:
         yield [Collector() for _ in batch]
@@ -50,9 +49,9 @@ def open_outputs(
 def open_output(
     pipeline: Pipeline, settings: RunSettings, task: Task, sheet: RunSheet | None = None
 ) -> Iterator[Sink]:
-    """The file of a task; it appears whole when the block ends well, or not at all.
+    """A sink for the file of a task, which appears whole when the block ends well.
 
-    sheet: shows the task too, with its frames as the file has them.
+    sheet: the contact sheet that shows the task, with the frames of the file.
     """
     with _open_file(pipeline, settings, task) as sink:
         if sheet is not None:
@@ -66,7 +65,7 @@ def open_output(
 def _open_file(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterator[Sink]:
     request = task.request
     metadata = describe(pipeline, settings, request)
-    metadata["captions"] = captions(request)  # what the model was told, clip by clip
+    metadata["captions"] = captions(request)  # what the model read, clip by clip
     if task.original_prompt is not None:
         metadata["original_prompt"] = task.original_prompt
     if request.is_image:
@@ -88,7 +87,7 @@ def _open_file(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterato
 
 
 class _LateSink:
-    """Opens its writer at the first frames: until then there is no file that a kill could leave."""
+    """A sink that opens its writer at the first frames, so that a kill before leaves no file."""
 
     def __init__(self, stack: ExitStack, writer: VideoWriter) -> None:
         self._stack, self._writer, self._open = stack, writer, False
@@ -102,7 +101,7 @@ class _LateSink:
 
 
 class _ImageSink:
-    """Keeps the one frame of an image until the run has ended well."""
+    """A sink that keeps the one frame of an image until the block ends well."""
 
     def __init__(self) -> None:
         self.frames: NDArray[np.uint8] | None = None
@@ -121,7 +120,7 @@ class _ImageSink:
 
 
 def describe(pipeline: Pipeline, settings: RunSettings, request: Request) -> dict[str, Any]:
-    """What a finished file says of itself: request, run, versions."""
+    """The metadata of a file: request, run, versions."""
     session = pipeline.session
     versions = {"opensora_sp": __version__}
     for package in PACKAGES:

@@ -1,7 +1,7 @@
-"""Where every task of a run stands before it begins: finished, begun, or not there yet.
+"""The work list: which tasks of a run are finished, which can be resumed, which are new.
 
-Nothing that was made is made again, replaced or thrown away unless a person says so. One rank
-looks, for the others may see another file system.
+A finished output is never made again, replaced or deleted unless the user asks for it. Only rank 0
+looks at the files, because other ranks may see another file system.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with -
 
 @dataclass(frozen=True)
 class WorkState:
-    """Where a task stands: None is finished. refined: the prompt it was begun with, if refined.
+    """How far a task has come. position: None where it is finished.
 
-    output: the file it is written to, where that is not the one it was planned for.
+    refined: the refined prompt of its saved state, if any. output: the file that it is written to.
     """
 
     position: Position | None
@@ -39,12 +39,12 @@ class WorkState:
 
 
 def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
-    """Where each of the job's tasks stands; says what is skipped and what goes on.
+    """The state of each of the job's tasks. Prints what is skipped and what is resumed.
 
-    An output that nobody named, and whose name another request's file has, gets a free name.
-    What is to be made is put down as waiting; with --overwrite its saved state goes. models: as
-    `weight_digests.model_digests`. Raises UserError, before anything is changed, where an output
-    or a saved state is of another request, was changed or is damaged.
+    An output without a name from the user gets a free name where another request's file has its
+    name. A task that is to be made gets a record with the stage "waiting". With --overwrite its
+    saved state is removed. models: as from `weight_digests.model_digests`. Raises UserError, before
+    anything is changed, where an output or a saved state is of another request, changed or damaged.
     """
     settings = job.settings
     identities = [identity_of(task, settings, models) for task in job.tasks]
@@ -81,7 +81,7 @@ def renamed(job: Job, states: Sequence[WorkState]) -> Job:
 
 
 def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
-    """The task with the output it had before, or else with the first name that is free."""
+    """The task with the output that it had before, or with the first free name."""
     if not settings.default_names:
         return task
     taken = _names_in_use(task.output)
@@ -95,7 +95,7 @@ def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
 
 
 def _names_in_use(output: Path) -> set[int]:
-    """Which of an output's names a file, a record or a saved state has."""
+    """The numbers of an output's names that a file, a record or a saved state has."""
     found = set()
     states = re.compile(r"(?P<name>.*)\.(?:json|step\.safetensors|clip\d{4,}\.safetensors)")
     for folder in (output.parent, output.parent / FOLDER):
@@ -114,7 +114,7 @@ def _names_in_use(output: Path) -> set[int]:
 
 
 def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -> bool:
-    """Whether a record is of this request, as far as what is still to be made depends on it."""
+    """Whether a record is of this request. For an unfinished one its latents have to be."""
     if record is None:
         return False
     if difference(record.identity, identity) is None:
@@ -123,7 +123,7 @@ def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -
         return False
     try:
         return latents_identity(record.identity) == latents_identity(identity)
-    except (KeyError, TypeError, AttributeError):  # of a version with other fields
+    except (KeyError, TypeError, AttributeError):  # a record of a version with other fields
         return False
 
 
@@ -164,10 +164,10 @@ def _state_of(task: Task, identity: Identity, settings: RunSettings) -> WorkStat
 
 
 def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
-    """Whether an output is there that this run would make, or that it has to leave alone.
+    """Whether an output exists that this run would make, or has to leave unchanged.
 
-    A file of which nothing is known is never replaced; with `prompt_as_path` it is skipped, as
-    the reference does then.
+    A file without a record is never replaced. With `prompt_as_path` it is skipped, as Open-Sora 1.2
+    does. Raises UserError for a file of another request, or one that was changed.
     """
     output = task.output
     if not os.path.lexists(output):
@@ -190,7 +190,7 @@ def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
 
 
 def captions_left(tasks: Sequence[Task], start: Position) -> list[str]:
-    """The captions that tasks still need, from where they stand."""
+    """The captions of the clips that tasks still have to make, from a position on."""
     from opensora_sp.request.prompts import caption
 
     return [

@@ -1,4 +1,4 @@
-"""What the program stands on: versions, backend, devices, encoder, disk, memory."""
+"""Checks of the environment: versions, backend, devices, encoder, disk, memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from opensora_sp.verification.doctor.check_result import (
     skipped,
 )
 
-# The oldest that the program is tested with; see pyproject.toml.
+# The oldest versions that the program is tested with; see pyproject.toml.
 OLDEST = {
     "torch": (2, 3),
     "transformers": (4, 44),
@@ -48,7 +48,7 @@ OLDEST = {
     "tqdm": (4, 66),
 }
 _LEAST_DISK = 2 << 30  # bytes; a 16 s clip is tens of megabytes, a lossless one a gigabyte
-_LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: launch/plan.py says what
+_LEAST_MEMORY = 2 << 30  # bytes a rank; launch/plan.py says what the published models need
 _GIB = 2**30
 
 
@@ -79,7 +79,7 @@ def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
 
 
 def check_device(session: Session) -> list[CheckResult]:
-    """The backend's plugin, the devices and what they support; this rank's results."""
+    """Check the backend's plugin and the devices. Returns this rank's results."""
     kind, device = session.device.type, session.device
     return [
         attempt("device", "backend", lambda: _backend(session)),
@@ -137,7 +137,7 @@ def _tool(kind: str) -> CheckResult:
 
 
 def check_host(directory: Path, ranks_here: int) -> list[CheckResult]:
-    """Encoder, disk and memory of this machine; the leading rank's."""
+    """Check the encoder, disk and memory of this machine, on the leading rank."""
     return [
         attempt("host", "encoder", _encoder),
         attempt("host", "disk", lambda: _disk("disk", directory)),
@@ -178,14 +178,14 @@ def _memory(ranks_here: int) -> CheckResult:
 
 
 def _limits(group: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """What a container leaves to its processes, in bytes."""
+    """Bytes of memory that the container's limit leaves."""
     with suppress(OSError, ValueError):
         most = int((group / "memory.max").read_text(encoding="ascii"))
         yield most - int((group / "memory.current").read_text(encoding="ascii"))
 
 
 def _shared_memory(place: Path = Path("/dev/shm")) -> CheckResult:
-    """Collectives within a node may pass through it; containers often have 64 MB."""
+    """Collectives within a node may use shared memory. Containers often have 64 MB of it."""
     if not place.exists():
         return skipped("host", "shared memory", "this system has none")
     free = shutil.disk_usage(place).free
