@@ -175,12 +175,12 @@ def check_conditions(
         flags: the typed flag that each reference came from; see `conditions.judge`.
         known: what is known of files already, by path; filled.
 
-    Returns what is worth telling a person. Raises UserError for a strategy that is none, or
-    PromptFault naming the file, the address or the flag that cannot be used or followed: of a
-    list the other prompts can still be made.
+    Returns notes for the user. Raises UserError for a malformed strategy. Raises PromptFault, which
+    names the file, the address or the flag, for what cannot be used or followed, because the other
+    prompts of a list can still be made.
     """
     known = {} if known is None else known
-    parse_mask_strategy(request.mask_strategy)  # a mistake in it is told before a file is opened
+    parse_mask_strategy(request.mask_strategy)  # a mistake in it is refused before files are opened
     try:
         for path in reference_paths(request):
             if path not in known:
