@@ -65,5 +65,5 @@ def _cut(found: re.Match[str]) -> str:
     address = found.group()
     ending = re.search(r"[.,:)\]}]*$", address)  # punctuation of the sentence, not the address
     assert ending is not None
-    kept = without_secrets(address[: ending.start()])
-    return kept + ending.group()
+    shown = without_secrets(address[: ending.start()])
+    return shown + ending.group()

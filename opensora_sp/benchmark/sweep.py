@@ -88,15 +88,15 @@ def _set_aside(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _without_sweep(argv: Sequence[str]) -> list[str]:
-    kept, skip = [], False
+    remaining, skip = [], False
     for token in argv:
         if skip:
             skip = False
         elif token == "--sweep":
             skip = True
         elif not token.startswith("--sweep="):
-            kept.append(token)
-    return kept
+            remaining.append(token)
+    return remaining
 
 
 def _digest(flags: Sequence[str], ranks: int) -> str:

@@ -159,12 +159,12 @@ def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
     own = request.public_dict()
     details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
     details["the model is told"] = " | ".join(captions(request))
-    kept = sorted(watched.pictures.items())
+    pictures = sorted(watched.pictures.items())
     return SheetEntry(
         output=watched.task.output,
         prompt=request.prompt,
-        frames=[frame for _, frame in kept],
-        labels=[_label(index, request) for index, _ in kept],
+        frames=[frame for _, frame in pictures],
+        labels=[_label(index, request) for index, _ in pictures],
         details=details,
     )
 

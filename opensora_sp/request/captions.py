@@ -93,7 +93,7 @@ class _Addresses:
         )
 
     def __call__(self, text: str) -> str:
-        kept, done, at = [], 0, 0
+        parts, done, at = [], 0, 0
         while found := self.start.search(text, at):
             match: re.Match[str] | None = found
             if found["beginning"] is None:
@@ -101,9 +101,9 @@ class _Addresses:
             if match is None:
                 at = found.end()
             else:
-                kept.append(text[done : match.start()])
+                parts.append(text[done : match.start()])
                 done = at = match.end()
-        return "".join(kept) + text[done:]
+        return "".join(parts) + text[done:]
 
     def _late_beginning(self, text: str, run: re.Match[str]) -> re.Match[str] | None:
         """The scheme at the end of a run, as in `a-http://`. No scheme holds a `.` or a `-`."""

@@ -80,7 +80,9 @@ def inspect_reference(path: str, request: Request, *, allow_remote: Remote) -> F
         return Facts(reference.count, tuple(notes))
 
 
-def judge(request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = ()) -> list[str]:
+def strategy_notes(
+    request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = ()
+) -> list[str]:
     """Notes for the user about the conditioning frames that the strategy places.
 
     facts: of each reference, from `inspect_reference`. flags: the flag that each reference came
@@ -103,7 +105,7 @@ def judge(request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = (
         ]
     for group in own:
         flag = flags[group.ref] if group.ref < len(flags) else None
-        notes += _Judged(request, paths, facts, group, flag).notes()
+        notes += _GroupNotes(request, paths, facts, group, flag).notes()
     named = {group.ref for group in own}
     unused = [path for number, path in enumerate(paths) if number not in named]
     if unused:
@@ -130,7 +132,7 @@ def _require_named(request: Request, paths: Sequence[str]) -> None:
             )
 
 
-class _Judged:
+class _GroupNotes:
     """One group of a strategy, the frames that it places, and the notes about them."""
 
     def __init__(

@@ -29,8 +29,8 @@ def safe_stem(text: str) -> str:
     if len(encoded) <= LONGEST_STEM:
         return stem
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH_LENGTH]
-    kept = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
-    return f"{kept.rstrip()}-{digest}"
+    shortened = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
+    return f"{shortened.rstrip()}-{digest}"
 
 
 def numbered(output: Path, number: int) -> Path:

@@ -11,7 +11,7 @@ from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
-from opensora_sp.request.conditions import Facts, inspect_reference, judge
+from opensora_sp.request.conditions import Facts, inspect_reference, strategy_notes
 from opensora_sp.request.mask_strategy import parse_mask_strategy
 from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
 
@@ -172,7 +172,7 @@ def check_conditions(
     """A request's references and strategy, as far as that goes without decoding the videos.
 
     Args:
-        flags: the typed flag that each reference came from; see `conditions.judge`.
+        flags: the typed flag that each reference came from; see `conditions.strategy_notes`.
         known: what is known of files already, by path; filled.
 
     Returns notes for the user. Raises UserError for a malformed strategy. Raises PromptFault, which
@@ -185,6 +185,6 @@ def check_conditions(
         for path in reference_paths(request):
             if path not in known:
                 known[path] = inspect_reference(path, request, allow_remote=allow_remote)
-        return judge(request, known, flags)
+        return strategy_notes(request, known, flags)
     except UserError as error:
         raise PromptFault(str(error)) from error
