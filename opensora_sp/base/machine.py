@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOOL_SECONDS = 10.0
 _LONGEST_OUTPUT = 8000  # characters of a tool's table that are kept
-# The tool that describes each device. efsmi is Enflame's counterpart of nvidia-smi.
+# Each device's own table of itself; efsmi is Enflame's nvidia-smi.
 DEVICE_TOOLS = {"gcu": ("efsmi",), "cuda": ("nvidia-smi",)}
 _DRIVER_PACKAGES = re.compile(
     r"^(tops|eccl|efml|enflame|gcu|libtops|libeccl|nvidia-(driver|utils|fabric)|cuda-drivers|libnccl)"
@@ -53,7 +53,7 @@ def run_tool(command: Sequence[str]) -> str | None:
 
 
 def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
-    """The parts of the vendor's report other than `performance_info`."""
+    """The parts of a report that the vendor's has beside its `performance_info`."""
     return {
         "device": device_info(device),
         "driver_packages": driver_packages(),
@@ -66,7 +66,7 @@ def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
 
 
 def device_info(device: torch.device) -> dict[str, Any]:
-    """Type, name, count, memory (bytes) and driver of the device, and the output of its tool."""
+    """Type, name, count and memory of the accelerator, and what its own tool says of it."""
     import torch
 
     module: Any = getattr(torch, device.type, None)
@@ -108,7 +108,7 @@ def _driver_version(kind: str) -> str | None:
 
 
 def driver_packages() -> dict[str, str] | None:
-    """Installed system packages of device drivers and runtimes; None without dpkg."""
+    """Installed system packages that look like a device's driver or runtime; None: no dpkg."""
     said = run_tool(("dpkg-query", "-W", "-f", "${Package} ${Version}\n"))
     if said is None:
         return None

@@ -17,7 +17,7 @@ SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUG
 _SHORTEST_SECRET = 8
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# In a text an address ends at white space, quotes, angle brackets or the `;` between references.
+# In running text an address ends at white space, quotes, brackets or the `;` between references.
 _ADDRESS_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>;]+")
 _MARK = "***"
 
@@ -63,7 +63,7 @@ def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 def _cut(found: re.Match[str]) -> str:
     address = found.group()
-    ending = re.search(r"[.,:)\]}]*$", address)  # punctuation of the sentence, not the address
+    ending = re.search(r"[.,:)\]}]*$", address)  # the sentence's, not the address's
     assert ending is not None
-    shown = without_secrets(address[: ending.start()])
-    return shown + ending.group()
+    kept = without_secrets(address[: ending.start()])
+    return kept + ending.group()

@@ -1,8 +1,7 @@
-"""Messages of a command, on any standard stream: one that is not UTF-8, full, closed or a pipe.
+"""What a command says, on any screen: one that is not UTF-8, that is full, closed or a pipe.
 
-A message that cannot be printed never ends a run, because the exit code and the files hold the
-result. Characters that a stream cannot show are replaced, and a stream that fails is dropped.
-Imports no torch.
+What was done is told by the exit code and the files, so saying it never ends a run: what a screen
+cannot show is replaced, and a screen that is gone is done without. Imports no torch.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ codecs.register_error(_REPLACED, _replaced)
 
 
 class _Screen:
-    """A text stream that never raises: not for characters, and not for errors of the system."""
+    """A text stream that takes everything: it never raises for what the system does to it."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name, self._gone = stream, name, False
@@ -104,7 +103,7 @@ class _Screen:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush the stream, if it still exists."""
+        """As far as there is something to flush to."""
         self._try(self._stream.flush)
 
     def isatty(self) -> bool:
@@ -128,11 +127,11 @@ class _Screen:
     def _give_up(self, error: Exception) -> None:
         self._gone = True
         with suppress(Exception):
-            # Python flushes the buffer when it ends. Where that fails the exit code would be 120.
+            # What is left in the buffer goes there when Python ends, which else would make it 120.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
-        # A reader that closes the pipe, such as head, needs no note.
+        # A reader that has had enough, such as head, is no news.
         if self._name == "stdout" and getattr(error, "errno", None) != errno.EPIPE:
             reason = getattr(error, "strerror", None) or str(error)
             note(
@@ -143,7 +142,7 @@ class _Screen:
 
 @contextmanager
 def robust_screen() -> Iterator[None]:
-    """A block in which standard output and error never raise; see the module's docstring."""
+    """While the block runs, standard output and error may be anything: see the module."""
     _noted.clear()
     _open_missing()
     before = sys.stdout, sys.stderr
@@ -168,7 +167,7 @@ def robust_screen() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Open /dev/null for a closed standard stream, so that no other file gets its number."""
+    """Where a standard stream was closed, open nothing in its place: no file may get its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             with suppress(OSError):

@@ -82,40 +82,40 @@ def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
     """
     settings = job.settings
     with open_job_session(settings) as session:
-        live = LiveReport(job, options, ranks=session.world_size)
+        draft = LiveReport(job, options, ranks=session.world_size)
         clock = Clock(session.device, session.stage)
         if session.watchdog is not None and session.leads:
-            # When a peer fails, the watchdog may end this process at any point.
-            session.watchdog.at_end.append(live.fail_for_all)
+            # When a peer fails this process may be ended where it stands.
+            session.watchdog.at_end.append(draft.fail_for_all)
         try:
             if session.leads:
-                live.facts["machine"] = describe_machine(session.device, settings.save_dir)
-                live.write("running")
-            _measure(job, options, session, live, clock)
+                draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
+                draft.write("running")
+            _measure(job, options, session, draft, clock)
         except BaseException as error:
             if session.leads:
-                live.fail(error, clock.failed_in)
+                draft.fail(error, clock.failed_in)
             raise
         if session.leads:
             with session.stage("report"):
                 faults.reach("report")
-                _finish(live, options)
-        # All ranks stay until the report is written, so that the watchdog still covers rank 0.
+                _finish(draft, options)
+        # Whoever had left could not say that the leading rank was killed over its report.
         session.barrier()
     return 0
 
 
 def _measure(
-    job: Job, options: BenchmarkOptions, session: Session, live: LiveReport, clock: Clock
+    job: Job, options: BenchmarkOptions, session: Session, draft: LiveReport, clock: Clock
 ) -> None:
     """Load, run and describe: everything between the first and the last version of the report."""
     with clock.stage("check"):
         mesh = mesh_of(job, session.world_size)
         # No text cache, because encoding is measured.
         pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
-    live.check_seconds = clock.seconds["check"]
-    live.facts["run"] = run_facts(pipeline, job)
-    live.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
+    draft.check_seconds = clock.seconds["check"]
+    draft.facts["run"] = run_facts(pipeline, job)
+    draft.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
     first = job.tasks[0].request
     if not first.is_image:
         session.together(
@@ -124,13 +124,13 @@ def _measure(
     announce(pipeline, first, mesh)
     meter = MemoryMeter(session.device)
     runs = _planned_runs(job, options)
-    tokens = _encode_texts(pipeline, runs, meter, live)
+    tokens = _encode_texts(pipeline, runs, meter, draft)
     for run in runs:
-        _run(pipeline, job, run, meter, live)
+        _run(pipeline, job, run, meter, draft)
     if options.profile is not None:
-        _profile(pipeline, options, runs[-1], live)
-    live.doing = "counting FLOPs and hashing weights"
-    _describe(pipeline, job, options, live, tokens)
+        _profile(pipeline, options, runs[-1], draft)
+    draft.doing = "counting FLOPs and hashing weights"
+    _describe(pipeline, job, options, draft, tokens)
 
 
 def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
@@ -146,11 +146,11 @@ def _shortened(task: Task) -> Task:
 
 
 def _encode_texts(
-    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, live: LiveReport
+    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, draft: LiveReport
 ) -> dict[str, int]:
     """Encode the texts of every run. Returns the number of tokens of each caption, on all ranks."""
     for run in runs:
-        live.doing = f"texts of {run.kind} run {run.number}"
+        draft.doing = f"texts of {run.kind} run {run.number}"
         pipeline.text.forget()
         with recorded(pipeline, meter) as run.text:
             _encode_run(pipeline, run)
@@ -169,9 +169,9 @@ def _encode_run(pipeline: Pipeline, run: _Run) -> None:
     pipeline.text.encode(captions, pipeline.models.max_length(requests[0]))
 
 
-def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: LiveReport) -> None:
+def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: LiveReport) -> None:
     """Make one run, and add its record to the report on the leading rank. Collective."""
-    live.doing = f"{run.kind} run {run.number}"
+    draft.doing = f"{run.kind} run {run.number}"
     if pipeline.session.leads and pipeline.options.show_progress:
         print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
     with recorded(pipeline, meter) as phase:
@@ -181,8 +181,8 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: Live
     ranks = session.all_gather_object(rank_record(session.rank, [run.text, phase]))
     if session.leads:
         videos = sum(len(batch) for batch in run.batches)
-        live.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
-        live.write("running")
+        draft.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
+        draft.write("running")
 
 
 def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
@@ -199,10 +199,10 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
     return frames
 
 
-def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, live: LiveReport) -> None:
+def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: LiveReport) -> None:
     """Profile an extra run with few steps, so that no measured run is slowed down."""
     assert options.profile is not None
-    live.doing = "profiled run"
+    draft.doing = "profiled run"
     session = pipeline.session
     short = [[_shortened(task) for task in last.batches[0]]]
     path = trace_path(options.profile, session.rank)
@@ -211,17 +211,17 @@ def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, live: Li
         for batch in short:
             requests = [task.request for task in batch]
             pipeline.generate_to(requests, [CountingSink() for _ in batch], keep_latents=False)
-    live.profile = session.all_gather_object(str(path))
+    draft.profile = session.all_gather_object(str(path))
 
 
 def _describe(
     pipeline: Pipeline,
     job: Job,
     options: BenchmarkOptions,
-    live: LiveReport,
+    draft: LiveReport,
     tokens: dict[str, int],
 ) -> None:
-    """Add FLOPs, peak and weights to the report, after the runs. Collective."""
+    """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
     session, settings = pipeline.session, job.settings
     checkpoints = settings.checkpoints or embedded_checkpoints()
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
@@ -230,22 +230,22 @@ def _describe(
         with pipeline.models.arithmetic():
             session.barrier()
             peaks = session.all_gather_object(measure_peak(session.device, pipeline.models.dtype))
-        live.peak = {"per_rank": peaks, "source": "measured"}
+        draft.peak = {"per_rank": peaks, "source": "measured"}
     elif options.peak_tflops is not None:
         given = [options.peak_tflops * 1e12] * session.world_size
-        live.peak = {"per_rank": given, "source": "given"}
+        draft.peak = {"per_rank": given, "source": "given"}
     if not session.leads:
         return
     length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop
     decoded = decode_flops(request, checkpoints.vae3d, checkpoints.vae2d)
-    live.work = {
+    draft.work = {
         "denoise": shares,
         "decode": None if decoded is None else decoded * clips,
         "text": text_flops(checkpoints.t5, length) * len(tokens),
     }
-    live.facts["model"] = {
+    draft.facts["model"] = {
         "checkpoints": "embedded" if settings.checkpoints is None else "given",
         "transformer_parameters": sum(p.numel() for p in pipeline.models.transformer.parameters()),
         "weights": describe_weights(checkpoints, hashes=options.weight_hashes),
@@ -268,8 +268,8 @@ def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, 
     return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)
 
 
-def _finish(live: LiveReport, options: BenchmarkOptions) -> None:
-    report = live.write("ok")
+def _finish(draft: LiveReport, options: BenchmarkOptions) -> None:
+    report = draft.write("ok")
     write_page(options.page, report)
     for line in report_lines(report):
         print(line)

@@ -1,6 +1,6 @@
-"""The identity of an output: everything that decides its content, as plain data.
+"""What decides an output's content, as plain data: to be stored, compared and named.
 
-It is stored and compared. Two runs with one identity make the same video, beyond float rounding.
+Two runs with one identity make one video (beyond float rounding), wherever they run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opening of a run: its session, its mesh and its models."""
+"""Open a run: ranks, session, models."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def open_output(
 def _open_file(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterator[Sink]:
     request = task.request
     metadata = describe(pipeline, settings, request)
-    metadata["captions"] = captions(request)  # what the model read, clip by clip
+    metadata["captions"] = captions(request)  # what the model was told, clip by clip
     if task.original_prompt is not None:
         metadata["original_prompt"] = task.original_prompt
     if request.is_image:
@@ -120,7 +120,7 @@ class _ImageSink:
 
 
 def describe(pipeline: Pipeline, settings: RunSettings, request: Request) -> dict[str, Any]:
-    """The metadata of a file: request, run, versions."""
+    """What a finished file says of itself: request, run, versions."""
     session = pipeline.session
     versions = {"opensora_sp": __version__}
     for package in PACKAGES:

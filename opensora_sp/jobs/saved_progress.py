@@ -135,7 +135,7 @@ class SavedProgress(Progress):
         try:
             save()
         except (UserError, OSError) as error:
-            # A state that cannot be saved must not end hours of work.
+            # Hours of work do not end because their insurance could not be paid.
             note_once("state", f"the state is not saved, so it cannot be gone on from: {error}")
 
 

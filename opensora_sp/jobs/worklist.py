@@ -52,36 +52,36 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
         (_named(task, identity, settings), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
     ]
-    states = [
-        replace(_state_of(task, identity, settings), output=task.output) for task, identity in pairs
+    standings = [
+        replace(_look_at(task, identity, settings), output=task.output) for task, identity in pairs
     ]
-    for (task, identity), state in zip(pairs, states, strict=True):
-        if state.position is None:
+    for (task, identity), standing in zip(pairs, standings, strict=True):
+        if standing.position is None:
             continue
         if settings.overwrite and not settings.decode_only:
             StateFiles(task.output, {}).remove()
-        if state.position == Position():
+        if standing.position == Position():
             write_record(task.output, identity, "waiting")
-    _say_names(job.tasks, states, settings)
-    if settings.resume and all(state.position == Position() for state in states):
+    _say_names(job.tasks, standings, settings)
+    if settings.resume and all(standing.position == Position() for standing in standings):
         note(
             "--resume: nothing of this run has been begun in its --save-dir, so all of it "
             "starts from the beginning"
         )
-    return states
+    return standings
 
 
-def renamed(job: Job, states: Sequence[WorkState]) -> Job:
+def renamed(job: Job, standings: Sequence[WorkState]) -> Job:
     """The job with the outputs that `look_up_work` found for its tasks."""
     tasks = tuple(
-        task if state.output is None else replace(task, output=state.output)
-        for task, state in zip(job.tasks, states, strict=True)
+        task if standing.output is None else replace(task, output=standing.output)
+        for task, standing in zip(job.tasks, standings, strict=True)
     )
     return replace(job, tasks=tasks)
 
 
 def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
-    """The task with the output that it had before, or with the first free name."""
+    """The task with the output it had before, or else with the first name that is free."""
     if not settings.default_names:
         return task
     taken = _names_in_use(task.output)
@@ -114,7 +114,7 @@ def _names_in_use(output: Path) -> set[int]:
 
 
 def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -> bool:
-    """Whether a record is of this request. For an unfinished one its latents have to be."""
+    """Whether a record is of this request, as far as what is still to be made depends on it."""
     if record is None:
         return False
     if difference(record.identity, identity) is None:
@@ -123,15 +123,17 @@ def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -
         return False
     try:
         return latents_identity(record.identity) == latents_identity(identity)
-    except (KeyError, TypeError, AttributeError):  # a record of a version with other fields
+    except (KeyError, TypeError, AttributeError):  # of a version with other fields
         return False
 
 
-def _say_names(tasks: Sequence[Task], states: Sequence[WorkState], settings: RunSettings) -> None:
+def _say_names(
+    tasks: Sequence[Task], standings: Sequence[WorkState], settings: RunSettings
+) -> None:
     others = [
-        (task.output, state.output)
-        for task, state in zip(tasks, states, strict=True)
-        if state.position == Position() and state.output not in (None, task.output)
+        (task.output, standing.output)
+        for task, standing in zip(tasks, standings, strict=True)
+        if standing.position == Position() and standing.output not in (None, task.output)
     ]
     if others and settings.verbose > 0:
         old, new = others[0]
@@ -141,7 +143,7 @@ def _say_names(tasks: Sequence[Task], states: Sequence[WorkState], settings: Run
         )
 
 
-def _state_of(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
+def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
     if not settings.overwrite and _is_finished(task, identity, settings):
         return WorkState(None)
     files = StateFiles(task.output, latents_identity(identity))
@@ -164,10 +166,10 @@ def _state_of(task: Task, identity: Identity, settings: RunSettings) -> WorkStat
 
 
 def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
-    """Whether an output exists that this run would make, or has to leave unchanged.
+    """Whether an output is there that this run would make, or that it has to leave alone.
 
-    A file without a record is never replaced. With `prompt_as_path` it is skipped, as Open-Sora 1.2
-    does. Raises UserError for a file of another request, or one that was changed.
+    A file of which nothing is known is never replaced; with `prompt_as_path` it is skipped, as
+    the reference does then.
     """
     output = task.output
     if not os.path.lexists(output):

@@ -322,7 +322,7 @@ def _entries_of(
 
 
 def _value(what: str, key: str, value: Any) -> Any:
-    """A field's value, or "" where it is empty. Raises UserError for an illegal value."""
+    """A field's value, "" where it is empty; raises UserError where it is not legal."""
     kind = REQUEST_TYPES[key]
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""

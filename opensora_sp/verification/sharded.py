@@ -48,7 +48,7 @@ class Transformer:
     def forward(self, case: Case) -> Tensor | None:
         """The raw output of a case's forward: float32 [B,8,T,H,W] on rank 0, None elsewhere.
 
-        The two halves of the batch are two streams, as the CFG branches are.
+        The two halves of the batch travel as two streams, as guidance's do.
         """
         x = case["x"]
         batch, model = x.shape[0], self.model

@@ -75,10 +75,10 @@ def check_collectives(session: Session) -> list[CheckResult]:
 
 
 def _attempt_together(session: Session, name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """Make a check on every rank, then wait for all, so that no rank begins the next one early."""
-    result = attempt(AREA, name, check)
+    """Every rank tries, then all wait: one that failed does not run ahead into the next."""
+    finding = attempt(AREA, name, check)
     session.barrier()
-    return result
+    return finding
 
 
 def _of_group(session: Session, comm: Comm, where: str) -> list[CheckResult]:

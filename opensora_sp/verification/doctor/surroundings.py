@@ -48,7 +48,7 @@ OLDEST = {
     "tqdm": (4, 66),
 }
 _LEAST_DISK = 2 << 30  # bytes; a 16 s clip is tens of megabytes, a lossless one a gigabyte
-_LEAST_MEMORY = 2 << 30  # bytes a rank; launch/plan.py says what the published models need
+_LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: launch/plan.py says what
 _GIB = 2**30
 
 
