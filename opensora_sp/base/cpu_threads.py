@@ -79,7 +79,7 @@ def busy_elsewhere(ranks: int = 1, load: Path = _LOAD) -> int:
 
 
 def fair_share(cores: int, busy: int) -> int:
-    """Threads that get a whole core each, beside `busy` threads of other programs; at least one.
+    """How many cores' time this process gets beside `busy` threads of other programs; at least 1.
 
     More threads would wait for each other, because an operation ends when its last thread ends.
     Measured on two cores beside two busy loops: a full-width pair of blocks takes 1.5 s with one

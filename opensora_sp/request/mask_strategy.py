@@ -144,7 +144,7 @@ def _malformed(text: str, problem: str) -> UserError:
 
 
 def align_to(value: int, align: int, maximum: int) -> int:
-    """The multiple of `align` nearest to `value`, but not the last incomplete one.
+    """The multiple of `align` nearest to `value`. It rounds up only if a whole `align` is left.
 
     With the frame counts of Open-Sora 1.2 a start is then at the beginning of a micro-frame chunk
     (5 latent frames). `maximum`: latent frames of the reference or the clip that the start is in.
