@@ -1,7 +1,6 @@
-"""What a measurement ran on: device, driver, packages, OS, CPU, disk, host.
+"""A description of the machine for a report: device, driver, packages, OS, CPU, disk, host.
 
-Everything here degrades to None: a tool, a file or a figure that is not there is not an error.
-Tools are started without a shell and given a few seconds.
+What cannot be found out is None and never an error. Tools run without a shell and with a timeout.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _BLOCK_DEVICES = Path("/sys/block")
 
 
 def run_tool(command: Sequence[str]) -> str | None:
-    """What a command prints, or None where it is not there, fails or does not answer in time."""
+    """The output of a command; None where it is absent, fails, is silent or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -126,13 +125,13 @@ def packages_of_drivers(names: str) -> dict[str, str] | None:
 
 
 def python_packages() -> dict[str, str]:
-    """Every installed distribution and its version."""
+    """Every installed Python distribution and its version."""
     found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def os_info() -> dict[str, Any]:
-    """Name, kernel and architecture."""
+    """Name, kernel, architecture and Python version."""
     pretty = None
     for line in _read(_OS_RELEASE).splitlines():
         if line.startswith("PRETTY_NAME="):
@@ -146,7 +145,7 @@ def os_info() -> dict[str, Any]:
 
 
 def cpu_name() -> str | None:
-    """The processor, as Linux names it."""
+    """The processor's model name."""
     for line in _read(_CPU_INFO).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -154,7 +153,7 @@ def cpu_name() -> str | None:
 
 
 def cpu_info() -> dict[str, Any]:
-    """The processor, its cores and how many of them this process may use."""
+    """The processor, its cores, the cores that this process may use, and threads of a rank."""
     from opensora_sp.base.cpu_threads import VARIABLE, available_cores
 
     return {
@@ -166,7 +165,7 @@ def cpu_info() -> dict[str, Any]:
 
 
 def disk_info(directory: Path) -> dict[str, Any]:
-    """The file system that outputs go to, and the block devices of the machine."""
+    """Size and free space (bytes) of the outputs' file system, and the block devices."""
     place = directory.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -187,7 +186,7 @@ def _block_devices() -> list[dict[str, Any]]:
             {
                 "name": entry.name,
                 "model": _read(entry / "device" / "model").strip() or None,
-                "bytes": int(sectors) * 512,  # the kernel counts in sectors of this size
+                "bytes": int(sectors) * 512,  # the kernel counts sectors of 512 bytes
                 "rotates": _read(entry / "queue" / "rotational").strip() == "1",
             }
         )
@@ -195,7 +194,7 @@ def _block_devices() -> list[dict[str, Any]]:
 
 
 def host_info() -> dict[str, Any]:
-    """Name, memory, and how long it has been up."""
+    """Name, memory (bytes), load average and time zone."""
     memory = {}
     for line in _read(_MEM_INFO).splitlines():
         name, _, rest = line.partition(":")

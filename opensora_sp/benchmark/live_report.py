@@ -1,4 +1,4 @@
-"""The report of a run while it grows: on disk from the first moment, whatever happens later."""
+"""The report of a benchmark while it runs. It is on disk from the start, and kept up to date."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULER = "rflow"
 
 
 class LiveReport:
-    """What is known so far; the leading rank's. `write` puts it on disk as it stands."""
+    """The report so far, on the leading rank. `write` puts its current state on disk."""
 
     def __init__(self, job: Job, options: BenchmarkOptions, *, ranks: int) -> None:
         self._job, self._options = job, options
@@ -44,17 +44,17 @@ class LiveReport:
         self.digest = measurement_digest(job, options, ranks)
 
     def write(self, status: str, error: Mapping[str, Any] | None = None) -> Report:
-        """Put the report on disk: status running, ok or failed; returns it."""
+        """Write the report with the status running, ok or failed, and return it."""
         report = self._report(status, error)
         write_report(self._options.benchmark_save_path, report)
         return report
 
     def fail(self, error: BaseException, stage: str | None) -> None:
-        """Put it on disk as failed; never hides the error that is on its way."""
+        """Write the report as failed. An error of writing is only a note."""
         self._fail(type(error).__name__, str(error), stage)
 
     def fail_for_all(self, said: str) -> None:
-        """As `fail`, when the run ends over what happened on another rank."""
+        """As `fail`, when the run ends because of a fault on another rank."""
         self._fail("JobEnded", said.removeprefix("error: "), None)
 
     def _fail(self, kind: str, message: str, stage: str | None) -> None:
@@ -101,7 +101,7 @@ class LiveReport:
         }
 
     def _load_seconds(self) -> float | None:
-        """Checking the files, and everything that was loaded since, on the leading rank."""
+        """Seconds of checking the files and of all loading since, on the leading rank."""
         if self.check_seconds is None:
             return None
         return self.check_seconds + sum(run["load_seconds"] for run in self.runs)
@@ -136,7 +136,7 @@ class LiveReport:
 
 
 def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
-    """How the run is done: device, backend, mesh, runtime."""
+    """The report's section "run": device, backend, mesh, runtime, shapes."""
     from opensora_sp.base.cpu_threads import VARIABLE
 
     session, settings, request = pipeline.session, job.settings, job.tasks[0].request
@@ -162,5 +162,5 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
 
 
 def frames_of(sinks: Sequence[Any]) -> int:
-    """Frames that counting sinks took."""
+    """The number of frames that counting sinks got."""
     return sum(sink.frames for sink in sinks)

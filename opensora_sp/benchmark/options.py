@@ -1,6 +1,6 @@
-"""How to measure: the flags of the benchmark that say nothing about what is generated.
+"""The benchmark's own flags: how to measure, as opposed to what is generated.
 
-Imports no torch: a mistake is refused before anything is loaded.
+Imports no torch, so that a mistake is refused before anything is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The text stage: captions encoded by T5 on rank 0, kept, and handed out to every rank."""
+"""The text stage: T5 encodes captions on rank 0, and their embeddings are broadcast.
+
+T5 is freed before denoising, in `TextStage.release_encoder`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory mode of a run: asked for, or the fastest that fits what the devices have left."""
+"""The memory mode of a run: the one asked for, or the fastest that fits the free memory."""
 
 from __future__ import annotations
 

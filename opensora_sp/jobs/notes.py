@@ -11,8 +11,8 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.open import Engine, announce
 from opensora_sp.jobs.schedule import Work
 from opensora_sp.parallel.session import Session
+from opensora_sp.request.caption_notes import MOST_NOTES, check_captions
 from opensora_sp.request.request import Job
-from opensora_sp.request.told import MOST_NOTES, told
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _tell(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
     tasks = {task.request.prompt: task for w in works if not w.denoised for task in w.tasks}
     notes = []
     for task in tasks.values():
-        for one in told(task.request, pieces, pipeline.models.max_length(task.request)):
+        for one in check_captions(task.request, pieces, pipeline.models.max_length(task.request)):
             notes += one.notes(refined=settings.llm_refine)
             if settings.verbose > 1:
                 clip = f" from clip {one.clip} on" if one.clips > 1 else ""

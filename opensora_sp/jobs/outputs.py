@@ -1,4 +1,4 @@
-"""From a task to its file: the writer, what frames pass on their way to it, what it says of itself.
+"""The output file of a task: its writer, the sinks before it, and its metadata.
 
 Only the leading rank opens outputs.
 """
@@ -20,9 +20,9 @@ from opensora_sp.jobs.sheet_sink import RunSheet
 from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
+from opensora_sp.request.caption_notes import captions
 from opensora_sp.request.naming import numbered
 from opensora_sp.request.request import Job, Request, Task
-from opensora_sp.request.told import captions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +35,9 @@ PACKAGES = ("torch", "transformers", "diffusers", "av")
 def open_outputs(
     pipeline: Pipeline, job: Job, batch: Sequence[Task], sheet: RunSheet | None = None
 ) -> Iterator[list[Sink]]:
-    """A sink for each task of a batch: its file on the leading rank, nothing that lasts elsewhere.
+    """A sink for each task of a batch. On the leading rank it is the task's file.
 
-    The files are there when the block has ended well; opening and finishing them is stage
-    "write".
+    The files appear when the block ends well. Opening and finishing them is the stage "write".
     """
     if not pipeline.session.leads:
         yield [Collector() for _ in batch]
@@ -55,9 +54,9 @@ def open_outputs(
 def open_output(
     pipeline: Pipeline, job: Job, task: Task, sheet: RunSheet | None = None
 ) -> Iterator[Sink]:
-    """The file of a task; it appears whole when the block ends well, or not at all.
+    """A sink for the file of a task, which appears whole when the block ends well.
 
-    sheet: shows the task too, with its frames as the file has them.
+    sheet: the contact sheet that shows the task, with the frames of the file.
     """
     with _open_file(pipeline, job, task) as sink:
         if sheet is not None:
@@ -93,7 +92,7 @@ def _open_file(pipeline: Pipeline, job: Job, task: Task) -> Iterator[Sink]:
 
 
 class _LateSink:
-    """Opens its writer at the first frames: until then there is no file that a kill could leave."""
+    """A sink that opens its writer at the first frames, so that a kill before leaves no file."""
 
     def __init__(self, stack: ExitStack, writer: VideoWriter) -> None:
         self._stack, self._writer, self._open = stack, writer, False
@@ -107,7 +106,7 @@ class _LateSink:
 
 
 class _ImageSink:
-    """Keeps the one frame of an image until the run has ended well."""
+    """A sink that keeps the one frame of an image until the block ends well."""
 
     def __init__(self) -> None:
         self.frames: NDArray[np.uint8] | None = None

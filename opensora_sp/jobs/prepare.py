@@ -28,10 +28,10 @@ def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job
     looked = whole.control.together(lambda: look_up_work(planned, models), leading_only=True)
     found = whole.control.broadcast_object(looked)
     job = renamed(job, found)
-    standings = dict(zip(job.tasks, found, strict=True))
-    works = regroup(job.batches(), {task: one.position for task, one in standings.items()})
+    states = dict(zip(job.tasks, found, strict=True))
+    works = regroup(job.batches(), {task: one.position for task, one in states.items()})
     if job.settings.llm_refine:
-        works = _refine(works, standings, job.settings, whole)
+        works = _refine(works, states, job.settings, whole)
     return job, works
 
 
@@ -44,7 +44,7 @@ def _require_same_list(job: Job, whole: Session) -> None:
 
 
 def _refine(
-    works: Sequence[Work], standings: dict[Task, WorkState], settings: JobSettings, whole: Session
+    works: Sequence[Work], states: dict[Task, WorkState], settings: JobSettings, whole: Session
 ) -> list[Work]:
     """The works with refined prompts; what has been begun goes on with the prompt it has."""
     fresh = [work.tasks for work in works if work.start == Position()]
@@ -57,7 +57,7 @@ def _refine(
         replace(work, tasks=tuple(next(answers)))
         if work.start == Position()
         else replace(
-            work, tasks=tuple(_with_prompt(task, standings[task].refined) for task in work.tasks)
+            work, tasks=tuple(_with_prompt(task, states[task].refined) for task in work.tasks)
         )
         for work in works
     ]

@@ -1,7 +1,7 @@
-"""What `generate` saves on its way, and where it goes on from.
+"""Saving and resuming during `generate`.
 
-Every rank of a video holds one of these; files are touched by the leading one alone. Nothing is
-lost by failing to save: that is said, and the run goes on.
+Every rank of a video has a `SavedProgress`, and the leading rank reads and writes the files. A
+state that cannot be saved is a note, and the run goes on.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 class SavedProgress(Progress):
-    """The saved state of a batch, one `StateFiles` per request, all at the same position.
+    """The saved state of a batch: one `StateFiles` for each request, all at the same position.
 
-    every: steps between two saves; 0 saves finished clips only. stops: save the last step when
-    Ctrl-C or SIGTERM comes. on_latents: called when the latents of the last clip are there.
+    every: steps between two saves; 0 saves finished clips only. stops: save the last step on Ctrl-C
+    or SIGTERM. on_latents: called when the last clip is denoised.
     """
 
     saves = True
@@ -45,12 +45,12 @@ class SavedProgress(Progress):
     ) -> None:
         self._session, self._files, self._start = session, files, start
         self._every, self._stops, self._on_latents = every, stops, on_latents
-        self._asked: list[int] = []  # the signals that have come while steps are made
+        self._asked: list[int] = []  # signals that came during the steps
         self._mask: Tensor | None = None
         self._unsaved: tuple[Position, Gather] | None = None
 
     def is_finished(self, clip: int) -> bool:
-        """Whether a clip's latents are there, so that it is not denoised again."""
+        """Whether a clip's latents are saved, so that it is not denoised again."""
         return clip < self._start.clip
 
     def latents(self, clip: int) -> Tensor | None:
@@ -61,7 +61,7 @@ class SavedProgress(Progress):
         )
 
     def resume_point(self, clip: int) -> ResumePoint | None:
-        """Where a clip goes on, on every rank; None at its beginning. Collective."""
+        """The resume point of a clip, on every rank; None at its beginning. Collective."""
         step = self._start.step
         if clip != self._start.clip or step == 0:
             return None
@@ -77,10 +77,10 @@ class SavedProgress(Progress):
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Make steps in this block: when a person stops it, the last one is saved before it ends.
+        """A block in which steps are made. If a signal stops it, the last step is saved first.
 
-        Gathering takes all ranks of the video. One alone saves at once, in the middle of a step;
-        several first finish the step, after which each learns of the others' signals.
+        Saving gathers the latents from all ranks of the video. A single rank saves at once, in the
+        middle of a step. Several ranks finish the step, and then exchange the signals they got.
         """
         if not self._stops:
             yield
@@ -95,7 +95,7 @@ class SavedProgress(Progress):
                 yield
 
     def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
-        """Look at the state after `step` steps of a clip: save it where it is time. Collective."""
+        """Called after `step` steps of a clip: save the state if it is due. Collective."""
         self._mask, self._unsaved = mask, (Position(clip, step), gather)
         asked = self._all_asked()
         if asked or (self._every and step % self._every == 0):
@@ -103,7 +103,7 @@ class SavedProgress(Progress):
         self._leave(asked)
 
     def _all_asked(self) -> list[int]:
-        """The signals that any rank of the video has got, the same answer on all. Collective."""
+        """The signals that any rank of the video has got, the same on all ranks. Collective."""
         session = self._session
         if not self._stops or session.world_size == 1:
             return []
@@ -119,7 +119,7 @@ class SavedProgress(Progress):
             raise Stopped(asked[0])
 
     def save_now(self) -> None:
-        """Save the last step, unless it is saved. Collective."""
+        """Save the last step, unless it is saved already. Collective."""
         if self._unsaved is None:
             return
         position, gather = self._unsaved
@@ -128,10 +128,10 @@ class SavedProgress(Progress):
             rows = [None] * len(z) if self._mask is None else list(self._mask)
             for files, latents, mask in zip(self._files, z, rows, strict=True):
                 self._try(partial(files.save_step, position, latents, mask))
-        self._unsaved = None  # only now: an interrupt of the lines above saves once more
+        self._unsaved = None  # set last, so that an interrupted save is repeated
 
     def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
-        """Save a clip's final latents [B,4,T,H,W], where they are, before they are decoded."""
+        """Save a clip's final latents [B,4,T,H,W] on the rank that has them, before decoding."""
         self._unsaved = None
         if latents is not None and self._files:
             for files, own in zip(self._files, latents, strict=True):
@@ -151,7 +151,7 @@ class SavedProgress(Progress):
 
 
 def _masks(saved: Sequence[SavedStep]) -> Tensor | None:
-    """The frame masks [B,T] of a batch; None where nothing is kept in any of its videos."""
+    """The frame masks [B,T] of a batch; None where no video has conditioning frames."""
     if all(one.mask is None for one in saved):
         return None
     return torch.stack(

@@ -1,7 +1,7 @@
-"""Where every task of a run stands before it begins: finished, begun, or not there yet.
+"""The work list: which tasks of a run are finished, which can be resumed, which are new.
 
-Nothing that was made is made again, replaced or thrown away unless a person says so. One rank
-looks, for the others may see another file system.
+A finished output is never made again, replaced or deleted unless the user asks for it. Only rank 0
+looks at the files, because other ranks may see another file system.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with -
 
 @dataclass(frozen=True)
 class WorkState:
-    """Where a task stands: None is finished. refined: the prompt it was begun with, if refined.
+    """How far a task has come. position: None where it is finished.
 
-    output: the file it is written to, where that is not the one it was planned for.
+    refined: the refined prompt of its saved state, if any. output: the file that it is written to.
     """
 
     position: Position | None
@@ -41,12 +41,12 @@ class WorkState:
 
 
 def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
-    """Where each of the job's tasks stands; says what is skipped and what goes on.
+    """The state of each of the job's tasks. Prints what is skipped and what is resumed.
 
-    An output that nobody named, and whose name another request's file has, gets a free name.
-    What is to be made is put down as waiting; with --overwrite its saved state goes. models: as
-    `weight_digests.model_digests`. Raises UserError, before anything is changed, where an output
-    or a saved state is of another request, was changed or is damaged.
+    An output without a name from the user gets a free name where another request's file has its
+    name. A task that is to be made gets a record with the stage "waiting". With --overwrite its
+    saved state is removed. models: as from `weight_digests.model_digests`. Raises UserError, before
+    anything is changed, where an output or a saved state is of another request, changed or damaged.
     """
     settings = job.settings
     identities = [identity_of(task, job.engine, settings, models) for task in job.tasks]
@@ -54,30 +54,30 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
         (_named(task, identity, settings), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
     ]
-    standings = [
-        replace(_look_at(task, identity, settings), output=task.output) for task, identity in pairs
+    states = [
+        replace(_state_of(task, identity, settings), output=task.output) for task, identity in pairs
     ]
-    for (task, identity), standing in zip(pairs, standings, strict=True):
-        if standing.position is None:
+    for (task, identity), state in zip(pairs, states, strict=True):
+        if state.position is None:
             continue
         if settings.overwrite and not settings.decode_only:
             StateFiles(task.output, {}).remove()
-        if standing.position == Position():
+        if state.position == Position():
             write_record(task.output, identity, "waiting")
-    _say_names(job.tasks, standings, settings)
-    if settings.resume and all(standing.position == Position() for standing in standings):
+    _say_names(job.tasks, states, settings)
+    if settings.resume and all(state.position == Position() for state in states):
         _log.warning(
             "--resume: nothing of this run has been begun in its --save-dir, so all of it "
             "starts from the beginning"
         )
-    return standings
+    return states
 
 
-def renamed(job: Job, standings: Sequence[WorkState]) -> Job:
+def renamed(job: Job, states: Sequence[WorkState]) -> Job:
     """The job with the outputs that `look_up_work` found for its tasks."""
     tasks = tuple(
-        task if standing.output is None else replace(task, output=standing.output)
-        for task, standing in zip(job.tasks, standings, strict=True)
+        task if state.output is None else replace(task, output=state.output)
+        for task, state in zip(job.tasks, states, strict=True)
     )
     return replace(job, tasks=tasks)
 
@@ -97,7 +97,7 @@ def _named(task: Task, identity: Identity, settings: JobSettings) -> Task:
 
 
 def _names_in_use(output: Path) -> set[int]:
-    """Which of an output's names a file, a record or a saved state has."""
+    """The numbers of an output's names that a file, a record or a saved state has."""
     found = set()
     states = re.compile(r"(?P<name>.*)\.(?:json|step\.safetensors|clip\d{4,}\.safetensors)")
     for folder in (output.parent, output.parent / FOLDER):
@@ -130,13 +130,11 @@ def _is_same(record: Record | None, identity: Identity, settings: JobSettings) -
         return False
 
 
-def _say_names(
-    tasks: Sequence[Task], standings: Sequence[WorkState], settings: JobSettings
-) -> None:
+def _say_names(tasks: Sequence[Task], states: Sequence[WorkState], settings: JobSettings) -> None:
     others = [
-        (task.output, standing.output)
-        for task, standing in zip(tasks, standings, strict=True)
-        if standing.position == Position() and standing.output not in (None, task.output)
+        (task.output, state.output)
+        for task, state in zip(tasks, states, strict=True)
+        if state.position == Position() and state.output not in (None, task.output)
     ]
     if others and settings.verbose > 0:
         old, new = others[0]
@@ -146,7 +144,7 @@ def _say_names(
         )
 
 
-def _look_at(task: Task, identity: Identity, settings: JobSettings) -> WorkState:
+def _state_of(task: Task, identity: Identity, settings: JobSettings) -> WorkState:
     if not settings.overwrite and _is_finished(task, identity, settings):
         return WorkState(None)
     files = StateFiles(task.output, latents_identity(identity))
@@ -195,7 +193,7 @@ def _is_finished(task: Task, identity: Identity, settings: JobSettings) -> bool:
 
 
 def captions_left(tasks: Sequence[Task], start: Position) -> list[str]:
-    """The captions that tasks still need, from where they stand."""
+    """The captions of the clips that tasks still have to make, from a position on."""
     from opensora_sp.request.prompts import caption
 
     return [

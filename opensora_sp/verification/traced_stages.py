@@ -1,4 +1,4 @@
-"""The stages of a run under the allocation tracer, at the published models' sizes."""
+"""Memory of the stages of a run, counted by the allocation tracer at the published sizes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ T5_XXL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes on the device in one stage: weights that stay through it, and the peak beside them."""
+    """Bytes on the device in one stage. weights: those that stay. peak: the rest at its most."""
 
     weights: int
     peak: int
@@ -68,7 +68,7 @@ def traced_denoising(
     config: STDiT3Config | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Traced:
-    """One guided velocity of STDiT3 on one rank: T latent frames of `size` = (H, W) cells."""
+    """One guided velocity of STDiT3 on one rank. frames: T; size: (H, W) in latent cells."""
     config = config or STDiT3Config()
     with without_memory():
         model = _made(lambda: STDiT3(config), dtype)
@@ -87,7 +87,7 @@ def traced_denoising(
 def traced_decoding(
     size: tuple[int, int], group: int, *, frames: int = 17, dtype: torch.dtype = torch.bfloat16
 ) -> Traced:
-    """One chunk of frames through both VAEs, its spatial part `group` frames at a time."""
+    """Decoding of one micro-frame chunk, with `group` frames at a time in the spatial VAE."""
     with without_memory():
         spatial = VideoVAEConfig(spatial=SDXL_VAE, temporal=TemporalVAEConfig())
         vae = _made(lambda: VideoVAE(spatial), dtype)
@@ -111,7 +111,7 @@ def traced_text(
     dtype: torch.dtype = torch.bfloat16,
     eight_bits: bool = False,
 ) -> Traced:
-    """One caption through T5-XXL's encoder."""
+    """Encoding of one caption by T5-XXL."""
     from transformers import T5Config, T5EncoderModel
 
     with without_memory():
@@ -136,7 +136,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _made(make: Callable[[], Module], dtype: torch.dtype) -> Module:
-    """A module whose weights are made in `dtype`: fake ones cannot be converted in place."""
+    """A module with weights in `dtype`. Fake tensors cannot be converted afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -17,7 +17,7 @@ Report = Mapping[str, Any]
 
 
 def write_page(path: Path, report: Report) -> None:
-    """Write the page; it appears whole or not at all. UserError where the disk says no."""
+    """Write the page, whole or not at all. Raises UserError where that fails."""
     from opensora_sp.base.atomic import atomic_output, reported
 
     with atomic_output(path) as temporary, reported(path):
@@ -25,7 +25,7 @@ def write_page(path: Path, report: Report) -> None:
 
 
 def page(report: Report) -> str:
-    """The page of a report in any state."""
+    """The HTML page of a report with any status."""
     title = f"Benchmark: {headline(report)}"
     status = report["status"]
     first = report["request"]["first"]

@@ -1,4 +1,4 @@
-"""What the program stands on: versions, backend, devices, encoder, disk, memory."""
+"""Checks of the environment: versions, backend, devices, encoder, disk, memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from opensora_sp.verification.doctor.check_result import (
     skipped,
 )
 
-# The oldest that the program is tested with; see pyproject.toml.
+# The oldest versions that the program is tested with; see pyproject.toml.
 OLDEST = {
     "torch": (2, 3),
     "transformers": (4, 44),
@@ -57,10 +57,10 @@ def check_versions() -> list[CheckResult]:
     """Python and every package that the program imports."""
     python = f"{platform.python_version()}, {sys.executable}"
     good = sys.version_info >= (3, 10)
-    findings = [(passed if good else failed)("versions", "python", python)]
+    results = [(passed if good else failed)("versions", "python", python)]
     for package, oldest in OLDEST.items():
-        findings.append(attempt("versions", package, partial(_package, package, oldest)))
-    return findings
+        results.append(attempt("versions", package, partial(_package, package, oldest)))
+    return results
 
 
 def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
@@ -80,7 +80,7 @@ def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
 
 
 def check_device(session: Session) -> list[CheckResult]:
-    """The backend's plugin, the devices and what they support; this rank's findings."""
+    """Check the backend's plugin and the devices. Returns this rank's results."""
     kind, device = session.device.type, session.device
     return [
         attempt("device", "backend", lambda: _backend(session)),
@@ -139,7 +139,7 @@ def _tool(kind: str) -> CheckResult:
 
 
 def check_host(directory: Path, ranks_here: int) -> list[CheckResult]:
-    """Encoder, disk and memory of this machine; the leading rank's."""
+    """Check the encoder, disk and memory of this machine, on the leading rank."""
     return [
         attempt("host", "encoder", _encoder),
         attempt("host", "disk", lambda: _disk("disk", directory)),
@@ -180,14 +180,14 @@ def _memory(ranks_here: int) -> CheckResult:
 
 
 def _limits(group: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """What a container leaves to its processes, in bytes."""
+    """Bytes of memory that the container's limit leaves."""
     with suppress(OSError, ValueError):
         most = int((group / "memory.max").read_text(encoding="ascii"))
         yield most - int((group / "memory.current").read_text(encoding="ascii"))
 
 
 def _shared_memory(place: Path = Path("/dev/shm")) -> CheckResult:
-    """Collectives within a node may pass through it; containers often have 64 MB."""
+    """Collectives within a node may use shared memory. Containers often have 64 MB of it."""
     if not place.exists():
         return skipped("host", "shared memory", "this system has none")
     free = shutil.disk_usage(place).free

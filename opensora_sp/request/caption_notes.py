@@ -1,8 +1,8 @@
-"""What the model is told of a prompt, and the notes where that is something else than its words.
+"""Captions as the model reads them, and notes where they differ from the prompt.
 
-Caption cleaning drops what no caption of the training set had, the text encoder reads a fixed
-number of tokens, and its vocabulary has no piece for some characters. None of it is an error;
-all of it is worth a line. Imports no torch.
+Caption cleaning drops words that no training caption had. The text encoder reads a limited number
+of tokens, and its vocabulary has no piece for some characters. None of these is an error, and each
+is worth a note. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from opensora_sp.request.prompts import (
 )
 from opensora_sp.request.request import Request
 
-_MOST_WORDS = 8  # named in a note
-MOST_NOTES = 10  # of a run; a list in Chinese need not fill the screen
+_MOST_WORDS = 8  # words that a note names
+MOST_NOTES = 10  # notes of a run; a long list in Chinese would fill the screen
 _UNREADABLE = "\ufffd"
 _IDEOGRAPHS = "\u31c0-\u9fff"
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]+|(?:(?![{_IDEOGRAPHS}])[^\W_])+")
-_SPACE = "\u2581"  # how a SentencePiece piece shows the space before it
+_SPACE = "\u2581"  # SentencePiece writes the space before a piece as this character
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the model reads for one text of a prompt.
+class CaptionCheck:
+    """What the model reads of one text of a prompt.
 
-    clip: the first clip that the text is for. caption: cleaned, scores appended. lost: words of the
-    prompt that are not in it. unread: the end of the caption that is beyond the last token.
-    unknown: words of what is read that hold a character without a piece.
+    clip: the first clip that uses the text. clips: how many texts the prompt has. caption: the
+    cleaned text with scores. lost: words of the prompt that are not in the caption. unread: the end
+    of the caption after the last token that is read. unknown: words that hold a character without a
+    piece.
     """
 
     prompt: str
@@ -51,7 +52,7 @@ class Told:
     unknown: Sequence[str] = ()
 
     def notes(self, *, refined: bool = False) -> list[str]:
-        """A sentence for each thing that the model does not get; refined: by a language model."""
+        """A line for each kind of difference. refined: a language model rewrote the prompt."""
         where = f"prompt {shown(self.prompt)}"
         if self.clips > 1:
             where += f", the text from clip {self.clip} on"
@@ -82,7 +83,7 @@ class Told:
 
 
 def captions(request: Request) -> list[str]:
-    """The caption of every clip, as the model gets it; equal ones at the end are there once."""
+    """The caption of every clip. Equal captions at the end are listed once."""
     scores = (request.aes, request.flow, request.camera_motion)
     every = [caption_for_clip(request.prompt, clip, *scores) for clip in range(request.loop)]
     while len(every) > 1 and every[-1] == every[-2]:
@@ -90,11 +91,13 @@ def captions(request: Request) -> list[str]:
     return every
 
 
-def told(request: Request, pieces: Any = None, max_length: int = 0) -> list[Told]:
-    """What the model is told for each text of a request that a clip uses.
+def check_captions(
+    request: Request, tokenizer: Any = None, max_length: int = 0
+) -> list[CaptionCheck]:
+    """Check each text of a request that a clip uses.
 
-    pieces: the text encoder's SentencePiece processor; without, only cleaning is looked at.
-    max_length: tokens that are read, the end token counted.
+    tokenizer: the text encoder's SentencePiece processor. None checks caption cleaning only.
+    max_length: tokens that the encoder reads, including the end token.
     """
     found = []
     texts = [clip for clip in sorted(split_loops(request.prompt)) if clip < request.loop]
@@ -102,9 +105,9 @@ def told(request: Request, pieces: Any = None, max_length: int = 0) -> list[Told
     for clip in texts:
         caption = caption_for_clip(request.prompt, clip, *scores)
         written = append_scores(prompt_for_loop(request.prompt, clip), *scores)
-        unread, unknown = ("", []) if pieces is None else _read(pieces, caption, max_length)
+        unread, unknown = ("", []) if tokenizer is None else _read(tokenizer, caption, max_length)
         found.append(
-            Told(
+            CaptionCheck(
                 prompt=request.prompt,
                 clip=clip,
                 clips=len(texts),
@@ -120,15 +123,15 @@ def told(request: Request, pieces: Any = None, max_length: int = 0) -> list[Told
 def lost_words(written: str, caption: str) -> list[str]:
     """The words of a text that are not in its caption, in the text's order.
 
-    A word is a run of letters and digits, or of ideographs; case, punctuation, and characters
-    written as HTML or URL escapes make no difference.
+    A word is a run of letters and digits, or of ideographs. Case, punctuation, and HTML and URL
+    escapes make no difference.
     """
     from ftfy import fix_text
 
     lost = _missing(written, caption)
     if lost:
         decoded = html.unescape(fix_text(unquote_plus(written)))
-        if _UNREADABLE not in decoded:  # "20%cats" is no escape that anybody meant
+        if _UNREADABLE not in decoded:  # the % of "20%cats" is not meant as an escape
             lost = min(lost, _missing(decoded, caption), key=len)
     return lost
 
@@ -148,9 +151,9 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _read(pieces: Any, caption: str, max_length: int) -> tuple[str, list[str]]:
-    """The end of a caption that is not read, and the words of the rest with an unknown piece."""
-    ids, parts = pieces.encode(caption), pieces.encode(caption, out_type=str)
+def _read(tokenizer: Any, caption: str, max_length: int) -> tuple[str, list[str]]:
+    """The end of a caption that is not read, and the words before it with an unknown piece."""
+    ids, parts = tokenizer.encode(caption), tokenizer.encode(caption, out_type=str)
     starts = [i for i, part in enumerate(parts) if part.startswith(_SPACE)]
     most = max_length - 1  # the end token takes one
     unread = ""
@@ -165,7 +168,7 @@ def _read(pieces: Any, caption: str, max_length: int) -> tuple[str, list[str]]:
     unknown = []
     for _, group in groupby(of, key=lambda pair: pair[0]):
         places = [i for _, i in group]
-        if any(ids[i] == pieces.unk_id() for i in places):
+        if any(ids[i] == tokenizer.unk_id() for i in places):
             unknown.append("".join(parts[i] for i in places).replace(_SPACE, ""))
     return unread, list(dict.fromkeys(unknown))
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from opensora_sp.cli.infer import main
+from opensora_sp.request.caption_notes import captions, check_captions, lost_words
 from opensora_sp.request.embedded import EMBEDDED
 from opensora_sp.request.prompts import caption_for_clip
 from opensora_sp.request.request import Request
-from opensora_sp.request.told import captions, lost_words, told
 
 RUN = ["--num-frames", "image", "--image-size", "32", "48", "--num-sampling-steps", "1"]
 RUN += ["--device", "cpu", "--dtype", "fp32"]
@@ -82,7 +82,7 @@ def embedded_tokenizer() -> Any:
 @pytest.mark.parametrize("limit", [2, 7, 12])
 def test_the_end_that_is_not_read_is_the_end_of_the_caption(limit: int) -> None:
     pieces, prompt = embedded_tokenizer(), "a red ball rolls to the left of a blue square slowly"
-    (one,) = told(Request(prompt=prompt, aes=None), pieces, limit)
+    (one,) = check_captions(Request(prompt=prompt, aes=None), pieces, limit)
     read = "".join(pieces.encode(prompt, out_type=str)[: limit - 1]).replace("\u2581", " ")
     assert one.unread
     assert one.caption.endswith(one.unread)
@@ -97,24 +97,24 @@ def test_exactly_full_is_not_cut() -> None:
     pieces, prompt = embedded_tokenizer(), "a red ball rolls to the left"
     tokens = len(pieces.encode(prompt)) + 1
     request = Request(prompt=prompt, aes=None)
-    assert told(request, pieces, tokens)[0].unread == ""
-    assert told(request, pieces, tokens - 1)[0].unread == "left"
+    assert check_captions(request, pieces, tokens)[0].unread == ""
+    assert check_captions(request, pieces, tokens - 1)[0].unread == "left"
 
 
 def test_words_without_letters_in_the_vocabulary() -> None:
     pieces = embedded_tokenizer()
     request = Request(prompt="a red ball 🔴 and привет, a zebra", aes=6.5)
-    (one,) = told(request, pieces, 300)
+    (one,) = check_captions(request, pieces, 300)
     assert one.unknown == ["🔴", "привет,"]
     assert not one.lost
     assert "'🔴', 'привет,'" in one.notes()[0]
-    assert told(Request(prompt="a red ball"), pieces, 300)[0].notes() == []
-    assert told(request, pieces, 5)[0].unknown == []  # it is not read at all
+    assert check_captions(Request(prompt="a red ball"), pieces, 300)[0].notes() == []
+    assert check_captions(request, pieces, 5)[0].unknown == []  # it is not read at all
 
 
 def test_every_text_of_a_prompt_is_looked_at_and_no_other() -> None:
     request = Request(prompt="|0|a ball|2|猫|7|球", loop=4, num_frames=34)
-    found = told(request)
+    found = check_captions(request)
     assert [(one.clip, list(one.lost)) for one in found] == [(0, []), (2, ["猫"])]
     assert "the text from clip 2 on" in found[1].notes()[0]
     scores = " aesthetic score: 6.5."
