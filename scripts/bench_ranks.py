@@ -110,10 +110,10 @@ def measure(arguments: argparse.Namespace) -> int:
         velocity = denoiser.prepare(conditions)
         seconds = []
         for _ in range(4):
-            session.barrier()
+            session.control.barrier()
             started = time.perf_counter()
             velocity(z, 500.0)
-            seconds.append(max(session.all_gather_object(time.perf_counter() - started)))
+            seconds.append(max(session.control.all_gather_object(time.perf_counter() - started)))
         if session.leads:
             print(statistics.median(seconds[1:]), flush=True)
     return 0

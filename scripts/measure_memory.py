@@ -30,8 +30,9 @@ from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, make_plan
 from opensora_sp.planner.requests import sizes_of
 from opensora_sp.request import sizes
+from opensora_sp.request.memory_modes import MEMORY_MODES, MemoryMode
 from opensora_sp.request.request import Checkpoints, Request
-from opensora_sp.request.runtime import MEMORY_MODES, MemoryMode, Runtime
+from opensora_sp.request.runtime import Runtime
 
 
 def measure(session: Session, where: Checkpoints, request: Request, mode: MemoryMode) -> list[int]:
@@ -81,10 +82,10 @@ def main() -> None:
         if session.leads:
             print("| mode | stage | measured GB | planned GB | planned / measured |")
             print("| --- | --- | --- | --- | --- |")
-        for mode in MEMORY_MODES:
+        for mode in MEMORY_MODES.values():
             plan = make_plan(shape, session.world_size, mode, sizes_of(where), options)
             planned = {stage.name: stage.total for stage in plan.stages}
-            everyone = session.all_gather_object(measure(session, where, request, mode))
+            everyone = session.control.all_gather_object(measure(session, where, request, mode))
             for i, stage in enumerate(("text", "denoise", "decode")):
                 most = max(peaks[i] for peaks in everyone)
                 if session.leads:

@@ -37,18 +37,26 @@ cd "$ROOT"
 ensure_venv "$venv" "$stack"
 bin="$ROOT/$venv/bin"
 
-failed=()
-check() { # NAME COMMAND...
-    local name="$1"
-    shift
-    "$@" || failed+=("$name")
+# The checks run side by side, as the slowest uses one core; each says what it found in its turn.
+failed=() names=() pids=()
+said="$(mktemp -d)"
+trap 'kill "${pids[@]}" 2>/dev/null || true; rm -rf "$said"' EXIT
+begin() { # NAME COMMAND...
+    names+=("$1")
+    "${@:2}" >"$said/${#pids[@]}" 2>&1 &
+    pids+=("$!")
 }
 
 if [[ "$stack" == current ]]; then
-    check "ruff check" "$bin/ruff" check
-    check "ruff format" "$bin/ruff" format --check
-    check "mypy" "$bin/mypy"
-    check "lint-imports" "$bin/lint-imports" --no-cache --no-logo
+    begin "ruff check" "$bin/ruff" check
+    begin "ruff format" "$bin/ruff" format --check
+    begin "lint-imports" "$bin/lint-imports" --no-cache --no-logo
+    begin "mypy" "$bin/mypy"
+    for i in "${!pids[@]}"; do
+        wait "${pids[$i]}" || failed+=("${names[$i]}")
+        cat "$said/$i"
+    done
+    pids=()
 fi
 
 workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"

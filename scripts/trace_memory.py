@@ -23,7 +23,8 @@ from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.request import sizes
-from opensora_sp.request.runtime import MEMORY_MODES, Runtime
+from opensora_sp.request.memory_modes import MEMORY_MODES
+from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.traced_stages import traced_decoding, traced_denoising, traced_text
 
 PAIRS = 3
@@ -37,7 +38,7 @@ def denoising(latent: Sequence[int], ranks: int, runtime: Runtime) -> int:
     left = models.depth - PAIRS
     halves = 2 // mesh.guidance
     text = left * 2 * models.tokens * 2 * models.channels * 2 * halves
-    weights = left * models.pair_weights * 2 if runtime.residency != "streamed" else 0
+    weights = 0 if runtime.offload.layers else left * models.pair_weights * 2
     return traced.total + text + weights
 
 
@@ -54,14 +55,14 @@ def main() -> None:
 
     print("| mode | T5 | " + " | ".join(f"transformer, N = {n}" for n in asked.ranks), end="")
     print(" | decode |\n| --- | --- |" + " --- |" * len(asked.ranks) + " --- |")
-    for name, mode in MEMORY_MODES.items():
-        runtime = Runtime(**mode)
-        text = traced_text(streamed=runtime.residency == "streamed").total
+    for mode in MEMORY_MODES.values():
+        runtime = Runtime.of(mode)
+        text = traced_text(offload_layers=runtime.offload.layers).total
         steps = [denoising(latent, ranks, runtime) for ranks in asked.ranks]
         group = min(runtime.group(4), frames)
         decoded = traced_decoding((latent[1], latent[2]), group, frames=min(17, frames)).total
         cells = " | ".join(f"{value / 1e9:.2f}" for value in (text, *steps, decoded))
-        print(f"| {name} | {cells} |", flush=True)
+        print(f"| {mode} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

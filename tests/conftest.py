@@ -10,13 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.configuration
 import pytest
 import ranks
+from fast import is_fast
+
+# The same examples in every run, so that a failure elsewhere is a failure here; and no deadline,
+# because an example takes as long as the machine's other work lets it.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # Whatever a test starts, it must neither read nor write the embeddings in a person's own cache.
 _CACHE = tempfile.mkdtemp(prefix="opensora-sp-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+hypothesis.configuration.set_hypothesis_home_dir(_CACHE)
 
 ASSETS = Path(__file__).resolve().parent.parent / "opensora_sp" / "assets"
 
@@ -37,6 +46,14 @@ def embedded_dir() -> Path:
 def run_ranks() -> Callable[..., list[Any]]:
     """``ranks.run_ranks``: call a top-level function on several gloo ranks."""
     return ranks.run_ranks
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is fast, see fast.py."""
+    for item in items:
+        if is_fast(item):
+            item.add_marker("fast")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from ranks import environments, free_port, rank_context  # noqa: E402
+from forked import Copies  # noqa: E402
+from ranks import environments, free_port  # noqa: E402
 
 from opensora_sp.base.faults import LOG_VARIABLE, POINTS, VARIABLE  # noqa: E402
 from opensora_sp.base.processes import Process  # noqa: E402
@@ -71,7 +72,14 @@ def legal_cells() -> Iterator[Cell]:
                     yield Cell(name, way, rank)
 
 
-def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0, forked: bool = False) -> Outcome:
+def run_cell(
+    cell: Cell,
+    folder: Path,
+    *,
+    ranks: int = RANKS,
+    max_restarts: int = 0,
+    forked: bool = False,
+) -> Outcome:
     """Run one cell in an empty folder and judge it.
 
     forked: ranks that are forked from a process with torch in it, in place of torchrun: the same
@@ -93,11 +101,13 @@ def run_cell(cell: Cell, folder: Path, *, max_restarts: int = 0, forked: bool = 
         VARIABLE: f"rank={cell.rank} point={cell.point} way={cell.way}",
         LOG_VARIABLE: str(logs),
     }
-    run = (
-        _Forked(flags, environment, said)
-        if forked
-        else _Torchrun([f"launch/{point.program}.py", *flags], environment, said, max_restarts)
-    )
+    run: Copies | _Torchrun
+    if forked:
+        own = [{**environment, **each} for each in environments(ranks)]
+        run = Copies(flags, own, said, program=point.program)
+    else:
+        command = [f"launch/{point.program}.py", *flags]
+        run = _Torchrun(command, environment, said, ranks, max_restarts)
     outcome = Outcome()
     try:
         _watch(run, logs, outcome)
@@ -115,9 +125,14 @@ class _Torchrun:
     """The real launcher."""
 
     def __init__(
-        self, flags: list[str], environment: dict[str, str], said: Path, max_restarts: int
+        self,
+        flags: list[str],
+        environment: dict[str, str],
+        said: Path,
+        ranks: int,
+        max_restarts: int,
     ) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         command += ["--max-restarts", str(max_restarts), "--master_port", str(free_port())]
         with said.open("w") as out:
             self._process = subprocess.Popen(
@@ -129,9 +144,9 @@ class _Torchrun:
                 start_new_session=True,
             )
 
-    def poll(self) -> int | None:
+    def codes(self) -> list[int | None]:
         """Its exit code, or None while it runs."""
-        return self._process.poll()
+        return [self._process.poll()]
 
     def kill(self) -> None:
         """End it."""
@@ -139,45 +154,7 @@ class _Torchrun:
         self._process.wait()
 
 
-class _Forked:
-    """Ranks alone, as torchrun would have started them."""
-
-    def __init__(self, flags: list[str], environment: dict[str, str], said: Path) -> None:
-        context = rank_context()
-        said.touch()
-        self._ranks = [
-            context.Process(target=_forked_rank, args=(flags, {**environment, **own}, str(said)))
-            for own in environments(RANKS)
-        ]
-        for rank in self._ranks:
-            rank.start()
-
-    def poll(self) -> int | None:
-        """0 when all ranks ended well, 1 when one did not, None while one is left."""
-        codes = [rank.exitcode for rank in self._ranks]
-        return None if None in codes else int(any(codes))
-
-    def kill(self) -> None:
-        """End them."""
-        for rank in self._ranks:
-            rank.kill()
-            rank.join()
-
-
-def _forked_rank(flags: list[str], environment: dict[str, str], said: str) -> None:
-    out = os.open(said, os.O_WRONLY | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    from opensora_sp.cli.infer import main
-
-    code = main(flags)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _watch(run: _Torchrun | _Forked, logs: Path, outcome: Outcome) -> None:
+def _watch(run: _Torchrun | Copies, logs: Path, outcome: Outcome) -> None:
     """Wait for the end; note how long the ranks of the attempt that failed took to be gone."""
     end = time.monotonic() + GIVE_UP_S
     failing: dict[int, Process] = {}
@@ -188,7 +165,8 @@ def _watch(run: _Torchrun | _Forked, logs: Path, outcome: Outcome) -> None:
         gone = bool(failing) and all(p.state() == "gone" for p in failing.values())
         if gone and outcome.seconds is None:
             outcome.seconds = time.time() - float(fault.read_text())
-        outcome.code = run.poll()
+        codes = run.codes()
+        outcome.code = None if None in codes else int(any(codes))
         if outcome.code is not None and (gone or not failing):
             return
         time.sleep(0.05)

@@ -89,7 +89,7 @@ def draft_of(
     job = build_job(values, world_size=ranks)
     draft = LiveReport(job, BenchmarkOptions.from_values(values), ranks=ranks)
     draft.check_seconds = 3.0
-    guidance = job.settings.guidance_parallel or 1
+    guidance = job.engine.guidance_parallel or 1
     mesh = {"replicas": 1, "guidance": guidance, "sequence": ranks // guidance}
     draft.facts["run"] = {
         "ranks": ranks,

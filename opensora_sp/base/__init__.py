@@ -1,1 +1,1 @@
-"""Errors, atomic files, hashes, geometry, processes: used by every room, imports none of them."""
+"""Errors, atomic files, hashes, geometry, processes. Every room may use them."""

@@ -1,8 +1,8 @@
-"""Looking at files and folders that people name: an answer, or one line that says why not.
+"""Access to the files and folders that people name, with one clear line where it is refused.
 
-`Path.exists` and its like raise PermissionError for a folder that may not be looked into, or say
-that nothing is there, by Python version; both mislead. Files are read here with a limit and only
-where they are regular files: a pipe would wait for its writer, and a device may never end.
+For a folder without permission `Path.exists` raises PermissionError or returns False, depending on
+the Python version. Both mislead. Files are read with a limit of size, and only where they are
+regular files: reading a pipe waits for its writer, and a device may have no end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import LONGEST_PATH, shown
 
-# A record or a file name with a number, and the name of a temporary file, go below a folder.
+# Bytes of a path that are left for the names of records, outputs and temporary files.
 _ROOM_FOR_NAMES = 300
 
 CONFIG_LIMIT = 1 << 20
@@ -46,7 +46,7 @@ def is_dir(path: AnyPath) -> bool:
 
 
 def absolute(path: AnyPath) -> Path:
-    """The path from the root. Raises UserError where the working directory has been deleted."""
+    """The absolute path. Raises UserError where the working directory has been deleted."""
     try:
         return Path(os.path.abspath(path))
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def read_bytes(path: AnyPath, *, limit: int, what: str | None = None) -> bytes:
     """
     name = what or shown(os.fspath(path))
     try:
-        # Not blocking: opening a pipe would wait for its writer. Regular files do not care.
+        # Opening a pipe would wait for its writer. The flag has no effect on regular files.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             mode = os.fstat(handle).st_mode
@@ -99,9 +99,9 @@ def read_bytes(path: AnyPath, *, limit: int, what: str | None = None) -> bytes:
 def read_text(
     path: AnyPath, *, limit: int, what: str | None = None, encoding: str = "utf-8-sig"
 ) -> str:
-    """As `read_bytes`, as UTF-8 text; a mark at its beginning is left out.
+    """As `read_bytes`, decoded as UTF-8. A byte order mark is dropped.
 
-    Line endings become line feeds, as in Python's own text files.
+    Line endings become line feeds, as Python does for text files.
     """
     content = read_bytes(path, limit=limit, what=what)
     try:
@@ -121,7 +121,7 @@ def _mode(path: AnyPath) -> int | None:
         if error.errno in _NOT_THERE:
             return None
         raise UserError(f"{shown(os.fspath(path))} cannot be looked at: {_said(error)}") from None
-    except ValueError as error:  # a NUL in it, or a character that no file name can hold
+    except ValueError as error:  # the path holds a NUL or a character that no file name can have
         raise UserError(f"{shown(os.fspath(path))} is not a path: {_said(error)}") from None
 
 

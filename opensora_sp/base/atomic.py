@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and errors of writing them in one line."""
+"""Atomic output files: a file appears whole or not at all. Errors of writing are one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.processes import Process, this_node
 
-# The name tells whose it is, so that others can remove what a killed process left behind.
+# The name holds the writer's node and process, so that others can remove what it left behind.
 _NAME = re.compile(r"\.opensora-sp-(?P<node>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{16}\.tmp")
 _unfinished: set[Path] = set()
 
@@ -22,8 +22,8 @@ _unfinished: set[Path] = set()
 def atomic_output(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on a clean exit.
 
-    On any exception the temporary file is removed and `path` stays as it was. The directory is
-    made where it is missing. Errors of the body pass through unchanged.
+    On any exception the temporary file is removed and `path` stays as it was. A missing directory
+    is created. Errors of the body pass through unchanged.
 
     Raises:
         UserError: the directory cannot be made, the name is not possible there, or renaming fails.
@@ -34,7 +34,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".opensora-sp-{this_node()}-{os.getpid()}-{token}.tmp"
     with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Asked now because a name that is too long would otherwise fail after hours of work.
+        # A name that is too long would otherwise fail only at the end, after hours of work.
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(os.stat(path).st_mode):
                 raise IsADirectoryError(0, "a directory has that name")
@@ -52,21 +52,21 @@ def atomic_output(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-    """Remove this process's temporary files: the last thing before it ends without unwinding."""
+    """Remove this process's temporary files. Call it before an exit that does not unwind."""
     for path in list(_unfinished):
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary files that processes of this machine left here when they were killed."""
+    """Remove the temporary files that killed processes of this machine left in a directory."""
     with suppress(OSError):
         for path in directory.iterdir():
             name = _NAME.fullmatch(path.name)
             if name is None or name["node"] != this_node():
                 continue
-            # Without its start time a process with the same number counts as the writer: the file
-            # then stays until that one has gone too, which is the safe way to be wrong.
+            # The start time is not known here, so a later process with the same number counts as
+            # the writer. The file then stays until that process ends too, which does no harm.
             if Process(int(name["pid"]), "", name["node"]).state() == "gone":
                 path.unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Turn what the system or FFmpeg says while `path` is written into one line for a person."""
+    """Turn an error of the system or FFmpeg, while `path` is written, into one UserError line."""
     try:
         yield
     except UserError:
@@ -96,7 +96,7 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def is_ffmpeg_error(error: Exception) -> bool:
-    """Whether PyAV raised it for something that FFmpeg said."""
+    """Whether the error comes from FFmpeg."""
     import av
 
     return isinstance(error, av.FFmpegError)

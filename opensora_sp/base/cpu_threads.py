@@ -1,4 +1,7 @@
-"""Threads of each rank on the CPU. Call before torch is imported: it reads the variables once."""
+"""The number of CPU threads of each rank.
+
+`apply_cpu_threads` has to run before torch is imported, because torch reads OMP_NUM_THREADS once.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 _LOAD = Path("/proc/loadavg")
 _LOOKS, _LOOK_SECONDS = 5, 0.01
-# A block of a narrower transformer is over before a second thread has begun: on two cores the
-# embedded model (width 192) is no faster with two threads than with one.
+# A narrower transformer gains nothing from a second thread: on two cores the embedded model (width
+# 192) is no faster with two threads than with one.
 SMALL_WIDTH = 512
 
 
 def available_cores(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
-    """Cores that this process may use: its affinity, cut by the quotas of its control groups."""
+    """Cores that this process may use: its CPU affinity, limited by the quotas of its cgroups."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
@@ -33,8 +36,8 @@ def available_cores(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
 
 
 def _quotas(cgroups: Path, own: Path) -> list[float]:
-    """Cores' worth of time that each control group above this process allows it."""
-    places = [cgroups, cgroups / "cpu"]  # a container often sees its own group as the root
+    """The quota, in cores, of each cgroup that this process belongs to."""
+    places = [cgroups, cgroups / "cpu"]  # a container often sees its own cgroup as the root
     for line in _text(own).splitlines():
         _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "-", "")
         base = cgroups / "cpu" if "cpu" in controllers.split(",") else cgroups
@@ -44,7 +47,7 @@ def _quotas(cgroups: Path, own: Path) -> list[float]:
     found = []
     for place in dict.fromkeys(places):
         quota, period = [*_text(place / "cpu.max").split(), "", ""][:2]
-        if not quota:  # the first version of control groups has two files
+        if not quota:  # cgroup v1 has two files
             quota = _text(place / "cpu.cfs_quota_us").strip()
             period = _text(place / "cpu.cfs_period_us").strip()
         if quota.isdecimal() and period.isdecimal() and int(quota) and int(period):
@@ -60,9 +63,9 @@ def _text(path: Path) -> str:
 
 
 def busy_elsewhere(ranks: int = 1, load: Path = _LOAD) -> int:
-    """Threads of other programs that want a core now; 0 where the system does not tell.
+    """Threads of other programs that are ready to run now; 0 where the system does not tell.
 
-    ranks: processes of this run on this machine, which are busy starting.
+    ranks: processes of this run on this machine. They are busy starting and are subtracted.
     """
     looks = []
     for look in range(_LOOKS):
@@ -76,24 +79,24 @@ def busy_elsewhere(ranks: int = 1, load: Path = _LOAD) -> int:
 
 
 def fair_share(cores: int, busy: int) -> int:
-    """Cores' worth of time that as many threads as cores get beside `busy` others; at least one.
+    """How many cores' time this process gets beside `busy` threads of other programs; at least 1.
 
-    More threads than that wait for each other: each step of the work ends when the last of them
-    has had its turn. On two cores beside two busy loops, one thread makes a full-width pair of
-    blocks in 1.5 s and two threads in 1.7 to 2.2 s.
+    More threads would wait for each other, because an operation ends when its last thread ends.
+    Measured on two cores beside two busy loops: a full-width pair of blocks takes 1.5 s with one
+    thread, and 1.7 to 2.2 s with two.
     """
     return max(1, cores * cores // (cores + busy))
 
 
 def transformer_width(directory: Path | None) -> int | None:
-    """Channels of the transformer; None where its config.json does not say. 0: the embedded one."""
+    """Channels of the transformer; None where config.json lacks them; 0 for the embedded model."""
     if directory is None:
         return 0
     try:
         content: Any = json.loads(_text(directory / "config.json"))
         width = content.get("hidden_size", None)
     except (ValueError, AttributeError, RecursionError):
-        return None  # what is wrong with the file is said when the model is loaded
+        return None  # loading the model will report what is wrong with the file
     return width if isinstance(width, int) else None
 
 
@@ -107,10 +110,10 @@ def choose_threads(
 ) -> int | None:
     """Threads for this rank; None leaves them to the environment and torch.
 
-    wanted: a person's choice; None takes what the work can use, unless the device is an
-    accelerator or the person has set OMP_NUM_THREADS. torchrun sets that to 1 where it was unset,
-    so a 1 under torchrun is not taken for a person's choice.
-    width: channels of the transformer; a narrow one gets one thread.
+    wanted: the user's choice. None chooses, unless the device is an accelerator or the user has set
+    OMP_NUM_THREADS. torchrun sets that variable to 1 where it was unset, so a 1 under torchrun does
+    not count as the user's choice.
+    width: channels of the transformer. A narrow one gets one thread.
     busy: threads of other programs, see `fair_share`.
     """
     if wanted is not None:
@@ -133,7 +136,7 @@ def apply_cpu_threads(
     environ: MutableMapping[str, str] = os.environ,
     transformer: Path | None = None,
 ) -> int | None:
-    """Set OMP_NUM_THREADS for this rank; returns the number, or None where it is left alone.
+    """Set OMP_NUM_THREADS for this rank. Returns the number, or None where it is left unchanged.
 
     transformer: its checkpoint directory; None for the embedded model.
     """

@@ -1,4 +1,4 @@
-"""How long each kind of work may take before it counts as hung. Imports no torch."""
+"""Deadlines: how long each kind of work may take before it counts as hung. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# Generous: hours of slow disks and slow cores fit in. What they catch is what never ends.
+# The limits are generous, so that slow disks and slow cores do not exceed them.
 DEADLINES: Mapping[str, float] = MappingProxyType(
     {"load": 3600.0, "encode": 3600.0, "step": 7200.0, "decode": 7200.0, "write": 3600.0}
 )
 HEARTBEAT_S = 60.0
-# What limits may be, in seconds: below, the program's own messages take longer; above, no timer of
-# the libraries underneath counts.
+# The range of each limit, in seconds. Below it the program's own messages take longer. Above it the
+# timers of the libraries below overflow.
 TIMEOUT_RANGE_S = (1.0, 30 * 86_400.0)
 HEARTBEAT_RANGE_S = (2.0, 30 * 86_400.0)
 DEADLINE_RANGE_S = (1.0, 30 * 86_400.0)
-# The stages of a run that each of them limits; stages that are not here only wait for others.
+# Which limit applies to which stage. Stages that are not listed only wait for other ranks.
 _KIND_OF_STAGE = {
     "load": "load",
     "encode text": "encode",
@@ -29,10 +29,10 @@ _KIND_OF_STAGE = {
 
 
 def parse_deadlines(text: str) -> dict[str, float]:
-    """ "step=600,decode=off" → every kind's seconds, those that are not named by default.
+    """The seconds of every kind from a text such as "step=600,decode=off".
 
-    "off" is no limit. Raises ValueError for another form, an unknown kind or a number that is
-    not within `DEADLINE_RANGE_S`.
+    A kind that is not named has its default, and "off" means no limit. Raises ValueError for
+    another form, an unknown kind, or a number outside `DEADLINE_RANGE_S`.
     """
     limits = dict(DEADLINES)
     for part in text.replace(";", ",").split(","):
@@ -49,5 +49,5 @@ def parse_deadlines(text: str) -> dict[str, float]:
 
 
 def kind_of_stage(stage: str) -> str | None:
-    """Which deadline limits a stage; None where none does."""
+    """The kind of deadline that limits a stage; None for a stage without one."""
     return _KIND_OF_STAGE.get(stage)

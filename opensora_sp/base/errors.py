@@ -1,22 +1,22 @@
-"""The two kinds of failure: what a person can mend, and everything else."""
+"""Exceptions of the program. A `UserError` is a mistake that a person can correct."""
 
 
 class UserError(Exception):
     """A mistake in a request, a file or the environment.
 
-    Its message is one line that names the value, what is allowed and what to do.
-    The command line prints it from rank 0 and ends with exit code 2.
+    The message is one line. It names the value, what is allowed and what to do. The command line
+    prints it from rank 0 and exits with code 2.
     """
 
 
 class CheckpointError(UserError):
-    """A checkpoint directory or file that does not fit the model; names the weight and the file."""
+    """A checkpoint directory or file does not fit the model; the message names weight and file."""
 
 
-class PromptFault(UserError):  # noqa: N818 (it is the prompt's, not the run's)
-    """A mistake of one prompt, found while the run goes on: the others can still be made.
+class PromptFault(UserError):  # noqa: N818 (the fault of a prompt does not end the run)
+    """A mistake in one prompt of a list. The outputs of the other prompts can still be made.
 
-    place: which request of its batch it is, from 0.
+    place: the index of the request in its batch.
     """
 
     def __init__(self, message: str, place: int = 0) -> None:
@@ -25,15 +25,15 @@ class PromptFault(UserError):  # noqa: N818 (it is the prompt's, not the run's)
 
 
 class SharedPromptFault(PromptFault):
-    """A mistake of one prompt that every rank of its video was told of."""
+    """A `PromptFault` that is raised on every rank of the video."""
 
 
-class SharedFault(UserError):  # noqa: N818 (what all ranks were told of; rank 0 says it once)
-    """A mistake found on one rank that every rank was told of, so that all end together."""
+class SharedFault(UserError):  # noqa: N818 (all ranks raise it, and rank 0 prints it once)
+    """A mistake that one rank found and that every rank raises, so that all end together."""
 
 
 class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM, raised in the main thread; number is the signal's."""
+    """Ctrl-C or SIGTERM, raised in the main thread. number: the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -41,11 +41,11 @@ class Stopped(SystemExit):
 
 
 class Cancelled(Exception):  # noqa: N818 (nothing went wrong)
-    """A callback asked for the generation to end; every rank of the video raises it."""
+    """A callback asked to stop the generation. Every rank of the video raises it."""
 
 
-class JobEnded(Exception):  # noqa: N818 (the error is its cause, and has been said)
-    """The run has ended on all ranks and the reason has been printed; only `code` is left to do."""
+class JobEnded(Exception):  # noqa: N818 (its cause is the error, which has been printed)
+    """The run has ended on all ranks and the reason has been printed. Exit with `code`."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -1,9 +1,9 @@
-"""Faults on purpose, for tests: one rank fails in one way at one point of a run.
+"""Fault injection for tests: one rank fails in one way at one point of a run.
 
-Set `OPENSORA_SP_FAULT="rank=2 point=exchange way=kill after=5"`: the sixth time that rank 2 comes
-to an exchange, it kills itself. Only the first attempt of a run that torchrun restarts is hit.
-`OPENSORA_SP_FAULT_LOG=DIR` has every rank leave its process number there, and the moment of the
-fault. Without the variable nothing here does anything.
+With `OPENSORA_SP_FAULT="rank=2 point=exchange way=kill after=5"` rank 2 kills itself when it
+reaches an exchange for the sixth time. A run that torchrun has restarted is not affected. With
+`OPENSORA_SP_FAULT_LOG=DIR` every rank writes its process number, and the time of the fault, into
+DIR. Without OPENSORA_SP_FAULT this module has no effect.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 VARIABLE, LOG_VARIABLE = "OPENSORA_SP_FAULT", "OPENSORA_SP_FAULT_LOG"
-# raise an exception; SIGKILL; SIGSTOP; leave with exit code 0; sleep forever; change a value
-# that was handed out; be slow (not a fault, and not to be taken for one).
+# In this order: raise an exception, SIGKILL, SIGSTOP, exit with code 0, sleep forever, change a
+# value that was broadcast, be slow. Being slow is no fault, and must not end the run.
 ENDS = ("exception", "kill", "stop", "exit")
 WAYS = (*ENDS, "hang", "corrupt", "slow")
 SLOW_S = 8.0
@@ -27,10 +27,11 @@ SLOW_S = 8.0
 
 @dataclass(frozen=True)
 class Point:
-    """A place in a run: what the stage is called there, and what can happen to whom.
+    """A place in a run where a fault can be injected.
 
-    leading: only the leading rank comes here. middle: a rank of four, not the leading one, that
-    does too. needs: flags without which nobody does. program: whose run it is in.
+    stage: the stage's name there. ways: the ways to fail there. leading: only the leading rank
+    reaches it. middle: another rank of four that reaches it. needs: flags that a run has to have to
+    reach it. program: the program whose runs reach it.
     """
 
     stage: str
@@ -68,7 +69,7 @@ class InjectedFault(RuntimeError):  # noqa: N818 (it is not an error of the prog
 
 @dataclass(frozen=True)
 class Plan:
-    """One fault: which rank, where, how, and how many times it may pass that place before."""
+    """One fault. after: how many times the rank passes the point before it fails."""
 
     rank: str
     point: str
@@ -91,7 +92,7 @@ _passed: dict[str, int] = {}
 
 
 def reach(point: str) -> bool:
-    """Come to a point; True when the value at hand is to be corrupted there."""
+    """Report that a point is reached. True where the caller has to corrupt its value there."""
     plan = _planned(os.environ.get(VARIABLE))
     if plan is None or plan.point != point or plan.rank != os.environ.get("RANK", "0"):
         return False
@@ -103,7 +104,7 @@ def reach(point: str) -> bool:
 
 
 def note_process() -> None:
-    """Leave this rank's process number for whoever watches."""
+    """Write this rank's process number into the log directory, if there is one."""
     _note(f"rank{os.environ.get('RANK', '0')}.pid", str(os.getpid()))
 
 

@@ -1,7 +1,7 @@
-"""Numbers that are no numbers any more stop a run at once, where they first appear.
+"""A check for NaN and infinity, which ends a run where they first appear.
 
-A NaN in one rank's patches reaches every rank at the next attention and a black video hours
-later; the place where it began is what a person needs to know.
+A NaN on one rank reaches all ranks at the next spatial attention. Without the check the run would
+go on and produce a black video, and nobody could tell where the NaN began.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from opensora_sp.base.errors import UserError
 
 
 def require_finite(tensor: Tensor, what: str, *, hint: str = "") -> None:
-    """Raises UserError naming `what` and how much of it is NaN or infinite, if any is.
+    """Raise UserError, with `what` and the number of bad values, where any is NaN or infinite.
 
-    Costs one pass over the tensor and, on an accelerator, one wait for the device.
+    The check costs one pass over the tensor and, on an accelerator, one synchronization.
     """
     if bool(torch.isfinite(tensor).all()):
         return

@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""How much memory is free on a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that can still be taken on the device; infinite where nobody can tell."""
+    """Bytes that are free on the device; infinite where the backend cannot tell."""
     if device.type == "cpu":
         return _available_host_bytes(_MEMINFO)
     module = getattr(torch, device.type, None)

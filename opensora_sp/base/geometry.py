@@ -1,21 +1,15 @@
-"""Shapes that follow from a video's size, and its time chunks: arithmetic without torch."""
+"""Shapes of latents and patches for a video's size, and its micro-frame chunks. No torch."""
 
 from dataclasses import dataclass
 
 SPATIAL_FACTOR = 8  # pixels of height or width per latent cell
-
-
 TIME_FACTOR = 4  # frames per latent frame inside one micro-frame chunk
-
-
 PATCH = 2  # latent cells of height or width per patch
-
-
 MICRO_FRAME_SIZE = 17
 
 
 def latent_frames(frames: int, micro: int = MICRO_FRAME_SIZE, factor: int = TIME_FACTOR) -> int:
-    """Latent frames T of `frames` frames: chunks of `micro`, each rounded up by itself."""
+    """Latent frames T of a video. Each chunk of `micro` frames is rounded up by itself."""
     chunks, rest = divmod(frames, micro)
     return chunks * -(-micro // factor) + -(-rest // factor)
 
@@ -34,7 +28,7 @@ def patch_grid(latent_height: int, latent_width: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where one independent chunk lies in the video and in its latents."""
+    """One micro-frame chunk: where it begins and how long it is, in frames and latent frames."""
 
     frame_start: int
     frames: int
@@ -45,7 +39,7 @@ class Chunk:
 def split_chunks(
     num_frames: int, micro_frame_size: int | None, time_factor: int = 4
 ) -> list[Chunk]:
-    """The chunks of a video; a `micro_frame_size` of None makes the whole video one chunk."""
+    """The micro-frame chunks of a video. `micro_frame_size` None makes the video one chunk."""
     size = micro_frame_size or num_frames
     chunks: list[Chunk] = []
     latent_start = 0

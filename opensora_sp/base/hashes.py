@@ -1,4 +1,4 @@
-"""Hashes of files, and the list of them that stands beside downloaded weights."""
+"""Hashes of files, and the file SHA256SUMS beside downloaded weights."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-SUMS = "SHA256SUMS"  # as sha256sum writes and reads it
+SUMS = "SHA256SUMS"  # the format of the command sha256sum
 _BLOCK = 1 << 20
 
 
 def write_sums(directory: Path, sums: dict[str, str]) -> None:
-    """Record the hashes of files, named relative to the directory."""
+    """Write SHA256SUMS. Names are relative to the directory."""
     lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file's contents."""
+    """SHA-256 (hex) of a file's content."""
     return _digest(file, hashlib.sha256())
 
 
 def git_blob(file: Path) -> str:
-    """The name that git gives a file's contents: what a hub says of files it keeps in git."""
+    """The SHA-1 (hex) of a file as a git blob, which a hub publishes for files it keeps in git."""
     return _digest(file, hashlib.sha1(f"blob {file.stat().st_size}\0".encode()))
 
 
@@ -33,8 +33,8 @@ def _digest(file: Path, digest: hashlib._Hash) -> str:
     return digest.hexdigest()
 
 
-# Of a large file these parts are read: a fine-tuned model differs everywhere, another one already
-# in its size or header, and 20 GB are too many to read before every run.
+# Only samples of a large file are hashed, because reading 20 GB before every run takes too long.
+# The samples suffice: a fine-tuned model differs everywhere, another model in its size or header.
 _WHOLE_BYTES = 4 << 20
 _HEAD_BYTES = 1 << 20
 _WINDOW_BYTES = 1 << 12
@@ -42,7 +42,7 @@ _WINDOWS = 64
 
 
 def sampled_digest(files: Iterable[Path]) -> str:
-    """SHA-256 (hex) of names, sizes and content, of large files as far as samples of it show."""
+    """SHA-256 (hex) of files: of their names, sizes and content, or samples of a large content."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

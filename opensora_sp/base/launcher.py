@@ -1,8 +1,8 @@
-"""Which of how many processes this one is, as its launcher says in the environment.
+"""Rank and world size of this process, from the environment that its launcher set.
 
-One reader for everybody who asks. torchrun, accelerate launch and colossalai run set RANK,
-WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. mpirun and srun have names of
-their own for the same; `join` puts them under torchrun's, where torch looks. Imports no torch.
+torchrun, accelerate launch and colossalai run set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. mpirun and srun set variables of their own, which `join` copies to
+torchrun's names, because torch reads those. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from dataclasses import dataclass
 
 from opensora_sp.base.errors import UserError
 
-# More ranks than any machine has, and few enough that lists of ranks are made in a moment.
+# More ranks than any machine has, and few enough that lists of all ranks are cheap.
 MOST_RANKS = 65_536
-# A launcher that keeps the store itself opened it before it started any rank.
+# A launcher that hosts the store opens it before it starts any rank, so it answers soon.
 STORE_ANSWERS_S = 10.0
 _DEFAULT_PORT = 29_500  # torch's own
-_PORTS = range(20_000, 32_000)  # below those that systems take for outgoing connections
-# Slurm numbers its steps that are no srun (a batch script, an interactive shell) from here on.
+_PORTS = range(20_000, 32_000)  # below the ephemeral ports of common systems
+# Slurm gives numbers from here on to steps without an srun: batch scripts, interactive shells.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-_HOW = "start with torchrun --nproc_per_node N launch/infer.py … (docs/launching.md)"
+_START = "--no-python opensora-sp generate …"
+_HOW = f"start with torchrun --nproc_per_node N {_START} (docs/launching.md)"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started together; alone it is rank 0 of 1.
+    """The place of this process among those that were started together. Alone it is rank 0 of 1.
 
-    local_rank, local_world_size: the same on this node. master_addr, master_port: where rank 0 or
-    the launcher keeps the store; None alone. notes: what a person should know, a line each.
+    local_rank, local_world_size: rank and size within this node. master_addr, master_port: where
+    rank 0 or the launcher hosts the store; None for a single process. notes: lines for the user.
     """
 
     rank: int = 0
@@ -47,13 +48,13 @@ class Launch:
 
     @property
     def keeps_store(self) -> bool:
-        """Whether this process is the one that keeps the store, where the launcher does not."""
+        """Whether this process hosts the store, if the launcher does not."""
         return self.rank == 0 and self.world_size > 1
 
 
 @dataclass(frozen=True)
 class _Family:
-    """The variables by which one kind of launcher says the same; job: those that name the run."""
+    """The variables of one kind of launcher. job: the variables that identify the run."""
 
     launcher: str
     rank: str
@@ -63,7 +64,7 @@ class _Family:
     job: tuple[str, ...]
 
 
-# mpirun inside a Slurm job has both kinds of variables, and then Slurm's are of mpirun's helper.
+# mpirun inside a Slurm job sets both kinds. Slurm's then describe the daemons of mpirun.
 _MPI = (
     _Family(
         "mpirun (Open MPI)",
@@ -93,22 +94,22 @@ _MPI = (
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """What the environment says; alone where it says nothing. An empty variable counts as unset.
+    """The launch that the environment describes; a single process where it describes none.
 
-    Raises UserError for numbers that cannot be, for a variable that is missing beside others, and
-    for copies started by mpirun or srun that cannot find each other.
+    An empty variable counts as unset. Raises UserError for impossible numbers, for a variable that
+    is missing beside others, and for processes of mpirun or srun that cannot find each other.
     """
     if _text(environ, "RANK") is not None or _text(environ, "WORLD_SIZE") is not None:
         return _torchruns(environ)
     foreign = _of_mpi(environ) or _of_slurm(environ)
-    # Left behind by whatever ran before, these two choose devices and threads of a single process.
+    # These two may be set without the others. They choose the device and threads of one process.
     local_rank = _number(environ, "LOCAL_RANK", 0, MOST_RANKS - 1)
     local_size = _number(environ, "LOCAL_WORLD_SIZE", 1, MOST_RANKS)
     return foreign or Launch(local_rank=local_rank or 0, local_world_size=local_size or 1)
 
 
 def join(environ: MutableMapping[str, str] = os.environ) -> Launch:
-    """As `read_launch`; what mpirun or srun said also stands under torchrun's names afterwards."""
+    """As `read_launch`, and set torchrun's variables where mpirun or srun started the ranks."""
     launch = read_launch(environ)
     if launch.world_size > 1:
         environ.update(
@@ -123,9 +124,9 @@ def join(environ: MutableMapping[str, str] = os.environ) -> Launch:
 
 
 def speaks(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one that says what all of them find.
+    """Whether this process prints what all ranks find, which is rank 0.
 
-    Where the environment is wrong nobody knows which process that is, and each speaks for itself.
+    Where the environment is wrong the rank is not known, and every process prints.
     """
     try:
         return read_launch(environ).rank == 0
@@ -134,16 +135,16 @@ def speaks(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def launcher_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the store lives in torchrun and not in rank 0, and so outlives any rank."""
+    """Whether torchrun hosts the store. It then outlives every rank."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def check_store(launch: Launch, *, kept_by_launcher: bool) -> None:
-    """Look, before torch is loaded, whether the ranks can meet at all.
+    """Check, before torch is loaded, whether the ranks can reach the store.
 
-    Raises UserError where the address has no machine, where this rank would have to listen on a
-    port that is taken, and where a launcher's store is not there. Nobody is waited for who may
-    only be late.
+    Raises UserError where the address cannot be resolved, where this rank has to listen on a port
+    that is taken, and where a launcher's store does not answer. It does not wait for other ranks,
+    which may start later.
     """
     if launch.world_size == 1 or launch.master_addr is None or launch.master_port is None:
         return
@@ -162,7 +163,7 @@ def check_store(launch: Launch, *, kept_by_launcher: bool) -> None:
 
 
 def nobody_answers(launch: Launch, waited_s: float) -> UserError:
-    """What to say where nobody was reached at the run's address."""
+    """The error for a store that does not answer."""
     return UserError(
         f"nobody was reached at MASTER_ADDR:MASTER_PORT {launch.master_addr}:{launch.master_port} "
         f"within {waited_s:.0f} s: is rank 0 running, and is the port open?"
@@ -170,7 +171,7 @@ def nobody_answers(launch: Launch, waited_s: float) -> UserError:
 
 
 def others_missing(launch: Launch, waited_s: float) -> UserError:
-    """What rank 0 says where not all ranks have come."""
+    """The error for ranks that did not come to the store."""
     return UserError(
         f"not all of the {launch.world_size} ranks (WORLD_SIZE) came to "
         f"{launch.master_addr}:{launch.master_port} within {waited_s:.0f} s: start all of them"
@@ -178,7 +179,7 @@ def others_missing(launch: Launch, waited_s: float) -> UserError:
 
 
 def port_taken(launch: Launch) -> UserError:
-    """What rank 0 says where it cannot listen."""
+    """The error for a port that rank 0 cannot listen on."""
     return UserError(
         f"MASTER_PORT={launch.master_port} is in use on this machine: choose another port, with "
         "torchrun --master_port, or leave it to torchrun --standalone"
@@ -200,7 +201,7 @@ def _require_answer(launch: Launch, seconds: float) -> None:
 
 
 def _require_free(port: int, families: set[int]) -> None:
-    """Refuse a port that somebody listens on; of other troubles torch will tell."""
+    """Refuse a port that is in use or not permitted. torch reports other errors."""
     for family in families:
         with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -216,7 +217,7 @@ def _require_free(port: int, families: set[int]) -> None:
 
 
 def _torchruns(environ: Mapping[str, str]) -> Launch:
-    """What torchrun's own variables say."""
+    """The launch that torchrun's variables describe."""
     rank = _number(environ, "RANK", 0, MOST_RANKS - 1)
     world = _number(environ, "WORLD_SIZE", 1, MOST_RANKS)
     local_rank = _number(environ, "LOCAL_RANK", 0, MOST_RANKS - 1)
@@ -253,7 +254,7 @@ def _torchruns(environ: Mapping[str, str]) -> Launch:
 
 
 def _of_mpi(environ: Mapping[str, str]) -> Launch | None:
-    """One of several copies that an mpirun started, or None. srun --mpi=pmi2 is Slurm's affair."""
+    """The launch by mpirun, or None. srun --mpi=pmi2 is left to `_of_slurm`."""
     for family in _MPI:
         size = _number(environ, family.size, 1, MOST_RANKS)
         if size is None or size == 1:
@@ -270,7 +271,7 @@ def _of_mpi(environ: Mapping[str, str]) -> Launch | None:
             raise UserError(
                 f"{family.size}={size} in the environment, but {missing} is missing, so that the "
                 f"copies cannot share a node's devices: torchrun --nproc_per_node {size} "
-                "launch/infer.py …"
+                f"{_START}"
             )
         where = "127.0.0.1" if local_size == size else None
         return _met(environ, family, (rank, size, local_rank, local_size), where)
@@ -278,10 +279,10 @@ def _of_mpi(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _of_slurm(environ: Mapping[str, str]) -> Launch | None:
-    """One of several tasks of an srun, or None; an allocation's own shell runs alone.
+    """The launch by srun, or None. A shell inside an allocation is a single process.
 
-    Slurm describes the allocation to every process in it (SLURM_NTASKS), and only to those that
-    srun started which of its tasks they are.
+    Slurm sets SLURM_NTASKS for every process of an allocation. Only processes that srun started
+    have a task number as well.
     """
     family = _Family("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", ())
     tasks = _number(environ, "SLURM_NTASKS", 1, MOST_RANKS)
@@ -301,7 +302,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch | None:
         raise UserError(
             f"srun started {size} tasks, but SLURM_PROCID, SLURM_LOCALID or "
             f"SLURM_STEP_TASKS_PER_NODE is missing in the environment: srun --ntasks-per-node 1 "
-            f"torchrun --nproc_per_node N launch/infer.py …"
+            f"torchrun --nproc_per_node N {_START}"
         )
     where = "127.0.0.1" if local_size == size else None
     nodes = _text(environ, "SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST")
@@ -312,7 +313,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _slurm_local_size(environ: Mapping[str, str], size: int) -> int | None:
-    """Tasks of this step on this node, from a list such as 4(x2),3."""
+    """Tasks of this step on this node, from a list such as "4(x2),3"."""
     text = _text(environ, "SLURM_STEP_TASKS_PER_NODE") or _text(environ, "SLURM_TASKS_PER_NODE")
     node = _number(environ, "SLURM_NODEID", 0, MOST_RANKS)
     if text is None or node is None:
@@ -328,7 +329,7 @@ def _slurm_local_size(environ: Mapping[str, str], size: int) -> int | None:
 
 
 def first_host(nodes: str) -> str | None:
-    """The first of a Slurm list such as gpu[03-05,9],login1; None for another form."""
+    """The first host of a Slurm list such as "gpu[03-05,9],login1"; None for another form."""
     match = re.match(r"([\w.-]+?)(?:\[([0-9]+)[0-9,-]*\])?(?:,|$)", nodes)
     return None if match is None else match[1] + (match[2] or "")
 
@@ -340,7 +341,7 @@ def _met(
     where: str | None,
     job: tuple[str, ...] | None = None,
 ) -> Launch:
-    """The ranks of a foreign launcher, with a place to meet that all of them derive alike."""
+    """The launch by mpirun or srun, with an address and port that all ranks derive alike."""
     rank, size, local_rank, local_size = place
     address = _text(environ, "MASTER_ADDR") or where
     if address is None:
@@ -363,15 +364,19 @@ def _met(
 
 
 def _port_of(job: str) -> int:
-    """A port that all ranks of a job derive alike, and other jobs hardly ever."""
+    """A port from the job's name: the same on all its ranks, and seldom another job's."""
     return _PORTS[int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big") % len(_PORTS)]
 
 
 def _alone_note(name: str, size: int, launcher: str) -> str:
-    flags = "srun -n" if launcher == "srun" else "torchrun --nproc_per_node"
+    start = (
+        f"srun -n {size} opensora-sp generate …"
+        if launcher == "srun"
+        else f"torchrun --nproc_per_node {size} {_START}"
+    )
     return (
         f"{name}={size} in the environment, but {launcher} did not say which of them this process "
-        f"is: it runs alone; {flags} {size} … launch/infer.py … makes {size} ranks share a video"
+        f"is: it runs alone; {start} makes {size} ranks share a video"
     )
 
 

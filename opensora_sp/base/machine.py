@@ -1,7 +1,6 @@
-"""What a measurement ran on: device, driver, packages, OS, CPU, disk, host.
+"""A description of the machine for a report: device, driver, packages, OS, CPU, disk, host.
 
-Everything here degrades to None: a tool, a file or a figure that is not there is not an error.
-Tools are started without a shell and given a few seconds.
+What cannot be found out is None and never an error. Tools run without a shell and with a timeout.
 """
 
 from __future__ import annotations
@@ -23,11 +22,6 @@ if TYPE_CHECKING:
 
 TOOL_SECONDS = 10.0
 _LONGEST_OUTPUT = 8000  # characters of a tool's table that are kept
-# Each device's own table of itself; efsmi is Enflame's nvidia-smi.
-DEVICE_TOOLS = {"gcu": ("efsmi",), "cuda": ("nvidia-smi",)}
-_DRIVER_PACKAGES = re.compile(
-    r"^(tops|eccl|efml|enflame|gcu|libtops|libeccl|nvidia-(driver|utils|fabric)|cuda-drivers|libnccl)"
-)
 _CPU_INFO = Path("/proc/cpuinfo")
 _MEM_INFO = Path("/proc/meminfo")
 _OS_RELEASE = Path("/etc/os-release")
@@ -35,7 +29,7 @@ _BLOCK_DEVICES = Path("/sys/block")
 
 
 def run_tool(command: Sequence[str]) -> str | None:
-    """What a command prints, or None where it is not there, fails or does not answer in time."""
+    """The output of a command; None where it is absent, fails, is silent or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -53,11 +47,23 @@ def run_tool(command: Sequence[str]) -> str | None:
     return done.stdout if done.returncode == 0 and done.stdout.strip() else None
 
 
-def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
-    """The parts of a report that the vendor's has beside its `performance_info`."""
+def describe_machine(
+    device: torch.device,
+    save_dir: Path,
+    *,
+    tool: Sequence[str] = (),
+    driver_query: Sequence[str] = (),
+    driver_packages: str = "",
+) -> dict[str, Any]:
+    """The parts of a report that the vendor's has beside its `performance_info`.
+
+    tool: the command that prints the driver's table of devices. driver_query: the one that prints
+    the driver's version alone. driver_packages: what names of system packages of any driver begin
+    with, a regular expression. Empty where there is none.
+    """
     return {
-        "device": device_info(device),
-        "driver_packages": driver_packages(),
+        "device": device_info(device, tool, driver_query),
+        "driver_packages": packages_of_drivers(driver_packages),
         "python_packages": python_packages(),
         "os": os_info(),
         "cpu": cpu_info(),
@@ -66,7 +72,9 @@ def describe_machine(device: torch.device, save_dir: Path) -> dict[str, Any]:
     }
 
 
-def device_info(device: torch.device) -> dict[str, Any]:
+def device_info(
+    device: torch.device, tool: Sequence[str] = (), driver_query: Sequence[str] = ()
+) -> dict[str, Any]:
     """Type, name, count and memory of the accelerator, and what its own tool says of it."""
     import torch
 
@@ -84,47 +92,46 @@ def device_info(device: torch.device) -> dict[str, Any]:
         name = ask("get_device_name", device)
         count = ask("device_count")
         total = getattr(ask("get_device_properties", device), "total_memory", None)
-        driver = _driver_version(device.type)
-    tool = DEVICE_TOOLS.get(device.type)
-    said = None if tool is None else run_tool(tool)
+        driver = driver_version(tool, driver_query)
+    said = run_tool(tool) if tool else None
     return {
         "type": device.type,
         "name": None if name is None else str(name),
         "visible": count,
         "total_memory_bytes": total,
         "driver": driver,
-        "tool": None if tool is None else " ".join(tool),
+        "tool": " ".join(tool) or None,
         "tool_output": None if said is None else said[:_LONGEST_OUTPUT],
     }
 
 
-def _driver_version(kind: str) -> str | None:
-    if kind == "cuda":
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+def driver_version(tool: Sequence[str], query: Sequence[str]) -> str | None:
+    """What the query prints first; without a query what the tool's table calls the driver."""
+    if query:
         said = run_tool(query)
         return said.splitlines()[0].strip() if said else None
-    said = run_tool(DEVICE_TOOLS[kind]) if kind in DEVICE_TOOLS else None
+    said = run_tool(tool) if tool else None
     found = re.search(r"driver(?: ver(?:sion)?)?\s*[:=]?\s*v?([0-9][\w.+-]*)", said or "", re.I)
     return found[1] if found else None
 
 
-def driver_packages() -> dict[str, str] | None:
-    """Installed system packages that look like a device's driver or runtime; None: no dpkg."""
+def packages_of_drivers(names: str) -> dict[str, str] | None:
+    """Installed system packages whose names begin as a driver's or runtime's do; None: no dpkg."""
     said = run_tool(("dpkg-query", "-W", "-f", "${Package} ${Version}\n"))
     if said is None:
         return None
     pairs = (line.split(" ", 1) for line in said.splitlines() if " " in line)
-    return {name: version for name, version in pairs if _DRIVER_PACKAGES.match(name)}
+    return {name: version for name, version in pairs if names and re.match(names, name)}
 
 
 def python_packages() -> dict[str, str]:
-    """Every installed distribution and its version."""
+    """Every installed Python distribution and its version."""
     found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def os_info() -> dict[str, Any]:
-    """Name, kernel and architecture."""
+    """Name, kernel, architecture and Python version."""
     pretty = None
     for line in _read(_OS_RELEASE).splitlines():
         if line.startswith("PRETTY_NAME="):
@@ -138,7 +145,7 @@ def os_info() -> dict[str, Any]:
 
 
 def cpu_name() -> str | None:
-    """The processor, as Linux names it."""
+    """The processor's model name."""
     for line in _read(_CPU_INFO).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -146,7 +153,7 @@ def cpu_name() -> str | None:
 
 
 def cpu_info() -> dict[str, Any]:
-    """The processor, its cores and how many of them this process may use."""
+    """The processor, its cores, the cores that this process may use, and threads of a rank."""
     from opensora_sp.base.cpu_threads import VARIABLE, available_cores
 
     return {
@@ -158,7 +165,7 @@ def cpu_info() -> dict[str, Any]:
 
 
 def disk_info(directory: Path) -> dict[str, Any]:
-    """The file system that outputs go to, and the block devices of the machine."""
+    """Size and free space (bytes) of the outputs' file system, and the block devices."""
     place = directory.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -179,7 +186,7 @@ def _block_devices() -> list[dict[str, Any]]:
             {
                 "name": entry.name,
                 "model": _read(entry / "device" / "model").strip() or None,
-                "bytes": int(sectors) * 512,  # the kernel counts in sectors of this size
+                "bytes": int(sectors) * 512,  # the kernel counts sectors of 512 bytes
                 "rotates": _read(entry / "queue" / "rotational").strip() == "1",
             }
         )
@@ -187,7 +194,7 @@ def _block_devices() -> list[dict[str, Any]]:
 
 
 def host_info() -> dict[str, Any]:
-    """Name, memory, and how long it has been up."""
+    """Name, memory (bytes), load average and time zone."""
     memory = {}
     for line in _read(_MEM_INFO).splitlines():
         name, _, rest = line.partition(":")

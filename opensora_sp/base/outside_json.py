@@ -1,6 +1,6 @@
-"""JSON that somebody else wrote: bounded before it is parsed, typed before it is used.
+"""JSON from outside the program: its size is limited before parsing, and its types are checked.
 
-Imports no torch: planning and the first checks of a run read such files too.
+Imports no torch, because planning and the first checks of a run read such files too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opensora_sp.base.value_types import ValueType, shown
 
 MOST_BYTES = 64 * 2**20
 _DEEPEST = 64
-_LONGEST_NUMBER = 40  # characters; no size, count or measure is written longer
+_LONGEST_NUMBER = 40  # characters; sizes, counts and measures are shorter
 
 
 def read_object(
@@ -28,13 +28,13 @@ def read_object(
 ) -> dict[str, Any]:
     """The object in a JSON file.
 
-    what: how a message names the file, by default its path. Raises `error` for what is not a
-    regular file of at most `most_bytes`, not UTF-8, not JSON (which has no NaN), nested deeper
-    than 64 levels, or not an object.
+    what: how a message names the file, by default its path. Raises `error` for a file that is not
+    regular, larger than `most_bytes`, not UTF-8, not JSON (NaN is not JSON), nested deeper than 64
+    levels, or not an object.
     """
     said = str(path) if what is None else what
     try:
-        # Looked at first: opening a pipe would wait, and a device never ends.
+        # Checked before opening: opening a pipe would wait, and a device has no end.
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise error(f"{said} is not a regular file")
@@ -87,7 +87,7 @@ def _fraction(text: str) -> float:
 
 
 def _is_deeper(content: Any, levels: int) -> bool:
-    """Whether anything lies deeper; level by level, so that depth costs no stack."""
+    """Whether anything is nested deeper. Goes level by level, so it needs no recursion."""
     layer = [content]
     for _ in range(levels):
         layer = [inner for value in layer for inner in _inside(value)]
@@ -109,9 +109,10 @@ def check_keys(
     *,
     error: type[UserError] = UserError,
 ) -> None:
-    """Raise `error`, naming file and key, for a key that is there and not of its kind.
+    """Raise `error`, naming file and key, for a value that is not of its key's type.
 
-    where: the file, and of an object inside it the key with a dot, as "config.json: vae_2d."
+    kinds: the value type of each key. Keys may be absent. where: the file, and for an object inside
+    it the key with a dot, such as "config.json: vae_2d."
     """
     for key, kind in kinds.items():
         if key in content and not kind.legal(content[key]):
@@ -121,7 +122,7 @@ def check_keys(
 def inner_object(
     content: Mapping[str, Any], key: str, where: str, *, error: type[UserError] = UserError
 ) -> dict[str, Any]:
-    """The object under a key; empty where the key is absent or null. Raises `error`."""
+    """The object under a key; empty where the key is absent or null. Raises `error` for others."""
     value = content.get(key)
     if value is None:
         return {}

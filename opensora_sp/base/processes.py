@@ -1,7 +1,7 @@
-"""The other processes of this machine, as the kernel knows them: alive, stopped, gone, and how.
+"""The state of other processes on this machine: running, stopped or gone, and how they ended.
 
-A process that was killed cannot say so, and one that is stopped still looks alive to everybody
-who only waits for its answer. On Linux /proc tells at once; elsewhere only "gone" is known.
+On Linux /proc tells at once that a process was killed or stopped, which the process itself cannot
+report. On other systems only "gone" is known.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
-# Places in /proc/PID/stat, counted from the state, the first field after the program's name.
+# Indices in /proc/PID/stat, counted from the state, the first field after the program's name.
 _STATE, _STARTED, _EXIT_CODE = 0, 19, 49
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process, named so that a later one with the same number is not taken for it.
+    """One process. The start time tells it from a later process with the same number.
 
     started: the kernel's start time in clock ticks; "" where it is not known.
-    node: the machine and its process numbers (containers have their own).
+    node: the machine and its process namespace, which a container has of its own.
     """
 
     pid: int
@@ -40,7 +40,7 @@ class Process:
 
     @property
     def here(self) -> bool:
-        """Whether it runs on this machine, so that the rest of this class can be asked."""
+        """Whether the process runs on this machine. The other methods need that."""
         return self.node == this_node()
 
     def state(self) -> str:
@@ -55,7 +55,7 @@ class Process:
         return "stopped" if fields[_STATE] in "Tt" else "running"
 
     def fate(self) -> str:
-        """How it ended, as far as the kernel tells before the parent has asked."""
+        """How the process ended, as far as the kernel tells before the parent has waited for it."""
         fields = _stat(self.pid)
         if fields is None or fields[_STARTED] != self.started or len(fields) <= _EXIT_CODE:
             return "ended without a word (killed from outside? the system's log tells)"
@@ -69,7 +69,7 @@ class Process:
         return f"was killed by {signal.Signals(number).name}{hint}"
 
     def kill(self) -> None:
-        """SIGKILL, if it is still there."""
+        """Send SIGKILL, if the process still exists."""
         if self.here and self.state() != "gone":
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -86,7 +86,7 @@ def this_node() -> str:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the name, which may hold spaces and parentheses itself."""
+    """The fields of /proc/PID/stat after the name. The name may hold spaces and parentheses."""
     try:
         text = _PROC.joinpath(str(pid), "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

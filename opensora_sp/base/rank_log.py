@@ -1,7 +1,7 @@
-"""What each rank says, in a file of its own beside the screen: --log-dir.
+"""--log-dir: a file per rank with everything that the rank prints.
 
-Catches what Python code prints, warns and dies of. What a driver's library writes by itself is
-caught by torchrun's own --log-dir and --tee.
+The file holds what Python code prints, its warnings and its last exception. Output of native
+libraries is not in it; torchrun's own --log-dir and --tee catch that.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from opensora_sp.base.screen import note
 
 
 class _Log:
-    """A rank's file; when it takes no more, that is said once and the run goes on without it."""
+    """The file of a rank. When it cannot be written, one note is printed and the run goes on."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file, self._gone = path, file, False
 
     def put(self, line: str) -> None:
-        """Write a line, now."""
+        """Write a line and flush it."""
         if self._gone:
             return
         try:
@@ -40,8 +40,8 @@ class _Log:
             self._end(error)
 
     def close(self) -> None:
-        """Close the file; what it could not take is lost."""
-        with suppress(OSError):  # a line that did not fit is tried again here
+        """Close the file. Lines that it could not take are lost."""
+        with suppress(OSError):  # closing tries to write buffered lines again
             self._file.close()
 
     def _end(self, error: OSError) -> None:
@@ -50,13 +50,13 @@ class _Log:
 
 
 class _Tee(io.TextIOBase):
-    """Writes to a stream and, line by line with the time, to a log."""
+    """A stream that also writes each line, with the time, into a log."""
 
     def __init__(self, stream: TextIO, log: _Log, mark: str) -> None:
         self._stream, self._log, self._mark, self._line = stream, log, mark, ""
 
     def write(self, text: str) -> int:
-        """Any text; a progress bar's redrawn line counts once, as it was last."""
+        """Write text. A progress bar redraws its line; the log gets the last state of it."""
         self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
@@ -64,11 +64,11 @@ class _Tee(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Of the stream; the log is written line by line."""
+        """Flush the stream. The log is flushed with each line."""
         self._stream.flush()
 
     def isatty(self) -> bool:
-        """As the stream, so that progress bars behave."""
+        """Whether the stream is a terminal. Progress bars ask for it."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
@@ -81,7 +81,7 @@ class _Tee(io.TextIOBase):
         return self._stream.encoding
 
     def end(self) -> None:
-        """Put down a line that was never ended."""
+        """Log the last line, if it has no line end."""
         if self._line:
             self._put(self._line)
             self._line = ""
@@ -92,9 +92,9 @@ class _Tee(io.TextIOBase):
 
 
 def rank_log(directory: str | None) -> AbstractContextManager[None]:
-    """A context in which this rank's words also go to `directory`/rank-N.log; None: no context.
+    """A context in which this rank's output also goes to `directory`/rank-N.log.
 
-    Raises UserError where the file cannot be made.
+    directory None: no log. Raises UserError where the file cannot be created.
     """
     if directory is None:
         return nullcontext()
@@ -116,13 +116,13 @@ def _logging(path: Path) -> Iterator[None]:
     out, err = sys.stdout, sys.stderr
     tees = _Tee(out, log, "out"), _Tee(err, log, "err")
     with closing(log):
-        faulthandler.enable(file)  # a crash in native code leaves the Python stack here
+        faulthandler.enable(file)  # a crash in native code writes the Python stack here
         sys.stdout, sys.stderr = tees  # type: ignore[assignment]
         log.put(f"process {os.getpid()}: {redacted(' '.join(sys.argv))}")
         try:
             yield
         except BaseException:
-            # It is printed by whoever catches it; here it is kept even if nobody gets to.
+            # A caller may print it too. The log has it even if this process is killed before that.
             log.put(redacted(traceback.format_exc()))
             raise
         finally:

@@ -2,12 +2,17 @@
 
 What was done is told by the exit code and the files, so saying it never ends a run: what a screen
 cannot show is replaced, and a screen that is gone is done without. Imports no torch.
+
+The rooms below the commands speak through `logging`, under loggers named opensora_sp.…; a command
+puts a handler there that shows their records on standard error. Whoever uses the package from
+Python sees warnings alone, as of any library, until he configures logging.
 """
 
 from __future__ import annotations
 
 import codecs
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -52,11 +57,48 @@ def note(message: object) -> None:
     print(f"note: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-def note_once(kind: str, message: object) -> None:
-    """As `note`, but of each kind of trouble only the first time in a command."""
+def warn_once(log: logging.Logger, kind: str, message: object) -> None:
+    """Log a warning, but of each kind of trouble only the first time in a command."""
     if kind not in _noted:
         _noted.add(kind)
-        note(message)
+        log.warning(message)
+
+
+def shown_record(record: logging.LogRecord) -> str:
+    """A log record as the screen shows it.
+
+    A warning is a note and an error an error, each one bounded line; information is shown whole,
+    and whoever logs it bounds what people may have written there.
+    """
+    said = record.getMessage()
+    if record.levelno >= logging.ERROR:
+        return f"error: {one_line(said)}"
+    if record.levelno >= logging.WARNING:
+        return f"note: {one_line(said)}"
+    return "\n".join(printable(line) for line in said.split("\n"))
+
+
+class _OnScreen(logging.Handler):
+    """Shows records on standard error as it is when they come: --log-dir takes its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(shown_record(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def log_on_screen() -> Iterator[None]:
+    """While the block runs, standard error shows what the package logs, and nobody else does."""
+    log = logging.getLogger("opensora_sp")
+    before = log.level, log.propagate, log.handlers[:]
+    # Only this handler: one of a surrounding command, or of the root logger, would say it again.
+    log.handlers[:] = [_OnScreen()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        log.propagate, log.handlers[:] = before[1], before[2]
 
 
 def result(path: object) -> None:
@@ -156,7 +198,8 @@ def robust_screen() -> Iterator[None]:
         setattr(sys, name, _Screen(stream, name))
     screens = sys.stdout, sys.stderr
     try:
-        yield
+        with log_on_screen():
+            yield
     finally:
         for screen in screens:
             screen.flush()

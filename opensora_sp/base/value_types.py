@@ -1,7 +1,7 @@
-"""Kinds of values: how one is read from text, what is legal, and the one line that refuses it.
+"""Value types: how a value is read from text, what is legal, and the line that refuses others.
 
-Flags, YAML keys and the Python API all pass through the same kinds, so a value is legal in one
-place exactly when it is legal in the others.
+Flags, YAML keys and the Python API use the same value types, so a value is legal in one of them
+exactly when it is legal in the others.
 """
 
 import math
@@ -17,32 +17,32 @@ from opensora_sp.base.redaction import redacted
 _TRUE = frozenset({"true", "t", "yes", "y", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "0"})
 _LONGEST_SHOWN = 80
-# Separators, C0 and C1 controls, line and paragraph separators, and what turns the direction of
-# text around: a terminal would obey them, and a name would look like another one.
+# Path separators, control characters, line separators and characters that change the direction of
+# text. A terminal would obey them, and a name could look like another one.
 _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-LONGEST_PATH = 4095  # bytes; what Linux takes
+LONGEST_PATH = 4095  # bytes; the limit of Linux
 LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a temporary suffix in 255
 
 
 def shown(value: object) -> str:
-    """The value as an error line shows it: quoted, on one line, shortened, without secrets."""
+    """The value for an error message: quoted, on one line, shortened, without secrets."""
     try:
-        text = redacted(repr(value))  # before it is shortened, which could leave half a password
+        text = redacted(repr(value))  # first: shortening could leave half a password
     except (ValueError, RecursionError):  # a whole number of over 4300 digits, lists in lists
         text = f"<a {type(value).__name__} too long to show>"
     if len(text) <= _LONGEST_SHOWN:
         return text
-    # The middle goes: a path is told apart by its end.
+    # The middle is left out, because the end of a path says most.
     half = (_LONGEST_SHOWN - 3) // 2
     return f"{text[:half]}...{text[-half:]}"
 
 
 @dataclass(frozen=True)
 class ValueType:
-    """One kind of value.
+    """One type of value.
 
-    `read` turns text into a value and raises ValueError where it cannot; `legal` judges a value
-    that is already typed; `allowed` completes the sentence "... is not ...".
+    `read` turns text into a value and raises ValueError where it cannot. `legal` checks a typed
+    value. `allowed` completes the sentence "... is not ...". `metavar` is shown in --help.
     """
 
     metavar: str
@@ -51,7 +51,7 @@ class ValueType:
     legal: Callable[[Any], bool]
 
     def parse(self, name: str, text: str) -> Any:
-        """The value that `text` stands for; raises UserError naming `name` and what is legal."""
+        """The value of `text`. Raises UserError that names `name`, the text and what is legal."""
         try:
             value = self.read(text)
         except ValueError:
@@ -61,7 +61,7 @@ class ValueType:
         return value
 
     def check(self, name: str, value: Any) -> None:
-        """Raises UserError where a typed value is not legal."""
+        """Raise UserError where a typed value is not legal."""
         if not self.legal(value):
             raise self._refusal(name, value)
 
@@ -70,7 +70,7 @@ class ValueType:
 
 
 def integer(low: int, high: int | None = None) -> ValueType:
-    """Whole numbers from `low` to `high`, both included."""
+    """Whole numbers from `low` to `high`, both included. `high` None: no upper limit."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
@@ -88,7 +88,7 @@ def integer(low: int, high: int | None = None) -> ValueType:
 def number(
     low: float, high: float = math.inf, *, above: bool = False, metavar: str = "X"
 ) -> ValueType:
-    """Finite numbers of at least `low`, or strictly above it, and at most `high`."""
+    """Finite numbers from `low` to `high`. `above`: `low` itself is not legal."""
 
     def read(text: str) -> float:
         if "_" in text:
@@ -110,7 +110,7 @@ def number(
 
 
 def boolean() -> ValueType:
-    """True true t yes y 1, or False false f no n 0, in any case."""
+    """true, t, yes, y, 1 or false, f, no, n, 0, in upper or lower case."""
 
     def read(text: str) -> bool:
         word = text.strip().lower()
@@ -122,13 +122,13 @@ def boolean() -> ValueType:
 
 
 def choice(*names: str) -> ValueType:
-    """One of a few names."""
+    """One of the given names."""
     allowed = f"one of {', '.join(names)}"
     return ValueType("{" + ",".join(names) + "}", allowed, str.strip, lambda value: value in names)
 
 
 def text(*, empty: bool = True, metavar: str = "TEXT") -> ValueType:
-    """Text that can be written as UTF-8; on a command line other bytes arrive as surrogates."""
+    """Text that UTF-8 can encode. Other bytes of a command line arrive as surrogates."""
 
     def legal(value: Any) -> bool:
         return isinstance(value, str) and _encodable(value) and (empty or bool(value.strip()))
@@ -139,11 +139,11 @@ def text(*, empty: bool = True, metavar: str = "TEXT") -> ValueType:
 
 
 def path(metavar: str = "PATH") -> ValueType:
-    """A path that a file system could hold; `~` is expanded because YAML has no shell to do it."""
+    """A possible path. `~` is expanded here, because a value of YAML has passed no shell."""
 
     def read(text: str) -> str:
         expanded = os.path.expanduser(text)
-        # Without HOME and an entry of the user a folder named ~ would be made.
+        # Without HOME and a user entry `~` stays, and a folder of that name would be created.
         if expanded == text and text.partition(os.sep)[0] == "~":
             raise ValueError(text)
         return expanded
@@ -162,7 +162,7 @@ def path(metavar: str = "PATH") -> ValueType:
 
 
 def file_stem() -> ValueType:
-    """The beginning of a file's name: no folder, not hidden, short enough for a suffix."""
+    """A file name without its suffix: no folder, not hidden, short enough for a suffix."""
 
     def legal(value: Any) -> bool:
         if not isinstance(value, str) or not value.strip() or not _encodable(value):
@@ -179,7 +179,7 @@ def file_stem() -> ValueType:
 
 
 def optional(kind: ValueType, word: str = "none") -> ValueType:
-    """The same kind, or nothing at all, which is written as `word`."""
+    """The same type, or None, which is written as `word`."""
 
     def read(text: str) -> Any:
         return None if text.strip().lower() == word else kind.read(text)

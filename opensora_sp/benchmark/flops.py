@@ -1,9 +1,9 @@
-"""FLOPs that a run needs, and what a device could do: the figures behind "fraction of peak".
+"""FLOPs of a run, and the peak FLOP/s of a device. "Fraction of peak" is computed from them.
 
-A multiplication and an addition are two. Denoising follows the plan's formula
-(`opensora_sp.planner.cost`), decoding is counted operation by operation on the meta device, and
-the text encoder from its config.json. All count the products of matrices and convolutions, which
-is what peaks are quoted for.
+A multiplication and an addition count as two FLOPs. Denoising follows the planner's formula
+(`opensora_sp.planner.cost`). Decoding is counted operation by operation on the meta device. The
+text encoder is counted from its config.json. Only products of matrices and convolutions count,
+because peaks are quoted for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opensora_sp.planner.cost import Workload, step_flops
 from opensora_sp.request.request import Request
 from opensora_sp.request.runtime import Runtime
 
-_PUBLISHED_MLP_RATIO = 4.0  # what the plan's formula has in it
+_PUBLISHED_MLP_RATIO = 4.0  # the planner's formula assumes it
 _GEMM_SIDE = {"cpu": 1024}
 _GEMM_SIDE_ACCELERATOR = 8192
 _PEAK_SECONDS = 1.0
@@ -40,9 +40,10 @@ def denoise_flops(
     rank: int,
     runtime: Runtime,
 ) -> float:
-    """FLOPs of `rank` over all steps of one clip of a batch; tokens: real text tokens of each.
+    """FLOPs of `rank` over all steps of one clip of a batch.
 
-    The first spatial attention counts once where the guidance halves share it.
+    tokens: text tokens of each request, without padding. The first spatial attention counts once
+    where the CFG branches share it.
     """
     first, depth = requests[0], config.depth
     frames, *size = first.latent_shape
@@ -80,7 +81,7 @@ def denoise_flops(
 
 
 def decode_flops(request: Request, vae3d: Path, vae2d: Path) -> float | None:
-    """FLOPs of decoding one clip of one request, or None where this torch cannot count them."""
+    """FLOPs of decoding one clip of one request; None where this torch cannot count them."""
     try:
         from torch.utils.flop_counter import FlopCounterMode
     except ImportError:
@@ -116,7 +117,7 @@ def text_flops(t5: Path, length: int) -> float:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of about a second of them."""
+    """FLOP/s of a large square matrix product: the best of those that fit into a second."""
     side = _GEMM_SIDE.get(device.type, _GEMM_SIDE_ACCELERATOR)
     a = torch.randn(side, side).to(dtype).to(device)
     b = torch.randn(side, side).to(dtype).to(device)

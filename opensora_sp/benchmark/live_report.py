@@ -1,7 +1,8 @@
-"""The report of a run while it grows: on disk from the first moment, whatever happens later."""
+"""The report of a benchmark while it runs. It is on disk from the start, and kept up to date."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -9,7 +10,6 @@ from typing import Any
 
 from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.report import build
 from opensora_sp.benchmark.report.files import (
@@ -22,11 +22,13 @@ from opensora_sp.benchmark.report.files import (
 from opensora_sp.planner.plan import Plan
 from opensora_sp.request.request import Job
 
+_log = logging.getLogger(__name__)
+
 SCHEDULER = "rflow"
 
 
 class LiveReport:
-    """What is known so far; the leading rank's. `write` puts it on disk as it stands."""
+    """The report so far, on the leading rank. `write` puts its current state on disk."""
 
     def __init__(self, job: Job, options: BenchmarkOptions, *, ranks: int) -> None:
         self._job, self._options = job, options
@@ -42,17 +44,17 @@ class LiveReport:
         self.digest = measurement_digest(job, options, ranks)
 
     def write(self, status: str, error: Mapping[str, Any] | None = None) -> Report:
-        """Put the report on disk: status running, ok or failed; returns it."""
+        """Write the report with the status running, ok or failed, and return it."""
         report = self._report(status, error)
         write_report(self._options.benchmark_save_path, report)
         return report
 
     def fail(self, error: BaseException, stage: str | None) -> None:
-        """Put it on disk as failed; never hides the error that is on its way."""
+        """Write the report as failed. An error of writing is only a note."""
         self._fail(type(error).__name__, str(error), stage)
 
     def fail_for_all(self, said: str) -> None:
-        """As `fail`, when the run ends over what happened on another rank."""
+        """As `fail`, when the run ends because of a fault on another rank."""
         self._fail("JobEnded", said.removeprefix("error: "), None)
 
     def _fail(self, kind: str, message: str, stage: str | None) -> None:
@@ -65,7 +67,7 @@ class LiveReport:
         try:
             self.write("failed", found)
         except UserError as trouble:
-            note(f"the report of this failure: {trouble}")
+            _log.warning("the report of this failure: %s", trouble)
 
     def _report(self, status: str, error: Mapping[str, Any] | None) -> Report:
         machine = self.facts["machine"]
@@ -99,7 +101,7 @@ class LiveReport:
         }
 
     def _load_seconds(self) -> float | None:
-        """Checking the files, and everything that was loaded since, on the leading rank."""
+        """Seconds of checking the files and of all loading since, on the leading rank."""
         if self.check_seconds is None:
             return None
         return self.check_seconds + sum(run["load_seconds"] for run in self.runs)
@@ -111,14 +113,14 @@ class LiveReport:
             "resolution": options.resolution or f"{first.height}x{first.width}",
             "aspect_ratio": options.aspect_ratio or f"{first.height}:{first.width}",
             "batch_size": settings.batch_size,
-            "dtype": settings.dtype,
+            "dtype": self._job.engine.dtype,
             "scheduler": SCHEDULER,
             "fps": first.model_fps,
             "num_frames": first.num_frames,
             "num_sample": settings.num_sample,
             "denoising_steps": first.steps,
             "seed": first.seed,
-            "device": self.facts["run"].get("device") or settings.device or "auto",
+            "device": self.facts["run"].get("device") or self._job.engine.device or "auto",
             "output_path": str(settings.save_dir),
             "warmup_count": options.warmup_count,
             "eval_count": options.eval_count,
@@ -134,7 +136,7 @@ class LiveReport:
 
 
 def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
-    """How the run is done: device, backend, mesh, runtime."""
+    """The report's section "run": device, backend, mesh, runtime, shapes."""
     from opensora_sp.base.cpu_threads import VARIABLE
 
     session, settings, request = pipeline.session, job.settings, job.tasks[0].request
@@ -143,7 +145,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
         "ranks": session.world_size,
         "device": session.device.type,
         "backend": session.backend.name if session.world_size > 1 else None,
-        "dtype": settings.dtype,
+        "dtype": job.engine.dtype,
         "mesh": {
             "replicas": mesh.replicas,
             "guidance": mesh.guidance,
@@ -160,5 +162,5 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
 
 
 def frames_of(sinks: Sequence[Any]) -> int:
-    """Frames that counting sinks took."""
+    """The number of frames that counting sinks got."""
     return sum(sink.frames for sink in sinks)

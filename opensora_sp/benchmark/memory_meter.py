@@ -1,4 +1,4 @@
-"""How much memory a process takes, of its device and of the host, at the most and over time."""
+"""Measurement of a process's memory, on its device and on the host: peaks and samples."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import torch
 _STATUS = Path("/proc/self/status")
 _STATM = Path("/proc/self/statm")
 _CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # what clear_refs is told to forget the highest resident set (proc(5))
+_RESET_PEAK = "5"  # resets the peak of the resident set, when written to clear_refs (proc(5))
 _MOST_SAMPLES = 400
 _FIRST_PAUSE_S = 0.02
 
 
 class MemoryMeter:
-    """Peaks since `reset`, of one device and this process.
+    """Peaks of memory since `reset`, of one device and this process.
 
-    stages: the device's peak within each stage that ran in `stage` since then.
+    stages: the device's peak, in bytes, within each `stage` block since then. host_of_run: whether
+    the host's peak could be reset, so that it belongs to the run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,23 +38,23 @@ class MemoryMeter:
         self._highest: int | None = None
 
     def reset(self) -> None:
-        """Begin anew: peaks from here on."""
+        """Reset the peaks."""
         self.stages, self._open, self._highest = {}, [], None
         self._call("reset_peak_memory_stats")
         try:
             _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
             self.host_of_run = True
-        except OSError:  # not Linux, or not allowed here: the peak stays the process's
+        except OSError:  # not Linux, or not allowed: the peak stays that of the whole process
             self.host_of_run = False
 
     def peak_device_bytes(self) -> int | None:
-        """Most bytes allocated on the device, None where the backend cannot tell or has none."""
+        """The most bytes allocated on the device; None where the backend does not count them."""
         self._settle()
         return self._highest
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the device's peak in a `with` block by itself; what runs inside it counts too."""
+        """A block whose device peak is counted by itself, inner blocks included."""
         self._settle()
         self._open.append(name)
         try:
@@ -63,7 +64,7 @@ class MemoryMeter:
             self._open.pop()
 
     def _settle(self) -> None:
-        """Book the peak since the last time on whatever is open, and begin the next."""
+        """Add the peak since the last call to all open stages, and reset the device's counter."""
         peak = self._call("max_memory_allocated")
         if peak is None:
             return
@@ -73,7 +74,7 @@ class MemoryMeter:
         self._call("reset_peak_memory_stats")
 
     def device_bytes(self) -> int | None:
-        """Bytes allocated on the device now, or None."""
+        """Bytes allocated on the device now; None where the backend does not count them."""
         return self._call("memory_allocated")
 
     def _call(self, name: str) -> int | None:
@@ -81,14 +82,14 @@ class MemoryMeter:
             return None
         try:
             value = getattr(self._module, name)(self._device)
-        except Exception:  # vendor builds have it and refuse: then nobody knows
+        except Exception:  # some vendor builds have the function and raise
             return None
-        # A running model holds something: a zero is a backend that does not count.
+        # A running model has allocated something, so 0 means that the backend does not count.
         return int(value) or None if value is not None else None
 
 
 def peak_host_bytes() -> int | None:
-    """The highest resident set of this process, since the last reset where that worked."""
+    """The peak resident set in bytes of this process, since the last reset where that worked."""
     with contextlib.suppress(OSError, ValueError):
         for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -98,7 +99,7 @@ def peak_host_bytes() -> int | None:
 
 
 def host_bytes() -> int | None:
-    """The resident set of this process now."""
+    """The resident set of this process now, in bytes."""
     try:
         return int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -106,10 +107,10 @@ def host_bytes() -> int | None:
 
 
 class MemorySampler:
-    """Memory over time, in a thread of its own for the length of a `with` block.
+    """Samples of memory over time, taken by a thread while a `with` block runs.
 
-    samples: (seconds since `origin`, host bytes, device bytes). However long a run lasts there
-    are at most a few hundred: when they are full every other one goes and the pause doubles.
+    samples: (seconds since `origin`, host bytes, device bytes). There are at most a few hundred:
+    when the list is full, every other sample is dropped and the pause doubles.
     """
 
     def __init__(self, meter: MemoryMeter, origin: float) -> None:

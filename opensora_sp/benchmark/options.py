@@ -1,6 +1,6 @@
-"""How to measure: the flags of the benchmark that say nothing about what is generated.
+"""The benchmark's own flags: how to measure, as opposed to what is generated.
 
-Imports no torch: a mistake is refused before anything is loaded.
+Imports no torch, so that a mistake is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -17,36 +17,21 @@ from typing import Any
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.benchmark.report.files import check_baseline
-from opensora_sp.request.flags.benchmark_types import BENCHMARK_KINDS, DEFAULT_REPORT
+from opensora_sp.request.flags.benchmark_settings import BenchmarkSettings
 from opensora_sp.request.preflight import check_output, check_save_dir
 from opensora_sp.request.request import Job
+from opensora_sp.request.setting import from_flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions:
-    """What the benchmark does around the runs; raises UserError for a value that is not legal.
+class BenchmarkOptions(BenchmarkSettings):
+    """The benchmark's settings, and what the report says of the size that was asked for.
 
     resolution, aspect_ratio: as they were asked for, None beside an image size.
-    benchmark_save_path: the report; the page goes beside it. baseline: a report of one rank that
-    efficiency is counted from. peak_tflops: what the device could do, in 10¹² FLOP/s.
-    measure_peak: time a matrix product for it. profile: where the traces of one more run go.
     """
 
     resolution: str | None = None
     aspect_ratio: str | None = None
-    warmup_count: int = 1
-    eval_count: int = 1
-    benchmark_save_path: Path = Path(DEFAULT_REPORT)
-    baseline: Path | None = None
-    peak_tflops: float | None = None
-    measure_peak: bool = False
-    profile: Path | None = None
-    weight_hashes: bool = True
-
-    def __post_init__(self) -> None:
-        for name, kind in BENCHMARK_KINDS.items():
-            value = getattr(self, name)
-            kind.check(name, str(value) if isinstance(value, Path) else value)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> BenchmarkOptions:
@@ -56,11 +41,9 @@ class BenchmarkOptions:
         """
         if values["measure_peak"] and values["peak_tflops"] is not None:
             raise UserError("--measure-peak and --peak-tflops both give the peak: choose one")
-        given: dict[str, Any] = {
-            name: None if values[name] is None else Path(values[name])
-            for name in ("benchmark_save_path", "baseline", "profile")
-        }
-        given |= {name: values[name] for name in BENCHMARK_KINDS if name not in given}
+        given = from_flags(cls, values)
+        for name in ("benchmark_save_path", "baseline", "profile"):
+            given[name] = None if given[name] is None else Path(given[name])
         named = ("resolution", "aspect_ratio")
         given |= {name: None if values["image_size"] else values[name] for name in named}
         options = cls(**given)
@@ -89,7 +72,7 @@ def check_baseline_request(job: Job, options: BenchmarkOptions) -> None:
     report = check_baseline(options.baseline)
     mine, theirs = job.tasks[0].request.public_dict(), report["request"]["first"]
     different = [name for name, value in mine.items() if theirs.get(name) != value]
-    if report["performance_info"]["dtype"] != job.settings.dtype:
+    if report["performance_info"]["dtype"] != job.engine.dtype:
         different.append("dtype")
     if report["request"]["videos"] != len(job.tasks):
         different.append("number of videos")
@@ -105,7 +88,7 @@ def measurement_digest(job: Job, options: BenchmarkOptions, world_size: int) -> 
 
     Two reports with one digest measured the same thing; where the results went does not count.
     """
-    settings = dataclasses.asdict(job.settings)
+    settings = dataclasses.asdict(job.engine) | dataclasses.asdict(job.settings)
     for name in ("save_dir", "sample_name", "verbose", "sheet", "log_dir"):
         settings.pop(name, None)
     facts = {

@@ -12,13 +12,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.parallel.backend_table import for_device
 
-# Processes of a merged view are told apart by number: ranks on different nodes may share one.
+# A merged view tells processes apart by number, and ranks on different nodes may have the same.
 _PID_STRIDE = 1 << 22
 
 
 def trace_path(directory: Path, rank: int) -> Path:
-    """Where a rank's trace goes."""
+    """The file of a rank's trace."""
     return directory / f"trace-rank{rank}.json"
 
 
@@ -26,13 +27,13 @@ def trace_path(directory: Path, rank: int) -> Path:
 def profiled(path: Path, rank: int, device: torch.device) -> Iterator[None]:
     """Trace a `with` block of one rank and write it to `path`, whole or not at all."""
     activities = [ProfilerActivity.CPU]
-    own = {"cuda": "CUDA", "cpu": None}.get(device.type, "PrivateUse1")
+    own = for_device(device.type).profiler
     if own is not None and hasattr(ProfilerActivity, own):
         activities.append(getattr(ProfilerActivity, own))
     with profile(activities=activities) as profiler:
         yield
     with atomic_output(path) as temporary, reported(path):
-        # The exporter chooses its format by the name's end, so not the temporary name itself.
+        # The exporter chooses its format by the suffix, which the temporary name lacks.
         raw = temporary.with_suffix(".json")
         try:
             profiler.export_chrome_trace(str(raw))
@@ -44,7 +45,7 @@ def profiled(path: Path, rank: int, device: torch.device) -> Iterator[None]:
 
 
 def name_processes(trace: dict[str, Any], rank: int, device: str) -> None:
-    """Call the trace's processes after their rank, with numbers that no other rank has."""
+    """Name the trace's processes after their rank, and make their numbers unique."""
     events: list[dict[str, Any]] = trace["traceEvents"]
     for event in events:
         if event.get("ph") == "M" and event.get("name") == "process_name":

@@ -1,4 +1,4 @@
-"""What one rank records of one run: intervals, collectives and memory, as a report holds them."""
+"""The record of one run on one rank: intervals, collectives and memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ WAIT = "wait"
 
 @dataclass
 class Phase:
-    """A stretch of a run on this rank; full when its block has ended.
+    """A part of a run on this rank. It is complete when its block has ended.
 
-    samples: (seconds since the phase began, host bytes, device bytes).
+    samples: (seconds since the phase began, host bytes, device bytes). ledger: the collectives in
+    the phase. host_peak_of: "run", or "process" where the host's peak could not be reset.
     """
 
     recording: Recording
@@ -35,9 +36,9 @@ class Phase:
 
 @contextmanager
 def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
-    """Record a `with` block that all ranks begin and end together; the last wait is a stage."""
+    """Record a `with` block, between two barriers. Waiting at the last one is the stage "wait"."""
     session, clock = pipeline.session, pipeline.models.clock
-    session.barrier()
+    session.control.barrier()
     meter.reset()
     before = session.ledger.snapshot()
     with clock.record(meter.stage) as recording:
@@ -46,7 +47,7 @@ def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
         with sampler:
             yield phase
             with clock.stage(WAIT):
-                session.barrier()
+                session.control.barrier()
         last = recording.intervals[-1]
         phase.seconds = last.start + last.seconds
     phase.ledger = {k: e for k, e in session.ledger.since(before).items() if e.calls}
@@ -58,7 +59,7 @@ def recorded(pipeline: Pipeline, meter: MemoryMeter) -> Iterator[Phase]:
 
 
 def rank_record(rank: int, phases: Sequence[Phase]) -> dict[str, Any]:
-    """A run's phases on one rank, laid end to end, as JSON can hold them."""
+    """The phases of a run on one rank, one after the other, as JSON can hold them."""
     intervals: list[dict[str, Any]] = []
     samples: list[list[float | int | None]] = []
     ledger: dict[str, Entry] = {}

@@ -1,12 +1,13 @@
-"""Runs a job several times with the main path and measures it: warm-up, measured runs, a trace.
+"""The benchmark: it runs a job several times through the main path, after warm-up runs.
 
-The order is infer's: all texts first, so that T5 can give its memory back, then the videos. Each
-run encodes its texts anew; the time that took is the beginning of the run it belongs to.
+As in infer, all texts are encoded first, so that T5 can be freed, and then the videos are made.
+Each run encodes its texts again, and that time is the first part of the run. With --profile one
+more run is traced.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,16 +28,19 @@ from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.benchmark.weights import describe_weights
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
-from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_job_session
+from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_session, tidy
 from opensora_sp.jobs.outputs import open_outputs
 from opensora_sp.media.sinks import Sink
 from opensora_sp.media.writer import probe_encoder
+from opensora_sp.parallel.backend_table import DRIVER_PACKAGES, for_device
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.requests import plan_in_mode
 from opensora_sp.request.embedded import embedded_checkpoints
-from opensora_sp.request.flags.benchmark_types import WARMUP_STEPS
+from opensora_sp.request.flags.benchmark_settings import WARMUP_STEPS
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Task
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +51,7 @@ Batches = Sequence[Sequence[Task]]
 
 @dataclass
 class CountingSink:
-    """Counts frames and hands them on, or drops them where there is nothing behind it."""
+    """A sink that counts frames and passes them to another sink, if there is one."""
 
     inner: Sink | None = None
     frames: int = 0
@@ -61,7 +65,7 @@ class CountingSink:
 
 @dataclass
 class _Run:
-    """One run to come: what it generates, whether it is saved, and its text phase once encoded."""
+    """A planned run: its kind, its batches, and its text phase once that is recorded."""
 
     kind: str
     number: int
@@ -74,62 +78,71 @@ class _Run:
 
 
 def run_benchmark(job: Job, options: BenchmarkOptions) -> int:
-    """Measure the job on this rank and its peers; returns the exit code 0.
+    """Measure the job on this rank and its peers. Returns the exit code 0.
 
-    The report is on disk from the start, as running; a failure leaves it as failed and goes on
-    its way. Raises UserError for what a person can mend.
+    The report is on disk from the start with the status running. An error sets the status failed
+    and is raised again. Raises UserError for mistakes of the user.
     """
-    settings = job.settings
-    with open_job_session(settings) as session:
-        draft = LiveReport(job, options, ranks=session.world_size)
-        clock = Clock(session.device, session.stage)
-        if session.watchdog is not None and session.leads:
+    with open_engine_session(job.engine) as session:
+        tidy(session, job.settings.save_dir)
+        live = LiveReport(job, options, ranks=session.world_size)
+        clock = Clock(session.device, session.control.stage)
+        if session.control.watchdog is not None and session.leads:
             # When a peer fails this process may be ended where it stands.
-            session.watchdog.at_end.append(draft.fail_for_all)
+            session.control.watchdog.at_end.append(live.fail_for_all)
         try:
             if session.leads:
-                draft.facts["machine"] = describe_machine(session.device, settings.save_dir)
-                draft.write("running")
-            _measure(job, options, session, draft, clock)
+                row = for_device(session.device.type)
+                live.facts["machine"] = describe_machine(
+                    session.device,
+                    job.settings.save_dir,
+                    tool=row.tool,
+                    driver_query=row.driver_query,
+                    driver_packages=DRIVER_PACKAGES,
+                )
+                live.write("running")
+            _measure(job, options, session, live, clock)
         except BaseException as error:
             if session.leads:
-                draft.fail(error, clock.failed_in)
+                live.fail(error, clock.failed_in)
             raise
         if session.leads:
-            with session.stage("report"):
+            with session.control.stage("report"):
                 faults.reach("report")
-                _finish(draft, options)
+                _finish(live, options)
         # Whoever had left could not say that the leading rank was killed over its report.
-        session.barrier()
+        session.control.barrier()
     return 0
 
 
 def _measure(
-    job: Job, options: BenchmarkOptions, session: Session, draft: LiveReport, clock: Clock
+    job: Job, options: BenchmarkOptions, session: Session, live: LiveReport, clock: Clock
 ) -> None:
-    """Everything between the first and the last version of the report."""
+    """Load, run and describe: everything between the first and the last version of the report."""
     with clock.stage("check"):
         mesh = mesh_of(job, session.world_size)
-        # Without a text cache: texts are encoded to be measured.
+        # No text cache, because encoding is measured.
         pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
-    draft.check_seconds = clock.seconds["check"]
-    draft.facts["run"] = run_facts(pipeline, job)
-    draft.plan = plan_in_mode(job, session.world_size, pipeline.models.runtime.mode)
+    live.check_seconds = clock.seconds["check"]
+    live.facts["run"] = run_facts(pipeline, job)
+    mode = pipeline.models.runtime.mode
+    assert mode is not None  # a job's runtime is always a memory mode's
+    live.plan = plan_in_mode(job, session.world_size, mode)
     first = job.tasks[0].request
     if not first.is_image:
-        session.together(
+        session.control.together(
             lambda: probe_encoder(first.save_fps, *first.decoded_size), leading_only=True
         )
     announce(pipeline, first, mesh)
     meter = MemoryMeter(session.device)
     runs = _planned_runs(job, options)
-    tokens = _encode_texts(pipeline, runs, meter, draft)
+    tokens = _encode_texts(pipeline, runs, meter, live)
     for run in runs:
-        _run(pipeline, job, run, meter, draft)
+        _run(pipeline, job, run, meter, live)
     if options.profile is not None:
-        _profile(pipeline, options, runs[-1], draft)
-    draft.doing = "counting FLOPs and hashing weights"
-    _describe(pipeline, job, options, draft, tokens)
+        _profile(pipeline, options, runs[-1], live)
+    live.doing = "counting FLOPs and hashing weights"
+    _describe(pipeline, job, options, live, tokens)
 
 
 def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
@@ -140,26 +153,26 @@ def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
 
 
 def _shortened(task: Task) -> Task:
-    """The task with a warm-up's steps."""
+    """The task with the number of steps of a warm-up."""
     return replace(task, request=replace(task.request, steps=WARMUP_STEPS))
 
 
 def _encode_texts(
-    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, draft: LiveReport
+    pipeline: Pipeline, runs: Sequence[_Run], meter: MemoryMeter, live: LiveReport
 ) -> dict[str, int]:
-    """Every run's texts, encoded once for each run; the token count of each caption, on all."""
+    """Encode the texts of every run. Returns the number of tokens of each caption, on all ranks."""
     for run in runs:
-        draft.doing = f"texts of {run.kind} run {run.number}"
+        live.doing = f"texts of {run.kind} run {run.number}"
         pipeline.text.forget()
         with recorded(pipeline, meter) as run.text:
             _encode_run(pipeline, run)
     pipeline.text.release_encoder()
-    # The last run is a measured one, so its captions are all there are.
+    # The last run is a measured one, so it has every caption.
     requests = [task.request for batch in runs[-1].batches for task in batch]
     captions = [caption(request, clip) for request in requests for clip in range(request.loop)]
     length = pipeline.models.max_length(requests[0])
     counts = pipeline.text.token_counts(captions, length) if pipeline.session.leads else None
-    return dict(zip(captions, pipeline.session.broadcast_object(counts), strict=True))
+    return dict(zip(captions, pipeline.session.control.broadcast_object(counts), strict=True))
 
 
 def _encode_run(pipeline: Pipeline, run: _Run) -> None:
@@ -168,91 +181,93 @@ def _encode_run(pipeline: Pipeline, run: _Run) -> None:
     pipeline.text.encode(captions, pipeline.models.max_length(requests[0]))
 
 
-def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, draft: LiveReport) -> None:
-    """One run; its record joins the draft on the leading rank. Collective."""
-    draft.doing = f"{run.kind} run {run.number}"
+def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: LiveReport) -> None:
+    """Make one run, and add its record to the report on the leading rank. Collective."""
+    live.doing = f"{run.kind} run {run.number}"
     if pipeline.session.leads and pipeline.options.show_progress:
-        print(f"{run.kind} run {run.number}", file=sys.stderr, flush=True)
+        _log.info("%s run %d", run.kind, run.number)
     with recorded(pipeline, meter) as phase:
         frames = _generate(pipeline, job, run)
     assert run.text is not None
     session = pipeline.session
-    ranks = session.all_gather_object(rank_record(session.rank, [run.text, phase]))
+    ranks = session.control.all_gather_object(rank_record(session.rank, [run.text, phase]))
     if session.leads:
         videos = sum(len(batch) for batch in run.batches)
-        draft.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
-        draft.write("running")
+        live.runs.append(run_record(run.kind, run.number, ranks, frames=frames, videos=videos))
+        live.write("running")
 
 
 def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
-    """Make the run's videos as infer does; frames that came out on this rank."""
+    """Make the run's videos as infer does. Returns the number of frames on this rank."""
     frames = 0
     for batch in run.batches:
         with ExitStack() as stack:
             inner: list[Any] = [None] * len(batch)
             if run.saved:
-                inner = stack.enter_context(open_outputs(pipeline, job.settings, batch))
+                inner = stack.enter_context(open_outputs(pipeline, job, batch))
             sinks = [CountingSink(sink) for sink in inner]
             pipeline.generate_to([task.request for task in batch], sinks, keep_latents=False)
         frames += frames_of(sinks)
     return frames
 
 
-def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, draft: LiveReport) -> None:
-    """One more run with few steps under the profiler, so that no measured run is slowed by it."""
+def _profile(pipeline: Pipeline, options: BenchmarkOptions, last: _Run, live: LiveReport) -> None:
+    """Profile an extra run with few steps, so that no measured run is slowed down."""
     assert options.profile is not None
-    draft.doing = "profiled run"
+    live.doing = "profiled run"
     session = pipeline.session
     short = [[_shortened(task) for task in last.batches[0]]]
     path = trace_path(options.profile, session.rank)
-    session.barrier()
+    session.control.barrier()
     with profiled(path, session.rank, session.device):
         for batch in short:
             requests = [task.request for task in batch]
             pipeline.generate_to(requests, [CountingSink() for _ in batch], keep_latents=False)
-    draft.profile = session.all_gather_object(str(path))
+    live.profile = session.control.all_gather_object(str(path))
 
 
 def _describe(
     pipeline: Pipeline,
     job: Job,
     options: BenchmarkOptions,
-    draft: LiveReport,
+    live: LiveReport,
     tokens: dict[str, int],
 ) -> None:
     """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
-    session, settings = pipeline.session, job.settings
-    checkpoints = settings.checkpoints or embedded_checkpoints()
+    session = pipeline.session
+    checkpoints = job.engine.checkpoints or embedded_checkpoints()
     own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
-    shares = session.all_gather_object(own)
+    shares = session.control.all_gather_object(own)
     if options.measure_peak:
         with pipeline.models.arithmetic():
-            session.barrier()
-            peaks = session.all_gather_object(measure_peak(session.device, pipeline.models.dtype))
-        draft.peak = {"per_rank": peaks, "source": "measured"}
+            session.control.barrier()
+            peaks = session.control.all_gather_object(
+                measure_peak(session.device, pipeline.models.dtype)
+            )
+        live.peak = {"per_rank": peaks, "source": "measured"}
     elif options.peak_tflops is not None:
         given = [options.peak_tflops * 1e12] * session.world_size
-        draft.peak = {"per_rank": given, "source": "given"}
+        live.peak = {"per_rank": given, "source": "given"}
     if not session.leads:
         return
     length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop
     decoded = decode_flops(request, checkpoints.vae3d, checkpoints.vae2d)
-    draft.work = {
+    live.work = {
         "denoise": shares,
         "decode": None if decoded is None else decoded * clips,
         "text": text_flops(checkpoints.t5, length) * len(tokens),
     }
-    draft.facts["model"] = {
-        "checkpoints": "embedded" if settings.checkpoints is None else "given",
+    live.facts["model"] = {
+        "checkpoints": "embedded" if job.engine.checkpoints is None else "given",
         "transformer_parameters": sum(p.numel() for p in pipeline.models.transformer.parameters()),
         "weights": describe_weights(checkpoints, hashes=options.weight_hashes),
     }
 
 
 def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, int]) -> float:
-    """Of this rank, over all clips of a batch."""
+    """FLOPs of this rank, over all clips of a batch."""
     requests = [task.request for task in batch]
     mesh, rank = pipeline.models.mesh(requests[0]), pipeline.session.rank
     of_clip = partial(
@@ -267,8 +282,8 @@ def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, 
     return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)
 
 
-def _finish(draft: LiveReport, options: BenchmarkOptions) -> None:
-    report = draft.write("ok")
+def _finish(live: LiveReport, options: BenchmarkOptions) -> None:
+    report = live.write("ok")
     write_page(options.page, report)
     for line in report_lines(report):
         print(line)

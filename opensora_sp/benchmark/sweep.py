@@ -1,11 +1,12 @@
-"""Sizes × meshes, each measured in processes of its own, so that one may fail and the rest go on.
+"""A sweep: a benchmark for each size and mesh, in processes of its own, so that one may fail.
 
-A finished report that measured the same thing is not measured again, so a sweep that was stopped
-goes on where it was. Imports no torch.
+A point with a finished report of the same measurement is skipped, so a sweep that was stopped can
+continue. Imports no torch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,33 +16,34 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note
 from opensora_sp.base.value_types import shown
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.report.files import Report, read_report, write_report
 from opensora_sp.benchmark.sweep_spec import Point, read_sweep
 from opensora_sp.benchmark.sweep_table import write_tables
-from opensora_sp.request.flags.benchmark_types import DEFAULT_REPORT
+from opensora_sp.request.flags.benchmark_settings import DEFAULT_REPORT
 from opensora_sp.request.settings import CommandLine, build_job, parse_command_line, resolve
 
+_log = logging.getLogger(__name__)
+
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-_END_SECONDS = 30.0  # between asking a point to stop and stopping it
+_END_SECONDS = 30.0  # between SIGTERM and SIGKILL for a point
 
 Launch = Callable[[list[str], Path, float | None], int]
 
 
 def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None = None) -> int:
-    """Measure every point that has no finished report; 0 if all have one in the end, else 1.
+    """Measure every point that has no finished report. Returns 0 if all have one, else 1.
 
-    launch: starts a command with a log and a limit in seconds, returns its exit code. Raises
-    UserError when no point could be started at all.
+    launch: runs a command with a log and a limit in seconds, and returns its exit code. Raises
+    UserError when no point could be started.
     """
     path = str(command.program_control["sweep"])
     base = _without_sweep(argv)
     given = resolve(parse_command_line(base), program="benchmark")
     sweep = read_sweep(path, given["aspect_ratio"])
     for each in _set_aside(given):
-        note(each)
+        _log.warning(each)
     report = Path(str(command.written.get("benchmark_save_path", DEFAULT_REPORT)))
     folder = report.parent / Path(path).stem
     points = list(sweep.points())
@@ -79,7 +81,7 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
 
 
 def _set_aside(given: Mapping[str, Any]) -> Iterator[str]:
-    """What the command line or its --config say and the points of a sweep decide instead."""
+    """Notes for settings of the command line that each point of the sweep replaces."""
     keys = ("image_size", "guidance_parallel", "sequence_parallel")
     for key in keys:
         if given[key] is not None:
@@ -88,19 +90,19 @@ def _set_aside(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _without_sweep(argv: Sequence[str]) -> list[str]:
-    kept, skip = [], False
+    remaining, skip = [], False
     for token in argv:
         if skip:
             skip = False
         elif token == "--sweep":
             skip = True
         elif not token.startswith("--sweep="):
-            kept.append(token)
-    return kept
+            remaining.append(token)
+    return remaining
 
 
 def _digest(flags: Sequence[str], ranks: int) -> str:
-    """What a point measures; raises UserError where its command line is not possible."""
+    """The digest of a point's measurement. Raises UserError for an impossible command line."""
     values = resolve(parse_command_line(flags), program="benchmark")
     options = BenchmarkOptions.from_values(values)
     return measurement_digest(build_job(values, world_size=ranks), options, ranks)
@@ -118,7 +120,7 @@ def _finished(place: Path, digest: str) -> Report | None:
 def _measure(
     point: Point, flags: Sequence[str], place: Path, launch: Launch, limit: float | None
 ) -> Report:
-    """Run one point and read what it left; whatever happens there is a report in the end."""
+    """Run one point and read its report. If it left none, a report of the failure is made."""
     place.unlink(missing_ok=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     log = place.with_suffix(".log")
@@ -128,7 +130,7 @@ def _measure(
     except UserError:
         return _failure("failed", _last_error(log) or f"exit code {code} and no report")
     if found["status"] == "running":
-        # It was killed too fast to say so itself.
+        # It was killed before it could write the status failed.
         doing = f"killed or stuck (exit code {code}); its log: {log}"
         found |= {"status": "failed", "error": _failure("failed", doing)["error"]}
         write_report(place, found)
@@ -151,13 +153,13 @@ def _command(point: Point, flags: Sequence[str]) -> list[str]:
     if point.ranks == 1:
         return [sys.executable, *module]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(point.ranks)]
-    # A port that the system chooses, so that sweeps may run side by side.
+    # The system chooses the port, so that several sweeps may run at the same time.
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     return [sys.executable, *launcher, "--local_addr", "127.0.0.1", *module]
 
 
 def run_command(command: list[str], log: Path, limit: float | None) -> int:
-    """Run a command with everything it says in `log`; it and its children end with this call."""
+    """Run a command with its output in `log`. Its process group ends with this call."""
     paths = [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     with log.open("w", encoding="utf-8") as out:
@@ -179,7 +181,7 @@ def run_command(command: list[str], log: Path, limit: float | None) -> int:
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """Stop what is left of a command's process group: first by asking."""
+    """End what is left of a command's process group: SIGTERM, and SIGKILL if that fails."""
     for number_, patience in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
         if process.poll() is not None:
             return

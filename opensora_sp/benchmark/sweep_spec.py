@@ -1,4 +1,4 @@
-"""Which sizes and meshes a sweep measures."""
+"""The file of a sweep: the sizes and meshes that it measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEYS = ("resolutions", "durations", "meshes", "point_timeout")
 class Point:
     """One measurement of a sweep: a size of the table or HxW, a duration, a mesh.
 
-    height, width, frames: what these names mean, in pixels; they are what is measured.
+    height, width: the size in pixels. frames: the number of frames.
     """
 
     resolution: str
@@ -32,21 +32,21 @@ class Point:
 
     @property
     def ranks(self) -> int:
-        """Processes that it takes."""
+        """The number of processes."""
         return self.guidance * self.sequence
 
     @property
     def mesh(self) -> str:
-        """As it is written in the sweep's file."""
+        """The mesh as in the sweep's file, guidance x sequence."""
         return f"{self.guidance}x{self.sequence}"
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The name of the point's files."""
         return f"{self.resolution}-{self.duration}-{self.mesh}"
 
     def flags(self) -> list[str]:
-        """What it adds to a command line: the whole size, so that no other setting decides it."""
+        """The flags of the point. They set the whole size, so that no other setting changes it."""
         named = _size_of(self.resolution) is None
         return [
             *(("--resolution", self.resolution) if named else ()),
@@ -57,7 +57,7 @@ class Point:
         ]
 
     def differences(self, report: Report) -> str | None:
-        """What a report measured that is not this point; None where it is this point's."""
+        """The differences of a report from this point; None where there are none."""
         first, run = report["request"]["first"], report["run"]
         mesh = run["mesh"]
         wanted = {
@@ -77,7 +77,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The points of a sweep's file, row by row; seconds that each may take.
+    """A sweep's file. point_timeout: seconds that each point may take.
 
     aspect_ratio: of the resolutions that are names of the size table.
     """
@@ -89,7 +89,7 @@ class Sweep:
     aspect_ratio: str = "9:16"
 
     def points(self) -> Iterator[Point]:
-        """Mesh by mesh, so that tables fill one after the other."""
+        """The points, mesh by mesh, so that one table is complete before the next begins."""
         sizes_of = {name: self._size(name) for name in self.resolutions}
         for guidance, sequence in self.meshes:
             for resolution in self.resolutions:
@@ -115,7 +115,7 @@ def _size_of(resolution: str) -> tuple[int, int] | None:
 
 
 def read_sweep(path: str, aspect_ratio: str = "9:16") -> Sweep:
-    """A sweep's file; UserError naming the key that is missing, unknown or not legal.
+    """Read a sweep's file. Raises UserError for a key that is missing, unknown or illegal.
 
     aspect_ratio: of the resolutions that are names of the size table.
     """
@@ -151,7 +151,7 @@ def read_sweep(path: str, aspect_ratio: str = "9:16") -> Sweep:
         aspect_ratio=aspect_ratio,
     )
     try:
-        # Names of sizes and durations become names of files: only known ones get that far.
+        # Names of sizes and durations become file names, so unknown ones are refused here.
         list(sweep.points())
     except UserError as error:
         raise UserError(f"{what}: {error}") from None

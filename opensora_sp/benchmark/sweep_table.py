@@ -1,4 +1,4 @@
-"""A sweep's reports as tables: rows resolutions, columns durations, one table a mesh."""
+"""Tables of a sweep: a table for each mesh, with resolutions as rows and durations as columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_tables(folder: Path, sweep: Sweep, reports: Mapping[str, Report]) -> str:
-    """Write table.md and table.json of what is known so far; returns the Markdown."""
+    """Write table.md and table.json from the reports so far. Returns the Markdown."""
     from opensora_sp.base.atomic import atomic_output, reported
 
     points = list(sweep.points())
@@ -102,7 +102,7 @@ def seconds_of(report: Report) -> float | None:
 
 
 def memory_of(report: Report) -> int | None:
-    """The fullest rank's peak on its device, or on the host where no device counts it."""
+    """The highest peak (bytes) of a rank: of its device, or of the host if that is not counted."""
     if report["status"] != "ok":
         return None
     return next(_peaks(report), None)

@@ -1,4 +1,4 @@
-"""Which weights a run used: size and SHA-256 of each file, the sums that hubs publish."""
+"""The weight files of a run: size and SHA-256 of each, as hubs publish them."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from opensora_sp.benchmark.report.compare import compare_lines
 from opensora_sp.benchmark.report.files import read_finished
 from opensora_sp.benchmark.sweep import run_sweep
 from opensora_sp.cli.console import rank, refuse, world_size
+from opensora_sp.cli.help import help_asked
 from opensora_sp.cli.program import Program, run_program
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import CommandLine, Values, parse_command_line
@@ -25,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command = parse_command_line(argv)
-        if not command.help and "compare" in command.program_control:
+        command = None if help_asked(argv) else parse_command_line(argv)
+        if command is not None and "compare" in command.program_control:
             return _compare(command)
-        if not command.help and "sweep" in command.program_control:
+        if command is not None and "sweep" in command.program_control:
             return _sweep(command, argv)
     except UserError as error:
         return refuse(error, same_everywhere=True)

@@ -1,8 +1,8 @@
 """Command: bring a checkpoint of another form into the published layout.
 
-    python -m opensora_sp.cli.convert dit epoch3-global_step9000 NEW_DIR
-    python -m opensora_sp.cli.convert dit fine_tuned.pt NEW_DIR --config published/config.json
-    python -m opensora_sp.cli.convert t5 pipeline_folder NEW_DIR
+    opensora-sp convert dit epoch3-global_step9000 NEW_DIR
+    opensora-sp convert dit fine_tuned.pt NEW_DIR --config published/config.json
+    opensora-sp convert t5 pipeline_folder NEW_DIR
 
 Takes Open-Sora's own training output, one file of weights (.pt, .pth, .bin, .safetensors, also with
 the weights under "state_dict" and "module." before their names), T5 with its decoder, and the
@@ -53,26 +53,36 @@ class _Parser(argparse.ArgumentParser):
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns 0, or 2 with one line where that cannot be done."""
-    parser = _Parser(prog="convert", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("kind", choices=KINDS, help="which of the models it is")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a file or a directory")
-    parser.add_argument("target", type=Path, metavar="NEW_DIR", help="must not be there yet")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="its config.json (default: the published sizes)"
-    )
-    parser.add_argument(
-        "--key", metavar="NAME", help="which weights, where a file holds several (model, ema, ...)"
-    )
-    parser.add_argument(
-        "--vae2d", type=Path, metavar="DIR", help="with vae3d: the vae2d directory it goes with"
-    )
     try:
-        asked = parser.parse_args(argv)
+        asked = parser().parse_args(argv)
         convert(asked.kind, asked.source, asked.target, asked.config, asked.key, asked.vae2d)
     except UserError as error:
         return refuse(error, same_everywhere=True)
     result(asked.target)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    made = _Parser(
+        prog="opensora-sp convert",
+        usage="opensora-sp convert {dit,t5,vae3d} SOURCE NEW_DIR [flags]",
+        description="Brings a checkpoint of another form into the published layout: Open-Sora's "
+        "own training output, one file of weights, T5 with its decoder, or a diffusers pipeline.",
+    )
+    made.add_argument("kind", choices=KINDS, help="which of the models it is")
+    made.add_argument("source", type=Path, metavar="SOURCE", help="a file or a directory")
+    made.add_argument("target", type=Path, metavar="NEW_DIR", help="must not be there yet")
+    made.add_argument(
+        "--config", type=Path, metavar="FILE", help="its config.json (default: the published sizes)"
+    )
+    made.add_argument(
+        "--key", metavar="NAME", help="which weights, where a file holds several (model, ema, ...)"
+    )
+    made.add_argument(
+        "--vae2d", type=Path, metavar="DIR", help="with vae3d: the vae2d directory it goes with"
+    )
+    return made
 
 
 def convert(

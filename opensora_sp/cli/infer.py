@@ -17,9 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(job: Job, _: Values) -> Callable[[], int]:
     def work() -> int:
+        from opensora_sp.jobs.open import open_engine
         from opensora_sp.jobs.run import run_job
 
-        return run_job(job)
+        with open_engine(job) as engine:
+            return run_job(engine, job)
 
     return work
 

@@ -7,18 +7,18 @@ from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse
+from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
-from opensora_sp.request.flags.docs import help_text
 from opensora_sp.request.preflight import check_checkpoints
-from opensora_sp.request.request import Request, RunSettings
+from opensora_sp.request.request import EngineSettings, Request
+from opensora_sp.request.setting import from_flags
 from opensora_sp.request.settings import (
     Values,
     check_request,
-    fields_of,
     parse_command_line,
     resolve,
     size_of,
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    command = parse_command_line(argv)
-    if command.help:
-        sys.stdout.write(help_text("plan"))
+    if (asked := help_asked(argv)) is not None:
+        sys.stdout.write(program_help("plan", asked))
         return 0
+    command = parse_command_line(argv)
     if command.version:
         print(f"opensora_sp {__version__}")
         return 0
@@ -54,17 +54,16 @@ def _main(argv: Sequence[str]) -> int:
 def _answer(values: Values) -> int:
     height, width = size_of(values)
     request = Request(
-        **fields_of(Request, values, without={"prompt", "reference_path", "mask_strategy"}),
+        **from_flags(Request, values),
         prompt="",
         reference_path="given" if values["reference_path"] or _typed(values) else "",
         height=height,
         width=width,
-        steps=values["num_sampling_steps"],
     )
     checkpoints = check_checkpoints(
         {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
     )
-    settings = RunSettings(**fields_of(RunSettings, values, without={"save_dir"}))
+    settings = EngineSettings(**from_flags(EngineSettings, values))
     # Without paths the published models are meant: the embedded one fits everywhere.
     models = ModelSizes() if checkpoints is None else ModelSizes.read(checkpoints)
     if settings.device_memory is None:
@@ -72,7 +71,7 @@ def _answer(values: Values) -> int:
             f"--device-memory is needed, such as 48GB or one of the cards {', '.join(CARDS)}"
         )
     memory = parse_memory(settings.device_memory)
-    shape, options = shape_of(request, settings, settings.batch_size), options_of(settings)
+    shape, options = shape_of(request, settings, values["batch_size"]), options_of(settings)
     ranks = values["ranks"]
     if values["table"]:
         print(

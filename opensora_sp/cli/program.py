@@ -12,12 +12,12 @@ from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.base.rank_log import rank_log
 from opensora_sp.base.screen import note
 from opensora_sp.cli.console import rank, refuse, world_size
+from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.cli.stopping import stoppable
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 from opensora_sp.parallel.watchdog.signals import leave
 from opensora_sp.planner.devices import parse_memory
 from opensora_sp.planner.requests import plan_job
-from opensora_sp.request.flags.docs import help_text
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import (
     Values,
@@ -68,9 +68,9 @@ def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
 
     Raises UserError.
     """
+    if (asked := help_asked(argv)) is not None:
+        return program_help(program.name, asked)
     command = parse_command_line(argv)
-    if command.help:
-        return help_text(program.name)
     if command.version:
         return f"opensora_sp {__version__}\n"
     values = resolve(command, program=program.name)
@@ -84,7 +84,7 @@ def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
 
 def _require_room(job: Job) -> None:
     """Refuse what does not fit --device-memory; without it the device is asked, after torch."""
-    settings = job.settings
+    settings = job.engine
     if settings.device_memory is not None and rank() == "0":
         memory = parse_memory(settings.device_memory)
         if not settings.no_plan:
@@ -103,18 +103,18 @@ def _run(prepared: Prepared) -> int:
             note(each)
         for line in job.failed:
             note(f"{line}; the other prompts are made")
-    settings = job.settings
-    checkpoints = settings.checkpoints
+    engine = job.engine
+    checkpoints = engine.checkpoints
     threads = apply_cpu_threads(
-        settings.cpu_threads,
-        settings.device,
+        engine.cpu_threads,
+        engine.device,
         transformer=None if checkpoints is None else checkpoints.dit,
     )
-    if launch.rank == 0 and settings.verbose > 1:
+    if launch.rank == 0 and job.settings.verbose > 1:
         note(f"CPU threads of a rank: {threads or os.environ.get(VARIABLE, 'as torch chooses')}")
     with stoppable():
         try:
-            with rank_log(job.settings.log_dir):
+            with rank_log(engine.log_dir):
                 return prepared.work()
         except JobEnded as ended:  # all ranks know, and one of them has said why
             leave(ended.code)

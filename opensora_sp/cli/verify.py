@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse, world_size
+from opensora_sp.cli.help import help_asked, say
+from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 
 if TYPE_CHECKING:
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
     from opensora_sp.request.request import Request
 
 DTYPES = ("fp32", "fp16", "bf16")
+Examination = Literal["verify", "parity", "doctor"]
+_ABOUT: Mapping[Examination, str] = {
+    "verify": "Runs the conformance suite through the production classes on this machine. Under "
+    "torchrun the transformer and sampler cases run sharded over the ranks.",
+    "parity": "Compares a run shared by all ranks with one of rank 0 alone, on any checkpoint, "
+    "size and dtype.",
+    "doctor": "Looks whether the machine is fit to run the program: versions, devices, "
+    "collectives, operations, encoder, disk, memory.",
+}
+_ELSEWHERE = "opensora-sp parity stands for --parity, and opensora-sp doctor for --doctor."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,8 +45,12 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if everything held, 1 if not, 2 for a mistake in the request."""
     watch_launcher()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = _parser().parse_args(argv)
+        if (asked := help_asked(argv)) is not None:
+            # Short help is of one examination; all of it, of the three that share this command.
+            return say(parser_of(None if asked == "all" else examination(argv)).format_help())
+        arguments = parser_of().parse_args(argv)
         launch = join()
         request = _request(arguments) if arguments.parity else None
         if arguments.doctor and arguments.parity:
@@ -52,71 +68,86 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error, same_everywhere=False)
 
 
-def _parser() -> argparse.ArgumentParser:
+def examination(argv: Sequence[str]) -> Examination:
+    """Which of the three is asked for, as far as help is concerned."""
+    return "parity" if "--parity" in argv else "doctor" if "--doctor" in argv else "verify"
+
+
+def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
+    """The parser of all three examinations; for its help, of one of them only."""
+    name = only or "verify"
     parser = _Parser(
-        prog="verify.py",
-        description=(
-            "Runs the conformance suite through the production classes on this machine. Under "
-            "torchrun the transformer and sampler cases run sharded over the ranks. With --parity, "
-            "compares all ranks with one instead, on any checkpoint, size and dtype. With "
-            "--doctor, looks whether the machine is fit to run the program."
-        ),
+        prog=f"opensora-sp {name}",
+        usage=f"opensora-sp {name} [flags]\n"
+        f"       torchrun --nproc_per_node N --no-python opensora-sp {name} [flags]",
+        description=_ABOUT[name],
+        epilog=None if only == "parity" or only == "doctor" else _ELSEWHERE,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=96),
     )
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        metavar="DIR",
-        help="a conformance suite; default: the one inside the package",
-    )
-    parser.add_argument("--device", choices=("gcu", "cuda", "cpu"), help="default: the first there")
-    parser.add_argument("--backend", choices=("eccl", "nccl", "gloo"), help="default: the device's")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="fp32 (default) runs every part; others only the transformer's, by relative RMS",
-    )
-    _add_doctor(parser)
-    parity = parser.add_argument_group("N ranks against one")
-    parity.add_argument("--parity", action="store_true", help="compare all ranks with rank 0 alone")
-    parity.add_argument("--ckpt-path-dit", type=Path, metavar="DIR", help="default: embedded")
-    parity.add_argument("--resolution", default="144p")
-    parity.add_argument("--aspect-ratio", default="9:16")
-    parity.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"))
-    parity.add_argument("--num-frames", default="2s", help="as for infer (default 2s)")
-    parity.add_argument("--num-sampling-steps", type=int, default=3, help="default 3")
-    parity.add_argument("--cfg-scale", type=float, default=7.0)
-    parity.add_argument("--seed", type=int, default=42)
-    parity.add_argument("--sequence-parallel", type=int, metavar="N")
-    parity.add_argument("--guidance-parallel", type=int, choices=(1, 2))
-    parity.add_argument(
-        "--most-seconds",
-        type=float,
-        default=600.0,
-        help="a request that would take rank 0 alone longer is made smaller (default 600)",
-    )
-    parity.add_argument(
-        "--link-gbps",
-        type=float,
-        metavar="GB/s",
-        help="also project the step on 2, 4 and 8 ranks over links of this speed",
-    )
+    parser.add_argument("--device", choices=DEVICES, help="default: the first there")
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help="default: the device's")
+    if only != "doctor":
+        parser.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            default="fp32",
+            help="default fp32"
+            if only == "parity"
+            else "fp32 (default) runs every part of the suite; others only the transformer's, by "
+            "relative RMS",
+        )
+    if only in (None, "verify"):
+        parser.add_argument(
+            "--reference",
+            type=Path,
+            metavar="DIR",
+            help="a conformance suite; default: the one inside the package",
+        )
+        parser.add_argument(
+            "--parity", action="store_true", help="compare all ranks with rank 0 alone instead"
+        )
+        parser.add_argument("--doctor", action="store_true", help="examine the machine instead")
+    if only in (None, "doctor"):
+        _add_doctor(parser.add_argument_group("with --doctor") if only is None else parser)
+    if only in (None, "parity"):
+        _add_parity(parser.add_argument_group("with --parity") if only is None else parser)
     return parser
 
 
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    doctor = parser.add_argument_group("the machine")
-    doctor.add_argument(
-        "--doctor",
-        action="store_true",
-        help="versions, devices, collectives, operations, encoder, disk, memory instead",
-    )
-    doctor.add_argument(
+def _add_doctor(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--save-dir",
         type=Path,
         default=Path("samples/samples"),
         metavar="DIR",
         help="where outputs would go (default samples/samples)",
+    )
+
+
+def _add_parity(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add("--ckpt-path-dit", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--resolution", default="144p", metavar="NAME", help="default 144p")
+    add("--aspect-ratio", default="9:16", metavar="H:W", help="default 9:16, landscape")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in the place of those two")
+    add("--num-frames", default="2s", metavar="N|DURATION", help="as for generate (default 2s)")
+    add("--num-sampling-steps", type=int, default=3, metavar="N", help="default 3")
+    add("--cfg-scale", type=float, default=7.0, metavar="X", help="default 7")
+    add("--seed", type=int, default=42, metavar="N", help="default 42")
+    add("--sequence-parallel", type=int, metavar="N", help="ranks that share one sequence")
+    add("--guidance-parallel", type=int, choices=(1, 2), help="groups that share the CFG branches")
+    add(
+        "--most-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="a request that would take rank 0 alone longer is made smaller (default 600)",
+    )
+    add(
+        "--link-gbps",
+        type=float,
+        metavar="GB/s",
+        help="also project the step on 2, 4 and 8 ranks over links of this speed",
     )
 
 
@@ -200,7 +231,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
             for line in project(parity, pipeline, arguments.link_gbps * 1e9):
                 print(line)
         sys.stdout.flush()
-    return 0 if session.broadcast_object(parity.ok if parity is not None else None) else 1
+    return 0 if session.control.broadcast_object(parity.ok if parity is not None else None) else 1
 
 
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
@@ -222,4 +253,6 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
         skips = len(checks) - held - failed
         print(f"{held} held, {failed} failed, {skips} skipped", flush=True)
     # Nothing held where nothing ran.
-    return session.broadcast_object(1 if failed or not held else 0 if session.leads else None)
+    return session.control.broadcast_object(
+        1 if failed or not held else 0 if session.leads else None
+    )

@@ -45,15 +45,19 @@ class Pending(Protocol):
 
 
 class Reshard(Protocol):
-    """Moves a piece between the two shardings; see `opensora_sp.parallel.exchange`."""
+    """Moves an overlap chunk between the two shardings; see `opensora_sp.parallel.exchange`."""
 
-    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Pending:
-        """h [B,t,S_local,C], every frame of the piece → whole frames [F_local,S,C]."""
+    def to_frames(self, h: Tensor, chunk: OverlapChunk) -> Pending:
+        """h [B,t,S_local,C], every frame of the chunk → whole frames [F_local,S,C]."""
         ...
 
-    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Pending:
-        """Whole frames [F_local,S,C] → [B,t,S_local,C], every frame of the piece."""
+    def to_patches(self, attended: Tensor, chunk: OverlapChunk, batch: int) -> Pending:
+        """Whole frames [F_local,S,C] → [B,t,S_local,C], every frame of the chunk."""
         ...
+
+
+# Looks at the streams after the first pair of blocks; True ends the loop there.
+AfterFirst = Callable[[list[Stream]], bool]
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,11 @@ class Ready:
 class Local:
     """The identity: this rank holds all patches of all frames."""
 
-    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Ready:
+    def to_frames(self, h: Tensor, chunk: OverlapChunk) -> Ready:
         """[B,t,S,C] → [B·t,S,C]."""
         return Ready(h.flatten(0, 1))
 
-    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Ready:
+    def to_patches(self, attended: Tensor, chunk: OverlapChunk, batch: int) -> Ready:
         """[B·t,S,C] → [B,t,S,C]."""
         return Ready(attended.unflatten(0, (batch, -1)))
 
@@ -85,22 +89,22 @@ class Blocking:
     def __init__(self, inner: Reshard) -> None:
         self.inner = inner
 
-    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Ready:
+    def to_frames(self, h: Tensor, chunk: OverlapChunk) -> Ready:
         """As the inner one, arrived."""
-        return Ready(self.inner.to_frames(h, piece).wait())
+        return Ready(self.inner.to_frames(h, chunk).wait())
 
-    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Ready:
+    def to_patches(self, attended: Tensor, chunk: OverlapChunk, batch: int) -> Ready:
         """As the inner one, arrived."""
-        return Ready(self.inner.to_patches(attended, piece, batch).wait())
+        return Ready(self.inner.to_patches(attended, chunk, batch).wait())
 
 
 class _Attention:
-    """The spatial attention of all streams, in three moves that the loop interleaves."""
+    """The spatial attention of all streams, in three phases that the loop interleaves."""
 
     def __init__(self, streams: list[Stream], reshard: Reshard, runtime: Runtime) -> None:
         self.streams = streams
         self.reshard = reshard if runtime.overlap else Blocking(reshard)
-        self.pieces = cut([(s.x.shape[0], s.x.shape[1]) for s in streams], runtime.chunks)
+        self.chunks = cut([(s.x.shape[0], s.x.shape[1]) for s in streams], runtime.chunks)
         self.tokens = runtime.tokens
 
     def send(self, block: SpatialBlock, s: int) -> list[Pending]:
@@ -116,14 +120,14 @@ class _Attention:
                 ),
                 p,
             )
-            for p in self.pieces[s]
+            for p in self.chunks[s]
         ]
 
     def attend(self, block: SpatialBlock, s: int, arriving: list[Pending]) -> list[Pending]:
         """Attend within whole frames as they arrive and start them on their way back."""
         batch = self.streams[s].x.shape[0]
         leaving = []
-        for piece, pending in zip(self.pieces[s], arriving, strict=True):
+        for chunk, pending in zip(self.chunks[s], arriving, strict=True):
             h = pending.wait()  # whole frames [F,S,C]; nobody else's, so it is overwritten
             parts = list(ranges(h.shape[0], h.shape[1], self.tokens))
             if len(parts) <= 1 or torch.is_grad_enabled():
@@ -131,16 +135,16 @@ class _Attention:
             else:
                 for frames in parts:
                     h[frames] = block.attend(h[frames])
-            leaving.append(self.reshard.to_patches(h, piece, batch))
+            leaving.append(self.reshard.to_patches(h, chunk, batch))
         return leaving
 
     def finish(
         self, block: SpatialBlock, s: int, returning: list[Pending], text: Sequence[KeyValue]
     ) -> Tensor:
-        """Finish the spatial block on each piece as it returns → x [B,T,S_local,C]."""
+        """Finish the spatial block on each chunk as it returns → x [B,T,S_local,C]."""
         stream = self.streams[s]
         parts = []
-        for p, pending in zip(self.pieces[s], returning, strict=True):
+        for p, pending in zip(self.chunks[s], returning, strict=True):
             x, attended = stream.x[:, p.start : p.stop], pending.wait()
             tables = stream.tables.frames(p.start, p.stop)
             if torch.is_grad_enabled():
@@ -193,12 +197,14 @@ def run_blocks(
     *,
     equal_inputs: bool = False,
     layers: LayerOffload | None = None,
+    after_first: AfterFirst | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
 
-    equal_inputs: every stream enters with the same x and tables (the two guidance halves, which
+    equal_inputs: every stream enters with the same x and tables (the two CFG branches, which
     differ in their text only), so the first spatial attention may be computed once for all.
     layers: the model's blocks, where they are not all on its device.
+    after_first: called after the first pair; must give the same answer on every rank.
 
     The collectives run in the order of this code, which is the same on every rank. Without
     gradients each stream's x is updated where it lies, so streams must not share it.
@@ -211,7 +217,7 @@ def run_blocks(
 
     for i, (spatial, temporal), following in _with_next(layers or model.layers()):
         if not arriving:
-            share = equal_inputs and runtime.share_first
+            share = i == 0 and equal_inputs and runtime.share_first
             arriving = {s: attention.send(spatial, s) for s in everyone[: 1 if share else None]}
         returning = {s: attention.attend(spatial, s, arriving.pop(s)) for s in list(arriving)}
         if len(returning) < len(streams):
@@ -223,9 +229,12 @@ def run_blocks(
             stream.x = attention.along_time(temporal, s, stream.text[2 * i + 1], rotary)
             if runtime.check_blocks:
                 require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
-            if following is not None:
+            # Nothing is sent ahead of the decision whether the second pair runs.
+            if following is not None and not (i == 0 and after_first is not None):
                 # Sent before the next stream is finished here: that is what hides the exchange.
                 arriving[s] = attention.send(following[0], s)
+        if i == 0 and after_first is not None and after_first(streams):
+            break
     return [stream.x for stream in streams]
 
 

@@ -143,7 +143,7 @@ class ConditioningFrames:
         self._tail: list[Tensor] = []  # decoded chunks [B,3,f,H,W] that later clips keep
         if self._needed:
             with models.clock.stage("wait"):
-                models.session.together(self._read_all, leading_only=True)
+                models.session.control.together(self._read_all, leading_only=True)
 
     @property
     def references(self) -> list[list[Tensor]]:
@@ -163,8 +163,8 @@ class ConditioningFrames:
         session = self._models.session
         noise = noise.clone()
         with self._models.clock.stage("wait"):
-            mask = session.broadcast_object(
-                session.together(
+            mask = session.control.broadcast_object(
+                session.control.together(
                     lambda: torch.stack([self._place(i, clip, z) for i, z in enumerate(noise)]),
                     leading_only=True,
                 )

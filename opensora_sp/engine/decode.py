@@ -1,9 +1,9 @@
-"""Decoding a clip on the ranks of one session: frames arrive in order at the leading one.
+"""Decodes a clip on all ranks of a session; the frames arrive in order at the leading rank.
 
-In rounds: every rank decodes one unit of the plan, then one all-to-all brings the finished frames
-of the round, as bytes, to the leading rank. So no rank ever holds more than one unit, and the
-leading one no more than a round, however long the clip is. The kernels and the batches they run
-on are those of decoding alone, so the frames are equal to the bit.
+It works in rounds. In each, every rank decodes one unit of the plan, then one all-to-all gathers
+the finished frames, as bytes, on the leading rank. So no rank holds more than one unit, and the
+leading one no more than a round, however long the clip is. The kernels and the batches they run on
+are those of decoding alone, so the frames are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ def decode_shared(
         yield from decode_alone(vae, z, num_frames, keep_from)
         return
     work = _Shared(session, vae, shape, num_frames, keep_from)
-    session.barrier()  # the leading rank may have been busy for longer than a collective may
+    # The leading rank may have been busy for longer than a collective may.
+    session.control.barrier()
     arriving = work.send_latents(0, z)
     for number, units in enumerate(work.rounds):
         received = arriving.wait()
         if number + 1 < len(work.rounds):
             # Ahead of the frames, so that nobody waits for the leading rank to have written them.
             arriving = work.send_latents(number + 1, z)
-        mine = session.together(partial(work.decode, units, received))
+        mine = session.control.together(partial(work.decode, units, received))
         assert mine is not None
         sizes = [work.payload(unit) for unit in units]
         whole = gather_parts(session.world, mine, sizes).wait()
@@ -105,7 +106,7 @@ class _Shared:
         self.rounds: Sequence[tuple[Unit, ...]] = plan_decode(lengths, session.world_size, group)
 
     def send_latents(self, number: int, z: Tensor | None) -> Transfer:
-        """Start every rank's latents of a round on their way from the leading rank."""
+        """Scatter the latents of a round from the leading rank."""
         units, comm = self.rounds[number], self._session.world
         batch, channels, height, width = self._shape
         cells = batch * channels * height * width

@@ -23,6 +23,7 @@ from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.progress import Progress, ResumePoint
 from opensora_sp.engine.result import Result
 from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.text import Text, TextStage
 from opensora_sp.engine.timing import Clock
 from opensora_sp.media.fetch import Remote
@@ -45,7 +46,7 @@ StepEnd = Callable[[int, float, "Tensor | None"], "bool | None"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How every call of one pipeline generates; nothing of it changes the content.
+    """How every call of one pipeline generates. None of it changes the content.
 
     check_finite: where to look for NaN and infinity. allow_remote: which addresses references may
     be fetched from. show_progress: say on rank 0 what is being done.
@@ -80,8 +81,15 @@ def generate(
         raise UserError(f"{len(sinks)} sinks for {len(requests)} requests: one for each is needed")
     first, clock = requests[0], models.clock
     progress = progress or Progress()
+    step_cache = models.runtime.step_cache
+    if step_cache is not None and progress.saves:
+        raise UserError(
+            f"latents made with the step cache {step_cache.name} are not the exact ones, so they "
+            "are not saved for a later run to go on from: leave step_cache out"
+        )
     before = dict(clock.seconds)
     every: list[Tensor | None] = []
+    reused: list[list[int]] = []
     with torch.no_grad(), models.arithmetic():
         needed = not progress.is_finished(first.loop - 1)
         kept = ConditioningFrames(
@@ -108,6 +116,7 @@ def generate(
                     progress,
                     step_noise,
                     on_step_end,
+                    reused,
                 )
                 progress.finish(clip, latents, last=clip + 1 == first.loop)
             repeated = dropped_frames(first) if clip else 0
@@ -118,7 +127,14 @@ def generate(
             kept.finish(clip, latents)
             every.append(latents if keep_latents else None)
     seconds = {name: spent - before.get(name, 0.0) for name, spent in clock.seconds.items()}
-    return Result(requests=requests, latents=every, sinks=sinks, seconds=seconds)
+    return Result(
+        requests=requests,
+        latents=every,
+        sinks=sinks,
+        seconds=seconds,
+        step_cache=None if step_cache is None else step_cache.name,
+        reused_steps=reused,
+    )
 
 
 def check_batch(requests: Sequence[Request]) -> None:
@@ -154,11 +170,12 @@ def denoise(
     progress: Progress | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step_end: StepEnd | None = None,
+    reused: list[list[int]] | None = None,
 ) -> Tensor | None:
     """Denoise a clip from `start` on: latents [B,4,T,H,W] on the leading rank.
 
     Sharded in between. start.mask [B,T]: which frames of start.z are kept, see `sample`.
-    progress: told of every step.
+    progress: told of every step. reused: the steps that a step cache reused are added to it.
     """
     options, progress = options or GenerateOptions(), progress or Progress()
     request = requests[0]
@@ -200,7 +217,7 @@ def denoise(
         bar.update()
         step_ended(done)
         if step < len(times):
-            session.progress(f"step {step + 1} of {len(times)}")
+            session.control.progress(f"step {step + 1} of {len(times)}")
             progress.watch(clip, step, start.mask, lambda: denoiser.gather(z))
         if on_step_end is not None:
             _call(session, on_step_end, done, times[done], denoiser.gather(z))
@@ -211,10 +228,12 @@ def denoise(
             velocity = denoiser.prepare(conditions, on_velocity)
             z = denoiser.shard(start.z)
         step_ended = clock.steps(session.ledger)
-        session.progress(f"step {step + 1} of {len(times)}")
+        session.control.progress(f"step {step + 1} of {len(times)}")
         with progress.stoppable():
             z = sample(z, times, velocity, start.mask, noise_at, on_step, start.step)
         check(z, "the denoised latents")
+        if reused is not None:
+            reused.append(velocity.cached.reused)
         with clock.part("gather"):
             return denoiser.gather(z)
 
@@ -223,7 +242,7 @@ def _call(
     session: Session, on_step_end: StepEnd, step: int, t: float, latents: Tensor | None
 ) -> None:
     """The caller's function on every rank; all ranks end when one of them asks for it."""
-    if any(session.all_gather_object(on_step_end(step, t, latents) is True)):
+    if any(session.control.all_gather_object(on_step_end(step, t, latents) is True)):
         raise Cancelled(f"the callback ended the generation after step {step + 1}")
 
 
@@ -237,6 +256,7 @@ def _agree(models: ModelSet, requests: Sequence[Request], text: Text, start: Ten
                 "noise": checksum([start]),
                 "text embedding": checksum([*text.tokens, text.masks]),
                 "transformer weights": fingerprint(models.transformer),
+                "step cache": policy_of(models.runtime).name,
             }
             ensure_agreement(session, facts)
 

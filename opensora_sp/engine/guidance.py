@@ -1,20 +1,22 @@
-"""The one block loop of the program, and the guided velocity built on it.
+"""Classifier-free guidance (CFG): the guided velocity of a step, on one rank's shard.
 
-Nothing here knows how many ranks there are: the loop takes a `Reshard` that moves activations
-between patch sharding (everything but spatial attention) and frame sharding (spatial attention);
-on one device that is `Local`, the identity.
+Nothing here knows how many ranks there are. A `Sharding` says which patches and which CFG branches
+this rank computes, and how velocities and latents are exchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.engine.blocks import Pending, Reshard, Stream, _by_tokens, run_blocks
+from opensora_sp.engine.step_cache.policy import policy_of
+from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
 from opensora_sp.models.stdit3 import (
     STDiT3,
     patchify,
@@ -25,21 +27,23 @@ from opensora_sp.request.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one rank does of a video, handed in by `opensora_sp.engine.parallelize`.
+class Sharding:
+    """The part of a video that one rank computes; made by `opensora_sp.engine.parallelize`.
 
     reshard: moves activations for the spatial attention.
     patches: the patches of every frame that this rank holds.
-    halves: the guidance halves it computes when a request is guided; 0 is the conditional one.
-    swap: gives the other half's velocity for this one's, where they are on different ranks.
+    branches: the CFG branches it computes when a request is guided; 0 is the conditional one.
+    swap: exchanges this branch's velocity for the other's, where they are on different ranks.
     gather: patch shards [B,T,S_local,c] → [B,T,S,c] on the leading rank, None elsewhere.
+    all_gather: some numbers of this rank → those of every rank of the video.
     """
 
     reshard: Reshard
     patches: slice
-    halves: tuple[int, ...]
+    branches: tuple[int, ...]
     swap: Callable[[Tensor], Pending] | None
     gather: Callable[[Tensor], Tensor | None]
+    all_gather: AllGather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class Conditions:
     """What the velocity depends on besides the latents, per sample: the same on every rank.
 
     tokens: B × [L_b, caption_channels], the real tokens only; masks [B,L] of 0/1, where L is the
-    padded length: the unconditional half sees the null embedding under the same mask.
+    padded length: the unconditional branch sees the null embedding under the same mask.
     height, width: pixels as in the size table; fps: as given to the model.
     """
 
@@ -63,25 +67,25 @@ class Denoiser:
     """The guided velocity on one rank's shard. Holds weights it does not own; mutates nothing."""
 
     def __init__(
-        self, model: STDiT3, size: tuple[int, int], share: Share, runtime: Runtime
+        self, model: STDiT3, size: tuple[int, int], sharding: Sharding, runtime: Runtime
     ) -> None:
         self.model, self.size, self.runtime = model, size, runtime
-        self.share = share
-        self.layers = model.layers(streamed=runtime.residency == "streamed")
+        self.sharding = sharding
+        self.layers = model.layers(offloaded=runtime.offload.layers)
 
     def shard(self, z: Tensor) -> Tensor:
         """Latents [B,4,T,H,W] → this rank's patches [B,T,S_local,16] on the model's device."""
-        return patchify(z)[:, :, self.share.patches].contiguous().to(self.model.device)
+        return patchify(z)[:, :, self.sharding.patches].contiguous().to(self.model.device)
 
     def gather(self, patches: Tensor) -> Tensor | None:
         """Patches [B,T,S_local,16] → latents [B,4,T,H,W] on the leading rank, None elsewhere."""
-        whole = self.share.gather(patches)
+        whole = self.sharding.gather(patches)
         return None if whole is None else unpatchify(whole, self.size)
 
     def positions(self, height: float, width: float) -> Tensor:
         """Positions [S_local,C] of this rank's patches, for a request of these pixels."""
         rows, columns = (-(-side // PATCH) for side in self.size)
-        return self.model.positions((rows, columns), height, width)[self.share.patches]
+        return self.model.positions((rows, columns), height, width)[self.sharding.patches]
 
     def prepare(
         self, conditions: Conditions, on_velocity: Callable[[Tensor, float], None] | None = None
@@ -94,7 +98,7 @@ class Denoiser:
 
 
 class Velocity:
-    """velocity(z, t, kept) for `opensora_sp.engine.sampling.sample`, on patch shards."""
+    """The guided velocity as `opensora_sp.engine.sampling.sample` calls it, on patch shards."""
 
     def __init__(
         self,
@@ -103,54 +107,59 @@ class Velocity:
         on_velocity: Callable[[Tensor, float], None] | None = None,
     ) -> None:
         self._on_velocity = on_velocity
-        model, share = denoiser.model, denoiser.share
-        self._model, self._share, self._runtime = model, share, denoiser.runtime
+        self.cached = Residuals(policy_of(denoiser.runtime), denoiser.sharding.all_gather)
+        model, sharding = denoiser.model, denoiser.sharding
+        self._model, self._sharding, self._runtime = model, sharding, denoiser.runtime
         self._positions = denoiser.positions(conditions.height, conditions.width)
         self._fps, self._cfg_scale = conditions.fps, conditions.cfg_scale
         self._layers = denoiser.layers
         guided = conditions.cfg_scale != 1
-        self._halves = share.halves if guided else (0,)
-        self._swap = share.swap if guided else None
+        self._branches = sharding.branches if guided else (0,)
+        self._swap = sharding.swap if guided else None
         self._text = {
-            half: model.text_kv(
-                model.null_tokens(conditions.masks) if half else list(conditions.tokens),
+            branch: model.text_kv(
+                model.null_tokens(conditions.masks) if branch else list(conditions.tokens),
                 self._layers,
             )
-            for half in self._halves
+            for branch in self._branches
         }
-        padding = ~real_cells(denoiser.size, model.config.in_channels)[share.patches]
+        padding = ~real_cells(denoiser.size, model.config.in_channels)[sharding.patches]
         self._padding = padding.to(model.device) if bool(padding.any()) else None
 
     def __call__(self, z: Tensor, t: float, generate: Tensor | None = None) -> Tensor:
-        """z [B,T,S_local,16], t in 0..1000, generate: bool [B,T], frames not kept → velocity.
+        """z [B,T,S_local,16], t in 0..1000 → the guided velocity, float32 of z's shape.
 
-        Float32, of z's shape; padded cells have velocity zero, or they would drift into the
-        picture at the next step.
+        generate: bool [B,T], False for conditioning frames. Padded cells have velocity zero, or
+        they would drift into the picture at the next step.
         """
         model, runtime, batch = self._model, self._runtime, z.shape[0]
         fps = torch.full((batch,), float(self._fps))
         tables = model.tables(torch.full((batch,), t), fps, generate)
+        self.cached.begin_step(t, generate)
         mine: list[Tensor] = []
         # Branches that advance together share what is equal in both; serial ones need less memory.
-        for together in [[b] for b in self._halves] if runtime.serial_guidance else [self._halves]:
+        branches = self._branches
+        for together in [[b] for b in branches] if runtime.serial_guidance else [branches]:
             x = model.embed(z, self._positions)
             streams = [Stream(x.clone(), tables, self._text[b]) for b in together[1:]]
             streams.insert(0, Stream(x, tables, self._text[together[0]]))
             del x  # or it outlives its stream
-            outputs = run_blocks(
+            blocks = partial(
+                run_blocks,
                 model,
                 streams,
-                self._share.reshard,
+                self._sharding.reshard,
                 runtime,
                 equal_inputs=len(streams) > 1,
                 layers=self._layers,
             )
+            outputs = self.cached.run(together, streams, blocks)
             mine += [_by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
-            del streams, outputs  # or they are there while the other branch is computed
+            del streams, blocks, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:
             other = mine[1] if self._swap is None else self._swap(mine[0]).wait()
-            if self._halves == (1,):
+            if branches == (1,):
                 velocity, other = other.float(), mine[0]
             # Classifier-free guidance: away from the unconditional velocity, by the scale.
             velocity = torch.lerp(other.float(), velocity, self._cfg_scale)

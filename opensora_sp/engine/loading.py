@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from opensora_sp.engine.shared_weights import HandedOut
 from opensora_sp.models.checkpoint import WeightFiles, load_module
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, build_stdit3
 from opensora_sp.parallel.session import Session
-from opensora_sp.request.runtime import Residency
+from opensora_sp.request.memory_modes import NO_OFFLOAD, Offload
 
 WeightsFrom = Literal["disk", "rank0"]
 
@@ -21,8 +20,8 @@ def transformer_config(session: Session, directory: Path, source: WeightsFrom) -
     """The transformer's config.json, of this rank's directory or of the leading one's."""
     if source == "disk":
         return STDiT3Config.load(directory)
-    config = session.together(lambda: STDiT3Config.load(directory), leading_only=True)
-    shared = session.broadcast_object(config)
+    config = session.control.together(lambda: STDiT3Config.load(directory), leading_only=True)
+    shared = session.control.broadcast_object(config)
     assert shared is not None
     return shared
 
@@ -30,10 +29,12 @@ def transformer_config(session: Session, directory: Path, source: WeightsFrom) -
 def open_transformer(session: Session, directory: Path, source: WeightsFrom) -> WeightFiles:
     """Its weight files, with names and shapes known and no data read. Collective."""
     if source == "disk":
-        files = session.together(lambda: WeightFiles.open(directory, "model"))
+        files = session.control.together(lambda: WeightFiles.open(directory, "model"))
         assert files is not None
         return files
-    leading = session.together(lambda: WeightFiles.open(directory, "model"), leading_only=True)
+    leading = session.control.together(
+        lambda: WeightFiles.open(directory, "model"), leading_only=True
+    )
     return HandedOut(session, leading)
 
 
@@ -44,18 +45,19 @@ def load_transformer(
     device: torch.device | str = "cpu",
     *,
     check_only: bool = False,
-    residency: Residency = "resident",
+    offload: Offload = NO_OFFLOAD,
 ) -> STDiT3:
     """STDiT3 from its weight files or their directory; check_only compares names and shapes.
 
-    residency: what stays in host memory, from where `device` borrows it: nothing, everything
-    (turns), or the blocks (streamed).
+    offload: which weights stay in host memory, to be copied to `device` when they are used: with
+    layer offload the blocks', with model offload alone all of them.
     """
-    homes: dict[Residency, Callable[[str], bool] | None] = {
-        "resident": None,
-        "turns": lambda _: True,
-        "streamed": lambda name: name.startswith(("spatial_blocks.", "temporal_blocks.")),
-    }
+
+    def in_host_memory(name: str) -> bool:
+        if offload.layers:
+            return name.startswith(("spatial_blocks.", "temporal_blocks."))
+        return offload.models
+
     model = build_stdit3(config)
     load_module(
         model,
@@ -64,6 +66,6 @@ def load_transformer(
         device=device,
         keep_float32=lambda name: name == "rope.freqs",
         skip=(lambda _: True) if check_only else None,
-        at_home=homes[residency],
+        in_host_memory=in_host_memory,
     )
     return model

@@ -60,7 +60,7 @@ class ModelSet:
     weights_from: WeightsFrom = "disk"
     _transformer: STDiT3 | None = None
     _vae: VideoVAE | None = None
-    _turns: ModelOffload | None = None
+    _offload: ModelOffload | None = None
     _comms: dict[Mesh, MeshComms] = field(default_factory=dict)
 
     def check(self, *, transformer_only: bool = False) -> None:
@@ -69,9 +69,9 @@ class ModelSet:
         Raises CheckpointError naming the weight and the file that does not fit.
         """
         files = open_transformer(self.session, self.checkpoints.dit, self.weights_from)
-        self.session.together(lambda: load_transformer(files, self.config, check_only=True))
+        self.session.control.together(lambda: load_transformer(files, self.config, check_only=True))
         if not transformer_only:
-            self.session.together(self._check_leading_models, leading_only=True)
+            self.session.control.together(self._check_leading_models, leading_only=True)
 
     def mesh(self, request: Request) -> Mesh:
         """How the ranks share this request."""
@@ -90,8 +90,14 @@ class ModelSet:
             self._comms[mesh] = self.session.build(mesh)
         frames, *size = request.latent_shape
         layout = Layout(frames=frames, size=(size[0], size[1]), ranks=mesh.sequence)
-        self.take_turn(self.transformer)
-        return parallelize(self.transformer, self._comms[mesh], layout, self.runtime)
+        self.to_device(self.transformer)
+        return parallelize(
+            self.transformer,
+            self._comms[mesh],
+            layout,
+            self.runtime,
+            self.session.control.all_gather_object,
+        )
 
     @property
     def transformer(self) -> STDiT3:
@@ -100,13 +106,13 @@ class ModelSet:
             with self.clock.stage("load"):
                 faults.reach("load")
                 files = open_transformer(self.session, self.checkpoints.dit, self.weights_from)
-                self._transformer = self.session.together(
+                self._transformer = self.session.control.together(
                     lambda: load_transformer(
                         files,
                         self.config,
                         self.dtype,
                         self.session.device,
-                        residency=self.runtime.residency,
+                        offload=self.runtime.offload,
                     )
                 )
         assert self._transformer is not None
@@ -122,7 +128,7 @@ class ModelSet:
 
     def shared_vae(self, request: Request) -> VideoVAE:
         """The VAE on every rank, for a decode that they share. Collective at first use."""
-        vae = self.session.together(
+        vae = self.session.control.together(
             lambda: self._load_vae(request, encoder=self.session.leads and request.loop > 1)
         )
         assert vae is not None
@@ -140,29 +146,32 @@ class ModelSet:
                 from opensora_sp.models.video_vae import VideoVAE
 
                 self._vae = None
-                self.take_turn(None)
+                self.to_device(None)
                 self._vae = VideoVAE.load(
                     self.checkpoints.vae3d,
                     self.checkpoints.vae2d,
                     dtype=self.dtype,
                     device=self.session.device,
                     with_encoder=encoder,
-                    at_home=self.runtime.residency != "resident",
+                    in_host_memory=self.runtime.offload.models,
                 )
-        self.take_turn(self._vae)
+        self.to_device(self._vae)
         return self._vae.with_micro_sizes(
             request.micro_frame_size, self.runtime.group(request.micro_batch_size)
         )
 
-    def take_turn(self, module: nn.Module | None) -> None:
-        """Make room for what runs next, and bring it to the device, where models take turns."""
-        if self.runtime.residency == "resident":
+    def to_device(self, module: nn.Module | None) -> None:
+        """Model offload: copy the model that runs next to the device, and free the one before.
+
+        None only makes room. Without model offload every model stays where it is.
+        """
+        if not self.runtime.offload.models:
             return
-        if isinstance(module, STDiT3) and self.runtime.residency == "streamed":
-            module = None  # it brings its layers itself
-        if self._turns is None:
-            self._turns = ModelOffload(self.session.device)
-        self._turns.take(module)
+        if isinstance(module, STDiT3) and self.runtime.offload.layers:
+            module = None  # its layers are copied one by one as they are used
+        if self._offload is None:
+            self._offload = ModelOffload(self.session.device)
+        self._offload.to_device(module)
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """The context that these models run in."""

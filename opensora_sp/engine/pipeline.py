@@ -24,6 +24,7 @@ from opensora_sp.engine.loading import WeightsFrom, transformer_config
 from opensora_sp.engine.model_set import DTYPES, ModelSet, Parallelism
 from opensora_sp.engine.progress import Progress
 from opensora_sp.engine.result import Result
+from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.text import TextStage
 from opensora_sp.engine.timing import Clock
 from opensora_sp.media.fetch import Remote
@@ -32,8 +33,9 @@ from opensora_sp.parallel.session import Session, alone
 from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.preflight import check_conditions, find_checkpoints
 from opensora_sp.request.prompts import split_loops
-from opensora_sp.request.request import SETTINGS_TYPES, CheckFinite, Checkpoints, Request, a_path
+from opensora_sp.request.request import CheckFinite, Checkpoints, EngineSettings, Request
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.setting import a_path, settings_of
 
 _CHECKPOINTS = "Checkpoints(dit=..., t5=..., vae2d=..., vae3d=...), the four directories"
 
@@ -93,12 +95,14 @@ class Pipeline:
             ("check_finite", check_finite),
             ("weights_from", weights_from),
         ):
-            SETTINGS_TYPES[name].check(name, value)
+            settings_of(EngineSettings)[name].check(value)
         _require_kind("checkpoints", checkpoints, Checkpoints, _CHECKPOINTS)
         _require_kind("session", session, Session, "with open_session() as session: ...")
         _require_kind("runtime", runtime, Runtime, "Runtime(...), or leave it out")
         _require_kind("parallelism", parallelism, Parallelism, "Parallelism(sequence=2)")
         text_cache = None if text_cache is None else a_path("text_cache", text_cache)
+        runtime = runtime or Runtime()
+        policy_of(runtime)
         session = alone() if session is None else session
         _require_open(session)
         checkpoints = checkpoints or embedded_checkpoints()
@@ -106,9 +110,9 @@ class Pipeline:
             session=session,
             checkpoints=checkpoints,
             dtype=DTYPES[dtype],
-            runtime=runtime or Runtime(),
+            runtime=runtime,
             parallelism=parallelism or Parallelism(),
-            clock=clock or Clock(session.device, session.stage),
+            clock=clock or Clock(session.device, session.control.stage),
             config=transformer_config(session, checkpoints.dit, weights_from),
             weights_from=weights_from,
         )
@@ -134,7 +138,7 @@ class Pipeline:
     ) -> Pipeline:
         """`load` from directories on this machine; nothing is downloaded.
 
-        directory: holds dit, t5, vae2d and vae3d, as scripts/download_weights.py leaves them. Or
+        directory: holds dit, t5, vae2d and vae3d, as opensora-sp download leaves them. Or
         the four by name, which win over what `directory` holds. settings: as for `load`. Raises
         UserError naming the directory that is missing or the file that it lacks.
         """
@@ -173,7 +177,7 @@ class Pipeline:
                 f"callback_on_step_end {shown(callback_on_step_end)} is not a function of a "
                 "step's number, its time and the latents"
             )
-        self.session.together(lambda: self._check_words(requests), leading_only=True)
+        self.session.control.together(lambda: self._check_words(requests), leading_only=True)
         return self.generate_to(
             requests,
             [Collector() for _ in requests],

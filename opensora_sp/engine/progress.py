@@ -33,7 +33,10 @@ class Progress:
     """Starts at the beginning and saves nothing; `jobs.saved_progress.SavedProgress` does both.
 
     Every rank of a video calls every method at the same point, with the same arguments.
+    saves: whether latents are saved, for a later run to go on from.
     """
+
+    saves = False
 
     def is_finished(self, clip: int) -> bool:
         """Whether a clip's latents are there, so that it is not denoised again."""

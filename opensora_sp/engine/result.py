@@ -21,13 +21,17 @@ class Result:
     """What a batch of requests became; tensors on the leading rank only, None elsewhere.
 
     latents: per clip [B,4,T,H,W] float32. sinks: as given, one per request, now full.
-    seconds: per stage, on this rank.
+    seconds: per stage, on this rank. step_cache: the name of the policy, None without one: then
+    the result is exact. reused_steps: per clip that was denoised, the steps at which the policy
+    reused the blocks' residual.
     """
 
     requests: Sequence[Request]
     latents: list[Tensor | None]
     sinks: Sequence[Sink]
     seconds: dict[str, float]
+    step_cache: str | None = None
+    reused_steps: Sequence[Sequence[int]] = ()
 
     @property
     def videos(self) -> list[NDArray[np.uint8] | None]:

@@ -22,7 +22,7 @@ class HandedOut(WeightFiles):
 
     def __init__(self, session: Session, files: WeightFiles | None) -> None:
         known = (files.shapes, {name: files.file_of(name) for name in files.shapes}) if files else 0
-        shared = session.broadcast_object(known)
+        shared = session.control.broadcast_object(known)
         assert isinstance(shared, tuple)
         self.shapes: dict[str, Shape] = shared[0]
         self._homes_by_name: Mapping[str, Path] = shared[1]
@@ -41,7 +41,7 @@ class HandedOut(WeightFiles):
         """The weight on the session's device, in its stored dtype. Collective."""
         session = self._session
         stored = None if self._leading is None else self._leading.get(name)
-        dtype = session.broadcast_object(None if stored is None else str(stored.dtype))
+        dtype = session.control.broadcast_object(None if stored is None else str(stored.dtype))
         assert dtype is not None
         wanted: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
         return broadcast(session.world, stored, self.shapes[name], wanted, session.device)

@@ -1,8 +1,11 @@
-"""The text stage: captions encoded by T5 on rank 0, kept, and handed out to every rank."""
+"""The text stage: T5 encodes captions on rank 0, and their embeddings are broadcast.
+
+T5 is freed before denoising, in `TextStage.release_encoder`.
+"""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,8 @@ from opensora_sp.parallel.agreement import broadcast_checked
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.request import CheckFinite
 
+_log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from opensora_sp.models.text_encoder import TextEncoder
 
@@ -42,7 +47,7 @@ class Text:
 class TextStage:
     """T5 of one process, and the embeddings it has made.
 
-    models: whose session, settings and turns it shares. cache: a directory in which embeddings
+    models: whose session, settings and device it shares. cache: a directory in which embeddings
     are kept between runs; None keeps them in memory only.
     """
 
@@ -57,16 +62,19 @@ class TextStage:
     def encode(self, captions: Sequence[str], max_length: int) -> None:
         """Encode cleaned captions ahead of their use, on rank 0 of all ranks. Collective of all.
 
-        A replica's leader then needs those of its own videos: `scatter`.
+        A replica's leader then needs those of its own videos: `scatter`. Those that an earlier call
+        encoded ahead are kept no longer than others, so that memory stays flat over many calls.
         """
-        self._ahead |= {(caption, max_length) for caption in captions}
+        self._ahead = {(caption, max_length) for caption in captions}
         self._encode_together(self.models.session.whole, captions, max_length)
 
     def _encode_together(self, session: Session, captions: Sequence[str], max_length: int) -> None:
         """Encode what is missing on the session's leading rank, while the others wait."""
         with self.models.clock.stage("wait"):
-            session.together(lambda: self._encode_missing(captions, max_length), leading_only=True)
-        if self.models.runtime.residency != "resident":
+            session.control.together(
+                lambda: self._encode_missing(captions, max_length), leading_only=True
+            )
+        if not self.models.runtime.offload.text_encoder_stays:
             self.release_encoder()
 
     def scatter(self, wanted: Sequence[Sequence[str]], max_length: int) -> None:
@@ -77,7 +85,7 @@ class TextStage:
             for start in range(0, len(captions) if replica else 0, _CAPTIONS_AT_ONCE):
                 part = [(c, max_length) for c in captions[start : start + _CAPTIONS_AT_ONCE]]
                 known = {k: self._captions[k] for k in part} if session.whole.leads else None
-                shared = session.whole.broadcast_object(known)
+                shared = session.whole.control.broadcast_object(known)
                 if own:
                     self._captions.update(shared)
                     self._ahead |= set(shared)
@@ -97,7 +105,7 @@ class TextStage:
         self._captions |= {(caption, max_length): tokens for caption, tokens in known.items()}
         missing = [caption for caption in missing if caption not in known]
         if self.show_progress and known:
-            print(f"text: {len(known)} captions from the cache", file=sys.stderr, flush=True)
+            _log.info("text: %d captions from the cache", len(known))
         if not missing:
             return
         encoder = self._load_encoder(max_length)
@@ -151,7 +159,7 @@ class TextStage:
             self._forget_oldest()
             flat, lengths = torch.cat(rows), [len(row) for row in rows]
         with self.models.clock.stage("hand out"):
-            lengths = session.broadcast_object(lengths)
+            lengths = session.control.broadcast_object(lengths)
             shape = (sum(lengths), self.models.config.caption_channels)
             flat = broadcast_checked(session, flat, shape, self.models.dtype)
         masks = (torch.arange(max_length) < torch.tensor(lengths)[:, None]).to(torch.int64)
@@ -163,14 +171,14 @@ class TextStage:
                 from opensora_sp.models.text_encoder import TextEncoder
 
                 self._encoder = None
-                self.models.take_turn(None)
+                self.models.to_device(None)
                 on_cpu = self.models.runtime.text_encoder == "cpu"
                 self._encoder = TextEncoder.load(
                     self.models.checkpoints.t5,
                     dtype=self.models.dtype,
                     device=torch.device("cpu") if on_cpu else self.models.session.device,
                     max_length=max_length,
-                    streamed=self.models.runtime.residency == "streamed" and not on_cpu,
+                    offload_layers=self.models.runtime.offload.layers and not on_cpu,
                     eight_bits=self.models.runtime.text_weights == "int8",
                 )
         return self._encoder

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note
 from opensora_sp.parallel.agreement import checksum
+
+_log = logging.getLogger(__name__)
 
 MOST_BYTES = 4 << 30
 _FORMAT = "opensora-sp text 1"
@@ -121,5 +123,5 @@ class TextCache:
 
     def _say(self, problem: str) -> None:
         if not self._said:
-            note(f"text cache: {problem}")
+            _log.warning("text cache: %s", problem)
         self._said = True

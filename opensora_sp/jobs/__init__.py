@@ -1,1 +1,1 @@
-"""A whole run: open it, work through its outputs, write, record, resume."""
+"""A whole run: open the models, make the outputs, write, record, resume."""

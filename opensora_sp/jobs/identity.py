@@ -1,13 +1,17 @@
 """What decides an output's content, as plain data: to be stored, compared and named.
 
-Two runs with one identity make one video (beyond float rounding), wherever they run.
+Two runs with one identity make one video (beyond float rounding), wherever they run. Which
+settings belong to it is part of their declarations: see `changes` in request/setting.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +19,98 @@ from opensora_sp.base import access
 from opensora_sp.base.hashes import sampled_digest
 from opensora_sp.base.redaction import address_identity
 from opensora_sp.base.value_types import shown
-from opensora_sp.request.request import Request, RunSettings, Task, reference_paths
+from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task, reference_paths
+from opensora_sp.request.setting import Setting, settings_of
 
 Identity = dict[str, Any]
 
 
-# How a request is computed, not what: a run that ended for want of memory may go on with less.
-_NOT_CONTENT = ("micro_batch_size",)
-# What only the file shows, not the latents.
-_FILE_ONLY = ("save_fps",)
+@dataclass(frozen=True)
+class _Output:
+    """What an output is made from and by."""
+
+    task: Task
+    engine: EngineSettings
+    settings: JobSettings
+    models: Mapping[str, str]
 
 
-def identity_of(task: Task, settings: RunSettings, models: Mapping[str, str]) -> Identity:
-    """What decides a task's file: the request as it was asked for, before its prompt is refined."""
-    request = {k: v for k, v in task.request.to_dict().items() if k not in _NOT_CONTENT}
-    if task.original_prompt is not None:
-        request["prompt"] = task.original_prompt
+def _references(output: _Output) -> list[str]:
     # Where a reference lies does not matter, what it shows does.
-    del request["reference_path"]
-    refined = settings.prompt_generator or "the default" if settings.llm_refine else None
-    identity = {
-        "request": request,
-        "references": _references(task.request),
-        "dtype": settings.dtype,
-        "text weights": settings.t5_weights,
-        "refined by": refined,
-        "watermark": settings.watermark,
-        "lossless": settings.lossless and not task.request.is_image,
-        "models": dict(models),
+    paths = reference_paths(output.task.request)
+    return [sampled_digest([Path(p)]) if access.is_file(p) else address_identity(p) for p in paths]
+
+
+def _prompt(output: _Output) -> str:
+    # As it was asked for: a language model need not say the same again.
+    refined = output.task.original_prompt
+    return output.task.request.prompt if refined is None else refined
+
+
+def _refiner(output: _Output) -> str | None:
+    settings = output.settings
+    return settings.prompt_generator or "the default" if settings.llm_refine else None
+
+
+def _lossless(output: _Output) -> bool:
+    return output.settings.lossless and not output.task.request.is_image
+
+
+# The settings that an identity does not hold as they are: by field, the entry made of them.
+_MADE_OF: Mapping[str, tuple[str, Callable[[_Output], Any]]] = {
+    "reference_path": ("references", _references),
+    "checkpoints": ("models", lambda output: dict(output.models)),
+    "llm_refine": ("refined by", _refiner),
+    "prompt_generator": ("refined by", _refiner),
+    "lossless": ("lossless", _lossless),
+}
+
+
+def _deciding(cls: type[Any]) -> Iterator[Setting]:
+    """The settings of a dataclass that decide an output."""
+    return (one for one in settings_of(cls).values() if one.changes != "nothing")
+
+
+def identity_of(
+    task: Task, engine: EngineSettings, settings: JobSettings, models: Mapping[str, str]
+) -> Identity:
+    """What decides a task's file: the request as it was asked for, before its prompt is refined.
+
+    models: as `weight_digests.model_digests`.
+    """
+    output = _Output(task, engine, settings, models)
+    request = {
+        one.field: getattr(task.request, one.field)
+        for one in _deciding(Request)
+        if one.field not in _MADE_OF
     }
+    request["prompt"] = _prompt(output)
+    identity: dict[str, Any] = {"request": request, "references": _references(output)}
+    for values in (engine, settings):
+        for one in _deciding(type(values)):
+            if one.field in _MADE_OF:
+                name, make = _MADE_OF[one.field]
+                identity[name] = make(output)
+            else:
+                identity[one.identity_name] = getattr(values, one.field)
+    # Last: where weights differ and something else does too, that is said.
+    identity["models"] = identity.pop("models")
     return dict(json.loads(json.dumps(identity)))
 
 
-def _references(request: Request) -> list[str]:
-    paths = reference_paths(request)
-    return [sampled_digest([Path(p)]) if access.is_file(p) else address_identity(p) for p in paths]
+def _file_only(cls: type[Any]) -> set[str]:
+    return {one.identity_name for one in _deciding(cls) if one.changes == "file"}
 
 
 def latents_identity(identity: Identity) -> Identity:
     """The part that decides the latents: what is left out may change between them and the file."""
-    request = {k: v for k, v in identity["request"].items() if k not in _FILE_ONLY}
+    leave_out = _file_only(Request)
+    request = {k: v for k, v in identity["request"].items() if k not in leave_out}
     # The VAE enters the latents through references and through the frames that clips share.
     encodes = identity["references"] or request["loop"] > 1
     models = {k: v for k, v in identity["models"].items() if encodes or not k.startswith("vae")}
-    kept = {k: v for k, v in identity.items() if k not in ("watermark", "lossless")}
+    leave_out = _file_only(EngineSettings) | _file_only(JobSettings)
+    kept = {k: v for k, v in identity.items() if k not in leave_out}
     return kept | {"request": request, "models": models}
 
 
@@ -81,8 +133,13 @@ def without_addresses(identity: Identity) -> Identity:
 
 
 def difference(before: Identity, now: Identity) -> str | None:
-    """The first thing that differs, with both values, for a person; None where nothing does."""
-    old, new = _flat(without_addresses(before)), _flat(now)
+    """The first thing that differs, with both values, for a person; None where nothing does.
+
+    A setting that `before` does not know came later: until then its default was in effect.
+    """
+    new = _flat(now)
+    defaults = {name: value for name, value in _defaults().items() if name in new}
+    old = defaults | _flat(without_addresses(before))
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in old or name not in new or old[name] != new[name]:
             was, is_now = shown(old.get(name)), shown(new.get(name))
@@ -92,6 +149,18 @@ def difference(before: Identity, now: Identity) -> str | None:
                 )
             return f"its {name.removeprefix('request.')} was {was} and is {is_now} now"
     return None
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    """The defaults of what an identity holds as it is, by its flat name."""
+    found = {}
+    for cls, prefix in ((Request, "request."), (EngineSettings, ""), (JobSettings, "")):
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        for one in _deciding(cls):
+            if one.field not in _MADE_OF and defaults[one.field] is not dataclasses.MISSING:
+                found[prefix + one.identity_name] = defaults[one.field]
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,32 +1,87 @@
-"""Open a run: ranks, session, models."""
+"""Open an engine: ranks, session, mesh, models. It stays open for as many jobs as are wanted."""
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.deadlines import parse_deadlines
-from opensora_sp.base.screen import note
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
 from opensora_sp.engine.model_set import Parallelism
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.text_cache import default_directory
 from opensora_sp.engine.timing import Clock
+from opensora_sp.engine.weight_digests import model_digests
 from opensora_sp.jobs.memory_mode import choose_memory
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.nodes import crossing_note
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.parallel.watchdog.stages import Limits
-from opensora_sp.request.request import Job, Request, RunSettings
+from opensora_sp.request.request import EngineSettings, Job, Request
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.setting import field_names
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What stays open between jobs, on one rank.
+
+    whole: the session of all ranks. replicas: groups of ranks that make different videos.
+    pipeline: the models of this rank's replica. digests: of the weights, by model.
+    """
+
+    settings: EngineSettings
+    whole: Session
+    replicas: int
+    pipeline: Pipeline
+    digests: dict[str, str]
+
+    def require_same(self, settings: EngineSettings) -> None:
+        """Raise UserError where a job asks for other models or ranks than are open."""
+        for name in field_names(EngineSettings):
+            asked, is_open = getattr(settings, name), getattr(self.settings, name)
+            if asked != is_open:
+                raise UserError(
+                    f"{name} {shown(asked)}: the models that are open have {shown(is_open)}; "
+                    "open them again with the other value"
+                )
+
+    def mesh(self, request: Request) -> Mesh:
+        """How all ranks share requests of this kind."""
+        return dataclasses.replace(self.pipeline.models.mesh(request), replicas=self.replicas)
 
 
 @contextmanager
-def open_job_session(settings: RunSettings) -> Iterator[Session]:
-    """The session that the settings ask for, its leftovers of killed runs removed."""
+def open_engine(job: Job) -> Iterator[Engine]:
+    """Open the session and the models that a job asks for; further jobs may use them. Collective.
+
+    The job decides what cannot change while the models are loaded: the memory mode, which has to
+    fit its largest batch, and, with replicas, whether its requests are guided. Raises UserError
+    for what a person can mend.
+    """
+    with open_engine_session(job.engine) as whole:
+        mesh = mesh_of(job, whole.world_size)
+        session = whole.split(mesh) if mesh.replicas > 1 else whole
+        pipeline = load_pipeline(job, session, mesh)
+        digests = whole.control.together(
+            lambda: model_digests(pipeline.models.checkpoints), leading_only=True
+        )
+        digests = whole.control.broadcast_object(digests)
+        yield Engine(job.engine, whole, mesh.replicas, pipeline, digests)
+
+
+@contextmanager
+def open_engine_session(settings: EngineSettings) -> Iterator[Session]:
+    """The session that the settings ask for."""
     limits = Limits(
         heartbeat=settings.heartbeat_timeout, deadlines=parse_deadlines(settings.deadlines)
     )
@@ -37,15 +92,15 @@ def open_job_session(settings: RunSettings) -> Iterator[Session]:
         timeout_s=settings.timeout,
         limits=limits,
     ) as session:
-        _tidy(session, settings)
         yield session
 
 
-def _tidy(session: Session, settings: RunSettings) -> None:
+def tidy(session: Session, save_dir: Path) -> None:
     """Remove what a killed run left where this one writes; a killed rank's is removed at once."""
-    places = [settings.save_dir, settings.save_dir / FOLDER]
-    if session.watchdog is not None:
-        session.watchdog.directories += places
+    places = [save_dir, save_dir / FOLDER]
+    if session.control.watchdog is not None:
+        known = session.control.watchdog.directories
+        session.control.watchdog.directories += [place for place in places if place not in known]
     if session.leads:
         for place in places:
             remove_leftovers(place)
@@ -53,7 +108,7 @@ def _tidy(session: Session, settings: RunSettings) -> None:
 
 def mesh_of(job: Job, world: int) -> Mesh:
     """How the ranks share the job."""
-    settings = job.settings
+    settings = job.engine
     return plan_mesh(
         world,
         guided=job.tasks[0].request.cfg_scale != 1,
@@ -75,7 +130,10 @@ def load_pipeline(
 
     clock: times the stages. text_cache: keep embeddings where the settings say.
     """
-    settings = job.settings
+    settings = job.engine
+    # The groups of replicas are made once; without replicas each request gets the mesh it can use.
+    fixed = Parallelism(guidance=mesh.guidance, sequence=mesh.sequence)
+    asked = Parallelism(guidance=settings.guidance_parallel, sequence=settings.sequence_parallel)
     return Pipeline.load(
         settings.checkpoints,
         session=session,
@@ -91,28 +149,34 @@ def load_pipeline(
             text_encoder=settings.t5_device,
             text_weights=settings.t5_weights,
         ),
-        parallelism=Parallelism(guidance=mesh.guidance, sequence=mesh.sequence),
-        show_progress=settings.verbose > 0,
+        parallelism=fixed if mesh.replicas > 1 else asked,
+        show_progress=job.settings.verbose > 0,
         allow_remote=settings.remote,
         check_finite=settings.check_finite,
-        text_cache=_text_cache(settings, leads=session.whole.leads) if text_cache else None,
+        text_cache=_text_cache(job, leads=session.whole.leads) if text_cache else None,
         clock=clock,
     )
 
 
-def _text_cache(settings: RunSettings, *, leads: bool) -> Path | None:
-    if settings.text_cache == "off":
+def _text_cache(job: Job, *, leads: bool) -> Path | None:
+    where = job.engine.text_cache
+    if where == "off":
         return None
-    if settings.text_cache != "auto":
-        return Path(settings.text_cache)
+    if where != "auto":
+        return Path(where)
     directory = default_directory()
-    if directory is None and leads and settings.verbose > 0:
-        print(
-            "note: text cache: off, for this user has no home directory: set HOME, or give "
-            "--text-cache DIR",
-            file=sys.stderr,
+    if directory is None and leads and job.settings.verbose > 0:
+        _log.warning(
+            "text cache: off, for this user has no home directory: set HOME, or give "
+            "--text-cache DIR"
         )
     return directory
+
+
+def show_progress(pipeline: Pipeline, *, show: bool) -> None:
+    """Whether the pipeline says what it does, from the next call on."""
+    pipeline.options = dataclasses.replace(pipeline.options, show_progress=show)
+    pipeline.text.show_progress = show
 
 
 def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
@@ -122,14 +186,13 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
         return
     known = pipeline.models.max_length(request)
     if request.model_max_length is not None and request.model_max_length > known:
-        note(f"this transformer knows {known} text tokens at most")
+        _log.warning("this transformer knows %d text tokens at most", known)
     if (crossing := crossing_note(mesh, whole.nodes)) is not None:
-        note(crossing)
+        _log.warning(crossing)
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
-    print(
+    _log.info(
         f"{request.num_frames} frames of {request.height}x{request.width} as {frames}x{height}x"
         f"{width} latents ({rows * columns} patches a frame), {request.steps} steps, "
-        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})",
-        file=sys.stderr,
+        f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})"
     )

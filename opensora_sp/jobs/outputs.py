@@ -1,23 +1,28 @@
-"""From a task to its file: the writer, what frames pass on their way to it, what it says of itself.
+"""The output file of a task: its writer, the sinks before it, and its metadata.
 
 Only the leading rank opens outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp import __version__
+from opensora_sp.base.screen import result
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.sheet_sink import RunSheet
 from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
-from opensora_sp.request.request import Request, RunSettings, Task
-from opensora_sp.request.told import captions
+from opensora_sp.request.caption_notes import captions
+from opensora_sp.request.naming import numbered
+from opensora_sp.request.request import Job, Request, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,19 +33,18 @@ PACKAGES = ("torch", "transformers", "diffusers", "av")
 
 @contextmanager
 def open_outputs(
-    pipeline: Pipeline, settings: RunSettings, batch: Sequence[Task], sheet: RunSheet | None = None
+    pipeline: Pipeline, job: Job, batch: Sequence[Task], sheet: RunSheet | None = None
 ) -> Iterator[list[Sink]]:
-    """A sink for each task of a batch: its file on the leading rank, nothing that lasts elsewhere.
+    """A sink for each task of a batch. On the leading rank it is the task's file.
 
-    The files are there when the block has ended well; opening and finishing them is stage
-    "write".
+    The files appear when the block ends well. Opening and finishing them is the stage "write".
     """
     if not pipeline.session.leads:
         yield [Collector() for _ in batch]
         return
     with ExitStack() as stack:
         with pipeline.models.clock.stage("write"):
-            sinks = [stack.enter_context(open_output(pipeline, settings, t, sheet)) for t in batch]
+            sinks = [stack.enter_context(open_output(pipeline, job, t, sheet)) for t in batch]
         yield sinks
         with pipeline.models.clock.stage("write"):
             stack.close()
@@ -48,24 +52,24 @@ def open_outputs(
 
 @contextmanager
 def open_output(
-    pipeline: Pipeline, settings: RunSettings, task: Task, sheet: RunSheet | None = None
+    pipeline: Pipeline, job: Job, task: Task, sheet: RunSheet | None = None
 ) -> Iterator[Sink]:
-    """The file of a task; it appears whole when the block ends well, or not at all.
+    """A sink for the file of a task, which appears whole when the block ends well.
 
-    sheet: shows the task too, with its frames as the file has them.
+    sheet: the contact sheet that shows the task, with the frames of the file.
     """
-    with _open_file(pipeline, settings, task) as sink:
+    with _open_file(pipeline, job, task) as sink:
         if sheet is not None:
             sink = sheet.watch(task, sink)
-        if settings.watermark:
+        if job.settings.watermark:
             sink = Watermarked(sink, *task.request.decoded_size)
         yield sink
 
 
 @contextmanager
-def _open_file(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterator[Sink]:
+def _open_file(pipeline: Pipeline, job: Job, task: Task) -> Iterator[Sink]:
     request = task.request
-    metadata = describe(pipeline, settings, request)
+    metadata = describe(pipeline, job, request)
     metadata["captions"] = captions(request)  # what the model was told, clip by clip
     if task.original_prompt is not None:
         metadata["original_prompt"] = task.original_prompt
@@ -81,14 +85,14 @@ def _open_file(pipeline: Pipeline, settings: RunSettings, task: Task) -> Iterato
         height=height,
         width=width,
         metadata=metadata,
-        lossless=settings.lossless,
+        lossless=job.settings.lossless,
     )
     with ExitStack() as stack:
         yield _LateSink(stack, writer)
 
 
 class _LateSink:
-    """Opens its writer at the first frames: until then there is no file that a kill could leave."""
+    """A sink that opens its writer at the first frames, so that a kill before leaves no file."""
 
     def __init__(self, stack: ExitStack, writer: VideoWriter) -> None:
         self._stack, self._writer, self._open = stack, writer, False
@@ -102,7 +106,7 @@ class _LateSink:
 
 
 class _ImageSink:
-    """Keeps the one frame of an image until the run has ended well."""
+    """A sink that keeps the one frame of an image until the block ends well."""
 
     def __init__(self) -> None:
         self.frames: NDArray[np.uint8] | None = None
@@ -120,7 +124,7 @@ class _ImageSink:
         write_image(task.output, self.frames[0], metadata)
 
 
-def describe(pipeline: Pipeline, settings: RunSettings, request: Request) -> dict[str, Any]:
+def describe(pipeline: Pipeline, job: Job, request: Request) -> dict[str, Any]:
     """What a finished file says of itself: request, run, versions."""
     session = pipeline.session
     versions = {"opensora_sp": __version__}
@@ -131,10 +135,46 @@ def describe(pipeline: Pipeline, settings: RunSettings, request: Request) -> dic
             continue
     return {
         "request": request.public_dict(),
-        "checkpoints": "embedded" if settings.checkpoints is None else "given",
-        "dtype": settings.dtype,
-        "watermark": settings.watermark,
+        "checkpoints": "embedded" if job.engine.checkpoints is None else "given",
+        "dtype": job.engine.dtype,
+        "watermark": job.settings.watermark,
         "device": session.device.type,
         "ranks": session.world_size,
         "versions": versions,
     }
+
+
+def write_run_sheet(
+    pipeline: Pipeline,
+    job: Job,
+    sheet: RunSheet | None,
+    started: float,
+    before: Mapping[str, float],
+) -> None:
+    """Write the contact sheet of all replicas on rank 0, and say where it is. Collective.
+
+    sheet: of this rank's outputs, None where it leads none. started: of the job, on
+    `time.perf_counter`. before: seconds per stage that the pipeline had spent by then.
+    """
+    whole = pipeline.session.whole
+    sheets = whole.control.all_gather_object(sheet)
+    if not whole.leads:
+        return
+    order = [task.output for task in job.tasks]
+    joined = RunSheet.joined([one for one in sheets if one is not None], order)
+    if joined.is_empty:
+        return
+    spent = pipeline.models.clock.seconds.items()
+    timings = {"whole run": time.perf_counter() - started}
+    timings |= {name: s - before.get(name, 0.0) for name, s in spent if s != before.get(name)}
+    path = _sheet_path(job)
+    joined.write(path, describe(pipeline, job, job.tasks[0].request), timings)
+    result(path)
+
+
+def _sheet_path(job: Job) -> Path:
+    """Where the sheet goes: numbered as the first output is, so that it replaces no other run's."""
+    first = job.tasks[0].output
+    found = re.fullmatch(r"sample_\d{4,}(?:-\d+)?_(\d+)", first.stem)
+    number = int(found[1]) if found and job.settings.default_names else 1
+    return numbered(job.settings.sheet_path, number)

@@ -1,8 +1,8 @@
-"""The record of every output: which request it is of, how far it has come, its checksum.
+"""The record of an output: the identity of its request, its stage, its checksum.
 
-One small JSON file per output in `.opensora-sp/` of the save directory, beside its saved state.
-One file each, so that the leaders of several replicas, or several runs that share a directory,
-never write the same one.
+A record is a small JSON file in `.opensora-sp/` of the save directory, beside the saved state. Each
+output has a file of its own, so that several replicas, or several runs in one directory, never
+write the same file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of one output; size, time and sha256 of its file once it is done."""
+    """What is known of one output. size, mtime_ns, sha256: of its file, once it is done."""
 
     identity: Identity
     stage: Stage
@@ -33,7 +33,7 @@ class Record:
     sha256: str | None = None
 
     def fits(self, output: Path) -> bool:
-        """Whether the file is there as it was left. Reads it only where its time has changed."""
+        """Whether the file exists unchanged. It is read only where its time has changed."""
         if not access.is_file(output):
             return False
         found = output.stat()
@@ -43,14 +43,14 @@ class Record:
 
 
 def record_path(output: Path) -> Path:
-    """Where the record of an output is."""
+    """The path of an output's record."""
     return output.parent / FOLDER / f"{output.name}.json"
 
 
 def read_record(output: Path) -> Record | None:
-    """The record of an output, None where there is none that is whole.
+    """The record of an output; None where it is absent or damaged.
 
-    Raises UserError where it may not be looked at, or is no regular file of a record's size.
+    Raises UserError where it may not be read, or is no regular file of a record's size.
     """
     path = record_path(output)
     if not access.exists(path):
@@ -75,7 +75,7 @@ def read_record(output: Path) -> Record | None:
 
 
 def write_record(output: Path, identity: Identity, stage: Stage) -> None:
-    """Put down how far an output has come; "done" takes the checksum of its file.
+    """Write the record of an output. The stage "done" also stores the checksum of its file.
 
     Raises UserError where the directory or the disk does not allow it.
     """

@@ -1,17 +1,17 @@
 """Prompts rewritten by a language model, through an OpenAI-compatible endpoint.
 
 The endpoint comes from the environment: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL. Rank 0 asks
-it, once for each distinct text, and every rank gets what came back. Imports no torch. The key goes
-into one header and nowhere else: not into messages, not into metadata, not along a redirect.
+it once for each distinct text, and every rank gets the answers. Imports no torch. The key is sent
+in one header only. It is never in messages or metadata, and does not follow a redirect.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import logging
 import queue
 import re
-import sys
 import threading
 import time
 import urllib.error
@@ -36,6 +36,8 @@ from opensora_sp.request.llm_endpoint import (
 from opensora_sp.request.prompts import split_loops
 from opensora_sp.request.request import Request, Task
 
+_log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
 
@@ -59,7 +61,7 @@ _VIDEO = _TASK.format(
     "light and the style; there are no cuts",
 )
 _SCORES = re.compile(r"\s*\b(?:aesthetic score|motion score|camera motion):")
-_REASONING = re.compile(r"\A.*</think>", re.DOTALL)  # local models that show it before the answer
+_REASONING = re.compile(r"\A.*</think>", re.DOTALL)  # some local models print it first
 _HINTS: Mapping[int, str] = {
     400: "does it know the model?",
     401: "check OPENAI_API_KEY",
@@ -84,12 +86,12 @@ def refine_batches(
 ) -> list[Sequence[Task]]:
     """The tasks with refined prompts, the same on every rank, in the same batches and order.
 
-    Every rank calls this; only rank 0 asks the endpoint, and with `verbose` prints each answer as
-    it comes. Raises SharedFault on every rank when the endpoint fails.
+    Every rank calls this, and rank 0 asks the endpoint. With `verbose` rank 0 prints each answer.
+    Raises SharedFault on every rank when the endpoint fails.
     """
     requests = [[task.request for task in batch] for batch in batches]
-    refined = session.broadcast_object(
-        session.together(
+    refined = session.control.broadcast_object(
+        session.control.together(
             lambda: _refine_all(endpoint_from_environment(model), requests, verbose),
             leading_only=True,
         )
@@ -110,7 +112,7 @@ def _refine_all(
             known[text, image] = answer = refine_text(endpoint, text, image=image)
             if verbose:
                 answered = printable(" ".join(answer.split()))
-                print(f"{shown(text)} refined: {answered}", file=sys.stderr, flush=True)
+                _log.info("%s refined: %s", shown(text), answered)
         return known[text, image]
 
     return [[refine_prompt(request, refine) for request in batch] for batch in batches]
@@ -122,10 +124,10 @@ def _with_prompt(task: Task, prompt: str) -> Task:
 
 
 def refine_prompt(request: Request, refine: Callable[[str, bool], str]) -> str:
-    """A request's prompt with each of its texts through `refine(text, is_image)`.
+    """A request's prompt with each of its texts replaced by `refine(text, is_image)`.
 
-    Texts of later clips than the request has, empty texts, and scores that a person wrote at the
-    end of a text are kept as they are.
+    Texts for clips that the request does not have, empty texts, and scores at the end of a text
+    stay unchanged.
     """
     segments = split_loops(request.prompt)
     refined = {
@@ -146,16 +148,16 @@ def _refine_words(text: str, image: bool, refine: Callable[[str, bool], str]) ->
 
 
 def refine_text(endpoint: Endpoint, text: str, *, image: bool) -> str:
-    """What the language model makes of one text for an image or a video: one line of plain text.
+    """The refined text for an image or a video: one line of plain text.
 
-    Takes at most `TRIES` tries of `endpoint.timeout_s` and a pause between them. Raises UserError
-    with the endpoint, its status and a hint, when no usable text comes back.
+    It tries at most `TRIES` times, `endpoint.timeout_s` each, with a pause between. Raises
+    UserError with the endpoint, its status and a hint, when no usable text comes back.
     """
     messages = [
         {"role": "system", "content": _IMAGE if image else _VIDEO},
         {"role": "user", "content": text},
     ]
-    # No temperature, seed or limit of tokens: some models refuse each of them.
+    # No temperature, seed or limit of tokens, because some models refuse them.
     payload = json.dumps({"model": endpoint.model, "messages": messages}).encode("ascii")
     answer = _ask(endpoint, payload)
     if answer.status != 200:
@@ -170,7 +172,7 @@ def refine_text(endpoint: Endpoint, text: str, *, image: bool) -> str:
 
 
 def _ask(endpoint: Endpoint, payload: bytes) -> _Answer:
-    """The answer to one request, the last one where every try met a passing trouble."""
+    """The answer of the endpoint, after retries for timeouts and temporary errors."""
     for left in reversed(range(TRIES)):
         pause = endpoint.backoff_s
         try:
@@ -184,7 +186,7 @@ def _ask(endpoint: Endpoint, payload: bytes) -> _Answer:
                 trouble = f"did not answer within {endpoint.timeout_s:g} s, {TRIES} times"
                 raise _refusal(endpoint, trouble, "try again later") from None
         except http.client.HTTPException:
-            # What it says quotes the server, which may be quoting the request and its key.
+            # The exception's text is not shown: it may quote the request with its key.
             trouble = "does not answer in HTTP, or broke off"
             raise _refusal(endpoint, trouble, "check OPENAI_BASE_URL") from None
         except (OSError, ValueError) as error:
@@ -197,10 +199,10 @@ def _ask(endpoint: Endpoint, payload: bytes) -> _Answer:
 
 
 def _within(seconds: float, call: Callable[[], _Answer]) -> _Answer:
-    """The call's result, or TimeoutError.
+    """The call's result, or TimeoutError after so many seconds.
 
-    A socket's own timeout bounds one silence, not a name server's nor a server's that sends a byte
-    now and then; so the call gets a thread, which is left behind when the time is up.
+    A socket's own timeout limits neither a lookup nor a server that sends a byte now and then. So
+    the call runs in a thread, which is abandoned when the time is up.
     """
     outcome: queue.SimpleQueue[_Answer | Exception] = queue.SimpleQueue()
 
@@ -223,10 +225,10 @@ def _within(seconds: float, call: Callable[[], _Answer]) -> _Answer:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects alone: the key is for the host that the person named."""
+    """Follow no redirect, because the key is for the host that the user named."""
 
     def redirect_request(self, *_: Any) -> None:
-        """No request follows."""
+        """Make no further request."""
 
 
 def _post(endpoint: Endpoint, payload: bytes) -> _Answer:
@@ -262,7 +264,7 @@ def _content(endpoint: Endpoint, body: bytes) -> str:
 
 
 def _plain_text(endpoint: Endpoint, content: str) -> str:
-    """The answer as a prompt: printable, on one line, without signs that mean something in one."""
+    """The answer as a prompt: printable, on one line, without characters of the prompt's syntax."""
     if len(endpoint.key) >= _SECRET_LENGTH and endpoint.key in content:
         _refuse(endpoint, "repeats the key in its answer", "do not use this server")
     text = _REASONING.sub("", content)
@@ -270,7 +272,7 @@ def _plain_text(endpoint: Endpoint, content: str) -> str:
     text = " ".join(text.split())
     if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”", "``"):
         text = text[1:-1].strip()
-    # Caption cleaning takes Chinese, Japanese and Korean out, so such an answer would say nothing.
+    # Caption cleaning removes Chinese, Japanese and Korean, so such an answer would become empty.
     if not re.search("[A-Za-z]", text):
         _refuse(endpoint, "answered without a word of English", "try again, or another model")
     return text
@@ -283,9 +285,9 @@ def _hint(answer: _Answer) -> str:
 
 
 def _code(endpoint: Endpoint, answer: _Answer) -> str:
-    """The error's machine-readable name, which says more than the status; its prose may quote keys.
+    """The code of an error, in parentheses. The error's text is not shown, as it may quote the key.
 
-    Such names are lower-case words, so that nothing like a key passes.
+    A code is lower-case words, so nothing that looks like a key passes.
     """
     try:
         code = json.loads(answer.body)["error"]["code"]
@@ -302,5 +304,5 @@ def _refuse(endpoint: Endpoint, trouble: str, hint: str) -> NoReturn:
 
 def _refusal(endpoint: Endpoint, trouble: str, hint: str) -> UserError:
     parts = urlsplit(endpoint.base_url)
-    place = f"{parts.scheme}://{parts.netloc}"  # some gateways take a key in the path
+    place = f"{parts.scheme}://{parts.netloc}"  # without the path, which may hold a key
     return UserError(f"--llm-refine: {shown(endpoint.model)} at {place} {trouble}: {hint}")

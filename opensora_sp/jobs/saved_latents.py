@@ -1,11 +1,12 @@
-"""How far a video has come, on disk: the sampler's latents, and those of every finished clip.
+"""The saved state of a video: latents of finished clips and of the last saved step, on disk.
 
-Beside an output's record in `.opensora-sp/`: OUTPUT.clip0000.safetensors, the final latents of a
-clip, and OUTPUT.step.safetensors, those of the clip that is being denoised. All are whole latents
-[4,T,H,W] float32, so nothing depends on the mesh that made them; randomness is keyed, so there is
-no generator to save; decoded frames are made again from the clips. Every file carries the identity
-of its request and a checksum over all it holds, and appears whole or not at all. What is read has
-to be a state that this request can have: its shape, its number of steps, its clips.
+The files are beside the output's record in `.opensora-sp/`. OUTPUT.clip0000.safetensors holds the
+final latents of a clip, and OUTPUT.step.safetensors those of the clip that is being denoised. Both
+are whole latents [4,T,H,W] in float32, so they do not depend on the mesh. Noise is keyed, so there
+is no generator to save. Decoded frames are made again from the clips.
+
+Each file has the identity of its request and a checksum over its content, and appears whole or not
+at all. A file is accepted only if its shape, steps and clips are possible for the request.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.agreement import checksum
 
 _FORMAT = "opensora-sp latents 2"
-# Its checksum covers the tensors alone; what it says of itself is held against the request.
+# In this older format the checksum covers the tensors only.
 _FORMAT_BEFORE = "opensora-sp latents 1"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
 class SavedStep:
-    """The latents z [4,T,H,W] after `step` steps of a clip, and its frame mask [T], if any."""
+    """The latents z [4,T,H,W] of a clip after a step, and its frame mask [T], if any."""
 
     z: Tensor
     mask: Tensor | None
@@ -46,10 +47,10 @@ class SavedStep:
 
 @dataclass(frozen=True)
 class StateFiles:
-    """The saved state of one output, which is of one request.
+    """The files of the saved state of one output.
 
-    identity: what decides its latents. refined: the prompt that a language model made, which has
-    to be the same again when the run goes on. about: what else is worth writing down.
+    identity: what decides the latents. refined: the prompt that a language model made, which a
+    resumed run uses again. about: the device and the mesh, for information.
     """
 
     output: Path
@@ -59,16 +60,16 @@ class StateFiles:
 
     @property
     def folder(self) -> Path:
-        """Where the files are."""
+        """The folder of the files."""
         return self.output.parent / FOLDER
 
     @property
     def step_path(self) -> Path:
-        """The clip that is being denoised."""
+        """The file of the clip that is being denoised."""
         return self.folder / f"{self.output.name}.step.safetensors"
 
     def clip_path(self, clip: int) -> Path:
-        """A finished clip."""
+        """The file of a finished clip."""
         return self.folder / f"{self.output.name}.clip{clip:04d}.safetensors"
 
     def finished_clips(self) -> int:
@@ -79,9 +80,9 @@ class StateFiles:
         return clip
 
     def position(self) -> Position:
-        """Where the video stands, by files that are all read and checked.
+        """How far the video has come. All files are read and checked.
 
-        Raises UserError for a file that is damaged or of another request; nothing is deleted.
+        Raises UserError for a file that is damaged or of another request. Nothing is deleted.
         """
         clips = self.finished_clips()
         for clip in range(clips):
@@ -92,11 +93,11 @@ class StateFiles:
         clip, step = saved.clip, saved.step
         if clip > clips:
             self._refuse(self.step_path, f"is of clip {clip}, but clip {clips} is not there")
-        # One that is left of a clip which has been finished since is not needed any more.
+        # The step may be of a clip that has been finished since. Then it is not needed.
         return Position(clips, step if clip == clips else 0)
 
     def refined_prompt(self) -> str | None:
-        """The prompt that a language model made when the saved part was made."""
+        """The refined prompt of the saved state; None without one."""
         paths = [self.step_path, self.clip_path(0)]
         for path in paths:
             if self._is_there(path):
@@ -109,17 +110,17 @@ class StateFiles:
         self._write(self.step_path, tensors, position)
 
     def save_clip(self, clip: int, latents: Tensor) -> None:
-        """Save the final latents [4,T,H,W] of a clip, in place of its steps."""
+        """Save the final latents [4,T,H,W] of a clip, and remove the file of its steps."""
         self._write(self.clip_path(clip), {"latents": latents}, Position(clip + 1))
         self.step_path.unlink(missing_ok=True)
 
     def load_step(self) -> SavedStep:
-        """What `save_step` saved. Raises UserError as `position` does."""
+        """Load what `save_step` saved. Raises UserError as `position` does."""
         tensors = self._read_step()[1]
         return SavedStep(tensors["latents"], tensors.get("mask"))
 
     def load_clip(self, clip: int) -> Tensor:
-        """What `save_clip` saved. Raises UserError as `position` does."""
+        """Load what `save_clip` saved, [4,T,H,W]. Raises UserError as `position` does."""
         path = self.clip_path(clip)
         about, tensors = self._read(path)
         found = self._position(path, about)
@@ -135,11 +136,11 @@ class StateFiles:
         return access.exists(self.step_path) or access.exists(self.clip_path(0))
 
     def remove(self) -> None:
-        """Delete everything that is saved of this output."""
+        """Delete the saved state of this output."""
         self.step_path.unlink(missing_ok=True)
         clips = re.compile(re.escape(self.output.name) + r"\.clip\d{4,}\.safetensors")
         found = [path for path in self.folder.glob("*.safetensors") if clips.fullmatch(path.name)]
-        # From the last one on: what is left when this is cut short is still a whole state.
+        # The last clip first, so that an interruption leaves a valid state.
         for path in sorted(found, reverse=True):
             path.unlink(missing_ok=True)
 
@@ -162,7 +163,7 @@ class StateFiles:
         with atomic_output(path) as temporary, reported(path):
             try:
                 save_file(tensors, str(temporary), metadata=about)
-            except SafetensorError as error:  # what it raises for a full disk, among others
+            except SafetensorError as error:  # raised for a full disk, among others
                 raise OSError(str(error)) from error
 
     def _read(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -177,7 +178,7 @@ class StateFiles:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 shapes = {name: list(one.get_shape()) for name, one in slices.items()}
                 dtypes = {name: one.get_dtype() for name, one in slices.items()}
-                # Another request has other shapes too: what differs in it says more.
+                # For another request the difference is reported, and not the shapes.
                 if not difference(before, self.identity):
                     self._check_tensors(path, shapes, dtypes)
                 tensors = {name: file.get_tensor(name) for name in shapes}
@@ -231,7 +232,7 @@ class StateFiles:
     def _check_tensors(
         self, path: Path, shapes: Mapping[str, list[int]], dtypes: Mapping[str, str]
     ) -> None:
-        """What is in the file by its header, before any of it is read."""
+        """Check names, shapes and dtypes from the header, before the tensors are read."""
         names = ("num_frames", "height", "width", "micro_frame_size")
         latent = geometry.latent_shape(*(self._of_request(name) for name in names))
         expected = {"latents": [4, *latent]}
@@ -253,9 +254,9 @@ class StateFiles:
 
 
 def _checksum(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of a state: its names, tensors and all that it says of itself.
+    """A short hash of a state: its names, its tensors and its metadata.
 
-    Files of the version before hashed the tensors alone and are still read.
+    In the older format it is a hash of the tensors only.
     """
     names = sorted(tensors)
     of_tensors = checksum(tensors[name] for name in names)

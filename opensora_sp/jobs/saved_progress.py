@@ -1,11 +1,12 @@
-"""What `generate` saves on its way, and where it goes on from.
+"""Saving and resuming during `generate`.
 
-Every rank of a video holds one of these; files are touched by the leading one alone. Nothing is
-lost by failing to save: that is said, and the run goes on.
+Every rank of a video has a `SavedProgress`, and the leading rank reads and writes the files. A
+state that cannot be saved is a note, and the run goes on.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,19 +15,23 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.errors import Stopped, UserError
-from opensora_sp.base.screen import note_once
+from opensora_sp.base.screen import warn_once
 from opensora_sp.engine.progress import Gather, Position, Progress, ResumePoint
 from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.parallel.exchange import broadcast
 from opensora_sp.parallel.session import Session
 
+_log = logging.getLogger(__name__)
+
 
 class SavedProgress(Progress):
-    """The saved state of a batch, one `StateFiles` per request, all at the same position.
+    """The saved state of a batch: one `StateFiles` for each request, all at the same position.
 
-    every: steps between two saves; 0 saves finished clips only. stops: save the last step when
-    Ctrl-C or SIGTERM comes. on_latents: called when the latents of the last clip are there.
+    every: steps between two saves; 0 saves finished clips only. stops: save the last step on Ctrl-C
+    or SIGTERM. on_latents: called when the last clip is denoised.
     """
+
+    saves = True
 
     def __init__(
         self,
@@ -40,42 +45,42 @@ class SavedProgress(Progress):
     ) -> None:
         self._session, self._files, self._start = session, files, start
         self._every, self._stops, self._on_latents = every, stops, on_latents
-        self._asked: list[int] = []  # the signals that have come while steps are made
+        self._asked: list[int] = []  # signals that came during the steps
         self._mask: Tensor | None = None
         self._unsaved: tuple[Position, Gather] | None = None
 
     def is_finished(self, clip: int) -> bool:
-        """Whether a clip's latents are there, so that it is not denoised again."""
+        """Whether a clip's latents are saved, so that it is not denoised again."""
         return clip < self._start.clip
 
     def latents(self, clip: int) -> Tensor | None:
         """A finished clip's latents [B,4,T,H,W] on the leading rank. Collective."""
-        return self._session.together(
+        return self._session.control.together(
             lambda: torch.stack([files.load_clip(clip) for files in self._files]),
             leading_only=True,
         )
 
     def resume_point(self, clip: int) -> ResumePoint | None:
-        """Where a clip goes on, on every rank; None at its beginning. Collective."""
+        """The resume point of a clip, on every rank; None at its beginning. Collective."""
         step = self._start.step
         if clip != self._start.clip or step == 0:
             return None
         session = self._session
-        saved = session.together(
+        saved = session.control.together(
             lambda: [files.load_step() for files in self._files], leading_only=True
         )
-        mask = session.broadcast_object(None if saved is None else (_masks(saved),))[0]
+        mask = session.control.broadcast_object(None if saved is None else (_masks(saved),))[0]
         whole = None if saved is None else torch.stack([one.z for one in saved])
-        shape = session.broadcast_object(None if whole is None else tuple(whole.shape))
+        shape = session.control.broadcast_object(None if whole is None else tuple(whole.shape))
         z = broadcast(session.world, whole, shape, torch.float32, session.device)
         return ResumePoint(step, z.cpu(), mask)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Make steps in this block: when a person stops it, the last one is saved before it ends.
+        """A block in which steps are made. If a signal stops it, the last step is saved first.
 
-        Gathering takes all ranks of the video. One alone saves at once, in the middle of a step;
-        several first finish the step, after which each learns of the others' signals.
+        Saving gathers the latents from all ranks of the video. A single rank saves at once, in the
+        middle of a step. Several ranks finish the step, and then exchange the signals they got.
         """
         if not self._stops:
             yield
@@ -86,11 +91,11 @@ class SavedProgress(Progress):
                 self.save_now()
                 raise
         else:
-            with self._session.signals_noted(self._asked):
+            with self._session.control.signals_noted(self._asked):
                 yield
 
     def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
-        """Look at the state after `step` steps of a clip: save it where it is time. Collective."""
+        """Called after `step` steps of a clip: save the state if it is due. Collective."""
         self._mask, self._unsaved = mask, (Position(clip, step), gather)
         asked = self._all_asked()
         if asked or (self._every and step % self._every == 0):
@@ -98,19 +103,23 @@ class SavedProgress(Progress):
         self._leave(asked)
 
     def _all_asked(self) -> list[int]:
-        """The signals that any rank of the video has got, the same answer on all. Collective."""
+        """The signals that any rank of the video has got, the same on all ranks. Collective."""
         session = self._session
         if not self._stops or session.world_size == 1:
             return []
-        return [number for each in session.all_gather_object(list(self._asked)) for number in each]
+        return [
+            number
+            for each in session.control.all_gather_object(list(self._asked))
+            for number in each
+        ]
 
     def _leave(self, asked: Sequence[int]) -> None:
         if asked:
-            self._session.barrier()  # the first that leaves ends the one that saves
+            self._session.control.barrier()  # the first that leaves ends the one that saves
             raise Stopped(asked[0])
 
     def save_now(self) -> None:
-        """Save the last step, unless it is saved. Collective."""
+        """Save the last step, unless it is saved already. Collective."""
         if self._unsaved is None:
             return
         position, gather = self._unsaved
@@ -119,10 +128,10 @@ class SavedProgress(Progress):
             rows = [None] * len(z) if self._mask is None else list(self._mask)
             for files, latents, mask in zip(self._files, z, rows, strict=True):
                 self._try(partial(files.save_step, position, latents, mask))
-        self._unsaved = None  # only now: an interrupt of the lines above saves once more
+        self._unsaved = None  # set last, so that an interrupted save is repeated
 
     def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
-        """Save a clip's final latents [B,4,T,H,W], where they are, before they are decoded."""
+        """Save a clip's final latents [B,4,T,H,W] on the rank that has them, before decoding."""
         self._unsaved = None
         if latents is not None and self._files:
             for files, own in zip(self._files, latents, strict=True):
@@ -136,11 +145,13 @@ class SavedProgress(Progress):
             save()
         except (UserError, OSError) as error:
             # Hours of work do not end because their insurance could not be paid.
-            note_once("state", f"the state is not saved, so it cannot be gone on from: {error}")
+            warn_once(
+                _log, "state", f"the state is not saved, so it cannot be gone on from: {error}"
+            )
 
 
 def _masks(saved: Sequence[SavedStep]) -> Tensor | None:
-    """The frame masks [B,T] of a batch; None where nothing is kept in any of its videos."""
+    """The frame masks [B,T] of a batch; None where no video has conditioning frames."""
     if all(one.mask is None for one in saved):
         return None
     return torch.stack(

@@ -1,6 +1,6 @@
-"""A list of work, shared by replicas: what is made together, and by whom. Pure arithmetic.
+"""The schedule: which tasks are made together, and by which replica. Pure arithmetic.
 
-Every rank computes the same plan, so no replica asks another for work while it denoises.
+Every rank computes the same schedule, so replicas need not communicate while they denoise.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from opensora_sp.request.request import Task
 
 @dataclass(frozen=True)
 class Work:
-    """Tasks that are made together from where all of them stand."""
+    """Tasks that are made together. start: the position that all of them have reached."""
 
     tasks: tuple[Task, ...]
     start: Position = field(default_factory=Position)
 
     @property
     def steps(self) -> int:
-        """Denoising steps that are left, each counted for every task."""
+        """Denoising steps that are left, summed over the tasks."""
         request = self.tasks[0].request
         left = (request.loop - self.start.clip) * request.steps - self.start.step
         return len(self.tasks) * max(0, left)
 
     @property
     def denoised(self) -> bool:
-        """Whether all latents are there, so that only the decoder is needed."""
+        """Whether all latents are saved, so that only decoding is left."""
         return self.start.clip >= self.tasks[0].request.loop
 
 
 def regroup(
-    batches: Sequence[Sequence[Task]], standing: Mapping[Task, Position | None]
+    batches: Sequence[Sequence[Task]], positions: Mapping[Task, Position | None]
 ) -> list[Work]:
-    """The batches without the tasks that are finished (None), parted where positions differ.
+    """The batches without finished tasks (position None), split where positions differ.
 
-    A video does not depend on what it is batched with, so a batch may lose some of its own.
+    A video does not depend on its batch, so a batch may lose tasks.
     """
     works = []
     for batch in batches:
         groups: dict[Position, list[Task]] = {}
         for task in batch:
-            position = standing[task]
+            position = positions[task]
             if position is not None:
                 groups.setdefault(position, []).append(task)
         works += [Work(tuple(tasks), position) for position, tasks in groups.items()]
@@ -51,9 +51,9 @@ def regroup(
 
 
 def deal(works: Sequence[Work], replicas: int) -> list[list[Work]]:
-    """Each replica's list: in order, always to the one that has the least to do so far.
+    """The list of each replica. Each work, in order, goes to the replica with the least to do.
 
-    Equal works go round in turn; what a run before has half done counts for what is left of it.
+    Work counts by the steps that are left, so equal works go to the replicas in turn.
     """
     lists: list[list[Work]] = [[] for _ in range(replicas)]
     loads = [0] * replicas

@@ -1,4 +1,4 @@
-"""What a contact sheet shows of a run, picked from the frames as they stream past."""
+"""Collection of a contact sheet's frames, from the frames on their way to the outputs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.media.contact_sheet import Picture, SheetEntry, chosen_frames, picture, write_sheet
+from opensora_sp.request.caption_notes import captions
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.request import Request, Task
-from opensora_sp.request.told import captions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
     from opensora_sp.media.sinks import Sink
 
-MOST_WIDE = 640  # pixels of a kept frame
+MOST_WIDE = 640  # pixels; a wider frame is scaled down
 
 
 def total_frames(request: Request) -> int:
-    """Frames of the whole output: every later clip drops those it repeats."""
+    """Frames of the whole output, without the frames that later clips repeat."""
     repeated = min(dropped_frames(request), request.num_frames)
     return request.num_frames + (request.loop - 1) * (request.num_frames - repeated)
 
 
 class PickingSink:
-    """A sink that keeps the first, the middle and the last frame of those it passes on.
+    """A sink that passes frames on, and keeps the first, the middle and the last of them.
 
-    count: how many frames will come. frames: what was kept so far, [h,w,3] uint8 by index, at
-    most `MOST_WIDE` pixels wide. Whoever keeps `frames` does not keep the sink or its encoder.
+    count: how many frames will come. frames: the kept ones by index, uint8 [h,w,3], at most
+    `MOST_WIDE` pixels wide. A reference to `frames` does not keep the sink or its encoder alive.
     """
 
     def __init__(self, sink: Sink | None, count: int) -> None:
@@ -64,9 +64,9 @@ def thumbnail(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @dataclass
 class _Watched:
-    """One output. frames: its picked ones by index until it is done; pictures: those on the page.
+    """One output. frames: the picked frames until it is done. pictures: those for the page.
 
-    Never the sink itself: it holds the output's encoder, which is to end with the output.
+    It does not hold the sink, which would keep the output's encoder alive.
     """
 
     task: Task
@@ -79,25 +79,25 @@ class _Watched:
 class RunSheet:
     """The contact sheet of a run, filled output by output on the leading rank.
 
-    Of a finished output it keeps what the page will hold, and nothing else.
+    Of a finished output it keeps only what the page needs.
     """
 
     _watched: list[_Watched] = field(default_factory=list)
 
     def watch(self, task: Task, sink: Sink) -> Sink:
-        """Put the task on the sheet; what is written to the sink that returns goes on to `sink`."""
+        """Add a task to the sheet. Returns a sink that passes frames on to `sink`."""
         picked = PickingSink(sink, total_frames(task.request))
         self._watched.append(_Watched(task, picked.frames))
         return picked
 
     @staticmethod
     def joined(sheets: Sequence[RunSheet], order: Sequence[Path]) -> RunSheet:
-        """One sheet of several ranks' outputs, in the order of the whole run's."""
+        """One sheet from the sheets of several ranks. order: the outputs of the whole run."""
         every = [watched for sheet in sheets for watched in sheet._watched]
         return RunSheet(sorted(every, key=lambda watched: order.index(watched.task.output)))
 
     def took(self, batch: Sequence[Task], seconds: float) -> None:
-        """Note how long a finished batch took, for each of its tasks; their frames are complete."""
+        """Store the seconds of a finished batch for each of its tasks, and make their pictures."""
         for watched in self._watched:
             if watched.task in batch:
                 watched.seconds = seconds
@@ -106,11 +106,11 @@ class RunSheet:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no output is on it."""
+        """Whether the sheet has no output."""
         return not self._watched
 
     def forget(self, batch: Sequence[Task]) -> None:
-        """Take the tasks of a batch that is begun anew, or not made at all, off the sheet."""
+        """Remove the tasks of a batch that is started again, or not made, from the sheet."""
         self._watched = [watched for watched in self._watched if watched.task not in batch]
 
     def write(
@@ -121,9 +121,9 @@ class RunSheet:
     ) -> None:
         """Write the page, whole or not at all.
 
-        description: of the run, as its files carry it; its "request" is replaced by what all
-        requests share, and what differs stands beside each output. timings: seconds by stage.
-        Raises UserError where it cannot be written.
+        description: the metadata of the run's files. Instead of its "request" the page shows the
+        fields that all requests share; the other fields are beside each output. timings: seconds by
+        stage. Raises UserError where the page cannot be written.
         """
         requests = [watched.task.request for watched in self._watched]
         shared = _shared(requests)
@@ -137,7 +137,7 @@ class RunSheet:
 
 
 def _shared(requests: Sequence[Request]) -> dict[str, Any]:
-    """The fields, without the prompt, that are the same for every request."""
+    """The fields, except the prompt, that all requests share."""
     each = [request.public_dict() for request in requests]
     return {
         name: value
@@ -159,12 +159,12 @@ def _entry(watched: _Watched, shared: Mapping[str, Any]) -> SheetEntry:
     own = request.public_dict()
     details |= {name: own[name] for name in own if name != "prompt" and name not in shared}
     details["the model is told"] = " | ".join(captions(request))
-    kept = sorted(watched.pictures.items())
+    pictures = sorted(watched.pictures.items())
     return SheetEntry(
         output=watched.task.output,
         prompt=request.prompt,
-        frames=[frame for _, frame in kept],
-        labels=[_label(index, request) for index, _ in kept],
+        frames=[frame for _, frame in pictures],
+        labels=[_label(index, request) for index, _ in pictures],
         details=details,
     )
 

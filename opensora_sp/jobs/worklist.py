@@ -1,36 +1,38 @@
-"""Where every task of a run stands before it begins: finished, begun, or not there yet.
+"""The work list: which tasks of a run are finished, which can be resumed, which are new.
 
-Nothing that was made is made again, replaced or thrown away unless a person says so. One rank
-looks, for the others may see another file system.
+A finished output is never made again, replaced or deleted unless the user asks for it. Only rank 0
+looks at the files, because other ranks may see another file system.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note, one_line
+from opensora_sp.base.screen import one_line
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference, identity_of, latents_identity
 from opensora_sp.jobs.records import FOLDER, Record, read_record, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.request.naming import number_of, numbered
-from opensora_sp.request.request import Job, RunSettings, Task
+from opensora_sp.request.request import Job, JobSettings, Task
+
+_log = logging.getLogger(__name__)
 
 _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
 
 @dataclass(frozen=True)
 class WorkState:
-    """Where a task stands: None is finished. refined: the prompt it was begun with, if refined.
+    """How far a task has come. position: None where it is finished.
 
-    output: the file it is written to, where that is not the one it was planned for.
+    refined: the refined prompt of its saved state, if any. output: the file that it is written to.
     """
 
     position: Position | None
@@ -39,48 +41,48 @@ class WorkState:
 
 
 def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
-    """Where each of the job's tasks stands; says what is skipped and what goes on.
+    """The state of each of the job's tasks. Prints what is skipped and what is resumed.
 
-    An output that nobody named, and whose name another request's file has, gets a free name.
-    What is to be made is put down as waiting; with --overwrite its saved state goes. models: as
-    `weight_digests.model_digests`. Raises UserError, before anything is changed, where an output
-    or a saved state is of another request, was changed or is damaged.
+    An output without a name from the user gets a free name where another request's file has its
+    name. A task that is to be made gets a record with the stage "waiting". With --overwrite its
+    saved state is removed. models: as from `weight_digests.model_digests`. Raises UserError, before
+    anything is changed, where an output or a saved state is of another request, changed or damaged.
     """
     settings = job.settings
-    identities = [identity_of(task, settings, models) for task in job.tasks]
+    identities = [identity_of(task, job.engine, settings, models) for task in job.tasks]
     pairs = [
         (_named(task, identity, settings), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
     ]
-    standings = [
-        replace(_look_at(task, identity, settings), output=task.output) for task, identity in pairs
+    states = [
+        replace(_state_of(task, identity, settings), output=task.output) for task, identity in pairs
     ]
-    for (task, identity), standing in zip(pairs, standings, strict=True):
-        if standing.position is None:
+    for (task, identity), state in zip(pairs, states, strict=True):
+        if state.position is None:
             continue
         if settings.overwrite and not settings.decode_only:
             StateFiles(task.output, {}).remove()
-        if standing.position == Position():
+        if state.position == Position():
             write_record(task.output, identity, "waiting")
-    _say_names(job.tasks, standings, settings)
-    if settings.resume and all(standing.position == Position() for standing in standings):
-        note(
+    _say_names(job.tasks, states, settings)
+    if settings.resume and all(state.position == Position() for state in states):
+        _log.warning(
             "--resume: nothing of this run has been begun in its --save-dir, so all of it "
             "starts from the beginning"
         )
-    return standings
+    return states
 
 
-def renamed(job: Job, standings: Sequence[WorkState]) -> Job:
+def renamed(job: Job, states: Sequence[WorkState]) -> Job:
     """The job with the outputs that `look_up_work` found for its tasks."""
     tasks = tuple(
-        task if standing.output is None else replace(task, output=standing.output)
-        for task, standing in zip(job.tasks, standings, strict=True)
+        task if state.output is None else replace(task, output=state.output)
+        for task, state in zip(job.tasks, states, strict=True)
     )
     return replace(job, tasks=tasks)
 
 
-def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
+def _named(task: Task, identity: Identity, settings: JobSettings) -> Task:
     """The task with the output it had before, or else with the first name that is free."""
     if not settings.default_names:
         return task
@@ -95,7 +97,7 @@ def _named(task: Task, identity: Identity, settings: RunSettings) -> Task:
 
 
 def _names_in_use(output: Path) -> set[int]:
-    """Which of an output's names a file, a record or a saved state has."""
+    """The numbers of an output's names that a file, a record or a saved state has."""
     found = set()
     states = re.compile(r"(?P<name>.*)\.(?:json|step\.safetensors|clip\d{4,}\.safetensors)")
     for folder in (output.parent, output.parent / FOLDER):
@@ -113,7 +115,7 @@ def _names_in_use(output: Path) -> set[int]:
     return found
 
 
-def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -> bool:
+def _is_same(record: Record | None, identity: Identity, settings: JobSettings) -> bool:
     """Whether a record is of this request, as far as what is still to be made depends on it."""
     if record is None:
         return False
@@ -122,28 +124,27 @@ def _is_same(record: Record | None, identity: Identity, settings: RunSettings) -
     if record.stage == "done" and not settings.decode_only:
         return False
     try:
-        return latents_identity(record.identity) == latents_identity(identity)
+        before = latents_identity(record.identity)
+        return difference(before, latents_identity(identity)) is None
     except (KeyError, TypeError, AttributeError):  # of a version with other fields
         return False
 
 
-def _say_names(
-    tasks: Sequence[Task], standings: Sequence[WorkState], settings: RunSettings
-) -> None:
+def _say_names(tasks: Sequence[Task], states: Sequence[WorkState], settings: JobSettings) -> None:
     others = [
-        (task.output, standing.output)
-        for task, standing in zip(tasks, standings, strict=True)
-        if standing.position == Position() and standing.output not in (None, task.output)
+        (task.output, state.output)
+        for task, state in zip(tasks, states, strict=True)
+        if state.position == Position() and state.output not in (None, task.output)
     ]
     if others and settings.verbose > 0:
         old, new = others[0]
         more = f" (and {len(others) - 1} more likewise)" if len(others) > 1 else ""
-        note(
+        _log.warning(
             f"{old.name} is there already and is another request's, so this one becomes {new}{more}"
         )
 
 
-def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState:
+def _state_of(task: Task, identity: Identity, settings: JobSettings) -> WorkState:
     if not settings.overwrite and _is_finished(task, identity, settings):
         return WorkState(None)
     files = StateFiles(task.output, latents_identity(identity))
@@ -161,11 +162,11 @@ def _look_at(task: Task, identity: Identity, settings: RunSettings) -> WorkState
         return WorkState(position)
     if settings.verbose > 0:
         stands = "is only decoded" if position.clip >= request.loop else f"goes on after {said}"
-        print(one_line(f"{task.output} {stands}"), file=sys.stderr, flush=True)
+        _log.info(one_line(f"{task.output} {stands}"))
     return WorkState(position, files.refined_prompt())
 
 
-def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
+def _is_finished(task: Task, identity: Identity, settings: JobSettings) -> bool:
     """Whether an output is there that this run would make, or that it has to leave alone.
 
     A file of which nothing is known is never replaced; with `prompt_as_path` it is skipped, as
@@ -187,12 +188,12 @@ def _is_finished(task: Task, identity: Identity, settings: RunSettings) -> bool:
     if found is not None and not settings.skip_existing:
         raise UserError(f"{output} is there already, but {found}: {_OTHERWISE}")
     although = "" if found is None else f", although {found}"
-    print(one_line(f"{output} is there already, skipped{although}"), file=sys.stderr)
+    _log.info(one_line(f"{output} is there already, skipped{although}"))
     return True
 
 
 def captions_left(tasks: Sequence[Task], start: Position) -> list[str]:
-    """The captions that tasks still need, from where they stand."""
+    """The captions of the clips that tasks still have to make, from a position on."""
     from opensora_sp.request.prompts import caption
 
     return [

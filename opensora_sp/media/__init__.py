@@ -1,1 +1,1 @@
-"""References in, videos and pictures out."""
+"""Pictures and videos: references are read here, and finished outputs are written."""

@@ -1,4 +1,4 @@
-"""How much a reference may be, judged from its headers before anything is decoded."""
+"""Limits of a reference's size, checked from its headers before anything is decoded."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import IO
 
 from opensora_sp.base.errors import UserError
 
-# A photograph of 100 megapixels; larger ones would take gigabytes for a clip of one.
+# A photograph of 100 megapixels. A larger one would take gigabytes.
 MOST_PICTURE_PIXELS = 2**27
-# Of a frame: a little more than 8192x4320. A decoder holds several frames at once.
+# One frame: a little more than 8192x4320. A decoder holds several frames at once.
 MOST_FRAME_PIXELS = 36_000_000
-# Pixels of all frames: about two hours of 1920x1080.
+# All frames of a video: about two hours of 1920x1080.
 MOST_VIDEO_PIXELS = 2**39
-# An animation is decoded from its start, by one thread: about 4000 frames of 1920x1080.
+# All frames of an animation, which one thread decodes from its start: 4000 of 1920x1080.
 MOST_ANIMATION_PIXELS = 2**33
 MOST_ANIMATION_FRAMES = 20_000
-# A day. Longer is a damaged table of times.
+# A day. A longer length comes from a damaged table of times.
 MOST_SECONDS = 86_400
 # Frames after resampling: over an hour at 24 frames a second.
 MOST_RESAMPLED = 100_000
 
 
 class CutOffError(ValueError):
-    """A file ends before its own headers say."""
+    """A file is shorter than its own headers say."""
 
 
 def check_picture(name: str | Path, width: int, height: int) -> None:
@@ -40,7 +40,7 @@ def check_frame(name: str | Path, width: int, height: int) -> None:
 
 
 def check_animation(name: str | Path, width: int, height: int, frames: int) -> None:
-    """Raise UserError where an animation has too large or too many frames."""
+    """Raise UserError where an animation's frames are too large or too many."""
     check_frame(name, width, height)
     if frames > MOST_ANIMATION_FRAMES or frames * width * height > MOST_ANIMATION_PIXELS:
         most = min(MOST_ANIMATION_FRAMES, MOST_ANIMATION_PIXELS // max(1, width * height))
@@ -63,7 +63,7 @@ def check_video(
 
     Args:
         width, height: as shown, in pixels.
-        frames: as its header tells; 0 where it does not.
+        frames: from the header; 0 where it has no count.
         seconds: its length; None where unknown.
         rate: frames a second; None where unknown.
     """
@@ -121,7 +121,7 @@ _ISO_START = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp")
 
 
 def _iso_end(file: IO[bytes], size: int) -> int | None:
-    """Where the last known top-level box of an mp4 ends; None if it is none."""
+    """The offset at which the last known top-level box of an mp4 ends; None for other files."""
     if file.read(8)[4:] not in _ISO_START:
         return None
     start = end = 0
@@ -133,7 +133,8 @@ def _iso_end(file: IO[bytes], size: int) -> int | None:
         length, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if length == 1:
             length = int.from_bytes(header[8:16], "big")
-        # 0: up to the end of the file. Less than a header, or another name: rubbish behind.
+        # Length 0 means up to the end of the file. A smaller length than a header, or an unknown
+        # name, is data after the last box.
         if length < 8 or kind not in (*_ISO_START, b"moof", b"meta", b"mfra", b"uuid", b"sidx"):
             break
         start += length
@@ -145,7 +146,7 @@ def _iso_end(file: IO[bytes], size: int) -> int | None:
 
 
 def _matroska_end(file: IO[bytes]) -> int | None:
-    """Where the first segment of a Matroska file ends; None if it is none or does not say."""
+    """The offset at which a Matroska file's first segment ends; None for others or if unknown."""
     file.seek(0)
     head = file.read(4096)
     if not head.startswith(b"\x1a\x45\xdf\xa3"):
@@ -163,7 +164,7 @@ def _matroska_end(file: IO[bytes]) -> int | None:
 
 
 def _vint(data: bytes, at: int) -> tuple[int | None, int]:
-    """A variable-length number of EBML and its width in bytes; None is "unknown"."""
+    """A variable-length number of EBML, None for "unknown", and its width in bytes."""
     if at >= len(data) or data[at] == 0:
         return None, 1
     width = 9 - data[at].bit_length()
@@ -185,7 +186,7 @@ def scan_gif(file: IO[bytes]) -> tuple[int, int, int]:
 
 
 def _scan_gif(data: mmap.mmap) -> tuple[int, int, int]:
-    """Counts frames no further than one over the limit."""
+    """Width, height and frames. Counting stops at one frame over the limit."""
     size = len(data)
     width, height = _two(data, 6), _two(data, 8)
     at = 13 + _table(data[10])
@@ -201,7 +202,7 @@ def _scan_gif(data: mmap.mmap) -> tuple[int, int, int]:
             width, height = max(width, left + across), max(height, top + down)
             at = _past_blocks(data, at + 10 + _table(data[at + 9]) + 1)
             frames += 1
-        else:  # rubbish between blocks, which players pass over
+        else:  # data between blocks, which players skip
             at = min(
                 (p for p in (data.find(m, at) for m in (b"!", b",", b";")) if p > 0), default=size
             )
@@ -213,7 +214,7 @@ def _two(data: mmap.mmap, at: int) -> int:
 
 
 def _table(flags: int) -> int:
-    """Bytes of a colour table."""
+    """The size in bytes of a colour table."""
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 

@@ -1,9 +1,9 @@
-"""Colours of references, brought to sRGB: the only colours that the model has seen.
+"""Conversion of a reference's colours to sRGB, the colour space of the training data.
 
-Video frames and PNG, HEIC and AVIF pictures tell their colours by three numbers of ITU-T H.273
-(primaries, transfer, matrix); photographs by an ICC profile. High dynamic range (HLG, PQ) becomes
-standard range: diffuse white (75 % of HLG, 203 cd/m² of PQ, as in ITU-R BT.2408) becomes white,
-and what is brighter is pressed into the top of the range with its hue kept.
+Video frames and PNG, HEIC and AVIF pictures describe their colours by three numbers of ITU-T H.273
+(primaries, transfer, matrix). Photographs have an ICC profile. High dynamic range (HLG, PQ) is
+tone-mapped to standard range: diffuse white (75 % of HLG, 203 cd/m² of PQ, as in ITU-R BT.2408)
+becomes white. Brighter light is compressed into the top of the range, and its hue is kept.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Transfers of H.273.
+# Transfer characteristics of H.273.
 LINEAR, PQ, HLG = 8, 16, 18
 HDR_NAMES = {PQ: "PQ", HLG: "HLG"}
-# Primaries of H.273 that are wider than sRGB's, as x and y of red, green, blue and white.
+# Primaries of H.273 that are wider than sRGB's: x and y of red, green, blue and white.
 _D65 = (0.3127, 0.3290)
 _SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), _D65)
 _PRIMARIES = {
@@ -34,9 +34,9 @@ UNKNOWN_MATRICES = {10: "BT.2020 constant luminance", 14: "ICtCp", 15: "IPT"}
 
 _HLG_WHITE = 0.265  # scene light of HLG's 75 %
 _PQ_WHITE = 203.0  # cd/m²
-_PQ_BRIGHTEST = 1000.0  # cd/m²; brighter is white
-_KNEE = 0.8  # of linear light; below, nothing is pressed together
-_STRIP = 2**20  # pixels worked on at a time, in float
+_PQ_BRIGHTEST = 1000.0  # cd/m²; brighter light is clipped
+_KNEE = 0.8  # of linear light; below it nothing is compressed
+_STRIP = 2**20  # pixels converted at a time, in float
 
 Chromaticities = tuple[tuple[float, float], ...]
 
@@ -48,10 +48,10 @@ def frame_to_rgb(
     *,
     tags: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
-    """A PyAV frame as sRGB `[H, W, 3]`, scaled to a size where one is given.
+    """A PyAV frame as sRGB uint8 `[H, W, 3]`, scaled to a size in pixels where one is given.
 
     Args:
-        tags: primaries and transfer, where the container tells other ones than the frame.
+        tags: primaries and transfer, where the container has other ones than the frame.
     """
     primaries, transfer = tags or (int(frame.color_primaries), int(frame.color_trc))
     size: dict[str, Any] = {}
@@ -63,14 +63,14 @@ def frame_to_rgb(
 
 
 def is_plain(primaries: int, transfer: int) -> bool:
-    """Whether these are close enough to sRGB's to be taken as they are."""
+    """Whether these primaries and this transfer need no conversion to sRGB."""
     return primaries not in _PRIMARIES and transfer not in (LINEAR, PQ, HLG)
 
 
 def to_srgb(
     rgb: NDArray[np.uint8] | NDArray[np.uint16], primaries: int, transfer: int
 ) -> NDArray[np.uint8]:
-    """Full-range RGB `[H, W, 3]` of these primaries and this transfer (H.273) in sRGB."""
+    """Full-range RGB `[H, W, 3]` with these primaries and this transfer (H.273) → sRGB uint8."""
     return _converted(
         rgb,
         _to_linear(transfer, rgb.dtype.itemsize),
@@ -82,7 +82,7 @@ def to_srgb(
 def from_gamma(
     rgb: NDArray[np.uint8], gamma: float, chromaticities: Chromaticities | None
 ) -> NDArray[np.uint8]:
-    """RGB `[H, W, 3]` in sRGB, of which a PNG says that sample = light ** gamma."""
+    """RGB `[H, W, 3]` of a PNG with sample = light ** gamma → sRGB uint8 `[H, W, 3]`."""
     linear = (np.arange(256) / 255) ** (1 / gamma)
     return _converted(rgb, linear.astype(np.float32), chromaticities, 1.0)
 
@@ -102,24 +102,24 @@ def _converted(
             light = light @ matrix.T
         np.maximum(light, 0, out=light)
         if brightest > 1:
-            light *= _pressed(light.max(axis=-1, keepdims=True), brightest)
+            light *= _tone_mapping(light.max(axis=-1, keepdims=True), brightest)
         np.minimum(light, 1, out=light)
         out[top : top + rows] = _encoding()[(light * 16383 + 0.5).astype(np.uint16)]
     return out
 
 
-def _pressed(peak: NDArray[np.float32], brightest: float) -> NDArray[np.float32]:
+def _tone_mapping(peak: NDArray[np.float32], brightest: float) -> NDArray[np.float32]:
     """The factor that brings a pixel's largest channel from [0, brightest] into [0, 1]."""
     over = np.clip((peak - _KNEE) / (1 - _KNEE), 0, None)
     most = (brightest - _KNEE) / (1 - _KNEE)
-    # Slope 1 at the knee and 1 at the brightest.
+    # The curve has slope 1 at the knee, and reaches 1 at the brightest light.
     low = _KNEE + (1 - _KNEE) * np.minimum(over * (1 + over / most**2) / (1 + over), 1)
     return np.where(peak > _KNEE, low / np.maximum(peak, 1e-6), 1).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
 def _to_linear(transfer: int, size: int) -> NDArray[np.float32]:
-    """Light of every level of 1 or 2 bytes; 1 is the white of standard range."""
+    """Linear light of every level of samples of `size` bytes. 1 is the white of standard range."""
     v = np.arange(256**size) / (256**size - 1)
     if transfer == LINEAR:
         light = v
@@ -132,7 +132,7 @@ def _to_linear(transfer: int, size: int) -> NDArray[np.float32]:
         light = (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)
         light = np.minimum(light * 10_000, _PQ_BRIGHTEST) / _PQ_WHITE
     else:
-        # The many curves of standard range are shown alike, so they go and come back by sRGB's.
+        # Displays show all curves of standard range alike, so sRGB's curve is used for them.
         light = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
     return light.astype(np.float32)
 
@@ -150,14 +150,14 @@ def _encoding() -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=8)
 def _matrix(chromaticities: Chromaticities) -> NDArray[np.float32]:
-    """From linear light of these primaries to that of sRGB's; white stays white."""
+    """The 3×3 matrix from linear light of these primaries to sRGB's. White stays white."""
     return (np.linalg.inv(_to_xyz(_SRGB)) @ _to_xyz(chromaticities)).astype(np.float32)
 
 
 def _to_xyz(chromaticities: Chromaticities) -> NDArray[np.float64]:
     red, green, blue, white = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in chromaticities)
     columns = np.stack([red, green, blue], axis=1)
-    # Other whites than D65 are adapted by scaling, which is near enough for DCI's.
+    # Another white than D65 is adapted by scaling, which suffices for DCI's white.
     target = np.array([_D65[0] / _D65[1], 1, (1 - sum(_D65)) / _D65[1]])
     scaled = columns * np.linalg.solve(columns, white)
     return scaled * (target / white)[:, None]
@@ -169,12 +169,12 @@ def _to_xyz(chromaticities: Chromaticities) -> NDArray[np.float64]:
 def picture_to_srgb(
     image: Image, rgb: Image, cicp: tuple[int, int] | None
 ) -> tuple[Image, list[str]]:
-    """A picture in sRGB, and what is to be told of it (without its name).
+    """A picture in sRGB, and notes about it, without its name.
 
     Args:
         image: upright, in the mode of its file, with the file's info.
-        rgb: the same in mode RGB, without any look at its colours.
-        cicp: primaries and transfer of H.273, where the file tells; they go before the rest.
+        rgb: the same picture in mode RGB, without a conversion of colours.
+        cicp: primaries and transfer of H.273, where the file has them. They have precedence.
     """
     from PIL import Image
 
@@ -193,14 +193,14 @@ def picture_to_srgb(
 
 
 def hdr_notes(transfer: int) -> list[str]:
-    """What is told of a transfer (H.273) of high dynamic range; nothing of others."""
+    """The note for a transfer (H.273) of high dynamic range; none for others."""
     if transfer not in HDR_NAMES:
         return []
     return [f"is HDR ({HDR_NAMES[transfer]}) and is brought to standard range"]
 
 
 def _chromaticities(values: object) -> Chromaticities | None:
-    """A PNG's cHRM (white, red, green, blue) in this module's order; None if like sRGB's."""
+    """A PNG's cHRM chunk in the order red, green, blue, white; None if about sRGB's or unusable."""
     if not isinstance(values, tuple) or len(values) != 8:
         return None
     white, red, green, blue = ((float(values[i]), float(values[i + 1])) for i in range(0, 8, 2))
@@ -239,7 +239,7 @@ def _by_profile(image: Image, rgb: Image, profile: bytes) -> tuple[Image, list[s
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
         if space != "CMYK":
-            # A profile that says sRGB in other words must not move values by rounding.
+            # A profile that is equivalent to sRGB must not change values by rounding.
             levels = np.array([0, 32, 64, 96, 128, 160, 192, 224, 255], np.uint8)
             grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
             if space == "L":
@@ -257,7 +257,7 @@ def _by_profile(image: Image, rgb: Image, profile: bytes) -> tuple[Image, list[s
 
 
 def png_cicp(file: IO[bytes]) -> tuple[int, int] | None:
-    """Primaries and transfer of a PNG's cICP chunk. Leaves the file where it was."""
+    """Primaries and transfer of a PNG's cICP chunk. The file's position stays the same."""
     at = file.tell()
     try:
         file.seek(8)
@@ -271,7 +271,7 @@ def png_cicp(file: IO[bytes]) -> tuple[int, int] | None:
                 return None
             file.seek(length + 4, 1)
         return None
-    except ValueError:  # cut off in the chunk
+    except ValueError:  # the file is cut off inside the chunk
         return None
     finally:
         file.seek(at)

@@ -1,4 +1,4 @@
-"""A contact sheet: what a run made, on one HTML page that needs no other file and no network."""
+"""A contact sheet: one HTML page that shows a run's outputs. It needs no other file or network."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_LONGEST_SIDE = 1280  # pixels; a larger frame is shown smaller, the video beside it has them all
+_LONGEST_SIDE = 1280  # pixels; a larger frame is scaled down
 _LOSSLESS_PIXELS = 256 * 256
-_MOST_ENLARGED = 4  # times; a tiny picture stays a picture
+_MOST_ENLARGED = 4  # times that a tiny picture is enlarged at most
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --ink: #1c1e21; --dim: #5d636b;
@@ -60,7 +60,7 @@ td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabula
 
 @dataclass(frozen=True)
 class Picture:
-    """A frame as the page holds it: its data address, and its size in pixels."""
+    """A frame in the page: its data URL, and its size in pixels."""
 
     address: str
     height: int
@@ -72,9 +72,9 @@ class SheetEntry:
     """One image or video on the sheet.
 
     Args:
-        output: the file that was written; the sheet links to it by a relative path.
+        output: the file that was written. The sheet links to it by a relative path.
         prompt: its text.
-        frames: pictures of frames, usually of the ones that `chosen_frames` names.
+        frames: pictures of frames, usually those of `chosen_frames`.
         labels: one line under each frame, such as "frame 25, 1.04 s".
         details: what differs between entries, such as the seed.
     """
@@ -91,7 +91,7 @@ class SheetEntry:
 
 
 def chosen_frames(count: int) -> list[int]:
-    """Indices of the first, the middle and the last of `count` frames, none of them twice."""
+    """Indices of the first, the middle and the last of `count` frames, each of them once."""
     return sorted({0, count // 2, count - 1}) if count > 0 else []
 
 
@@ -150,7 +150,7 @@ def _article(entry: SheetEntry, sheet: Path) -> str:
         for frame, label in zip(entry.frames, entry.labels, strict=True)
     )
     where = os.path.relpath(entry.output, sheet.parent)
-    link = quote(os.fsencode(where))  # a colon too, so that no name reads as an address
+    link = quote(os.fsencode(where))  # quotes colons too, so that no name reads as an address
     details = " · ".join(f"{_text(k)} {_text(_shown(v))}" for k, v in entry.details.items())
     return (
         f'<article><h2><a href="{link}">{_text(entry.output.name)}</a></h2>'
@@ -214,7 +214,7 @@ def _text(value: object) -> str:
 
 
 def picture(frame: NDArray[np.uint8]) -> Picture:
-    """A frame `[H, W, 3]`: a small one as PNG, a large one as JPEG of at most `_LONGEST_SIDE`."""
+    """The picture of a frame `[H, W, 3]`: PNG for a small one, JPEG for a large one."""
     import numpy as np
     from PIL import Image
 

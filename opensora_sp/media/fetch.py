@@ -1,10 +1,10 @@
-"""A path or an address given for a reference, as an open file.
+"""Opening of a reference: a file, or an address that is fetched.
 
-Addresses are refused unless allowed, and then bounded: http and https alone, one deadline from
-looking up the host to the last byte, few redirects, and no address of this machine or of a private
-network unless that is allowed too. The connection goes to the very address that was checked, so a
-name that is looked up twice cannot lead elsewhere. What may be secret in an address (user,
-password, query) is never shown.
+Addresses are refused unless --allow-remote is given. They are limited to http and https, one
+deadline from the host's lookup to the last byte, and few redirects. Addresses of this machine and
+of private networks need --allow-private as well. The connection goes to the IP address that was
+checked, so a second lookup cannot lead elsewhere. User, password and query of an address are never
+shown.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ MAX_REMOTE_BYTES = 512 * 2**20
 MAX_REMOTE_SECONDS = 60.0
 MAX_REDIRECTS = 5
 
-# Whether addresses are fetched: not at all, public ones, or "private" for all.
+# Which addresses are fetched: False none, True public ones, "private" all.
 Remote = bool | Literal["private"]
 
-# What may stand in a path or a query as it is; anything else is percent-encoded.
+# Characters of a path or query that are sent unchanged. Others are percent-encoded.
 _SAFE = "%/:=&?~#+!$,;'@()*[]"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def check_address(path: str | Path, allow_remote: Remote) -> None:
-    """Refuse an address that is not allowed, as far as that shows without looking it up.
+    """Refuse an address that is not allowed, without a lookup.
 
     Raises:
-        UserError: remote references are not allowed, or it is not http(s), has no host, or names
-            this machine or a private network.
+        UserError: remote references are not allowed, or the address is not http(s), has no host,
+            or names this machine or a private network.
     """
     shown = without_secrets(path)
     if not allow_remote:
@@ -93,23 +93,23 @@ def open_file(path: str | Path, allow_remote: Remote = False) -> Iterator[IO[byt
 def _opened(path: str | Path) -> IO[bytes]:
     try:
         file = Path(path).expanduser()
-        # Asked before opening: opening a pipe would wait for its writer.
+        # Checked before opening, because opening a pipe waits for its writer.
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"reference {str(path)!r} is not a file: give an image or a video")
         if status.st_size == 0:
             raise UserError(f"reference {path} is empty: give an image or a video")
         return file.open("rb")
-    # ValueError: a NUL in the name; RuntimeError: ~ of somebody unknown.
+    # ValueError: the name holds a NUL. RuntimeError: ~ names an unknown user.
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot read reference {path}: {said(error)}; check the path") from error
 
 
 class _Deadline:
-    """Ends whatever is waited for on the sockets of a block when its time is up.
+    """A deadline for all sockets of a block. It shuts them down when the time is up.
 
-    A socket's own timeout bounds one silence only: a server that sends a byte now and then would
-    be listened to forever.
+    A socket's own timeout limits one wait only. A server that sends a byte now and then would never
+    exceed it.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -134,15 +134,15 @@ class _Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds that are left; raises TimeoutError where none are."""
+        """Seconds that are left. Raises TimeoutError after the deadline."""
         left = self._end - time.monotonic()
         if self.passed or left <= 0:
             raise TimeoutError
         return left
 
     def guard(self, connected: socket.socket) -> None:
-        """Shut this connection down when the time is up."""
-        # A descriptor of our own: TLS takes the socket's own away from it.
+        """Shut this connection down at the deadline."""
+        # A duplicate, because TLS detaches the socket's own descriptor.
         with self._lock:
             self._sockets.append(connected.dup())
 
@@ -156,7 +156,7 @@ class _Deadline:
 
 def _fetch(address: str, file: IO[bytes], allow_remote: Remote) -> None:
     shown, deadline = without_secrets(address), _Deadline(MAX_REMOTE_SECONDS)
-    # Errors are raised from None: what a library says may quote the address or the server.
+    # Errors are raised from None, because a library's message may quote the address or the server.
     try:
         with deadline:
             _follow(address, file, allow_remote, deadline)
@@ -175,11 +175,11 @@ def _fetch(address: str, file: IO[bytes], allow_remote: Remote) -> None:
 
 
 def _follow(address: str, file: IO[bytes], allow_remote: Remote, deadline: _Deadline) -> None:
-    """Write what the address, or the one that it leads on to, gives into the file."""
+    """Write the content of an address into the file, following redirects."""
     shown, hop = without_secrets(address), address
     for _ in range(MAX_REDIRECTS + 1):
         with closing(_connection(hop, allow_remote, deadline)) as connection:
-            # A user and password go to the place that they were given for, and nowhere else.
+            # User and password are sent only to the origin that they were given for.
             login = address if _origin(hop) == _origin(address) else hop
             answer = _ask(connection, hop, login)
             target = answer.getheader("Location")
@@ -210,7 +210,7 @@ def _origin(address: str) -> tuple[str, str | None, int | None]:
 def _connection(
     address: str, allow_remote: Remote, deadline: _Deadline
 ) -> http.client.HTTPConnection:
-    """A connection for an address, to be opened at the first request; through a proxy if set."""
+    """A connection, through a proxy if one is set. It is opened by the first request."""
     parts = urllib.parse.urlsplit(address)
     assert parts.hostname is not None
     host, secure = _ascii(parts.hostname), parts.scheme.lower() == "https"
@@ -226,13 +226,13 @@ def _connection(
 
     def connect(place: tuple[str, int], *_: Any) -> socket.socket:
         if proxy is not None:
-            # Names are looked up by the proxy; what this machine knows of them is still asked.
+            # The proxy looks the name up. If this machine can do so too, the result is checked.
             with suppress(socket.gaierror):
                 _allowed(address, host, 80, allow_remote, deadline)
             return _connect(_look_up(*place, deadline), deadline)
         return _connect(_allowed(address, *place, allow_remote, deadline), deadline)
 
-    # The one place where http.client opens its socket; TLS and the tunnel come on top of it.
+    # http.client opens its socket here only. TLS and the tunnel use that socket.
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
 
@@ -278,7 +278,7 @@ def _credentials(parts: urllib.parse.SplitResult, kind: str = "") -> dict[str, s
 def _require_content(shown: str, answer: http.client.HTTPResponse) -> None:
     if answer.status == 200:
         return
-    # The number's own name: the server's words for it are anybody's.
+    # The standard phrase of the status is shown, and not the server's text.
     names = {status.value: f" ({status.phrase})" for status in http.HTTPStatus}
     raise UserError(
         f"cannot fetch reference {shown}: the server answers with status {answer.status}"
@@ -290,7 +290,7 @@ def _receive(
     shown: str, answer: http.client.HTTPResponse, file: IO[bytes], deadline: _Deadline
 ) -> None:
     received = 0
-    # read1 returns what one receive brought, so a slow line is not waited for block by block.
+    # read1 returns after one receive, so the deadline is checked often on a slow connection.
     while block := answer.read1(2**16):
         received += len(block)
         if received > MAX_REMOTE_BYTES:
@@ -300,8 +300,8 @@ def _receive(
             )
         _ = deadline.left
         file.write(block)
-    _ = deadline.left  # a connection that was shut down ends like one that is done
-    if answer.length:  # what the server announced and did not send
+    _ = deadline.left  # a connection that was shut down looks like a finished one
+    if answer.length:  # bytes that the server announced and did not send
         raise http.client.IncompleteRead(b"", answer.length)
     if not received:
         raise UserError(f"reference {shown} is empty: give an image or a video")
@@ -310,7 +310,7 @@ def _receive(
 def _allowed(
     address: str, host: str, port: int, allow_remote: Remote, deadline: _Deadline
 ) -> list[tuple[str, int]]:
-    """Where a host is, as far as that may be fetched from; raises UserError where nowhere."""
+    """(IP address, port) of a host, those that are allowed. Raises UserError where none is."""
     places = _look_up(host, port, deadline)
     if allow_remote == "private":
         return places
@@ -321,7 +321,7 @@ def _allowed(
 
 
 def _look_up(host: str, port: int, deadline: _Deadline) -> list[tuple[str, int]]:
-    """(IP address, port) of a host, in the order they are to be tried."""
+    """(IP address, port) of a host, in the order in which they are tried."""
     found: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -330,7 +330,7 @@ def _look_up(host: str, port: int, deadline: _Deadline) -> list[tuple[str, int]]
         except (OSError, UnicodeError) as error:
             found.put(error)
 
-    # A name server cannot be hurried: the thread is left behind when the time is up.
+    # A lookup cannot be interrupted. Its thread is abandoned at the deadline.
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = found.get(timeout=deadline.left)
@@ -367,7 +367,7 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is one of the open internet, also inside an IPv6 address."""
+    """Whether an IP address is public. An IPv4 address inside an IPv6 address is checked too."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
@@ -392,7 +392,7 @@ def _too_slow(shown: str) -> UserError:
 
 
 def reason(error: OSError) -> str:
-    """Why a connection failed, in words of this machine only: a proxy's words are left out."""
+    """Why a connection failed, without text that a server or a proxy sent."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not valid ({error.verify_message})"
     if isinstance(error, ssl.SSLError):
@@ -401,6 +401,6 @@ def reason(error: OSError) -> str:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, on one line, without error numbers."""
+    """The message of an error, on one line, without its number."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())

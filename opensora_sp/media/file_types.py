@@ -1,6 +1,7 @@
-"""Files that are given as a reference and are no picture that is read, told by their first bytes.
+"""File types that are not read as a reference, recognised by their first bytes.
 
-FFmpeg and Pillow would call most of these damaged, or read a small preview out of them.
+Without this check FFmpeg and Pillow would call most of these files damaged, or read a small preview
+out of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from opensora_sp.base.errors import UserError
 _HEAD = 4096
 _AS_PICTURE = "save it as PNG or JPEG"
 
-# Signature at the start of the file, what it is, what to do.
+# Signature at the start of the file, its type, what to do.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"8BPS", "Photoshop", _AS_PICTURE),
     (b"\xff\x0a", "JPEG XL", _AS_PICTURE),
@@ -49,12 +50,12 @@ _TEXT_SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (r"<", "XML", "give an image or a video"),
     (r"#EXTM3U|ffconcat ", "a playlist", "give the video itself"),
 )
-# PNM pictures and YUV4MPEG videos have headers of text.
+# These formats have text headers, and are read: PNM, YUV4MPEG, XPM, XBM, FITS.
 _TEXT_PICTURES = re.compile(rb"P[1-7fFH][\s#]|YUV4MPEG2 |/\* XPM|#define |SIMPLE  =")
 
 
 def refuse_unread_kind(file: IO[bytes], name: str | Path) -> None:
-    """Raise UserError where the file is of a known kind that is not read. Leaves it at its start.
+    """Refuse a file of a known type that is not read. The file's position is 0 afterwards.
 
     Raises:
         UserError: one line that says what the file is and what to do.
@@ -74,7 +75,7 @@ def refuse_unread_kind(file: IO[bytes], name: str | Path) -> None:
 def refuse_camera_raw(tags: object, name: str | Path) -> None:
     """Raise UserError where a TIFF's tags say that it is a camera's raw file.
 
-    Its first picture is then a small preview, which would be taken for the photograph.
+    The first picture of such a file is a small preview and not the photograph.
     """
     get = getattr(tags, "get", None)
     if get is None:

@@ -1,8 +1,8 @@
-"""Some frames of a reference: how many it has, and those that are wanted, without the others.
+"""Access to single frames of a reference, without decoding all of it.
 
-A long video of which a second is kept is counted from its packets and decoded from the keyframe
-before what is kept. What was counted is compared with what is decoded; where they disagree the
-video is counted again by decoding all of it. Imports torch only to read.
+The frames of a video are counted from its packets. Decoding begins at the keyframe before the first
+wanted frame. Where the decoded frames disagree with the packets, the video is counted again by
+decoding all of it. torch is imported only for reading frames.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import without_secrets
-from opensora_sp.media import reader as references
+from opensora_sp.media import reader
 from opensora_sp.media.bounds import MOST_RESAMPLED
 from opensora_sp.media.fetch import Remote, open_file
 from opensora_sp.media.reader import _Frames, _no_picture, _opened, _Part, _resampled, _TimedFrame
@@ -28,27 +28,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-# Here every packet is one shown frame and says when. Elsewhere frames are counted by decoding.
+# In these formats every packet is one displayed frame with a time. In others frames are counted by
+# decoding.
 _COUNTED_FORMATS = frozenset({"mov", "mp4", "matroska", "webm"})
 _COUNTED_CODECS = frozenset(
     {"h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg", "prores", "ffv1", "png", "rawvideo", "dnxhd"}
 )
 
 
-class Recounted(Exception):  # noqa: N818 (not an error: what was planned from the count is)
-    """Decoding showed another number of frames than the packets: plan again."""
+class Recounted(Exception):  # noqa: N818 (no error: the plan made from the old count is wrong)
+    """Decoding gave another number of frames than the packets. The caller has to plan again."""
 
 
 class _NotAsCounted(Exception):  # noqa: N818 (caught where it is raised for)
-    """What is decoded is not what the packets said."""
+    """The decoded frames are not those that the packets announced."""
 
 
 @dataclass(frozen=True)
 class _Timeline:
-    """A video's frames in the order they are shown, without pictures.
+    """A video's frames in the order of display, without pictures.
 
-    keys: (number of a frame, its time in ticks of the stream) where decoding can begin. exact:
-    every frame was decoded, so the count cannot be wrong.
+    keys: (number of a frame, its time in ticks of the stream) for each keyframe, where decoding can
+    begin. exact: every frame was decoded, so the count is certain.
     """
 
     frames: Sequence[_TimedFrame]
@@ -57,34 +58,37 @@ class _Timeline:
 
 
 class ReferenceFrames:
-    """An open reference; made by `open_reference`.
+    """An open reference, made by `open_reference`.
 
-    is_image: one picture, not a video or an animation. count: its frames, after resampling.
+    is_image: whether it is one picture and not a video or an animation. count: its frames, after
+    resampling.
     """
 
     def __init__(self, file: IO[bytes], path: str | Path, fps: float | None) -> None:
         self._file, self._path = file, without_secrets(path)
         self._rate = None if fps is None else exact_rate(fps)
         self.is_image = False
-        self._use(self._look(exact=False))
+        self._set_timeline(self._read_timeline(exact=False))
 
     @property
     def count(self) -> int:
-        """Frames, at the rate asked for."""
-        return len(self._picked)
+        """The number of frames, at the requested rate."""
+        return len(self._numbers)
 
     def read(self, parts: Sequence[tuple[int, int]], height: int, width: int) -> list[Tensor]:
-        """The frames of each part (first, count), fitted: [3, count, height, width] in [-1, 1].
+        """The frames of each part (first, count), fitted to height × width pixels.
+
+        Returns one float32 [3, count, height, width] in [-1, 1] for each part.
 
         Raises:
-            UserError: what is wanted of the file is damaged or too much.
-            Recounted: `count` was wrong and is right now.
+            UserError: the wanted frames are damaged or too many.
+            Recounted: `count` was wrong and has been corrected.
         """
         import torch
 
         numbers = {n for first, count in parts for n in range(first, first + count)}
-        wanted = sorted({self._picked[n] for n in numbers})
-        most = references.MAX_REFERENCE_BYTES // (3 * height * width * 4)
+        wanted = sorted({self._numbers[n] for n in numbers})
+        most = reader.MAX_REFERENCE_BYTES // (3 * height * width * 4)
         if len(wanted) > most:
             raise UserError(
                 f"reference {self._path} is to give {len(wanted)} frames, more than the {most} "
@@ -95,19 +99,19 @@ class ReferenceFrames:
         else:
             fitted = self._read_frames(wanted, height, width)
         return [
-            torch.stack([fitted[self._picked[n]] for n in range(first, first + count)], dim=1)
+            torch.stack([fitted[self._numbers[n]] for n in range(first, first + count)], dim=1)
             for first, count in parts
         ]
 
     def _read_image(self, height: int, width: int) -> Tensor:
-        with self._again() as source:
+        with self._reopened() as source:
             assert not isinstance(source, _Frames)
-            return references.fit_image(source, height, width)
+            return reader.fit_image(source, height, width)
 
     def _read_frames(self, wanted: Sequence[int], height: int, width: int) -> dict[int, Tensor]:
         def fit() -> dict[int, Tensor]:
             return {
-                number: references._fit_frame(picture, height, width)
+                number: reader._fit_frame(picture, height, width)
                 for number, picture in self._decode(wanted)
             }
 
@@ -116,14 +120,15 @@ class ReferenceFrames:
         except (_NotAsCounted, UserError):
             if self._timeline.exact:
                 raise
-        before = self._picked
-        self._use(self._look(exact=True))  # raises UserError where the file really is damaged
-        if self._picked != before:
+        before = self._numbers
+        # Raises UserError where the file is damaged.
+        self._set_timeline(self._read_timeline(exact=True))
+        if self._numbers != before:
             raise Recounted
         return fit()
 
     def _decode(self, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """The wanted frames, by their numbers, which rise; decodes as little as it can."""
+        """(number, picture) of the wanted frames, rising. Decodes as little as possible."""
         if not wanted:
             return
         times = self._timeline.frames
@@ -133,23 +138,23 @@ class ReferenceFrames:
         if key > 0:
             number, begin = self._timeline.keys[key]
         after = times[number].start
-        with self._again() as source:
+        with self._reopened() as source:
             assert isinstance(source, _Frames)
             for frame in source.frames(_Part(begin, lambda start: start in starts)):
                 if begin is not None and frame.start < after:
-                    continue  # needs frames before the keyframe, which were not decoded
+                    continue  # it depends on frames before the keyframe, which were not decoded
                 if number >= len(times) or frame.start != times[number].start:
                     raise _NotAsCounted
                 if number in chosen:
                     yield number, frame.picture
                 number += 1
-                # Of the last frame it has to be seen that it is the last.
+                # If the very last frame is wanted, decode on, to check that none follows.
                 if wanted[-1] < number < len(times):
                     return
         if number < len(times):
             raise _NotAsCounted
 
-    def _use(self, timeline: _Timeline) -> None:
+    def _set_timeline(self, timeline: _Timeline) -> None:
         self._timeline = timeline
         numbers: Iterator[Any] = iter(range(len(timeline.frames)))
         if self._rate is not None and not self.is_image:
@@ -158,30 +163,30 @@ class ReferenceFrames:
                 for number, frame in enumerate(timeline.frames)
             )
             numbers = (frame.picture for frame in _resampled(numbered, self._rate))
-        self._picked: list[int] = []
+        self._numbers: list[int] = []
         for number in numbers:
-            if len(self._picked) == MOST_RESAMPLED:
+            if len(self._numbers) == MOST_RESAMPLED:
                 raise UserError(
                     f"reference {self._path} has more than {MOST_RESAMPLED} frames at the rate "
                     "asked for: cut it shorter or lower --reference-fps"
                 )
-            self._picked.append(number)
+            self._numbers.append(number)
 
-    def _look(self, *, exact: bool) -> _Timeline:
-        with self._again() as source:
+    def _read_timeline(self, *, exact: bool) -> _Timeline:
+        with self._reopened() as source:
             if not isinstance(source, _Frames):
                 self.is_image = True
                 still = _TimedFrame(_no_picture(), Fraction(0), Fraction(0), Fraction(1))
                 return _Timeline([still])
-            if not exact and source.film is not None:
-                counted = _count_packets(*source.film, self._path)
+            if not exact and source.video_stream is not None:
+                counted = _count_packets(*source.video_stream, self._path)
                 if counted is not None:
                     return counted
-        with self._again() as source:  # anew: the packets have been read
+        with self._reopened() as source:  # counting has consumed the packets
             return _Timeline(list(source.frames(_Part(wanted=lambda start: False))))
 
     @contextmanager
-    def _again(self) -> Iterator[Any]:
+    def _reopened(self) -> Iterator[Any]:
         self._file.seek(0)
         with _opened(self._file, self._path) as source:
             yield source
@@ -191,11 +196,11 @@ class ReferenceFrames:
 def open_reference(
     path: str | Path, *, fps: float | None = None, allow_remote: Remote = False
 ) -> Iterator[ReferenceFrames]:
-    """A reference with its frames counted; an address is fetched once.
+    """Open a reference and count its frames. An address is fetched once.
 
     Args:
-        path, allow_remote: as for `references.read_reference`.
-        fps: the rate that a video is resampled to; None leaves its frames as they are.
+        path, allow_remote: as for `reader.read_reference`.
+        fps: the rate to which a video is resampled; None keeps its frames.
 
     Raises:
         UserError: one line that says why this file or address cannot be used.
@@ -205,7 +210,7 @@ def open_reference(
 
 
 def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline | None:
-    """The frames as the packets tell of them; None where they cannot be relied on."""
+    """The frames according to the packets; None where the packets are not reliable."""
     if not _COUNTED_FORMATS & set(container.format.name.split(",")):
         return None
     if (
@@ -213,7 +218,7 @@ def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline |
         and stream.codec.name not in _COUNTED_CODECS
     ):
         return None
-    tick, usual = Fraction(stream.time_base), references.usual_length(stream)
+    tick, usual = Fraction(stream.time_base), reader.usual_length(stream)
     found: list[tuple[int, int, bool]] = []  # start and length in ticks, whether a keyframe
     for packet in container.demux(stream):
         if not packet.size:

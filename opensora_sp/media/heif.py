@@ -1,8 +1,8 @@
 """Still pictures in HEIF files (HEIC, AVIF), composed of their tiles.
 
-PyAV gives every item of such a file as a stream of its own, without the grid that joins them, so
-the boxes (ISO/IEC 14496-12 and 23008-12) are read here and PyAV only decodes tiles. What is not
-understood is refused: half a picture would be worse than none.
+PyAV gives each item of such a file as a stream and ignores the grid that joins them. So this module
+reads the boxes (ISO/IEC 14496-12 and 23008-12), and PyAV only decodes tiles. An unknown layout is
+refused, because it could give a part of the picture only.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _SEQUENCE_BRANDS = (b"msf1", b"hevc", b"hevx", b"hevm", b"hevs", b"avis")
 _MOST_META = 16 * 2**20  # bytes
 _MOST_BOXES = 100_000
 _MOST_TILES = 4096
-# Item type: the box with its decoder's configuration, decoders to try.
+# Item type → the box with the decoder's configuration, and the decoders to try.
 _CODECS = {
     "hvc1": ("hvcC", ("hevc",)),
     "av01": ("av1C", ("libdav1d", "av1", "libaom-av1")),
     "avc1": ("avcC", ("h264",)),
     "jpeg": ("", ("mjpeg",)),
 }
-# The box's first byte 1 is "essential"; what of these is not known may change the picture.
+# Properties that are applied here, or do not change the picture. A file that marks another one as
+# essential is refused.
 _HARMLESS = {
     "ispe", "pixi", "pasp", "colr", "hvcC", "av1C", "avcC", "irot", "imir", "clap",
     "a1lx", "lsel", "clli", "mdcv", "cclv", "amve", "udes", "auxC", "rloc", "jpgC",
@@ -40,7 +41,7 @@ _HARMLESS = {
 
 
 class _NotUnderstoodError(ValueError):
-    """A layout that this reader does not know, or a damaged one."""
+    """The layout is unknown to this reader, or damaged."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class _Item:
     properties: list[tuple[str, bytes]] = field(default_factory=list)
     extents: list[tuple[int, int]] = field(default_factory=list)  # offset, length
     in_idat: bool = False
-    parts: list[int] = field(default_factory=list)  # the items that it is derived from
+    parts: list[int] = field(default_factory=list)  # the items that this one is composed of
 
     def property(self, name: str) -> bytes | None:
         return next((body for kind, body in self.properties if kind == name), None)
@@ -57,7 +58,7 @@ class _Item:
 
 @dataclass
 class HeifPicture:
-    """An upright picture: `rgb` `[H, W, 3]` uint8; its ICC profile, if any; what is to be told."""
+    """An upright picture. rgb: `[H, W, 3]` uint8. profile: its ICC profile. notes: for the user."""
 
     rgb: NDArray[np.uint8]
     profile: bytes | None
@@ -65,7 +66,7 @@ class HeifPicture:
 
 
 def is_heif_still(file: IO[bytes]) -> bool:
-    """Whether this is a still picture in a HEIF file. Leaves the file at its start."""
+    """Whether this is a still picture in a HEIF file. The position is 0 afterwards."""
     head = file.read(256)
     file.seek(0)
     if head[4:8] != b"ftyp" or head[8:12] in _SEQUENCE_BRANDS:
@@ -76,16 +77,16 @@ def is_heif_still(file: IO[bytes]) -> bool:
 
 
 def read_heif(file: IO[bytes], name: str | Path) -> HeifPicture:
-    """The primary picture of a HEIF file, all tiles joined, turned as the file says.
+    """The primary picture of a HEIF file, with all tiles, rotated and mirrored as the file says.
 
     Raises:
-        UserError: its layout is not understood, it is damaged or too large.
+        UserError: the layout is unknown, or the picture is damaged or too large.
     """
     try:
         return _Reader(file, name).read()
     except UserError:
         raise
-    except Exception as error:  # a damaged box may raise anything; FFmpeg has errors of its own
+    except Exception as error:  # a damaged box may cause any exception, also of FFmpeg
         said = " ".join((getattr(error, "strerror", None) or str(error)).split())
         said = said or type(error).__name__
         raise UserError(
@@ -95,13 +96,13 @@ def read_heif(file: IO[bytes], name: str | Path) -> HeifPicture:
 
 
 def heif_cicp(file: IO[bytes]) -> tuple[int, int] | None:
-    """Primaries and transfer (H.273) that a HEIF file tells; leaves the file where it was."""
+    """Primaries and transfer (H.273) of a HEIF file. The file's position stays the same."""
     at = file.tell()
     try:
         reader = _Reader(file, "")
         tags = reader.nclx(reader.items[reader.primary])
         return None if tags is None else tags[:2]
-    except Exception:  # whoever decodes the file will tell
+    except Exception:  # decoding the file will report the error
         return None
     finally:
         file.seek(at)
@@ -182,7 +183,7 @@ class _Reader:
             item = self._item(body.number(2 if version < 2 else 4))
             method = body.number(2) & 15 if version else 0
             item.in_idat = method == 1
-            body.number(2)  # data reference: another file, checked by its absence of data here
+            body.number(2)  # the data reference; data in another file will be missing here
             start = body.number(base)
             for _ in range(body.number(2)):
                 if version and index:
@@ -253,7 +254,7 @@ class _Reader:
         size: tuple[int, int] | None = None
         for place, number in enumerate(item.parts):
             part = self.items.get(number)
-            # What the grid tells of its colours goes for tiles that tell nothing.
+            # The colours of the grid hold for tiles without colours of their own.
             if part is not None and self.nclx(part) is None and (nclx := _colr(item, b"nclx")):
                 part.properties.append(("colr", b"nclx" + nclx))
             tile = self._composed(number, depth=depth + 1)
@@ -294,7 +295,7 @@ class _Reader:
             if matrix in UNKNOWN_MATRICES:
                 raise _NotUnderstoodError(f"its colours are {UNKNOWN_MATRICES[matrix]}")
         if _icc(item) is not None:
-            primaries, transfer = 2, 2  # the profile tells
+            primaries, transfer = 2, 2  # unspecified: the profile has the colours
         for note in hdr_notes(transfer):
             if note not in self._notes:
                 self._notes.append(note)
@@ -338,7 +339,7 @@ def _decode(decoders: tuple[str, ...], extra: bytes, data: bytes, pixels: int) -
             context: Any = av.CodecContext.create(decoder, "r")
         except (ValueError, av.FFmpegError):  # not in this build of FFmpeg
             continue
-        # A stream larger than the box says must not get its memory.
+        # A stream that is larger than its box says must not be decoded.
         context.options = {"max_pixels": str(max(pixels, 64 * 64) * 2)}
         context.thread_count = 1
         if extra:
@@ -351,7 +352,7 @@ def _decode(decoders: tuple[str, ...], extra: bytes, data: bytes, pixels: int) -
 
 
 def _turned(rgb: NDArray[np.uint8], item: _Item) -> NDArray[np.uint8]:
-    """Cropped, turned and mirrored in the order that the file lists."""
+    """Crop, rotate and mirror, in the order of the file's properties."""
     for kind, body in item.properties:
         if kind == "irot":
             rgb = np.rot90(rgb, body[0] & 3)  # counter-clockwise
@@ -363,7 +364,7 @@ def _turned(rgb: NDArray[np.uint8], item: _Item) -> NDArray[np.uint8]:
 
 
 def _cropped(rgb: NDArray[np.uint8], body: _Bytes) -> NDArray[np.uint8]:
-    """Width, height and the middle's offset across and down, each as a fraction."""
+    """Crop to a clean aperture: width, height, and horizontal and vertical offset, as fractions."""
     values = []
     for _ in range(4):
         above, below = body.number(4), body.number(4)
@@ -393,7 +394,7 @@ def _icc(item: _Item) -> bytes | None:
 
 
 class _Bytes:
-    """Big-endian numbers, one after the other."""
+    """A reader of big-endian numbers."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0

@@ -1,4 +1,4 @@
-"""From the VAE's pixels to displayable bytes, on whatever device they are."""
+"""Conversion of decoded pixels to bytes, on the device where they are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from opensora_sp.base.errors import UserError
 def to_bytes(video: Tensor, first_frame: int = 0) -> Tensor:
     """[...,3,F,H,W], any float dtype, nominally in [-1, 1] → uint8 [...,F,H,W,3], same device.
 
-    floor(255 (x + 1) / 2 + 0.5) of x clamped to [-1, 1], in float32: the rounding of Open-Sora
-    1.2's writer. first_frame: number of the first of these frames, for the error.
+    A byte is floor(255 (x + 1) / 2 + 0.5) of x clamped to [-1, 1], in float32. Open-Sora 1.2 rounds
+    in the same way. first_frame: the number of the first of these frames, for an error.
 
-    Raises UserError: a value is NaN or infinite.
+    Raises UserError where a value is NaN or infinite.
     """
     wide = video.detach().float()
     if not bool(torch.isfinite(wide).all()):

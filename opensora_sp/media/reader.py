@@ -1,8 +1,8 @@
-"""Reference pictures and videos on their way in: read, fitted to a size, scaled to [-1, 1].
+"""Reading of reference pictures and videos: decode, fit to a size, scale to [-1, 1].
 
-Geometry and resampling are those of Open-Sora 1.2. What a file is, is decided by its content:
-Pillow reads images and animations, PyAV everything else. Both, and torch, are imported inside
-the functions that need them, so that `check_reference` is cheap enough for validation.
+Geometry and resampling are those of Open-Sora 1.2. The content of a file decides its type: Pillow
+reads images and animations, and PyAV everything else. Pillow, PyAV and torch are imported inside
+the functions that need them, so that `check_reference` is fast.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-# More than any clip of the model at any size: reached by a film given as reference by mistake.
+# More than any clip of the model needs. A whole film given by mistake exceeds it.
 MAX_REFERENCE_BYTES = 16 * 2**30
-# An elongated picture is enlarged until its short side fills the target.
+# Pixels after scaling. A very elongated picture becomes large, because its short side fills the
+# target.
 _MOST_PIXELS = 2**27
 
-# Only formats with a clear signature: Pillow also claims MPEG streams and files that merely look
-# like TGA. What is not in the list goes to PyAV.
+# Only formats with a clear signature, because Pillow also accepts MPEG streams and files that look
+# like TGA. PyAV reads other files.
 _IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "JPEG2000")
 _ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")
-# FFmpeg would draw a text file as a video of its letters.
+# FFmpeg would read a text file as a video of its characters.
 _NOT_PICTURES = ("tty",)
-# Frames a second for which the model's own 24 may stand without a word: 25 and 23.976 do.
+# Rates that are treated as the model's 24 frames per second without a note, such as 25 and 23.976.
 _ABOUT_24 = (Fraction(22), Fraction(26))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference: `video` `[3, F, H, W]` float32 in [-1, 1] on the CPU; F is 1 for an image."""
+    """A reference. video: float32 [3, F, H, W] in [-1, 1] on the CPU; F is 1 for an image."""
 
     video: Tensor
     is_image: bool
@@ -64,13 +65,14 @@ class _TimedFrame(NamedTuple):
     picture: NDArray[np.uint8]  # [H, W, 3]
     start: Fraction  # seconds
     length: Fraction  # seconds
-    tick: Fraction  # seconds; how coarsely the file tells time
+    tick: Fraction  # seconds; the resolution of the file's times
 
 
 class _Part(NamedTuple):
-    """What of a video is decoded: from the keyframe at `begin` on, in ticks of the stream.
+    """The part of a video to decode.
 
-    Only frames whose start `wanted` accepts are converted; the others have empty pictures.
+    begin: the time of the keyframe to begin at, in ticks of the stream; None for the start. wanted:
+    whether a frame with this start, in seconds, is converted. Other frames have empty pictures.
     """
 
     begin: int | None = None
@@ -78,7 +80,7 @@ class _Part(NamedTuple):
 
 
 def fit_image(rgb: NDArray[np.uint8] | Image, height: int, width: int) -> Tensor:
-    """Enlarge or shrink a picture until it fills the target, crop the middle.
+    """Scale a picture until it fills the target, and crop the middle.
 
     Args:
         rgb: `[H, W, 3]` uint8, or a Pillow image of mode RGB.
@@ -97,7 +99,7 @@ def fit_image(rgb: NDArray[np.uint8] | Image, height: int, width: int) -> Tensor
     image = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
     new_height, new_width = _filling_size(image.height, image.width, height, width)
     image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    # round() to even here, but plain halving for videos: the reference differs between the two.
+    # Open-Sora 1.2 rounds to even for pictures, and rounds down for videos.
     top, left = round((new_height - height) / 2), round((new_width - width) / 2)
     image = image.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W, 3]
@@ -105,15 +107,15 @@ def fit_image(rgb: NDArray[np.uint8] | Image, height: int, width: int) -> Tensor
 
 
 def fit_video(frames: NDArray[np.uint8], height: int, width: int) -> Tensor:
-    """Fit every frame as `fit_image` does, but bilinearly in float, as Open-Sora 1.2 does.
+    """Fit every frame as `fit_image` does, but bilinearly and in float, as Open-Sora 1.2 does.
 
     Args:
         frames: `[F, H, W, 3]` uint8.
         height, width: target in pixels.
 
     Returns:
-        `[3, F, height, width]` float32 in [-1, 1]. Works frame by frame: the source is never
-        held in float as a whole.
+        `[3, F, height, width]` float32 in [-1, 1]. It works frame by frame, so the source is never
+        in float as a whole.
 
     Raises:
         UserError: the frames are too elongated for the target.
@@ -167,15 +169,14 @@ def read_reference(
 ) -> Reference:
     """Read one reference and fit it to a size.
 
-    Images of any mode are turned upright by their EXIF tag and converted to sRGB by their colour
-    profile (an alpha channel is dropped, 16-bit grey keeps its upper eight bits). Animations and
-    videos give their frames as they are, one for one; with `fps`, the frame that is on screen at
-    every multiple of 1/fps seconds. A video's rotation and the shape of its pixels are honoured,
-    its cover art is passed over, and high dynamic range is brought to standard range.
+    Images are rotated by their EXIF tag and converted to sRGB by their colour profile. An alpha
+    channel is dropped, and 16-bit grey keeps its upper eight bits. Animations and videos give their
+    frames one for one. With `fps` they give the frame that is on screen at every multiple of 1/fps
+    seconds. A video's rotation and the shape of its pixels are applied, cover art is skipped, and
+    high dynamic range is converted to standard range.
 
     Args:
-        path: a file, or with `allow_remote` an http(s) address, fetched within the bounds
-            of `fetch`.
+        path: a file, or with `allow_remote` an http(s) address, within the limits of `fetch`.
         height, width: target in pixels.
 
     Raises:
@@ -194,16 +195,15 @@ def read_reference(
 def check_reference(
     path: str | Path, *, allow_remote: Remote = False, fps: float | None = None
 ) -> list[str]:
-    """Prove cheaply that a reference can be read: an image is decoded, of a video its first frame.
+    """Check that a reference can be read, by decoding an image or the first frame of a video.
 
-    Of an address only what it says is judged; nothing is fetched. Does not import torch. Returns
-    what is worth telling a person.
+    Of an address only the text is checked, and nothing is fetched. Does not import torch.
 
     Args:
-        fps: as for `read_reference`; without it, a video's own rate may be worth a word.
+        fps: as for `read_reference`. Without it there is a note if a video's rate is not about 24.
 
     Returns:
-        What is worth telling a person of this reference: a sentence each, with its name.
+        Notes for the user, a sentence each, with the reference's name.
 
     Raises:
         UserError: one line that says why this file or address cannot be used.
@@ -252,8 +252,8 @@ def _fitted(pictures: Iterable[_TimedFrame], height: int, width: int, path: str 
 def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_TimedFrame]:
     """The frame on screen at 0, 1/rate, 2/rate ... seconds after the first one appears.
 
-    A frame counts as on screen one tick early: containers that round times to milliseconds would
-    otherwise double and drop frames at an unchanged rate.
+    A frame counts as on screen one tick early. Otherwise, in containers that round times to
+    milliseconds, frames would be doubled and dropped at an unchanged rate.
     """
     slot = 0
     shown: _TimedFrame | None = None
@@ -274,10 +274,10 @@ def _resampled(frames: Iterable[_TimedFrame], rate: Fraction) -> Iterator[_Timed
 
 
 class _Frames:
-    """A video or an animation that is open: `frames()` decodes it, at least one frame.
+    """An open video or animation. `frames()` decodes it and gives at least one frame.
 
-    film: of a video, the container and the stream that is decoded. seconds: its length as its
-    header tells; rate: its frames a second. None where unknown.
+    video_stream: the container of a video, and its stream that is decoded. seconds: its length as
+    its header gives it. rate: its frames per second. Each is None where it is unknown.
     """
 
     def __init__(
@@ -285,13 +285,13 @@ class _Frames:
         name: str | Path,
         decode: Callable[[_Part], Iterator[_TimedFrame]],
         *,
-        film: tuple[Any, Any] | None = None,
+        video_stream: tuple[Any, Any] | None = None,
         seconds: Fraction | None = None,
         rate: Fraction | None = None,
     ) -> None:
         self._name = name
         self._decode = decode
-        self.film = film
+        self.video_stream = video_stream
         self.seconds, self.rate = seconds, rate
 
     def frames(self, part: _Part | None = None) -> Iterator[_TimedFrame]:
@@ -315,10 +315,10 @@ class _Frames:
 def _opened(
     file: IO[bytes], name: str | Path, notes: list[str] | None = None
 ) -> Iterator[Image | _Frames]:
-    """An upright sRGB image, or frames to come.
+    """An upright sRGB image, or the frames of a video or an animation.
 
     Args:
-        notes: what is worth telling is added here, without the reference's name.
+        notes: notes for the user are added here, without the reference's name.
     """
     notes = [] if notes is None else notes
     refuse_unread_kind(file, name)
@@ -350,7 +350,7 @@ def _identified(file: IO[bytes], name: str | Path) -> Image | None:
     known = [each for each in _IMAGE_FORMATS if each in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            # Of large and of odd pictures: the size is judged here, the rest is refused or read.
+            # Pillow warns about large and odd pictures. This module checks the size itself.
             warnings.simplefilter("ignore")
             return Image.open(file, formats=known)
     except UnidentifiedImageError:
@@ -360,12 +360,12 @@ def _identified(file: IO[bytes], name: str | Path) -> Image | None:
         raise UserError(
             f"reference {name} has too many pixels ({said(error)}): make it smaller"
         ) from error
-    except Exception as error:  # a plugin may raise anything on a damaged header
+    except Exception as error:  # a plugin may raise any exception on a damaged header
         raise UserError(f"cannot read reference {name}: {said(error)}") from error
 
 
 def _frame_count(image: Image, file: IO[bytes], name: str | Path) -> int:
-    """Frames of an animation; 1 for a picture. Decodes nothing."""
+    """The number of frames of an animation; 1 for a picture. Decodes nothing."""
     if image.format not in _ANIMATED_FORMATS:
         return 1
     try:
@@ -380,13 +380,13 @@ def _frame_count(image: Image, file: IO[bytes], name: str | Path) -> int:
         raise UserError(
             f"reference {name} is damaged ({said(error)}): give a whole file"
         ) from error
-    # A frame may be larger than the screen that the header tells. One frame costs as many do.
+    # A GIF's frame may be larger than the size in its header, so one frame is checked as well.
     check_animation(name, width, height, frames)
     return frames
 
 
 def _cicp(image: Image, file: IO[bytes]) -> tuple[int, int] | None:
-    """Primaries and transfer that a PNG or an AVIF tells beside its profile."""
+    """Primaries and transfer (H.273) of a PNG or an AVIF; None where it has none."""
     from opensora_sp.media.colour import png_cicp
     from opensora_sp.media.heif import heif_cicp
 
@@ -414,8 +414,8 @@ def _heif(file: IO[bytes], name: str | Path, notes: list[str]) -> Image:
     notes += found.notes
     if found.profile:
         image.info["icc_profile"] = found.profile
-        image, told = picture_to_srgb(image, image, None)
-        notes += told
+        image, more = picture_to_srgb(image, image, None)
+        notes += more
     return image
 
 
@@ -430,15 +430,15 @@ def _loaded(
         refuse_camera_raw(getattr(image, "tag_v2", None), name)
     try:
         file_format = image.format
-        # Some profiles are known only once the picture is decoded.
+        # Some profiles are known only after the picture has been decoded.
         image.load()
         image = ImageOps.exif_transpose(image)
-        image, told = picture_to_srgb(image, _to_rgb(image, file_format), cicp)
-        notes += told
+        image, more = picture_to_srgb(image, _to_rgb(image, file_format), cicp)
+        notes += more
         return image
     except UserError:
         raise
-    except Exception as error:  # a plugin may raise anything on damaged data
+    except Exception as error:  # a plugin may raise any exception on damaged data
         raise UserError(
             f"reference {name} is damaged ({said(error)}): give a whole file"
         ) from error
@@ -463,9 +463,9 @@ def _animation_frames(image: Image, name: str | Path, part: _Part) -> Iterator[_
     start = Fraction(0)
     for frame in ImageSequence.Iterator(image):
         check_frame(name, frame.width, frame.height)
-        frame.load()  # only then is a WebP's duration known
+        frame.load()  # a WebP's duration is known only after this
         picture = np.asarray(frame.convert("RGB")) if part.wanted(start) else _no_picture()
-        milliseconds = Fraction(frame.info.get("duration") or 100)  # 0: what players show
+        milliseconds = Fraction(frame.info.get("duration") or 100)  # players show 0 as 100
         yield _TimedFrame(picture, start, milliseconds / 1000, Fraction(1, 1000))
         start += milliseconds / 1000
 
@@ -475,8 +475,8 @@ def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterat
     import av
 
     try:
-        # No protocol at all: a playlist must not make FFmpeg open further files or addresses.
-        # Of a frame larger than is read nothing may be decoded, not even to find its format.
+        # No protocol is allowed, so that a playlist cannot make FFmpeg open files or addresses.
+        # A frame that is too large must not be decoded, not even to find its format.
         options = {"protocol_whitelist": "none", "max_pixels": str(MOST_FRAME_PIXELS)}
         container = av.open(file, options=options)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -486,14 +486,14 @@ def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterat
     with container:
         if container.format.name in _NOT_PICTURES:
             raise UserError(f"reference {name} has no picture in it: give an image or a video")
-        stream = _film(container, name, notes)
-        # The same for the decoder, whose stream may say another size than the container.
+        stream = _video_stream(container, name, notes)
+        # The same limit for the decoder, because its stream may have another size.
         stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}
-        seconds, rate = _judged(container, stream, name, notes)
+        seconds, rate = _length_and_rate(container, stream, name, notes)
         source = _Frames(
             name,
             lambda part: _video_frames(container, stream, part),
-            film=(container, stream),
+            video_stream=(container, stream),
             seconds=seconds,
             rate=rate,
         )
@@ -511,14 +511,14 @@ def _no_picture() -> NDArray[np.uint8]:
     return np.empty((0, 0, 3), np.uint8)
 
 
-def _film(container: Any, name: str | Path, notes: list[str]) -> Any:
-    """The video stream that is meant: no cover art, then the default one, then the largest."""
+def _video_stream(container: Any, name: str | Path, notes: list[str]) -> Any:
+    """The video stream to read: not cover art, preferably the default one, then the largest."""
     from av.stream import Disposition
 
     beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     streams = [each for each in container.streams.video if each.codec_context is not None]
-    films = [each for each in streams if not each.disposition & beside]
-    if not films:
+    candidates = [each for each in streams if not each.disposition & beside]
+    if not candidates:
         if streams:
             raise UserError(
                 f"reference {name} has no video, only cover art: give an image or a video"
@@ -526,14 +526,14 @@ def _film(container: Any, name: str | Path, notes: list[str]) -> Any:
         raise UserError(f"reference {name} has no picture in it: give an image or a video")
 
     def rank(stream: Any) -> tuple[bool, bool, int]:
-        # A stream of one frame beside a film is a cover that is not marked as one.
+        # A stream of one frame beside a video is cover art without its mark.
         lasting = stream.frames != 1
         return lasting, bool(stream.disposition & Disposition.default), _area(stream)
 
-    chosen = max(films, key=rank)
-    if len(films) > 1:
+    chosen = max(candidates, key=rank)
+    if len(candidates) > 1:
         notes.append(
-            f"has {len(films)} videos in it; stream {chosen.index} "
+            f"has {len(candidates)} videos in it; stream {chosen.index} "
             f"({chosen.codec_context.width}x{chosen.codec_context.height}) is used"
         )
     return chosen
@@ -543,15 +543,15 @@ def _area(stream: Any) -> int:
     return int(stream.codec_context.width * stream.codec_context.height)
 
 
-def _judged(
+def _length_and_rate(
     container: Any, stream: Any, name: str | Path, notes: list[str]
 ) -> tuple[Fraction | None, Fraction | None]:
-    """A stream's length in seconds and frames a second, within bounds; None where unknown."""
+    """A stream's length in seconds and its frames per second, None where unknown. Checks limits."""
     from opensora_sp.media.colour import UNKNOWN_MATRICES, hdr_notes
 
     codec = stream.codec_context
     rate = Fraction(stream.average_rate) if stream.average_rate else None
-    lengths = []  # headers may contradict each other
+    lengths = []  # headers may contradict each other, so the longest counts
     if stream.duration and stream.time_base:
         lengths.append(stream.duration * Fraction(stream.time_base))
     elif container.duration:
@@ -571,7 +571,7 @@ def _judged(
 
 
 def _shown_size(width: int, height: int, pixel_shape: Fraction | None) -> tuple[int, int]:
-    """Width and height with square pixels: the shorter side is enlarged."""
+    """Width and height after stretching to square pixels. One side is enlarged."""
     if not pixel_shape or pixel_shape <= 0:
         return width, height
     if pixel_shape > 1:
@@ -592,22 +592,22 @@ def _video_frames(container: Any, stream: Any, part: _Part) -> Iterator[_TimedFr
 
 
 def usual_length(stream: Any) -> Fraction:
-    """Seconds that a frame of a video stream is shown where its own length is not known."""
+    """Seconds that a frame of a stream is shown, if its own length is unknown."""
     return 1 / Fraction(stream.average_rate or 24)
 
 
 def _picture(frame: Any, stream: Any) -> NDArray[np.uint8]:
-    """A decoded frame as it is to be seen: sRGB, square pixels, upright."""
+    """A decoded frame in sRGB, with square pixels, upright."""
     from opensora_sp.media.colour import frame_to_rgb
 
     width, height = _shown_size(frame.width, frame.height, stream.sample_aspect_ratio)
-    if width * height > MOST_FRAME_PIXELS:  # a size that changes on the way
+    if width * height > MOST_FRAME_PIXELS:  # the size may change within a stream
         raise ValueError(f"a frame of {width}x{height}")
     return _upright(frame_to_rgb(frame, width, height), frame)
 
 
 def _upright(picture: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
-    """Turned and mirrored by the frame's display matrix, to the nearest right angle."""
+    """Rotate and mirror by the frame's display matrix, to the nearest right angle."""
     import numpy as np
     from av.sidedata.sidedata import Type
 
@@ -629,9 +629,9 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     import av
 
     sized = stream.codec_context.width > 0
-    # Decoding with frame threads would swallow the error at a cut, but only sometimes.
+    # No frame threads: with them the error of a file that is cut off is sometimes lost.
     for packet in container.demux(stream):
-        # Broadcast streams, which declare no frame count, may rightly begin in mid-picture.
+        # Broadcast streams have no count of frames, and may begin in the middle of a picture.
         if packet.is_corrupt and stream.frames:
             raise ValueError("the file is cut off")
         try:
@@ -639,7 +639,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         except av.FFmpegError as error:
             if sized:
                 raise
-            # FFmpeg forgets a size that is over the limit.
+            # FFmpeg reports no size where it exceeds the limit.
             most = MOST_FRAME_PIXELS // 10**6
             raise ValueError(f"{said(error)}, or frames of over {most} million pixels") from error
         yield from frames

@@ -1,4 +1,4 @@
-"""Where finished frames go."""
+"""Sinks: what takes the decoded frames of a video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Takes a video's frames as they are decoded; used on the leading rank only."""
+    """Takes the frames of a video as they are decoded. Only the leading rank writes to it."""
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """uint8 [F,H,W,3], the next F frames."""
@@ -20,7 +20,7 @@ class Sink(Protocol):
 
 @dataclass
 class Collector:
-    """Keeps the frames in memory."""
+    """A sink that keeps the frames in memory."""
 
     parts: list[NDArray[np.uint8]] = field(default_factory=list)
 
@@ -30,7 +30,7 @@ class Collector:
 
     @property
     def frames(self) -> NDArray[np.uint8] | None:
-        """uint8 [F,H,W,3], or None where nothing was decoded (ranks that do not lead)."""
+        """All frames, uint8 [F,H,W,3]; None on ranks that do not lead, where nothing is decoded."""
         import numpy as np
 
         return np.concatenate(self.parts) if self.parts else None

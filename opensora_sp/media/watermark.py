@@ -1,7 +1,7 @@
-"""The mark that says that a picture was generated: drawn once, then blended onto every frame.
+"""The watermark that says that a picture was generated. It is drawn once and blended onto frames.
 
-Pillow's built-in font on a dark plate in the bottom right corner; no shell, no font file. numpy
-and Pillow are imported inside the functions that need them, so that asking `fits` costs nothing.
+The text is in Pillow's built-in font, on a dark plate in the bottom right corner. numpy and Pillow
+are imported inside the functions that need them, so that `fits` is cheap.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
     from opensora_sp.media.sinks import Sink
 
-SMALLEST_HEIGHT = 32  # pixels; on less no letter of the mark could be read
+SMALLEST_HEIGHT = 32  # pixels; on a smaller picture the mark would not be readable
 SMALLEST_WIDTH = 64
-MOST_OF_WIDTH = 5  # the mark takes at most one part in five of the width,
-MOST_OF_HEIGHT = 3  # and one in three of the height, which matters on the lowest pictures only
+MOST_OF_WIDTH = 5  # the mark takes at most a fifth of the width
+MOST_OF_HEIGHT = 3  # and at most a third of the height
 
-# Lines of text, the fullest first: a narrow picture gets the last that can be read on it.
+# The texts, longest first. A narrow picture gets the first text that is readable on it.
 _TEXTS = ("AI generated · Open-Sora", "AI generated\nOpen-Sora", "AI\ngenerated", "AI")
 _READABLE = 8  # pixels; a smaller font is used for the shortest text only
-_PLATE = (0, 0.65)  # grey level and opacity: letters keep a contrast of 4.5 even on white
+_PLATE = (0, 0.65)  # grey level and opacity; the contrast of letters is 4.5 or more on white
 _LETTERS = (255, 0.95)
-_BOLDER = 0.6  # exponent on the letters' coverage: thin strokes of small fonts would be grey
-_FINER = 4  # times larger the plate is drawn, for smooth corners
+_BOLDER = 0.6  # exponent on the letters' coverage; makes thin strokes of small fonts brighter
+_FINER = 4  # the plate is drawn so many times larger and scaled down, for smooth corners
 
 
 def fits(height: int, width: int) -> bool:
@@ -38,9 +38,9 @@ def fits(height: int, width: int) -> bool:
 
 @dataclass(frozen=True)
 class Mark:
-    """A drawn mark and where it goes.
+    """A drawn mark and its position.
 
-    top, left: of its box, in pixels. opacity, colour: uint16 [h,w,1] in 0 to 255, of its pixels.
+    top, left: of its box, in pixels. opacity, colour: uint16 [h,w,1] from 0 to 255, for each pixel.
     """
 
     top: int
@@ -68,9 +68,9 @@ class Mark:
 
 
 class Watermarked:
-    """A sink that marks the frames on their way to another one.
+    """A sink that marks frames and passes them to another sink.
 
-    Frames that are too small for a mark, see `fits`, pass as they are.
+    Frames that are too small for a mark (see `fits`) are passed unchanged.
     """
 
     def __init__(self, sink: Sink, height: int, width: int) -> None:
@@ -78,12 +78,12 @@ class Watermarked:
         self._mark = draw_mark(height, width)
 
     def write(self, frames: NDArray[np.uint8]) -> None:
-        """uint8 [F,H,W,3]; the caller's array stays as it is."""
+        """uint8 [F,H,W,3]. The caller's array is not changed."""
         self._sink.write(frames if self._mark is None else self._mark.onto(frames))
 
 
 def draw_mark(height: int, width: int) -> Mark | None:
-    """The mark of pictures of height × width pixels; None where they are too small for one."""
+    """The mark for pictures of height × width pixels; None where they are too small."""
     import numpy as np
     from PIL import Image
 
@@ -113,7 +113,7 @@ def _padding(text_height: int) -> int:
 
 
 def _letters(height: int, width: int) -> Image.Image:
-    """White text on black ("L"), as large as the picture asks for and its share of it allows."""
+    """White text on black ("L"), as large as the limits for this picture allow."""
     wanted = max(10, min(height, width) // 30)
     for text in _TEXTS:
         smallest = 1 if text == _TEXTS[-1] else _READABLE
@@ -129,7 +129,7 @@ def _letters(height: int, width: int) -> Image.Image:
 
 
 def _draw(text: str, size: int) -> Image.Image:
-    """Text of a font size in pixels, cut to what is drawn."""
+    """Text in a font size in pixels, cropped to its letters."""
     from PIL import Image, ImageDraw
 
     font = _font(size)

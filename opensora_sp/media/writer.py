@@ -1,7 +1,7 @@
-"""Finished pictures on their way out: H.264 mp4 and PNG, streamed, whole or not at all.
+"""Writing of outputs: H.264 in mp4, frame by frame, and PNG. A file appears whole or not at all.
 
-PyAV and Pillow are imported inside the functions that need them, and torch only by `to_uint8`,
-so that validating a request costs nothing of it. Reading lives in `references`.
+PyAV and Pillow are imported inside the functions that need them, and torch only by `to_uint8`, so
+that checking a request does not load them. Reading is in `media.reader`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-# ITU-T H.273: BT.709's number as matrix, primaries and transfer; FFmpeg's numbers of the ranges.
+# BT.709's number in ITU-T H.273, as matrix, primaries and transfer. FFmpeg's numbers of ranges.
 BT709 = 1
 TV_RANGE = 1
 FULL_RANGE = 2
@@ -33,9 +33,9 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _COMMENT = "comment"
 _FRAMES_AT_ONCE = 8
 MAX_FPS = 1000
-# The same frames are the same bytes. x264's macroblock tree gives other sums with other vector
-# instructions and may read what lay in memory before: cpu-independent takes its plain form. With
-# several threads the tree depends on which is first, and the bytes on the number of cores.
+# These options make the same frames give the same bytes. x264's macroblock tree depends on the
+# CPU's vector instructions and on uninitialised memory; cpu-independent uses its plain form. With
+# several threads the result depends on their order and on the number of cores.
 _REPEATABLE = {"threads": "1", "x264-params": "cpu-independent=1"}
 
 
@@ -47,8 +47,7 @@ def to_uint8(video: Tensor) -> NDArray[np.uint8]:
             device, nominally in [-1, 1].
 
     Returns:
-        `[F, H, W, 3]` uint8 on the CPU: floor(255 (x + 1) / 2 + 0.5) of x clamped to [-1, 1],
-        in float32, which is the rounding of Open-Sora 1.2's writer.
+        `[F, H, W, 3]` uint8 on the CPU, rounded as in `media.pixels.to_bytes`.
 
     Raises:
         UserError: a value is NaN or infinite.
@@ -84,30 +83,30 @@ def exact_rate(fps: int | float | Fraction) -> Fraction:
         nominal = round(fps * 1.001)
         if nominal and not fps.is_integer() and abs(fps * 1.001 - nominal) < 1e-3:
             return Fraction(nominal * 1000, 1001)
-        # At least 1/1001, so that a tiny rate does not become none.
+        # At least 1/1001, so that a tiny rate does not become 0.
         return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
     return Fraction(fps)
 
 
 class VideoWriter:
-    """Context manager that encodes frames as they come and shows the file only when it is whole.
+    """Context manager that encodes frames to an mp4. The file appears when the block ends well.
 
-    H.264 in mp4 with the index in front, yuv420p, tagged and converted as BT.709; an odd side is
-    made even by repeating the last row or column. `lossless` writes RGB H.264 instead: every
-    frame reads back bit for bit and no side is padded, but few players show it. The same frames
-    and settings give the same bytes, whatever else the process or its machine does.
+    It writes H.264 in mp4 with the index in front, yuv420p, converted to and tagged as BT.709. An
+    odd side is made even by repeating the last row or column. `lossless` writes RGB H.264: every
+    frame reads back bit for bit and no side is padded, but few players show it. The same frames and
+    settings give the same bytes on every machine.
 
     Args:
-        path: the file to appear; its directory is made.
+        path: the file. Its directory is created.
         fps: frames per second.
         height, width: of every frame, in pixels.
         metadata: written as JSON into the container's comment tag; see `read_metadata`.
         codec: an FFmpeg encoder that takes yuv420p and crf.
-        crf: constant rate factor, 0 best to 51; 17 is near what the eye can tell.
-        lossless: see above; `codec` and `crf` are then not used.
+        crf: constant rate factor from 0, the best, to 51. 17 is nearly transparent.
+        lossless: see above. `codec` and `crf` are then not used.
 
     Raises:
-        UserError: the frame rate, the directory, the encoder or the disk does not allow it.
+        UserError: the frame rate is not possible, or the directory, the encoder or the disk fails.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class VideoWriter:
             stream: Any = self._container.add_stream(
                 self._codec, rate=self._rate, options={"crf": str(self._crf), **_REPEATABLE}
             )
-        except ValueError as error:  # what PyAV raises for an encoder it lacks
+        except ValueError as error:  # PyAV raises it for an encoder that it lacks
             raise UserError(
                 f"PyAV has no encoder {self._codec!r} for mp4: pip install av>=14 brings libx264"
             ) from error
@@ -204,7 +203,7 @@ class VideoWriter:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         if not self._lossless:
-            # The tags alone convert nothing: without these two the matrix would be BT.601's.
+            # Tags convert nothing. Without these arguments the matrix would be BT.601's.
             picture = picture.reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
@@ -235,7 +234,7 @@ class VideoWriter:
             raise
 
     def _abandon(self) -> None:
-        # The file is about to be removed: what closing it may still complain about is no news.
+        # The file is removed next, so an error of closing it does not matter.
         with suppress(Exception):
             self._container.close()
 
@@ -262,7 +261,7 @@ def write_image(path: Path, frame: Tensor | NDArray[np.uint8], metadata: Mapping
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The settings that `VideoWriter` or `write_image` stored in a file.
+    """The metadata that `VideoWriter` or `write_image` stored in a file.
 
     Raises:
         UserError: the file cannot be read or holds no such settings.
@@ -293,7 +292,7 @@ def _png_comment(path: Path) -> str:
     from PIL import Image
 
     with Image.open(path) as image:
-        image.load()  # text after the pixels is read too
+        image.load()  # also reads text after the pixels
         return str(image.info.get(_COMMENT, ""))
 
 
@@ -307,14 +306,14 @@ def _container_comment(path: Path) -> str:
 def probe_encoder(
     fps: int | float | Fraction, height: int, width: int, directory: Path | None = None
 ) -> None:
-    """Prove with three frames of the real size that a video can be encoded and read back.
+    """Check, with three frames of the real size, that a video can be encoded and read back.
 
     Args:
-        fps, height, width: of the video to come.
-        directory: where to try, by default the system's temporary one; nothing stays there.
+        fps, height, width: of the video that will be written.
+        directory: where to try, by default the system's temporary directory. Nothing stays there.
 
     Raises:
-        UserError: it cannot; the line says what failed.
+        UserError: encoding or reading back fails.
     """
     import numpy as np
 
@@ -346,7 +345,7 @@ def _count_frames(path: Path) -> int:
 
 
 def _as_array(frames: Tensor | NDArray[np.uint8]) -> NDArray[Any]:
-    # Duck-typed so that writing an array does not import torch.
+    # Checked by attribute, so that writing an array does not import torch.
     detach: Callable[[], Tensor] | None = getattr(frames, "detach", None)
     if detach is not None:
         return detach().cpu().numpy()
@@ -356,6 +355,6 @@ def _as_array(frames: Tensor | NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def _to_json(metadata: Mapping[str, Any]) -> str:
-    # ASCII survives every tag format, lone surrogates from a command line included; str() for
-    # the rest, because no odd value may cost a finished video.
+    # ASCII fits every tag format, and can express lone surrogates from a command line. Values that
+    # JSON lacks become text, so that none of them can fail a finished video.
     return json.dumps(dict(metadata), ensure_ascii=True, default=str)

@@ -182,7 +182,7 @@ def load_module(
     optional: Collection[str] = (),
     keep_float32: Callable[[str], bool] | None = None,
     skip: Callable[[str], bool] | None = None,
-    at_home: Callable[[str], bool] | None = None,
+    in_host_memory: Callable[[str], bool] | None = None,
 ) -> None:
     """Fill a module built on the meta device with a checkpoint's weights, strictly.
 
@@ -195,7 +195,7 @@ def load_module(
         prefix: only the file's names that start with it belong to this module; it is cut off.
         aliases: a name (without prefix) that files use for, or beside, one of the model's names.
         optional: names that either side may lack.
-        at_home: weights that stay in host memory, from where `device` borrows them.
+        in_host_memory: weights that stay in host memory, to be copied to `device` when used.
         skip: weights that must be there with the right shape but are not read; they stay on meta.
 
     Raises:
@@ -211,7 +211,7 @@ def load_module(
         if wanted.is_floating_point:
             exact = keep_float32 is not None and keep_float32(target.name)
             wanted = torch.float32 if exact else dtype
-        stays = at_home is not None and at_home(target.name)
+        stays = in_host_memory is not None and in_host_memory(target.name)
         place = torch.device("cpu" if stays else device)
         value = _read(weights, target.sources[0], wanted, place)
         if stays:
@@ -294,7 +294,7 @@ def _remedy(problems: Mapping[str, Sequence[str]], files: Sequence[Path]) -> str
     others = problems["missing"] or problems["of another shape"]
     if not others and all(n.startswith(("decoder.", "lm_head.")) for n in problems["unexpected"]):
         return (
-            "that is T5 with its decoder: convert it with `python -m opensora_sp.cli.convert t5 "
+            "that is T5 with its decoder: convert it with `opensora-sp convert t5 "
             f"{files[0].parent} NEW_DIR`"
         )
     return "give the checkpoint that belongs to its config.json"

@@ -1,7 +1,7 @@
 """Checkpoints in other forms than the published one: told by their files. Imports no torch.
 
 The program reads the published layout alone, strictly. What people bring in other forms is named
-in the refusal, with the command that converts it: `opensora_sp.cli.convert`.
+in the refusal, with the command that converts it: `opensora-sp convert`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def how_to_convert(kind: str, path: str | Path) -> str | None:
     form = other_form(kind, path) if kind in KINDS else None
     if form is None:
         return None
-    command = f"python -m opensora_sp.cli.convert {kind} {shlex.quote(str(path))} NEW_DIR"
+    command = f"opensora-sp convert {kind} {shlex.quote(str(path))} NEW_DIR"
     if kind == "vae3d":
         command += " --vae2d VAE2D_DIR"
     return f"it is {form}: convert it with `{command}`"

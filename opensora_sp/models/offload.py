@@ -1,8 +1,9 @@
-"""Weights that live in host memory and are lent to the device while they are used.
+"""Offload: weights wait in host memory and are copied to the device while they are used.
 
-A loan puts device copies in the place of a module's host weights and takes them out again; the
-host weights never change, so nothing is copied back. On devices with streams the copy runs beside
-the computation, from pinned memory where the device has it.
+Model offload copies one whole model at a time, layer offload one layer after the other. A copy
+takes the place of the host weight in its module and is dropped after use. The host weights never
+change, so nothing is copied back. On devices with streams the copy runs beside the computation,
+from page-locked memory where the device has it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 
 class DeviceCopy:
-    """Modules' weights on their way to a device, and there, until they are given back."""
+    """Device copies of modules' weights: started at once, in use from `use` until `free`."""
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, lane: Lane) -> None:
         self._places: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -33,23 +34,28 @@ class DeviceCopy:
         self._copies = {key: torch.empty_like(host, device=device) for key, host in hosts.items()}
         self._arrived = lane.copy([(self._copies[key], host) for key, host in hosts.items()])
 
-    def take(self) -> None:
-        """Put the copies in place; what is computed from here on waits until they are there."""
+    def use(self) -> None:
+        """Put the copies in place. What is computed from here on waits until they have arrived."""
         self._arrived()
         for weights, name, host in self._places:
             copy = self._copies[id(host)]
             is_parameter = isinstance(host, nn.Parameter)
             weights[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
 
-    def give_back(self) -> None:
-        """The host weights are in place again; the copies are gone."""
+    def free(self) -> None:
+        """Put the host weights in place again and drop the copies."""
         for weights, name, host in self._places:
             weights[name] = host
         self._copies.clear()
 
+    def cancel(self) -> None:
+        """Drop copies that were never used. Their memory is not reused before they arrived."""
+        self._arrived()
+        self._copies.clear()
+
 
 class Lane:
-    """Where copies to a device run: a stream of their own, or in line where there are none."""
+    """Where copies to a device run: in a stream of their own, or in line without streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._module: Any = getattr(torch, device.type, None)
@@ -87,10 +93,11 @@ def _nothing() -> None:
 
 
 class LayerOffload:
-    """The layers of a model in order, each on the device when it is yielded, the next on its way.
+    """The layers of a model in order. Each is on the device when it is yielded.
 
-    streamed False: they are there already and are passed on as they are. keep: how many of those
-    yielded stay usable; one more than that is on the device, for the next is fetched early.
+    offloaded: the layers wait in host memory; the next one is copied while one computes. False:
+    they are on the device already and are yielded as they are. keep: how many of those yielded
+    stay usable. One more than that is on the device, because the next is copied early.
     """
 
     def __init__(
@@ -98,11 +105,11 @@ class LayerOffload:
         layers: Sequence[Sequence[nn.Module]],
         device: torch.device,
         *,
-        streamed: bool,
+        offloaded: bool,
         keep: int = 1,
     ) -> None:
         self._layers, self._device, self._keep = layers, device, keep
-        self._lane = Lane(device) if streamed else None
+        self._lane = Lane(device) if offloaded else None
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -116,65 +123,65 @@ class LayerOffload:
         try:
             for number, layer in enumerate(self._layers):
                 while len(held) >= self._keep:
-                    held.popleft().give_back()
+                    held.popleft().free()
                 assert coming is not None
-                coming.take()
+                coming.use()
                 held.append(coming)
-                more = number + 1 < len(self._layers)
-                coming = (
-                    DeviceCopy(self._layers[number + 1], self._device, self._lane) if more else None
-                )
+                coming = None
+                if number + 1 < len(self._layers):
+                    coming = DeviceCopy(self._layers[number + 1], self._device, self._lane)
                 yield layer
         finally:
-            for loan in held:
-                loan.give_back()
+            if coming is not None:  # the loop was left early
+                coming.cancel()
+            for copy in held:
+                copy.free()
 
 
-class StreamedList(nn.ModuleList):
-    """A ModuleList whose owner loops over it: its modules come to the device one by one."""
+class OffloadedModuleList(nn.ModuleList):
+    """A ModuleList with layer offload: looping over it copies its modules one by one."""
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         super().__init__(modules)
         # A plain attribute: what is in it is in the list already.
-        object.__setattr__(
-            self, "_passing", LayerOffload([(module,) for module in modules], device, streamed=True)
-        )
+        layers = LayerOffload([(module,) for module in modules], device, offloaded=True)
+        object.__setattr__(self, "_layers", layers)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        passing: LayerOffload = self._passing  # type: ignore[assignment]
-        return (module for (module,) in passing)
+        layers: LayerOffload = self._layers  # type: ignore[assignment]
+        return (module for (module,) in layers)
 
 
 class ModelOffload:
-    """Whole models that take turns on a device; the others wait in host memory."""
+    """Model offload: one whole model is on the device, the others wait in host memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lane = device, Lane(device)
         self._module: nn.Module | None = None
-        self._loan: DeviceCopy | None = None
+        self._copy: DeviceCopy | None = None
 
-    def take(self, module: nn.Module | None) -> None:
-        """It is `module`'s turn, which stays until another's comes; None sends everybody home."""
+    def to_device(self, module: nn.Module | None) -> None:
+        """Copy `module` to the device, where it stays until another is; None only frees."""
         if module is self._module and module is not None:
             return
-        if self._loan is not None:
-            self._loan.give_back()
-        self._module, self._loan = module, None
+        if self._copy is not None:
+            self._copy.free()
+        self._module, self._copy = module, None
         release_cached(self._device)
         if module is not None:
-            self._loan = DeviceCopy([module], self._device, self._lane)
-            self._loan.take()
+            self._copy = DeviceCopy([module], self._device, self._lane)
+            self._copy.use()
 
 
 def release_cached(device: torch.device) -> None:
-    """Hand memory that the device's allocator keeps for later back to the device."""
+    """Return memory that the device's allocator keeps for later to the device."""
     module = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(module, "empty_cache"):
         module.empty_cache()  # type: ignore[union-attr]
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor in page-locked memory, from which a device copies beside its computation."""
+    """A host tensor in page-locked memory: the device copies from there while it computes."""
     if device.type == "cpu":
         return tensor
     try:

@@ -1,9 +1,9 @@
 """STDiT3, Open-Sora 1.2's diffusion transformer, as single-device segments.
 
-The segments are what the block loop in `opensora_sp.engine.guidance` strings together; nothing here
-knows of ranks. Activations are [B,T,S,C] from the embedder to the head, so that a shard of T or S
-is just a smaller tensor. Latents come and go in patch form [B,T,S,P·P·4], each patch ordered
-(channel, row, column); see `patchify`.
+The block loop in `opensora_sp.engine.blocks` calls the segments in order. Nothing here knows of
+ranks. Activations are [B,T,S,C] from the embedder to the head, so a shard of T or S is just a
+smaller tensor. Latents come and go in patch form [B,T,S,P·P·4], each patch ordered (channel, row,
+column); see `patchify`.
 """
 
 from __future__ import annotations
@@ -274,10 +274,10 @@ class STDiT3(nn.Module):
         """The blocks in the order they run."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
-    def layers(self, *, streamed: bool = False) -> LayerOffload:
-        """The pairs in order; streamed: their weights are in host memory, and pass through."""
+    def layers(self, *, offloaded: bool = False) -> LayerOffload:
+        """The pairs of blocks in order; offloaded: their weights are in host memory until used."""
         # Two are kept: while a pair is finished, the next one's first attention is prepared.
-        return LayerOffload(self.pairs, self.device, streamed=streamed, keep=2)
+        return LayerOffload(self.pairs, self.device, offloaded=offloaded, keep=2)
 
     def positions(self, grid: tuple[int, int], height: float, width: float) -> Tensor:
         """Position table [S,C] for a grid of patches, in the run's dtype on the model's device."""

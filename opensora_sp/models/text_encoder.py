@@ -18,7 +18,7 @@ from opensora_sp.base.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.configs import T5, checked
 from opensora_sp.models.kernels.int8_linear import quantize_
-from opensora_sp.models.offload import StreamedList
+from opensora_sp.models.offload import OffloadedModuleList
 
 _WEIGHT_STEMS = ("pytorch_model", "model")
 _LAYERS = "encoder.block."
@@ -55,15 +55,15 @@ class TextEncoder:
         dtype: torch.dtype,
         device: torch.device,
         max_length: int,
-        streamed: bool = False,
+        offload_layers: bool = False,
         eight_bits: bool = False,
     ) -> TextEncoder:
         """Read config.json, spiece.model and the weights of `directory`; never asks a hub.
 
         `max_length` is L, the end token counted. In float16 the second feed-forward matrices
-        (`wo`) stay float32, because their sums overflow it. streamed: the layers stay in host
-        memory and pass through the device one by one. eight_bits: the layers' matrices are kept
-        as int8 with a scale per row.
+        (`wo`) stay float32, because their sums overflow it. offload_layers: the layers stay in
+        host memory and are copied to the device one by one. eight_bits: the layers' matrices
+        are kept as int8 with a scale per row.
 
         Raises:
             CheckpointError: a file that is missing, broken or not T5's, or weights that do not fit.
@@ -77,15 +77,15 @@ class TextEncoder:
             dtype=dtype,
             device=device,
             keep_float32=_is_wo if dtype == torch.float16 else None,
-            at_home=_is_in_layers if streamed else None,
+            in_host_memory=_is_in_layers if offload_layers else None,
             skip=_is_in_layers if eight_bits else None,
         )
         if eight_bits:
             # Layer by layer, so that no more than one is ever there in full.
             for number, layer in enumerate(layers):
-                _load_layer(layer, number, weights, dtype, device, streamed=streamed)
-        if streamed:
-            model.encoder.block = StreamedList(layers, device)
+                _load_layer(layer, number, weights, dtype, device, offloaded=offload_layers)
+        if offload_layers:
+            model.encoder.block = OffloadedModuleList(layers, device)
         return cls(model, pieces, max_length=max_length, device=device)
 
     @classmethod
@@ -167,18 +167,18 @@ def _load_layer(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    streamed: bool,
+    offloaded: bool,
 ) -> None:
-    """One layer's weights, its matrices in 8 bits; streamed: in host memory."""
+    """One layer's weights, its matrices in 8 bits; offloaded: in host memory."""
     load_module(
         layer,
         weights,
         dtype=dtype,
-        device="cpu" if streamed else device,
+        device="cpu" if offloaded else device,
         prefix=f"{_LAYERS}{number}.",
         keep_float32=_is_wo if dtype == torch.float16 else None,
     )
-    quantize_(layer, lent_to=device if streamed else None)
+    quantize_(layer, used_on=device if offloaded else None)
 
 
 def _is_in_layers(name: str) -> bool:

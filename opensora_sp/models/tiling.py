@@ -1,4 +1,4 @@
-"""Cutting a block's work into parts that a device has room for. Pure arithmetic."""
+"""Tiles: a block's work is cut into as many tokens as the device has room for. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ranges(length: int, tokens_each: int, tokens: int | None) -> Iterator[slice]
 
 
 def tiles(shape: Sequence[int], tokens: int | None) -> Iterator[tuple[slice, slice]]:
-    """Parts (of T, of S) of [B,T,S,…] of at most `tokens` tokens of all samples, in order.
+    """Tiles (of T, of S) of [B,T,S,…] of at most `tokens` tokens of all samples, in order.
 
     Whole frames as long as one fits, parts of a frame below that.
     """

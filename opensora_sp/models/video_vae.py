@@ -159,12 +159,12 @@ class VideoVAE(nn.Module):
         with_encoder: bool,
         micro_frame_size: int | None = None,
         micro_batch_size: int | None = None,
-        at_home: bool = False,
+        in_host_memory: bool = False,
     ) -> VideoVAE:
         """Load the published directories; micro sizes default to those of the checkpoint.
 
-        Without the encoder its weights are checked but neither read nor kept. at_home: all weights
-        stay in host memory, from where `device` borrows them.
+        Without the encoder its weights are checked but neither read nor kept. in_host_memory:
+        all weights stay in host memory, to be copied to `device` when they are used.
 
         Raises:
             CheckpointError: a directory, file or weight is absent or does not fit.
@@ -183,7 +183,7 @@ class VideoVAE(nn.Module):
             aliases=older_attention_names(),
             keep_float32=lambda name: name in ("shift", "scale"),
             skip=None if with_encoder else lambda name: name.startswith(_ENCODER_PARTS),
-            at_home=(lambda _: True) if at_home else None,
+            in_host_memory=(lambda _: True) if in_host_memory else None,
         )
         if not with_encoder:
             vae.drop_encoder()

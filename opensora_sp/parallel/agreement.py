@@ -1,7 +1,7 @@
-"""Before the first step, every rank must be about to compute the same thing.
+"""Checks, before the first step, that all ranks are about to compute the same video.
 
-Unsynchronised seeds, another prompt list or another checkpoint on one node do not crash a
-sharded run: they silently spoil the picture. So what every rank believes is compared first.
+Unsynchronised seeds, another prompt list or another checkpoint on one node do not crash a sharded
+run: they silently spoil the picture. So every rank's facts are compared first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
     Raises DisagreementError on every rank, naming the first rank that differs from what most of
     them have (from rank 0 where there is no majority), and in what.
     """
-    everyone = session.all_gather_object(dict(facts))
+    everyone = session.control.all_gather_object(dict(facts))
     for name, value in everyone[0].items():
         values = [theirs.get(name) for theirs in everyone]
         common, count = Counter(values).most_common(1)[0]
@@ -67,13 +67,13 @@ def ensure_agreement(session: Session, facts: Mapping[str, str]) -> None:
 def broadcast_checked(
     session: Session, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The leading rank's tensor on every rank, proven to have arrived as it was sent.
+    """Broadcast the leading rank's tensor, and prove by a checksum that it arrived as it was sent.
 
     Raises DisagreementError on the rank where it did not.
     """
     if tensor is not None:
         tensor = tensor.to(session.device, dtype).contiguous()
-    expected = session.broadcast_object(None if tensor is None else checksum([tensor]))
+    expected = session.control.broadcast_object(None if tensor is None else checksum([tensor]))
     arrived = broadcast(session.world, tensor, shape, dtype, session.device)
     if session.world_size > 1 and checksum([arrived]) != expected:
         rank = session.whole.rank

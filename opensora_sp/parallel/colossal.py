@@ -1,4 +1,4 @@
-"""The process group and the mesh made by ColossalAI, for those who run under it.
+"""Makes process groups and the mesh by ColossalAI, for --launcher colossalai.
 
 Only its launch and its ProcessGroupMesh are used: they need nothing but psutil beside torch.
 Imported when `--launcher colossalai` asks for it and never before, for the import alone sets
@@ -33,12 +33,9 @@ class Colossal:
                 f"({type(error).__name__}: {error}); {COLOSSALAI_RECIPE}"
             ) from error
         self._colossalai = colossalai
-        if device.type == "cpu" or backend.device == "cpu":
-            colossalai.accelerator.set_accelerator("cpu")  # its backend is gloo
-        elif device.type == "cuda":
-            colossalai.accelerator.set_accelerator("cuda")
-        else:
-            colossalai.accelerator.set_accelerator(_accelerator(device, backend))
+        # Its accelerator chooses the backend: cpu stands for gloo, whatever the device is.
+        accelerator = backend.colossalai or _accelerator(device, backend)
+        colossalai.accelerator.set_accelerator(accelerator)
 
     def launch(self) -> None:
         """Join the process group that torchrun's environment describes.

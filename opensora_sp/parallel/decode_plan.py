@@ -1,8 +1,8 @@
-"""Who decodes which frames of a clip, round by round. Pure arithmetic that every rank does alike.
+"""Which rank decodes which frames of a clip, by rounds. Arithmetic that every rank does alike.
 
 The 17-frame chunks of a video are independent of each other, and once a chunk has been through the
-temporal VAE its frames are too, in the groups that the spatial VAE takes at once. Whole chunks go
-round first; what is left at the end, at most one chunk a rank, is cut between groups of frames.
+temporal VAE its frames are too, in the groups that the spatial VAE takes at once. Whole chunks are
+dealt out first. What is left at the end, at most one chunk a rank, is cut between groups of frames.
 """
 
 from __future__ import annotations

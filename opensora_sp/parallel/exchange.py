@@ -1,14 +1,13 @@
 """Every collective of the program, named by what it is for.
 
 Only all_to_all_single with split sizes and broadcast travel on the device's backend: both exist
-on gloo, nccl and eccl. Buffers are contiguous, in and out: gloo and eccl read or write the raw
-memory of one that is not, without an error. Control data (objects, sizes, checksums) goes over
-the gloo side group of the session instead.
+on every backend of the table. Buffers are contiguous, in and out: some backends read or write the
+raw memory of one that is not, without an error. Control data (objects, sizes, checksums) goes over
+the control plane instead.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,10 +64,10 @@ class Transfer:
         recv = torch.empty(sum(recv_sizes), dtype=send.dtype, device=send.device)
         _check(kind, send, send_sizes, comm)
         _check(kind, recv, recv_sizes, comm)
-        started = time.perf_counter()
-        self._work = dist.all_to_all_single(
-            recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
-        )
+        with comm.ledger.waiting(kind):
+            self._work = dist.all_to_all_single(
+                recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
+            )
         self._send, self._recv = send, recv
         leaving = sum(send_sizes) - send_sizes[comm.rank]
         between = sum(send_sizes[rank] for rank in comm.elsewhere)
@@ -76,15 +75,13 @@ class Transfer:
             kind,
             calls=1,
             bytes_sent=leaving * send.element_size(),
-            seconds=time.perf_counter() - started,
             bytes_between=between * send.element_size(),
         )
 
     def wait(self) -> Tensor:
         """The received tensor in its final shape."""
-        started = time.perf_counter()
-        self._work.wait()
-        self._comm.ledger.add(self._kind, seconds=time.perf_counter() - started)
+        with self._comm.ledger.waiting(self._kind):
+            self._work.wait()
         received = self._recv.to(self._device)
         del self._send, self._recv  # callers may keep this object longer than the result
         return self._finish(received)
@@ -108,14 +105,14 @@ class Exchange:
             raise ValueError(f"layout for {layout.ranks} ranks on a group of {comm.size}")
         self.comm, self.layout = comm, layout
 
-    def to_frames(self, h: Tensor, piece: OverlapChunk) -> Transfer:
-        """h [B,t,S_local,C] → this rank's whole frames [F_local,S,C].
+    def to_frames(self, h: Tensor, chunk: OverlapChunk) -> Transfer:
+        """All-to-all from patch to frame sharding: h [B,t,S_local,C] → whole frames [F_local,S,C].
 
-        The frames are cut from the flattened B·t, so what goes to each rank lies contiguous
-        already and only the receiver has to sort.
+        The frames are cut from the flattened B·t. So what goes to each rank is contiguous already,
+        and only the receiver has to sort.
         """
         batch, frames, local, channels = h.shape
-        shares = self.layout.frame_split(batch * frames, piece.before)
+        shares = self.layout.frame_split(batch * frames, chunk.before)
         mine, patches = shares[self.comm.rank], self.layout.patch_split
         arriving = [mine * count * channels for count in patches]
 
@@ -132,11 +129,11 @@ class Exchange:
             join,
         )
 
-    def to_patches(self, attended: Tensor, piece: OverlapChunk, batch: int) -> Transfer:
-        """Whole frames [F_local,S,C] → [B,t,S_local,C]; the mirror image of `to_frames`."""
+    def to_patches(self, attended: Tensor, chunk: OverlapChunk, batch: int) -> Transfer:
+        """All-to-all back from frame to patch sharding: [F_local,S,C] → [B,t,S_local,C]."""
         mine, _, channels = attended.shape
-        frames = piece.stop - piece.start
-        shares = self.layout.frame_split(batch * frames, piece.before)
+        frames = chunk.stop - chunk.start
+        shares = self.layout.frame_split(batch * frames, chunk.before)
         patches = self.layout.patch_split
         local = patches[self.comm.rank]
         if mine != shares[self.comm.rank]:
@@ -156,8 +153,8 @@ class Exchange:
         )
 
 
-def swap_halves(comm: Comm, mine: Tensor) -> Transfer:
-    """Guidance pair: give the other rank this half's velocity and get the other half's."""
+def swap_branches(comm: Comm, mine: Tensor) -> Transfer:
+    """CFG pair: send this branch's velocity to the other rank and receive the other branch's."""
     sizes = [0 if rank == comm.rank else mine.numel() for rank in range(comm.size)]
     return Transfer(
         comm, "velocity", mine.contiguous().view(-1), sizes, sizes, lambda got: got.view(mine.shape)
@@ -165,9 +162,9 @@ def swap_halves(comm: Comm, mine: Tensor) -> Transfer:
 
 
 def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor | None:
-    """Patch shards [B,T,S_local,c] → all patches [B,T,S,c] on rank `to` of the group, else None.
+    """Gather patch shards [B,T,S_local,c] → [B,T,S,c] on rank `to` of the group, None elsewhere.
 
-    Written as an all-to-all with empty parts, for gather is not reliable on every backend.
+    It is an all-to-all with empty parts, for not every backend has a gather.
     """
     batch, frames, _, channels = z.shape
     patches = layout.patch_split
@@ -189,10 +186,10 @@ def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor
 def scatter_parts(
     comm: Comm, parts: Sequence[Tensor] | None, sizes: Sequence[int], like: Tensor, source: int = 0
 ) -> Transfer:
-    """Each rank's own flat part, of `sizes[rank]` elements, from the rank that has them all.
+    """Scatter flat parts, of `sizes[rank]` elements, from the rank `source` that has them all.
 
-    like: any tensor of the dtype and device that the parts have. An all-to-all with empty parts,
-    for the same reason as `gather_patches`.
+    like: any tensor of the dtype and device that the parts have. It is an all-to-all with empty
+    parts, for not every backend has a scatter.
     """
     leads = comm.rank == source
     flat = torch.cat([part.reshape(-1) for part in parts or []]) if leads else like.new_empty(0)
@@ -202,7 +199,7 @@ def scatter_parts(
 
 
 def gather_parts(comm: Comm, mine: Tensor, sizes: Sequence[int], to: int = 0) -> Transfer:
-    """Flat parts of `sizes[rank]` elements, end to end on rank `to`; empty on the others."""
+    """Gather flat parts, of `sizes[rank]` elements, end to end on rank `to`; empty elsewhere."""
     send = [mine.numel() if rank == to else 0 for rank in range(comm.size)]
     recv = list(sizes) if comm.rank == to else [0] * comm.size
     return Transfer(comm, "frames", mine, send, recv, lambda got: got)
@@ -216,24 +213,23 @@ def broadcast(
     device: torch.device,
     source: int = 0,
 ) -> Tensor:
-    """One rank's tensor on every rank; `shape` and `dtype` are known to all beforehand."""
+    """Broadcast the tensor of rank `source`; `shape` and `dtype` are known to all beforehand."""
     if comm.rank == source:
         if tensor is None or tuple(tensor.shape) != tuple(shape):
-            raise RuntimeError(f"hand_out: expected shape {tuple(shape)}")
+            raise RuntimeError(f"broadcast: expected shape {tuple(shape)}")
         buffer = tensor.to(device, dtype).contiguous()
     else:
         buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
     if comm.size == 1:
         return buffer
-    started = time.perf_counter()
-    travelling = buffer.cpu() if comm.through_host else buffer
-    dist.broadcast(travelling, dist.get_global_rank(comm.group, source), group=comm.group)
+    with comm.ledger.waiting("hand_out"):
+        travelling = buffer.cpu() if comm.through_host else buffer
+        dist.broadcast(travelling, dist.get_global_rank(comm.group, source), group=comm.group)
     leaving = travelling.numel() * travelling.element_size() if comm.rank == source else 0
     comm.ledger.add(
         "hand_out",
         calls=1,
         bytes_sent=leaving,
-        seconds=time.perf_counter() - started,
         bytes_between=leaving if comm.elsewhere else 0,
     )
     arrived = travelling.to(device)

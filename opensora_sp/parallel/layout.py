@@ -1,4 +1,4 @@
-"""Who holds which patches and which frames. Pure arithmetic that every rank does alike."""
+"""Which rank holds which patches and which frames. Arithmetic that every rank does alike."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Layout:
         return slice(*bounds(self.patch_split)[rank])
 
     def frame_split(self, count: int, before: int) -> tuple[int, ...]:
-        """Frames per rank for a piece of `count` frames after `before` others in the loop.
+        """Frames per rank for an overlap chunk of `count` frames after `before` others in the loop.
 
-        Starting the longer parts where the previous piece's stopped keeps both the pieces
-        independent and their sum within one frame of even.
+        The longer parts start where the previous chunk's stopped. So the chunks are independent,
+        and their sum is within one frame of even.
         """
         return split(count, self.ranks, before % self.ranks)

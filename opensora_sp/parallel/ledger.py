@@ -1,8 +1,13 @@
-"""The byte ledger: every collective counted where it is called."""
+"""Ledger: counts the calls, bytes and seconds of every collective where it is called."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark
 
 
 @dataclass
@@ -31,9 +36,19 @@ class Ledger:
     bytes_between is the part of it that leaves the node.
     seconds is how long the host stood still for the collective: on a CPU the exposed part of the
     exchange, on an accelerator only what was waited for on the host.
+    mark: says that a collective is being waited for, while it is.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
+    mark: CollectiveMark = field(default_factory=CollectiveMark, compare=False)
+
+    @contextmanager
+    def waiting(self, kind: str) -> Iterator[None]:
+        """Call or wait for a collective in this block: it is marked, and its seconds are booked."""
+        started = time.perf_counter()
+        with self.mark.inside(kind):
+            yield
+        self.add(kind, seconds=time.perf_counter() - started)
 
     def add(
         self,
@@ -44,7 +59,7 @@ class Ledger:
         seconds: float = 0.0,
         bytes_between: int = 0,
     ) -> None:
-        """Book a collective, or the seconds it was waited for."""
+        """Add to the entry of one kind of collective."""
         entry = self.entries.setdefault(kind, Entry())
         entry.calls += calls
         entry.bytes_sent += bytes_sent

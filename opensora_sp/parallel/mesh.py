@@ -1,4 +1,4 @@
-"""Replica × guidance × sequence: what each rank of the world works on. Pure arithmetic."""
+"""Replica × guidance × sequence: what each rank of the world works on. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from opensora_sp.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The world as a box of ranks; sequence varies fastest, so its exchange stays in a node.
+    """The world's ranks along three axes; sequence varies fastest, so its exchange stays in a node.
 
     replicas: groups that generate different videos.
-    guidance: 2 when the conditional and the unconditional half run on different ranks, else 1.
-    sequence: ranks that share the patches of one video (of one half).
+    guidance: 2 when the conditional and the unconditional branch of CFG (classifier-free guidance)
+    run on different ranks, else 1.
+    sequence: ranks that share the patches of one video (of one CFG branch).
     """
 
     replicas: int = 1
@@ -32,7 +33,7 @@ class Mesh:
         return self.guidance * self.sequence
 
     def place(self, rank: int) -> Place:
-        """Where a rank stands."""
+        """A rank's coordinates."""
         return Place(
             replica=rank // self.replica_size,
             guidance=rank // self.sequence % self.guidance,
@@ -40,7 +41,7 @@ class Mesh:
         )
 
     def rank(self, place: Place) -> int:
-        """The rank that stands there."""
+        """The rank with these coordinates."""
         return (place.replica * self.guidance + place.guidance) * self.sequence + place.sequence
 
     def replica_ranks(self, rank: int) -> list[int]:
@@ -58,7 +59,7 @@ class Mesh:
     def guidance_groups(self) -> list[list[int]]:
         """Every pair of ranks that exchanges velocities (or single ranks without a pair)."""
         return [
-            [self.rank(Place(replica, half, part)) for half in range(self.guidance)]
+            [self.rank(Place(replica, branch, part)) for branch in range(self.guidance)]
             for replica in range(self.replicas)
             for part in range(self.sequence)
         ]
@@ -71,7 +72,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's coordinates in the mesh; guidance 0 is the conditional half."""
+    """A rank's coordinates in the mesh; guidance 0 is the conditional CFG branch."""
 
     replica: int
     guidance: int
@@ -79,7 +80,7 @@ class Place:
 
 
 def legal_meshes(world: int, guided: bool) -> list[Mesh]:
-    """Every mesh of `world` ranks; guidance 2 needs a request with both halves."""
+    """Every mesh of `world` ranks; guidance 2 needs a request with both CFG branches."""
     small = [r for r in range(1, math.isqrt(world) + 1) if world % r == 0]
     divisors = sorted({*small, *(world // r for r in small)})
     return [

@@ -1,4 +1,4 @@
-"""Which ranks share a node: the links inside one are fast, those between them are not."""
+"""Which ranks share a node. Links inside a node are fast, links between nodes are slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces in which streams are exchanged. Pure arithmetic without torch: plans need it too."""
+"""Overlap chunks: the parts in which streams are exchanged. Arithmetic without torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class OverlapChunk:
-    """Frames start..stop of one stream, exchanged in one go.
+    """Frames start..stop of one stream, exchanged by one all-to-all.
 
-    `before` counts the frames of all pieces that come earlier in the loop: whoever splits the
-    piece unevenly starts its longer parts there, so that the pieces' sum comes out even.
+    before: frames of all chunks that come earlier in the loop. An uneven split of this chunk starts
+    its longer parts there, so that the sum over all chunks is as even as possible.
     """
 
     stream: int
@@ -22,14 +22,14 @@ class OverlapChunk:
 
 
 def cut(shapes: Sequence[tuple[int, int]], chunks: int) -> list[list[OverlapChunk]]:
-    """The pieces of each stream, given its (samples, frames): one each, or parts of a lone one."""
-    pieces: list[list[OverlapChunk]] = []
+    """Overlap chunks of streams of these (samples, frames): one each, `chunks` of a lone one."""
+    cuts: list[list[OverlapChunk]] = []
     before = 0
     for s, (batch, frames) in enumerate(shapes):
         parts = max(1, min(chunks, frames)) if len(shapes) == 1 else 1
         edges = [frames * i // parts for i in range(parts + 1)]
-        pieces.append([])
+        cuts.append([])
         for start, stop in pairwise(edges):
-            pieces[-1].append(OverlapChunk(s, start, stop, before))
+            cuts[-1].append(OverlapChunk(s, start, stop, before))
             before += batch * (stop - start)
-    return pieces
+    return cuts

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from opensora_sp.base import faults
-from opensora_sp.base.errors import PromptFault, SharedFault, SharedPromptFault, UserError
+from opensora_sp.base.errors import SharedFault, UserError
 from opensora_sp.base.launcher import (
     Launch,
     join,
@@ -25,21 +23,28 @@ from opensora_sp.base.launcher import (
     port_taken,
 )
 from opensora_sp.base.processes import Process
-from opensora_sp.parallel.backend import device_module, load_plugin, pick_backend, pick_device
+from opensora_sp.parallel.backend import (
+    device_module,
+    load_plugin,
+    pick_backend,
+    pick_device,
+    require_backend,
+    visible_note,
+)
 from opensora_sp.parallel.backend_table import Backend
+from opensora_sp.parallel.control import ControlPlane
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.mesh import Mesh, Place
 from opensora_sp.parallel.nodes import node_name, number_nodes
-from opensora_sp.parallel.watchdog.signals import default_signals, handled_signals
+from opensora_sp.parallel.watchdog.signals import default_signals
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.parallel.watchdog.store import StatusStore, connect_store
-from opensora_sp.parallel.watchdog.watch import STOP_GRACE_S, Watchdog
+from opensora_sp.parallel.watchdog.watch import Watchdog
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.colossal import Colossal
 
-T = TypeVar("T")
 # Collectives wait this long for a peer. Long phases of the leading rank are waited for on the
 # side group, which has its own limit, so this only has to cover one denoising step.
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -47,8 +52,6 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 MEET_S = 180.0
 SIDE_TIMEOUT_S = 24 * 3600.0
 RELEASE_S = 0.1
-# torchrun kills a rank 30 s after it was told to stop: a step and its saving have to fit in.
-SAVE_GRACE_S = 25.0
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ class MeshComms:
 
 @dataclass
 class Session:
-    """One process of the run; with a world of one there are no process groups at all.
+    """One process of the run: who it is, and its groups. Alone it has no process groups at all.
 
-    nodes: the number of each rank's node. colossal: makes the groups of a mesh, where asked to.
+    control: objects, barriers and stages, beside the collectives. nodes: the number of each rank's
+    node. colossal: makes the groups of a mesh, where asked to.
     A replica's session (see `split`) counts its ranks from 0 and has groups of its own.
     """
 
@@ -75,8 +79,7 @@ class Session:
     device: torch.device
     backend: Backend
     world: Comm
-    side: Any = None
-    watchdog: Watchdog | None = None
+    control: ControlPlane = field(default_factory=ControlPlane)
     nodes: tuple[int, ...] = (0,)
     colossal: Colossal | None = None
     replica: int = 0
@@ -103,87 +106,6 @@ class Session:
         """Where all collectives of this process are booked."""
         return self.world.ledger
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Be in a stage of the run: peers know of it, and its deadline holds."""
-        if self.watchdog is None:
-            yield
-            return
-        with self.watchdog.stage(name):
-            yield
-
-    def progress(self, detail: str) -> None:
-        """The stage has come this far; its deadline starts anew."""
-        if self.watchdog is not None:
-            self.watchdog.progress(detail)
-
-    @contextmanager
-    def signals_noted(self, into: list[int]) -> Iterator[None]:
-        """Collect Ctrl-C and SIGTERM as numbers while the block runs, instead of being stopped.
-
-        For work that all ranks have to leave at the same point. A second signal ends this process
-        at once, as everywhere, and so does the watching thread when the point does not come.
-        """
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            into.append(number)
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, signal.SIG_DFL)
-
-        with handled_signals(note):
-            if self.watchdog is not None:
-                self.watchdog.stop_grace = SAVE_GRACE_S
-            yield
-            if self.watchdog is not None and not into:
-                self.watchdog.stop_grace = STOP_GRACE_S
-
-    def broadcast_object(self, value: T | None, source: int = 0) -> T:
-        """One rank's picklable value on every rank, over the side group."""
-        if self.side is None:
-            return value  # type: ignore[return-value]
-        box = [value]
-        first = dist.get_global_rank(self.side, source)
-        dist.broadcast_object_list(box, src=first, group=self.side)
-        return box[0]  # type: ignore[return-value]
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's picklable value on every rank, in rank order, over the side group."""
-        if self.side is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.side)
-        return values
-
-    def together(self, work: Callable[[], T], *, leading_only: bool = False) -> T | None:
-        """Run work on every rank, or on the leading one while the others wait; its result.
-
-        A UserError on any rank becomes a SharedFault on all of them, so that they end together
-        and in order instead of finding out from broken connections; one of a single prompt
-        becomes a SharedPromptFault. Collective.
-        """
-        result: T | None = None
-        error: UserError | None = None
-        if self.leads or not leading_only:
-            try:
-                result = work()
-            except UserError as caught:
-                error = caught
-        place = error.place if isinstance(error, PromptFault) else None
-        for rank, (fault, of) in enumerate(
-            self.all_gather_object((None if error is None else str(error), place))
-        ):
-            if fault is not None and of is not None:
-                raise SharedPromptFault(fault, of) from error
-            if fault is not None:
-                rank = self.world_rank(rank)
-                raise SharedFault(f"rank {rank}: {fault}" if rank else fault) from error
-        return result
-
-    def barrier(self) -> None:
-        """Return when every rank has come here; waits on the side group, not in a collective."""
-        if self.side is not None:
-            dist.barrier(group=self.side)
-
     def split(self, mesh: Mesh) -> Session:
         """The session of this rank's replica, for a mesh of all ranks. Collective.
 
@@ -198,14 +120,21 @@ class Session:
         comms = self.build(mesh)
         world, side = self._group_of(replicas), None
         for ranks in replicas if size > 1 else []:
-            group = _side_group(ranks)
+            with self.control.mark.inside("new_group"):
+                group = _side_group(ranks)
             side = group if self.rank in ranks else side
         session = replace(
             self,
             rank=world.rank,
             world_size=size,
             world=world,
-            side=side,
+            control=replace(
+                self.control,
+                rank=world.rank,
+                world_size=size,
+                first=self.rank - world.rank,
+                side=side,
+            ),
             replica=place.replica,
             nodes=tuple(self.nodes[rank] for rank in mesh.replica_ranks(self.rank)),
             parent=self,
@@ -222,7 +151,8 @@ class Session:
             raise ValueError(f"mesh {mesh} on {self.world_size} ranks")
         if self.parent is not None and mesh.size > 1:
             raise ValueError(f"mesh {mesh} was not made when the session was split")
-        made = None if self.colossal is None else self.colossal.groups(mesh)
+        with self.control.mark.inside("new_group"):
+            made = None if self.colossal is None else self.colossal.groups(mesh)
         return MeshComms(
             mesh=mesh,
             place=mesh.place(self.rank),
@@ -241,7 +171,8 @@ class Session:
         for ranks in groups:
             group = None
             if len(ranks) > 1 and made is None:
-                group = dist.new_group(ranks)
+                with self.control.mark.inside("new_group"):
+                    group = dist.new_group(ranks)
             elif len(ranks) > 1 and self.rank in ranks and made is not None:
                 group = made[tuple(ranks)]
             if self.rank in ranks:
@@ -282,12 +213,12 @@ def open_session(
 ) -> Iterator[Session]:
     """The session of this process, as torchrun's environment describes it; alone without one.
 
-    device: gcu, cuda, cpu or None for the first of them that is here. backend: None for the
-    device's own. launcher: torch, or colossalai to have it make the groups. limits: of silence
-    and of stages. Raises UserError for what is not there. Groups are destroyed on a clean exit.
-    With peers, an exception that leaves the block ends the run on all ranks, says why once, and
-    comes out as JobEnded; the groups are left to die with the process then, for peers may be
-    stuck inside them.
+    device: one of `backend_table.DEVICES`, or None for the first of them that is here. backend:
+    None for the device's own. launcher: torch, or colossalai to have it make the groups. limits:
+    of silence and of stages. Raises UserError for what is not there. Groups are destroyed on a
+    clean exit. With peers, an exception that leaves the block ends the run on all ranks, says why
+    once, and comes out as JobEnded; the groups are left to die with the process then, for peers may
+    be stuck inside them.
     """
     launch = join()
     rank, world, local_rank = launch.rank, launch.world_size, launch.local_rank
@@ -299,25 +230,29 @@ def open_session(
     if world == 1:
         yield from _alone(Session(0, 0, 1, here, row, Comm(None, 0, 1)), limits)
         return
+    require_backend(row)
     colossal = _colossal(here, row) if launcher == "colossalai" else None
     with default_signals():  # nothing to tidy up yet, and a handler could not run in there
         _make_world(row.name, launch, timeout_s, colossal)
         side = _side_group()
     through_host = row.device != kind
-    comm = Comm(dist.group.WORLD, rank, world, Ledger(), through_host)
-    session = Session(rank, local_rank, world, here, row, comm, side, colossal=colossal)
-    session.nodes = number_nodes(session.all_gather_object(node_name()))
-    session.world = replace(comm, elsewhere=_elsewhere(range(world), rank, session.nodes))
+    ledger = Ledger()
+    control = ControlPlane(rank, world, side=side, mark=ledger.mark)
+    comm = Comm(dist.group.WORLD, rank, world, ledger, through_host)
+    nodes = number_nodes(control.all_gather_object(node_name()))
+    comm = replace(comm, elsewhere=_elsewhere(range(world), rank, nodes))
+    session = Session(rank, local_rank, world, here, row, comm, control, nodes, colossal)
     watchdog = Watchdog(
         rank,
         StatusStore.connect(rank, world),
-        session.all_gather_object(Process.current()),
+        control.all_gather_object(Process.current()),
         limits or Limits(),
+        ledger.mark,
     )
-    session.watchdog = watchdog
+    control.watchdog = watchdog
     watchdog.start()
     try:
-        with session.stage("start"):
+        with control.stage("start"):
             faults.reach("after-init")
         yield session
     except SharedFault:
@@ -373,14 +308,15 @@ def _colossal(device: torch.device, backend: Backend) -> Colossal:
 
 def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:
     """A session without peers: its stages have deadlines, its errors pass through."""
-    session.watchdog = Watchdog(0, None, [], limits or Limits())
-    session.watchdog.start()
+    watchdog = Watchdog(0, None, [], limits or Limits())
+    session.control.watchdog = watchdog
+    watchdog.start()
     try:
         faults.reach("after-init")
         yield session
     finally:
         session.closed = True
-        session.watchdog.close()
+        watchdog.close()
 
 
 def _side_group(ranks: list[int] | None = None) -> Any:
@@ -390,10 +326,10 @@ def _side_group(ranks: list[int] | None = None) -> Any:
 
 def _close(session: Session) -> None:
     """Destroy the groups when every rank has come here."""
-    session.barrier()
+    session.control.barrier()
     session.closed = True
-    if session.watchdog is not None:
-        session.watchdog.close()
+    if session.control.watchdog is not None:
+        session.control.watchdog.close()
     # gloo's threads let go of a collective's tensors a moment after it was waited for, and need
     # the interpreter for that; torch 2.3 tears a group down while holding it, and waits for the
     # threads. So they get their moment first.
@@ -409,8 +345,8 @@ def _claim_device(kind: str, local_rank: int, local_world: int) -> torch.device:
     count = int(module.device_count())
     if local_world > count:
         raise UserError(
-            f"{local_world} ranks on this node but {count} visible {kind} device(s); "
-            f"start with torchrun --nproc_per_node {count}"
+            f"{local_world} ranks on this node but {count} visible {kind} device(s)"
+            f"{visible_note(kind)}; start with torchrun --nproc_per_node {count}"
         )
     module.set_device(local_rank)
     return torch.device(kind, local_rank)

@@ -45,12 +45,12 @@ def step_traffic(
     if mesh.sequence > 1:
         groups = [1] * halves if runtime.serial_guidance else [halves]
         for streams in groups:
-            pieces = cut([(work.batch, work.frames)] * streams, runtime.chunks)
+            chunks = cut([(work.batch, work.frames)] * streams, runtime.chunks)
             shared = streams > 1 and runtime.share_first
-            for stream, parts in enumerate(pieces):
+            for stream, parts in enumerate(chunks):
                 blocks = work.depth - (1 if shared and stream > 0 else 0)
-                for piece in parts:
-                    _add(traffic, _piece_traffic(work, layout, place.sequence, piece, blocks))
+                for chunk in parts:
+                    _add(traffic, _chunk_traffic(work, layout, place.sequence, chunk, blocks))
     if work.guided and mesh.guidance == 2:
         patches = share(layout.patch_count, layout.ranks, place.sequence)
         cells = work.batch * work.frames * patches * work.latent_channels * PATCH**2
@@ -58,11 +58,11 @@ def step_traffic(
     return traffic
 
 
-def _piece_traffic(
-    work: Workload, layout: Layout, rank: int, piece: OverlapChunk, blocks: int
+def _chunk_traffic(
+    work: Workload, layout: Layout, rank: int, chunk: OverlapChunk, blocks: int
 ) -> dict[str, tuple[int, int]]:
-    count = work.batch * (piece.stop - piece.start)
-    mine = share(count, layout.ranks, rank, piece.before)
+    count = work.batch * (chunk.stop - chunk.start)
+    mine = share(count, layout.ranks, rank, chunk.before)
     patches = share(layout.patch_count, layout.ranks, rank)
     row = work.channels * work.itemsize
     return {

@@ -6,21 +6,11 @@ import re
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.parallel.backend_table import BACKENDS
 
 GB = 10**9
 # Marketed sizes, in units of 10^9 bytes: the real ones are a little larger, which is margin.
-CARDS = {
-    "S60": 48,
-    "L40S": 48,
-    "A6000": 48,
-    "H200": 141,
-    "H100": 80,
-    "A100": 80,
-    "A100-40GB": 40,
-    "RTX 4090": 24,
-    "RTX 3090": 24,
-    "L4": 24,
-}
+CARDS = {card: size for backend in BACKENDS.values() for card, size in backend.cards}
 # Taken before the first tensor: the driver's context, libraries' workspaces, an allocator's
 # rounding.
 _CONTEXT = 1.0 * GB

@@ -97,7 +97,7 @@ def denoising_peak(
     kept = 2 * models.depth * shape.batch * models.tokens * 2 * c * item * halves
     kept += patches * c * item  # positions
     kept += count * patches * (64 + 64 * (halves > together) + 32 * halves)  # latents, velocities
-    passing = 3 * models.pair_weights * item if runtime.residency == "streamed" else 0
+    passing = 3 * models.pair_weights * item if runtime.offload.layers else 0
     return int(most + kept + passing)
 
 
@@ -125,17 +125,17 @@ def _with_exchange(
     x, together = parts.x, parts.together
     row = models.channels * shape.itemsize
     count = shape.batch * shape.latent[0]
-    pieces = max(1, min(runtime.chunks, shape.latent[0])) if together == 1 else 1
-    before = [half * count for half in range(together)] if pieces == 1 else [0]
+    chunks = max(1, min(runtime.chunks, shape.latent[0])) if together == 1 else 1
+    before = [half * count for half in range(together)] if chunks == 1 else [0]
     sequence = mesh.place(rank).sequence
     mine = max(share(count, mesh.sequence, sequence, start) for start in before)
     whole = mine * layout.patch_count * row  # this rank's frames, complete
-    piece_whole = -(-mine // pieces) * layout.patch_count * row
-    attend = _attending(-(-mine // pieces), layout.patch_count, row, runtime.tokens, shape.itemsize)
-    waiting = (1 - 1 / pieces) * (x + whole)
+    chunk_whole = -(-mine // chunks) * layout.patch_count * row
+    attend = _attending(-(-mine // chunks), layout.patch_count, row, runtime.tokens, shape.itemsize)
+    waiting = (1 - 1 / chunks) * (x + whole)
     own = max(
-        waiting + max(2 * piece_whole + x / pieces, piece_whole + attend),
-        x + (1 - 1 / pieces) * whole + parts.rest,
+        waiting + max(2 * chunk_whole + x / chunks, chunk_whole + attend),
+        x + (1 - 1 / chunks) * whole + parts.rest,
         max(parts.along, parts.norm, x + whole),
     )
     return together * x + (together - 1) * (x + whole) + own

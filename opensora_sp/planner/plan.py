@@ -14,7 +14,8 @@ from opensora_sp.planner.devices import usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak, encoding_peak, text_peak
 from opensora_sp.request import sizes
-from opensora_sp.request.runtime import MEMORY_MODES, MemoryMode, Runtime
+from opensora_sp.request.memory_modes import MEMORY_MODES, SMALLEST, MemoryMode
+from opensora_sp.request.runtime import Runtime
 
 # Of the decoder, fitted to its convolutions: a frame and a chunk's latent frame, per latent cell;
 # the spatial one's attention looks from every cell at every other.
@@ -77,7 +78,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a person fixed: None leaves it to the plan."""
+    """What a person fixed. None leaves it to the plan."""
 
     memory: MemoryMode | None = None
     serial_guidance: bool = False
@@ -113,7 +114,7 @@ def make_plan(
 
 def plans(shape: Shape, ranks: int, models: ModelSizes, options: Options) -> list[Plan]:
     """From the fastest mode to the smallest, or the one that was asked for."""
-    modes = list(MEMORY_MODES) if options.memory is None else [options.memory]
+    modes = list(MEMORY_MODES.values()) if options.memory is None else [options.memory]
     return [make_plan(shape, ranks, mode, models, options) for mode in modes]
 
 
@@ -139,7 +140,7 @@ def nearest_request(
 ) -> tuple[str, Plan] | None:
     """The published size that costs most of those that cost less than this one and fit."""
     found: list[tuple[float, str, Plan]] = []
-    asked = make_plan(shape, ranks, "small", models, options).flops
+    asked = make_plan(shape, ranks, SMALLEST, models, options).flops
     for name, size in published_sizes():
         other = replace(shape, height=size[0], width=size[1], num_frames=size[2])
         plan = best(plans(other, ranks, models, options), memory)
@@ -162,32 +163,29 @@ def published_sizes() -> Iterator[tuple[str, tuple[int, int, int]]]:
 def _stages(
     shape: Shape, mesh: Mesh, mode: MemoryMode, models: ModelSizes, options: Options
 ) -> list[Stage]:
-    runtime, item = options.runtime(mode), shape.itemsize
-    streamed, resident = mode == "small", mode == "speed"
-    layers = models.depth * models.pair_weights if streamed else 0
+    runtime, item, offload = options.runtime(mode), shape.itemsize, mode.offload
+    layers = models.depth * models.pair_weights if offload.layers else 0
     transformer = (models.transformer_weights - layers) * item
     vae = models.vae_weights(encoder=shape.encodes) * item
     layer = models.t5_layer_bytes(item, int8=options.t5_int8)
-    text = models.t5_other_weights * item + models.t5_layers * layer * (not streamed)
+    text = models.t5_other_weights * item + models.t5_layers * layer * (not offload.layers)
     stages = []
     if not options.t5_on_cpu:
-        stages.append(
-            Stage("text", text, text_peak(models, item, layer if streamed else 0, options.t5_int8))
-        )
+        passing = layer if offload.layers else 0
+        stages.append(Stage("text", text, text_peak(models, item, passing, options.t5_int8)))
+    beside = transformer if offload.transformer_stays else 0
     if shape.encodes:
-        beside = transformer if resident or streamed else 0
         stages.append(Stage("references", vae + beside, encoding_peak(shape, runtime, models)))
-    # Where models stay, the VAE is there from the second video on.
+    # A VAE that stays is there from the second video on.
     denoising = denoising_peak(shape, mesh, runtime, models)
-    stages.append(Stage("denoise", transformer + vae * resident, denoising))
-    beside = transformer if resident or streamed else 0
+    stages.append(Stage("denoise", transformer + vae * offload.vae_stays, denoising))
     sharing = decoding_ranks(shape, mesh, options)
     stages.append(Stage("decode", vae + beside, decoding_peak(shape, runtime, models, sharing)))
     return stages
 
 
 def decoding_ranks(shape: Shape, mesh: Mesh, options: Options) -> int:
-    """How many ranks decode a video, as `Pipeline.shares_decode` decides it."""
+    """How many ranks decode a video, as `ModelSet.shares_decode` decides it."""
     if options.vae_decode == "rank0":
         return 1
     shares = options.vae_decode == "shared" or shape.num_frames > shape.micro_batch
@@ -198,10 +196,10 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     """Host memory of the leading rank: weights that wait there, noise, the process itself."""
     frames, height, width = shape.latent
     weights = 0
-    if mode != "speed":
+    if mode.offload.uses_host_memory:
         weights = models.transformer_weights + models.vae_weights(encoder=shape.encodes)
     text = 0
-    if options.t5_on_cpu or mode == "small":
+    if options.t5_on_cpu or mode.offload.layers:
         layer = models.t5_layer_bytes(shape.itemsize, int8=options.t5_int8)
         text = models.t5_other_weights * shape.itemsize + models.t5_layers * layer
     # T5 has given its memory back before the others are loaded.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from opensora_sp.planner.devices import GB
 from opensora_sp.planner.plan import Plan, decoding_ranks, make_plan
-from opensora_sp.request.runtime import MEMORY_MODES
+from opensora_sp.request.memory_modes import MEMORY_MODES
 
 
 def surprises(plan: Plan) -> list[str]:
@@ -58,7 +58,7 @@ def _cause(stage: str, plan: Plan, least: Plan) -> str:
 
 
 def _faster_mode(plan: Plan) -> str | None:
-    modes = list(MEMORY_MODES)
+    modes = list(MEMORY_MODES.values())
     ranks = plan.mesh.size
     faster = [
         make_plan(plan.shape, ranks, mode, plan.models, plan.options)

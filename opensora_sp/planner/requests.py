@@ -8,8 +8,8 @@ from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
-from opensora_sp.request.request import Checkpoints, Job, Request, RunSettings
-from opensora_sp.request.runtime import MemoryMode
+from opensora_sp.request.memory_modes import MemoryMode, memory_mode
+from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 
@@ -22,7 +22,7 @@ def sizes_of(checkpoints: Checkpoints | None) -> ModelSizes:
     return ModelSizes.read(checkpoints)
 
 
-def shape_of(request: Request, settings: RunSettings, batch: int) -> Shape:
+def shape_of(request: Request, settings: EngineSettings, batch: int) -> Shape:
     """What of a request decides its cost, in batches of `batch`."""
     return Shape(
         height=request.height,
@@ -38,10 +38,10 @@ def shape_of(request: Request, settings: RunSettings, batch: int) -> Shape:
     )
 
 
-def options_of(settings: RunSettings) -> Options:
+def options_of(settings: EngineSettings) -> Options:
     """What the settings fix of a plan."""
     return Options(
-        memory=None if settings.memory == "auto" else settings.memory,
+        memory=None if settings.memory == "auto" else memory_mode(settings.memory),
         serial_guidance=settings.guidance == "serial",
         # Where only the leading rank has the weights it decodes alone, whatever was asked for.
         vae_decode="rank0" if settings.weights_from == "rank0" else settings.vae_decode,
@@ -58,17 +58,17 @@ def plan_job(job: Job, ranks: int, memory: float) -> Plan:
     ranks: of the run; replicas divide them. Raises UserError, with ways out, where no mode fits.
     """
     shape, models, options = _parts(job)
-    return check_fits(shape, ranks // (job.settings.replicas or 1), models, options, memory)
+    return check_fits(shape, ranks // (job.engine.replicas or 1), models, options, memory)
 
 
 def plan_in_mode(job: Job, ranks: int, mode: MemoryMode) -> Plan:
     """As `plan_job`, of a mode that is chosen already, whether or not it fits."""
     shape, models, options = _parts(job)
-    return make_plan(shape, ranks // (job.settings.replicas or 1), mode, models, options)
+    return make_plan(shape, ranks // (job.engine.replicas or 1), mode, models, options)
 
 
 def _parts(job: Job) -> tuple[Shape, ModelSizes, Options]:
     batch = max(len(tasks) for tasks in job.batches())
     encodes = next((t for t in job.tasks if t.request.reference_path), job.tasks[0])
-    shape = shape_of(encodes.request, job.settings, batch)
-    return shape, sizes_of(job.settings.checkpoints), options_of(job.settings)
+    shape = shape_of(encodes.request, job.engine, batch)
+    return shape, sizes_of(job.engine.checkpoints), options_of(job.engine)

@@ -1,1 +1,1 @@
-"""What is asked for: request, settings, flags, checks. Imports no torch."""
+"""What a run is asked to do: request, settings, flags, checks. Imports no torch."""

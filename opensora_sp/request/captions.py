@@ -1,8 +1,8 @@
 """Caption cleaning: how the captions of Open-Sora 1.2's training set were cleaned.
 
-A prompt goes through the same rules before the text encoder sees it, or the model meets words
-it never saw in training. The rules stand in one table, in order, each working on the result of
-the one before. "Letter" is a-z (the text is lower-cased first); digits, word characters and
+A prompt passes the same rules before the text encoder reads it. Otherwise the model would read
+words that no training caption had. The rules are one table. Each rule works on the result of the
+rule before. A letter is a-z, because the text is lower-cased first. Digits, word characters and
 white space are Unicode's, and `\\b` is Python's word boundary.
 """
 
@@ -63,14 +63,15 @@ def _swap(name: str, pattern: str, replacement: str) -> Rule:
 
 @dataclass(frozen=True)
 class _Addresses:
-    """Drops a scheme's beginning or a host. An `@` after a host makes it shrink, if it can.
+    """Drops the beginning of an address (`http://`) or a host.
 
-    So `a.com/b@x` loses `a.com/`, while in `foo.com@bar` nothing is left to shrink to.
+    The match of a host ends before an `@`, so `a.com/b@x` loses `a.com/`. In `foo.com@bar` no
+    shorter match exists, and nothing is dropped.
 
-    The rule is one pattern, `\\b(?:beginning|host)`, and its leftmost matches go. It is searched
-    run by run: where no host begins at the first word boundary of a run of a-z, digits, dots and
-    hyphens, none begins later in it, for a later one would have to end at the same dot. Trying
-    every boundary, as the pattern alone does, takes seconds for 10,000 letters and dots.
+    The rule is the pattern `\\b(?:beginning|host)`, and its leftmost matches are dropped. It is
+    searched run by run, where a run is a-z, digits, dots and hyphens. If no host begins at the
+    first word boundary of a run, none begins later in it, because it would have to end at the same
+    dot. Trying every boundary, as the pattern alone does, takes seconds for 10,000 characters.
     """
 
     name: str
@@ -92,7 +93,7 @@ class _Addresses:
         )
 
     def __call__(self, text: str) -> str:
-        kept, done, at = [], 0, 0
+        parts, done, at = [], 0, 0
         while found := self.start.search(text, at):
             match: re.Match[str] | None = found
             if found["beginning"] is None:
@@ -100,12 +101,12 @@ class _Addresses:
             if match is None:
                 at = found.end()
             else:
-                kept.append(text[done : match.start()])
+                parts.append(text[done : match.start()])
                 done = at = match.end()
-        return "".join(kept) + text[done:]
+        return "".join(parts) + text[done:]
 
     def _late_beginning(self, text: str, run: re.Match[str]) -> re.Match[str] | None:
-        """The scheme whose letters end a run, such as `a-http://`: no scheme holds a `.` or `-`."""
+        """The scheme at the end of a run, as in `a-http://`. No scheme holds a `.` or a `-`."""
         for length in (len("https"), len("http"), len("www")):
             start = run.end() - length
             if start > run.start() and (match := self.beginning.match(text, start)):
@@ -122,7 +123,7 @@ def _html_text(text: str) -> str:
     from bs4.exceptions import ParserRejectedMarkup
 
     with warnings.catch_warnings():
-        # A caption may look like a file name or an address; that is no mistake here.
+        # BeautifulSoup warns where a text looks like a file name or an address. Captions may.
         warnings.simplefilter("ignore")
         try:
             return BeautifulSoup(text, features="html.parser").get_text()
@@ -134,7 +135,7 @@ def _html_text(text: str) -> str:
 
 
 def _split_joined_words(text: str) -> str:
-    """`this-is-my-cute-cat` is words; `slow-motion` stays."""
+    """Split `this-is-my-cute-cat`. A text with up to three joins stays unchanged."""
     if text.count("-") + text.count("_") > 3:
         return text.replace("-", " ").replace("_", " ")
     return text
@@ -165,7 +166,7 @@ _STEPS: tuple[Callable[[str], str], ...] = (
     _drop("short hash numbers", r"#\d{1,3}\b"),
     _drop("long hash numbers", r"#\d{5,}\b"),
     _drop("long numbers", r"\b\d{6,}\b"),
-    # From a word's start only: what does not match from there does not from later letters either.
+    # Tried at a word's start only: if it does not match there, it matches at no later letter.
     _drop("file names", rf"(?<!\S)\S+\.{_FILE_TYPE}"),
     _swap("repeated quotes", "[\"']{2,}", '"'),
     _blank("repeated dots", r"\.{2,}"),
@@ -196,10 +197,10 @@ _STEPS: tuple[Callable[[str], str], ...] = (
 
 @lru_cache(maxsize=1024)
 def clean_caption(text: str) -> str:
-    """The text as the encoder should read it: the whole table of rules, applied twice.
+    """The text that the encoder reads: the whole table of rules, applied twice.
 
-    Twice, because one pass uncovers what the next removes; that is how the training captions
-    were made, so it is part of the model. Cleaning of Open-Sora 1.2 (after DeepFloyd IF).
+    The training captions were cleaned twice, and the second pass removes what the first uncovers.
+    Source: the caption cleaning of Open-Sora 1.2, which follows DeepFloyd IF.
 
     Raises:
         UserError: the text is not valid Unicode, or holds markup that no HTML parser accepts.

@@ -1,7 +1,7 @@
-"""What a request's references and strategy will do, told before torch or a model is loaded.
+"""A check of a request's references and mask strategy, before torch or a model is loaded.
 
-Frames are counted from the files' headers and packets. Of an address nothing is known yet: what
-depends on its length is judged when it has been fetched.
+Frames are counted from the headers and packets of the files. The length of an address is not known
+before it is fetched, so what depends on it is checked then.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from opensora_sp.request.mask_strategy import (
 )
 from opensora_sp.request.request import Request, reference_paths
 
-# Stands for the length of a reference that is not known: longer than anything is placed from.
+# The assumed length, in frames, of a reference whose length is unknown.
 _UNKNOWN = 10 * sizes.MOST_FRAMES
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A reference that was looked at. frames: at the rate asked for; None of an address."""
+    """What is known of a reference. frames: at the requested rate; None for an address."""
 
     frames: int | None = None
     notes: tuple[str, ...] = ()
 
 
 def layout_of(request: Request) -> FrameLayout:
-    """How a clip's frames lie in its latent frames."""
+    """The layout of a clip's frames in its latent frames."""
     return FrameLayout(request.num_frames, request.micro_frame_size)
 
 
 def dropped_frames(request: Request) -> int:
-    """Frames that a later clip repeats of the one before, dropped when clips are joined."""
+    """Frames of a later clip that repeat the one before. Joining the clips drops them."""
     return layout_of(request).frames_before(request.condition_frame_length)
 
 
 def all_groups(request: Request) -> list[Group]:
-    """A request's groups, and behind them those with which each clip continues the one before.
+    """A request's groups, followed by the groups with which each clip continues the one before.
 
-    Where latents are carried, nothing is encoded anew from the end of a clip: its last latent
-    frames are taken in whole chunks, as the reference's own syntax does.
+    With `loop_carry` "latents" the last latent frames of a clip are taken in whole chunks, as the
+    mask strategy's own syntax does, and are not encoded again.
     """
     length, files = request.condition_frame_length, len(reference_paths(request))
     groups = parse_mask_strategy(request.mask_strategy) + [
@@ -64,11 +64,11 @@ def all_groups(request: Request) -> list[Group]:
     ]
 
 
-def look_at(path: str, request: Request, *, allow_remote: Remote) -> Facts:
-    """Read a reference as far as its frames can be counted; of an address only the scheme.
+def inspect_reference(path: str, request: Request, *, allow_remote: Remote) -> Facts:
+    """Check a reference and count its frames. An address is only checked by its text.
 
     Raises:
-        UserError: it cannot be used, or is cut off.
+        UserError: the reference cannot be used, or the file is cut off.
     """
     from opensora_sp.media.frames import open_reference
     from opensora_sp.media.reader import check_reference
@@ -80,14 +80,16 @@ def look_at(path: str, request: Request, *, allow_remote: Remote) -> Facts:
         return Facts(reference.count, tuple(notes))
 
 
-def judge(request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = ()) -> list[str]:
-    """What is worth telling of what the strategy places; see `look_at` for the facts.
+def strategy_notes(
+    request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = ()
+) -> list[str]:
+    """Notes for the user about the conditioning frames that the strategy places.
 
-    flags: the typed flag that each reference came from, such as --extend; empty for the
-    reference's own syntax.
+    facts: of each reference, from `inspect_reference`. flags: the flag that each reference came
+    from, such as --extend; empty where the mask strategy was written out.
 
     Raises:
-        UserError: the strategy cannot be followed; in the words of the flag where there is one.
+        UserError: the strategy cannot be followed. The message names the flag where there is one.
     """
     paths = reference_paths(request)
     _require_named(request, paths)
@@ -103,7 +105,7 @@ def judge(request: Request, facts: Mapping[str, Facts], flags: Sequence[str] = (
         ]
     for group in own:
         flag = flags[group.ref] if group.ref < len(flags) else None
-        notes += _Judged(request, paths, facts, group, flag).notes()
+        notes += _GroupNotes(request, paths, facts, group, flag).notes()
     named = {group.ref for group in own}
     unused = [path for number, path in enumerate(paths) if number not in named]
     if unused:
@@ -130,8 +132,8 @@ def _require_named(request: Request, paths: Sequence[str]) -> None:
             )
 
 
-class _Judged:
-    """One group of a request, what it places, and what a person should know of that."""
+class _GroupNotes:
+    """One group of a strategy, the frames that it places, and the notes about them."""
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class _Judged:
         return f"mask strategy group {text},{g.edit_ratio:g} {what}: it has no effect"
 
     def _placed(self) -> Placement:
-        """What the group places; raises UserError in the flag's words."""
+        """The frames that the group places. Raises UserError that names the flag."""
         group, request = self._group, self._request
         if self._flag == "--extend" and self._known is not None:
             self._require_end(self._flag, self._known)
@@ -215,7 +217,7 @@ class _Judged:
         return FrameLayout(self._frames[self._group.ref], self._layout.micro).latents
 
     def _of_syntax(self, placement: Placement) -> Iterator[str]:
-        """Notes in the words of the reference's own syntax."""
+        """Notes for a mask strategy that was written out."""
         group, layout = self._group, self._layout
         if group.ref_start != END and group.ref_start < 0 and self._known is not None:
             yield from self._lost_at_the_end(placement, group.ref_start, self._known)
@@ -246,7 +248,7 @@ class _Judged:
         )
 
     def _of_flag(self, placement: Placement) -> Iterator[str]:
-        """Notes in the words of the typed flag."""
+        """Notes for a flag such as --image or --extend."""
         name = f"{self._flag} {self._path}"
         frames, clip = self._known, self._layout
         if frames is None:

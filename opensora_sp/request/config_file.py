@@ -1,7 +1,7 @@
 """Reading and writing YAML configurations, with the names and the spelling of the flags.
 
-Every plain value is read as text and then judged like the text of a flag. YAML's own guesses are
-not wanted: to YAML 1.1 an aspect ratio 9:16 is the number 556.
+Every plain value is read as text and then parsed like the text of a flag. YAML's own types are not
+used, because YAML 1.1 reads the aspect ratio 9:16 as the number 556.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.request.named_configs import find_config
 
-Raw = str | list[str | None] | None  # a value as it was written
+Raw = str | list[str | None] | None  # a value before it is parsed
 
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{kind}"
@@ -20,14 +21,17 @@ _PLAIN_TAGS = frozenset(
 
 
 def read_config(path: str) -> dict[str, Raw]:
-    """Key (with underscores) → value as written. Raises UserError naming the file and the line."""
+    """Key (with underscores) → value as written, of a file or of a name such as 720p-16s.
+
+    Raises UserError naming the file and the line.
+    """
     import yaml
 
     what = f"--config {shown(path)}"
-    text = access.read_text(path, limit=access.CONFIG_LIMIT, what=what)
+    text = access.read_text(find_config(path), limit=access.CONFIG_LIMIT, what=what)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    # A number in it may be too large: of an escaped character, or of the version of YAML.
+    # ValueError and OverflowError: a number in an escape or in the YAML version is too large.
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -67,7 +71,7 @@ def _scalar(node: Any, where: str) -> str | None:
 
 
 def _check_tag(node: Any, where: str) -> None:
-    """Refuses `!!python/...` and the like: nothing is built from them, but nor are they text."""
+    """Refuse tags such as `!!python/...`, which are neither text nor allowed to build objects."""
     if node.tag not in _PLAIN_TAGS:
         raise UserError(f"{where}: the tag {shown(node.tag)} is not allowed")
 

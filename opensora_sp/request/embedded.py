@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from opensora_sp.request.request import Checkpoints
-
-if TYPE_CHECKING:
-    pass
-
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 

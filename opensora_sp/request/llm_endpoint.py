@@ -1,4 +1,4 @@
-"""The language model that rewrites prompts: its address and key, from the environment."""
+"""The endpoint of the language model that refines prompts, from the environment."""
 
 from __future__ import annotations
 
@@ -6,44 +6,24 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import read_launch
 from opensora_sp.base.value_types import shown
 
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
-
-
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
-
-
-TIMEOUT_S = 60.0  # of one try, from looking up the host to the answer's last byte
-
-
+TIMEOUT_S = 60.0  # of one try, from the host's lookup to the last byte of the answer
 TRIES = 2
-
-
 BACKOFF_S = 2.0
-
-
-LONGEST_BACKOFF_S = 20.0  # whatever a server asks for
-
-
+LONGEST_BACKOFF_S = 20.0  # a server may ask for more
 MAX_ANSWER_BYTES = 64 * 2**10
-
-
 _SECRET_LENGTH = 16  # shorter keys are placeholders of local servers, such as EMPTY
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Who rewrites: base address, model, key, and the patience with it in seconds."""
+    """A chat completion endpoint: base address, model, key, timeout and backoff in seconds."""
 
     base_url: str
     model: str
@@ -74,7 +54,7 @@ def endpoint_from_environment(
     _check_base_url(base_url)
     model = model or environ.get("OPENAI_MODEL", "").strip()
     if not model:
-        # No default: what a service offers today it takes away in a year.
+        # There is no default, because services withdraw their models.
         raise UserError(
             "--llm-refine needs the name of a language model that OPENAI_BASE_URL serves: give "
             "--prompt-generator MODEL, such as --prompt-generator gpt-5-mini, or set OPENAI_MODEL"
@@ -83,9 +63,9 @@ def endpoint_from_environment(
 
 
 def check_endpoint(model: str | None = None) -> None:
-    """Refuse on rank 0, which alone asks the endpoint, what `endpoint_from_environment` refuses.
+    """Check the environment on rank 0, as `endpoint_from_environment` does.
 
-    The other ranks may be on nodes where the variables are not set.
+    Only rank 0 asks the endpoint. Other nodes may not have the variables.
     """
     if read_launch().rank == 0:
         endpoint_from_environment(model)
@@ -95,9 +75,9 @@ def _check_base_url(address: str) -> None:
     try:
         parts = urlsplit(address)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port or an IPv6 address that is none
+    except ValueError:  # an invalid port or IPv6 address
         parts, usable = urlsplit(""), False
-    # A key may stand anywhere in it, so of the address at most the host is shown.
+    # A key may be anywhere in the address, so a message shows at most its host.
     if "@" in address:
         raise UserError(
             "OPENAI_BASE_URL in the environment holds an '@': leave user and password out"
@@ -110,6 +90,6 @@ def _check_base_url(address: str) -> None:
 
 
 def _host_of(address: str) -> str:
-    """Scheme and host of an address as "=http://host:1 (...)"; nothing where it has none."""
+    """Scheme and host of an address as "=http://host:1 (...)"; empty where it has no host."""
     found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@\\]*)[/?#]?.*", address, re.DOTALL)
     return f"={shown(found.group(1))} (its host)" if found else ""

@@ -1,32 +1,29 @@
-"""What of a clip is kept from references and what is generated: conditioning strategies.
+"""Mask strategies: which frames of a clip are conditioning frames, and from which reference.
 
-A strategy is groups `loop,ref,ref_start,target_start,length,edit_ratio` joined by `;`. Parsing
-and planning are plain arithmetic on frame counts and need no torch; only `apply_strategy`
-touches tensors. Rules of Open-Sora 1.2, and one addition: a ref_start of `end` means the last
-frames of the reference, encoded by themselves. Counting from the end in the reference's own way
-loses frames, because its videos are encoded in chunks that begin at their first frame.
+A strategy is groups `loop,ref,ref_start,target_start,length,edit_ratio` joined by `;`. This module
+is arithmetic on frame counts and needs no torch; `engine.clips.apply_strategy` applies the result
+to tensors. The rules are those of Open-Sora 1.2, with one addition: a ref_start of `end` means the
+last frames of the reference, encoded by themselves. A negative ref_start can lose the last frames,
+because a reference is encoded in chunks that begin at its first frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from opensora_sp.base import geometry
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 
-if TYPE_CHECKING:
-    pass
-
-_MOST_SIGNS = 20  # of one value; no clip has so many frames, and int() ends at 4300 digits
+_MOST_SIGNS = 20  # characters of one value; int() refuses more than 4300 digits
 _FORM = (
     "groups are loop,ref,ref_start,target_start,length,edit_ratio joined by ';' "
     "(defaults 0,0,0,0,1,0)"
 )
 
-# A ref_start: the frames of the reference that end with its last one.
+# A ref_start that means: the frames kept are the last ones of the reference.
 END: Final = "end"
 
 
@@ -34,10 +31,10 @@ END: Final = "end"
 class Group:
     """One group of a strategy, as written; counts are latent frames.
 
-    The group is for the clip number `loop`. It keeps `length` frames of reference number `ref`,
-    from `ref_start` on, at `target_start` of the clip; negative starts count from the end. With
-    the `ref_start` `END` the frames kept are those that end with the reference's last one.
-    `edit_ratio` 0 keeps the frames as they are, 1 generates them anew.
+    The group applies to the clip number `loop`. It places `length` frames of reference number
+    `ref`, from `ref_start` on, at `target_start` of the clip. Negative starts count from the end. A
+    `ref_start` of `END` places the last frames of the reference. An `edit_ratio` of 0 keeps the
+    frames unchanged, and 1 generates them anew.
     """
 
     loop: int = 0
@@ -50,13 +47,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Placement:
-    """Frames ref_start .. ref_start + length of a reference go to the clip at target_start.
+    """Latent frames ref_start .. ref_start + length of a reference go to the clip at target_start.
 
-    All counts are latent frames, none is negative, and both ranges lie inside. A length of 0
-    means that the group began behind the end of the reference or the clip: it places nothing.
+    All counts are latent frames, none is negative, and both ranges lie inside reference and clip. A
+    length of 0 means that the group begins after the end of the reference or the clip, so that it
+    places nothing.
 
-    frames: None, or (first, count) in frames of the reference, which are then encoded by
-    themselves; `ref_start` is 0 and counts in what they become.
+    frames: None, or (first, count) in frames of the reference. These frames are encoded by
+    themselves, and `ref_start` is 0 in the result.
     """
 
     ref: int
@@ -69,7 +67,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class FrameLayout:
-    """How the frames of a video lie in its latent frames, in chunks of `micro` frames."""
+    """The layout of a video's frames in its latent frames, in chunks of `micro` frames."""
 
     frames: int
     micro: int = geometry.MICRO_FRAME_SIZE
@@ -84,18 +82,18 @@ class FrameLayout:
         chunks, rest = divmod(latent, -(-self.micro // geometry.TIME_FACTOR))
         before = chunks * self.micro
         if rest:
-            # The first latent frame of a chunk shows what fours leave over.
+            # Each latent frame of a chunk shows four frames, but the first shows the remainder.
             length = max(0, min(self.micro, self.frames - before))
             before += geometry.TIME_FACTOR * rest - -length % geometry.TIME_FACTOR
         return min(before, self.frames)
 
     def frames_shown(self, start: int, count: int) -> int:
-        """Frames that `count` latent frames from `start` on stand for, to be encoded for them.
+        """How many frames `count` latent frames from `start` on represent.
 
-        Encoded by themselves, they give exactly `count` latent frames.
+        That many frames, encoded by themselves, give exactly `count` latent frames.
         """
         if start % -(-self.micro // geometry.TIME_FACTOR):
-            # Inside a chunk the latent frames are not what a video begins with: as at a beginning.
+            # Inside a chunk: as many frames as the same count needs at the start of a video.
             return FrameLayout(count * self.micro, self.micro).frames_before(count)
         return self.frames_before(start + count) - self.frames_before(start)
 
@@ -146,10 +144,10 @@ def _malformed(text: str, problem: str) -> UserError:
 
 
 def align_to(value: int, align: int, maximum: int) -> int:
-    """The multiple of `align` nearest to `value`: below it, or above while a whole one remains.
+    """The multiple of `align` nearest to `value`. It rounds up only if a whole `align` is left.
 
-    With the frame counts of Open-Sora 1.2 this keeps starts on the chunks that the temporal VAE
-    encodes by themselves (5 latent frames each). `maximum` is the length that the start lies in.
+    With the frame counts of Open-Sora 1.2 a start is then at the beginning of a micro-frame chunk
+    (5 latent frames). `maximum`: latent frames of the reference or the clip that the start is in.
     """
     multiple, rest = divmod(value, align)
     if 2 * rest > align and multiple < maximum // align - 1:
@@ -164,15 +162,15 @@ def plan_strategy(
     latent_frames: int,
     align: int | None,
 ) -> list[Placement]:
-    """Where the groups that are for clip number `clip` put which frames, in their order.
+    """The placements of the groups for clip number `clip`, in the order of the groups.
 
     Args:
         reference_lengths: latent frames of each reference of the prompt.
         latent_frames: T, latent frames of the clip.
-        align: starts move to a multiple of this many frames; None leaves them.
+        align: starts move to a multiple of this many latent frames; None leaves them.
 
     Raises:
-        UserError: a reference that is not there, or a start before the first frame.
+        UserError: a reference does not exist, or a start is before the first frame.
     """
     placements = []
     for group in groups:
@@ -197,15 +195,15 @@ def plan_clip(
     layout: FrameLayout,
     align: int | None,
 ) -> list[Placement]:
-    """As `plan_strategy`, for groups with `END` too, from what is counted in frames.
+    """As `plan_strategy`, also for groups with `END`, from the references' counts of frames.
 
     Args:
-        reference_frames: frames of each reference of the prompt; only those of references that
-            a group of this clip names are looked at.
-        layout: the clip's; references are encoded in chunks of the same length.
+        reference_frames: frames of each reference of the prompt. Only those of references that a
+            group of this clip names are used.
+        layout: the clip's layout. References are encoded in chunks of the same length.
 
     Raises:
-        UserError: as `plan_strategy`, or a reference shorter than what is to be kept of its end.
+        UserError: as `plan_strategy`, or a reference is shorter than the end to be kept.
     """
     placements = []
     for group in groups:
@@ -249,7 +247,7 @@ def _require_reference(group: Group, clip: int, known: int) -> None:
 
 
 def _start(name: str, value: int, total: int, align: int | None) -> int:
-    """A start as a frame number of `total`: negative ones count from the end, then aligned."""
+    """A start as a frame number of `total`, aligned. Negative ones count from the end."""
     start = value + total if value < 0 else value
     if start < 0:
         raise UserError(

@@ -9,17 +9,17 @@ from pathlib import Path
 from opensora_sp.base.value_types import LONGEST_STEM
 
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, surrogates, line separators
-# They turn the direction of text around, so that a name looks like another one.
+# These change the direction of text, so that a name can look like another one.
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HASH_LENGTH = 8
 
 
 def safe_stem(text: str) -> str:
-    """A file name stem that shows `text` and stays inside its directory; may be empty.
+    """A safe file name stem for `text`; it may be empty.
 
-    Separators, control characters and a leading `-`, which programs take for a flag, become `_`,
-    leading dots go, and what is too long is cut and ends in a hash of the whole, so that two long
-    prompts that begin alike have two names.
+    Path separators, control characters and a leading `-` become `_`. Leading dots are dropped. A
+    text that is too long is cut and ends in a hash of the whole text, so that two long prompts with
+    the same beginning get two names.
     """
     stem = "".join("_" if _is_unsafe(char) else char for char in text.strip())
     stem = re.sub(r"^[.\s]+", "", stem)
@@ -29,17 +29,17 @@ def safe_stem(text: str) -> str:
     if len(encoded) <= LONGEST_STEM:
         return stem
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH_LENGTH]
-    kept = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
-    return f"{kept.rstrip()}-{digest}"
+    shortened = encoded[: LONGEST_STEM - _HASH_LENGTH - 1].decode("utf-8", errors="ignore")
+    return f"{shortened.rstrip()}-{digest}"
 
 
 def numbered(output: Path, number: int) -> Path:
-    """The number-th name for an output: sample_0000.mp4, sample_0000_2.mp4, sample_0000_3.mp4."""
+    """An output's name with a number from 2 on: sample_0000_2.mp4. Number 1 is the name itself."""
     return output if number == 1 else output.with_name(f"{output.stem}_{number}{output.suffix}")
 
 
 def number_of(name: str, output: Path) -> int | None:
-    """Which of an output's names this is, None for none of them: 1 for its own."""
+    """The number with which `numbered` makes this name from `output`; None for other names."""
     found = re.fullmatch(
         re.escape(output.stem) + r"(?:_([1-9]\d{0,8}))?" + re.escape(output.suffix), name
     )
@@ -53,8 +53,8 @@ def output_stems(
 ) -> list[str]:
     """One stem per (index, prompt), all different.
 
-    SAMPLE_NAME_0000 with the prompt's index, or the prompt itself; a prompt that would have the
-    name of an earlier one also gets its index.
+    A stem is SAMPLE_NAME_0000 with the prompt's index, or the prompt itself. A prompt whose stem is
+    taken gets its index as well.
     """
     if not prompt_as_path:
         name = sample_name or "sample"
@@ -71,9 +71,9 @@ def output_stems(
 
 
 def _key(stem: str) -> str:
-    """What two names share that some file system takes for the same.
+    """A key that is equal for names that some file systems treat as the same.
 
-    Upper and lower case may be one there, and so may ü as one character and as u with two dots.
+    They may ignore case, and may treat ü as one character and as u with a diaeresis alike.
     """
     folded = unicodedata.normalize("NFD", stem).casefold()
     return unicodedata.normalize("NFC", folded)

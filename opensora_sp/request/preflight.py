@@ -1,4 +1,4 @@
-"""Files and folders that a request names, looked at before torch or a model is loaded."""
+"""Checks of the files and folders that a request names, before torch or a model is loaded."""
 
 import json
 import os
@@ -11,14 +11,15 @@ from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
-from opensora_sp.request.conditions import Facts, judge, look_at
+from opensora_sp.request.conditions import Facts, inspect_reference, strategy_notes
 from opensora_sp.request.mask_strategy import parse_mask_strategy
-from opensora_sp.request.request import Checkpoints, Request, a_path, reference_paths
+from opensora_sp.request.request import Checkpoints, Request, reference_paths
+from opensora_sp.request.setting import a_path
 
-BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, detailed and moving
+BYTES_PER_PIXEL = 0.25  # H.264 at crf 17, for detailed and moving pictures
 LOSSLESS_BYTES_PER_PIXEL = 3.0
 
-# What each checkpoint directory must hold; of a tuple one is enough.
+# The files of each checkpoint directory. Of a tuple one file is enough.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _T5_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NEEDED: Mapping[str, tuple[str | tuple[str, ...], ...]] = {
@@ -110,7 +111,7 @@ def _check_shards(what: str, directory: str, index: str) -> None:
 
 
 def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
-    """The directory to write to, which need not exist yet; creates nothing.
+    """Check a directory for outputs. It need not exist yet, and nothing is created.
 
     Raises UserError where it could not be made or written to.
     """
@@ -128,8 +129,8 @@ def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
 def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool) -> None:
     """Raises UserError where the outputs of these requests would likely not fit on the disk.
 
-    What a video will take is not known before it is made; the estimate is at the upper end of
-    what real pictures need at this quality.
+    The size of a video is not known before it is made. The estimate is at the upper end of what
+    real videos need at this quality.
     """
     per_pixel = LOSSLESS_BYTES_PER_PIXEL if lossless else BYTES_PER_PIXEL
     needed = sum(
@@ -148,7 +149,7 @@ def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool)
 
 
 def amount(size: float) -> str:
-    """A number of bytes as a person reads it: "640 bytes", "31.9 kB", "2.05 GB"."""
+    """A number of bytes for a message: "640 bytes", "31.9 kB", "2.05 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * factor:
             value = size / factor
@@ -157,7 +158,7 @@ def amount(size: float) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError where a directory stands in the place of an output file."""
+    """Raise UserError where a directory has the name of an output file."""
     if access.is_dir(output):
         raise UserError(f"{output} is a directory, but an output has this name: rename one")
 
@@ -172,19 +173,19 @@ def check_conditions(
     """A request's references and strategy, as far as that goes without decoding the videos.
 
     Args:
-        flags: the typed flag that each reference came from; see `conditions.judge`.
+        flags: the typed flag that each reference came from; see `conditions.strategy_notes`.
         known: what is known of files already, by path; filled.
 
-    Returns what is worth telling a person. Raises UserError for a strategy that is none, or
-    PromptFault naming the file, the address or the flag that cannot be used or followed: of a
-    list the other prompts can still be made.
+    Returns notes for the user. Raises UserError for a malformed strategy. Raises PromptFault, which
+    names the file, the address or the flag, for what cannot be used or followed, because the other
+    prompts of a list can still be made.
     """
     known = {} if known is None else known
-    parse_mask_strategy(request.mask_strategy)  # a mistake in it is told before a file is opened
+    parse_mask_strategy(request.mask_strategy)  # a mistake in it is refused before files are opened
     try:
         for path in reference_paths(request):
             if path not in known:
-                known[path] = look_at(path, request, allow_remote=allow_remote)
-        return judge(request, known, flags)
+                known[path] = inspect_reference(path, request, allow_remote=allow_remote)
+        return strategy_notes(request, known, flags)
     except UserError as error:
         raise PromptFault(str(error)) from error

@@ -1,8 +1,8 @@
 """Files of prompts: one prompt a line, or CSV, JSON or JSON Lines with named fields.
 
-The extension decides; a file with another one is lines of text, unless the whole of it is JSON or
-its first line is a heading of known fields. What is not clear is refused: a heading, a bracket or
-another encoding must not become a video. Imports no torch.
+The extension decides the format. A file with another extension is lines of text, unless all of it
+is JSON or its first line is a heading of known fields. An unclear file is refused, so that a
+heading, a bracket or a wrong encoding does not become a video. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.request.request import REQUEST_TYPES
+from opensora_sp.request.request import Request
+from opensora_sp.request.setting import settings_of
 
-# What a field may be called, and the request's field that it is; of several, the first is read.
+# Each field of a request, and the names that it may have in a file. The first name found is read.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "text", "caption"),
     "reference_path": ("reference_path", "reference", "ref"),
@@ -55,9 +56,9 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt of a file: its place from 0, its words, and what it sets for itself alone.
+    """One prompt of a file. index: its place in the file, from 0.
 
-    own: values of a request's fields, of those in `FIELDS`.
+    own: values of the request's fields, of those in `FIELDS`, that this prompt sets for itself.
     """
 
     index: int
@@ -67,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file, and what is worth telling a person about how it was read."""
+    """The prompts of a file, and notes for the user about how it was read."""
 
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
@@ -75,7 +76,7 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class _Content:
-    """Every entry, blank ones too. count: of the places; places: what they are called."""
+    """All entries, with blank ones. count: of the places. places: their name in messages."""
 
     entries: Sequence[Entry]
     count: int
@@ -84,11 +85,11 @@ class _Content:
 
 
 def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> PromptFile:
-    """The prompts at the places `start` to `end` − 1 of a file; blank ones are no prompts.
+    """The prompts at the places `start` to `end` - 1 of a file. Blank entries are left out.
 
-    A place is a line's number from 0, in CSV and JSON an entry's. It stays that of the whole file,
-    so that a part of a list gives the videos and names that the whole list would. Raises UserError
-    for a file that cannot be used.
+    A place is the number of a line, or of an entry in CSV and JSON, from 0. It counts in the whole
+    file, so that a part of a list gives the same videos and names as the whole list. Raises
+    UserError for a file that cannot be used.
     """
     what = f"--prompt-path {shown(path)}"
     data = access.read_bytes(path, limit=access.PROMPTS_LIMIT, what=what)
@@ -107,7 +108,7 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> Promp
 
 
 def _decode(what: str, path: str, data: bytes) -> str:
-    """The text of UTF-8, or of UTF-16 or UTF-32 with a byte order mark."""
+    """The text of UTF-8 bytes, or of UTF-16 or UTF-32 bytes with a byte order mark."""
     for beginning, kind in _OTHER_KINDS:
         if data.startswith(beginning):
             raise UserError(f"{what} is {kind}: save the prompts as plain text (UTF-8)")
@@ -135,7 +136,7 @@ def _decode(what: str, path: str, data: bytes) -> str:
 
 
 def _possible_encodings(data: bytes) -> list[str]:
-    """The encodings that could have written these bytes."""
+    """The encodings that these bytes may be in."""
 
     def fits(name: str) -> bool:
         try:
@@ -144,7 +145,8 @@ def _possible_encodings(data: bytes) -> list[str]:
             return False
         return all(character.isprintable() or character.isspace() for character in text)
 
-    # Two bytes make a letter of GBK and its like, so theirs stand in rows; é or ü stands alone.
+    # In GBK and similar encodings two bytes make a character, so such bytes come in rows. In a
+    # one-byte encoding most of them, such as é, come alone.
     runs = re.findall(rb"[\x80-\xff]+", data)
     alone = sum(len(run) == 1 for run in runs) > len(runs) / 2
     order = (_ONE_BYTE, *_OTHER_ENCODINGS) if alone else (*_OTHER_ENCODINGS, _ONE_BYTE)
@@ -178,7 +180,10 @@ def _parse(what: str, extension: str, text: str) -> _Content:
 
 
 def _lines(text: str) -> list[str]:
-    """Only line feeds end a prompt (splitlines would also break at U+2028), or else returns."""
+    """Lines that end in line feeds, or in carriage returns where there is no line feed.
+
+    `splitlines` would also split at U+2028.
+    """
     end = "\n" if "\n" in text or "\r" not in text else "\r"
     return text.removesuffix(end).split(end)
 
@@ -201,7 +206,7 @@ def _read_lines(what: str, text: str) -> _Content:
 
 
 def _read_table(what: str, text: str) -> _Content:
-    """CSV whose first row names the columns; separated by commas, semicolons or tabs."""
+    """CSV, separated by commas, semicolons or tabs. The first row names the columns."""
     first = _lines(text.lstrip())[0]
     delimiter = _delimiter(first) or ","
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -231,7 +236,7 @@ def _read_table(what: str, text: str) -> _Content:
 
 
 def _delimiter(heading: str) -> str | None:
-    """What separates the columns of a heading: the sign that sets a prompt's column apart."""
+    """The separator of a heading: the one that gives a column for the prompt; None without one."""
     for sign in (",", ";", "\t"):
         if sign in heading and any(_name(n) in FIELDS["prompt"] for n in heading.split(sign)):
             return sign
@@ -254,7 +259,7 @@ def _read_json(what: str, text: str) -> _Content:
 
 
 def _read_json_lines(what: str, text: str) -> _Content:
-    """A JSON object or string on every line that is not blank; places are lines."""
+    """A JSON object or string on each line that is not blank. Places are lines."""
 
     def values() -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, 1):
@@ -267,7 +272,7 @@ def _read_json_lines(what: str, text: str) -> _Content:
 
 
 def _records(what: str, values: Iterable[tuple[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Every entry as (where it stands, its fields by name)."""
+    """Every entry as (its place for messages, its fields by name)."""
     records = []
     for where, value in values:
         if isinstance(value, str):
@@ -319,7 +324,7 @@ def _entries_of(
 
 def _value(what: str, key: str, value: Any) -> Any:
     """A field's value, "" where it is empty; raises UserError where it is not legal."""
-    kind = REQUEST_TYPES[key]
+    kind = settings_of(Request)[key].kind
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
     if isinstance(value, str) and key == "seed":

@@ -1,8 +1,8 @@
-"""What a prompt may carry beside its words: scores, texts per loop, references and strategies.
+"""The syntax of a prompt: texts per clip, scores, and JSON with references and a strategy.
 
-A raw prompt is read in this order: the JSON at its end is taken off (`parse_prompt_json`), then
-each clip finds its text (`prompt_for_loop`), to which scores are added and which is cleaned
-(`caption_for_clip`). The forms are Open-Sora 1.2's.
+A raw prompt is read in this order. `parse_prompt_json` takes the JSON off its end.
+`prompt_for_loop` finds the text of a clip. `caption_for_clip` adds scores to it and cleans it. The
+syntax is Open-Sora 1.2's.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import Request
 
-if TYPE_CHECKING:
-    pass
-
 _LOOPS_MARK = "|0|"
 _JSON_KEYS = ("reference_path", "mask_strategy")
-# Characters of one text. T5 reads at most 300 tokens of 16 characters; cleaning is not linear in
-# unfinished HTML tags, and every rank would wait for it.
+# Characters of one text. T5 reads at most 300 tokens of 16 characters. Cleaning takes more than
+# linear time for unfinished HTML tags, and every rank would wait for it.
 LONGEST_TEXT = 10_000
 _MOST_DIGITS = 9  # of a clip's number
 _LOOPS_FORM = "write it as |0|text|2|text|..., without other | signs"
@@ -30,7 +27,7 @@ _LOOPS_FORM = "write it as |0|text|2|text|..., without other | signs"
 
 @dataclass(frozen=True)
 class PromptJson:
-    """A prompt's words, and its references (paths joined by `;`) and conditioning strategy."""
+    """A prompt's words, its references (paths joined by `;`) and its mask strategy."""
 
     prompt: str
     reference_path: str
@@ -40,7 +37,7 @@ class PromptJson:
 def parse_prompt_json(raw: str, *, reference_path: str = "", mask_strategy: str = "") -> PromptJson:
     """Split `words{"reference_path": "a.png;b.png", "mask_strategy": "0;0,1,0,-1,1"}`.
 
-    What the JSON gives wins over the arguments, which are the flags' values for this prompt.
+    Values in the JSON override the arguments, which are the flags' values for this prompt.
 
     Raises:
         UserError: a second `{`, bad JSON, another key, or a value that is not a string.
@@ -82,7 +79,7 @@ def _read_json(raw: str, text: str) -> dict[str, str]:
 
 
 def split_loops(prompt: str) -> dict[int, str]:
-    """The prompt's texts by the first clip each is for; {0: prompt} unless it begins with |0|.
+    """First clip → text, for each text of the prompt; {0: prompt} unless it begins with |0|.
 
     Raises:
         UserError: a clip number that is not a whole number or comes twice, a missing text, or one
@@ -120,7 +117,7 @@ def _check_length(prompt: str, text: str) -> None:
 
 
 def prompt_for_loop(prompt: str, clip: int) -> str:
-    """The text of clip number `clip` (from 0): the segment with the largest number up to it."""
+    """The text of clip number `clip`, from 0: the text with the largest number up to it."""
     segments = split_loops(prompt)
     return segments[max(first for first in segments if first <= clip)]
 
@@ -131,10 +128,10 @@ def append_scores(
     flow: float | None = None,
     camera_motion: str | None = None,
 ) -> str:
-    """The prompt with the score suffixes that the model was trained on, in their fixed order.
+    """The prompt with the suffixes for scores that the training captions had, in their order.
 
     `aes` is the aesthetic score and `flow` the motion score, both written with one decimal. A
-    suffix is left out when it is None or when the prompt already holds its label.
+    suffix is left out where its value is None or the prompt already holds its label.
     """
     suffixes = (
         ("aesthetic score:", None if aes is None else f"{aes:.1f}"),
@@ -156,9 +153,9 @@ def caption_for_clip(
     flow: float | None = None,
     camera_motion: str | None = None,
 ) -> str:
-    """What the text encoder reads for one clip: the clip's text, its scores, cleaned.
+    """The caption that the text encoder reads for one clip: its text with scores, cleaned.
 
-    `prompt` is without its JSON. Raises UserError where the text cannot be split or cleaned.
+    `prompt` has no JSON at its end. Raises UserError where the text cannot be split or cleaned.
     """
     from opensora_sp.request.captions import clean_caption
 
@@ -166,5 +163,5 @@ def caption_for_clip(
 
 
 def caption(request: Request, clip: int) -> str:
-    """The cleaned caption of one clip, scores appended."""
+    """The caption of one clip of a request."""
     return caption_for_clip(request.prompt, clip, request.aes, request.flow, request.camera_motion)

@@ -1,200 +1,54 @@
-"""What to generate: one video (`Request`), how to run (`RunSettings`), a whole run (`Job`).
+"""What to generate: one video (`Request`) and a whole run (`Job`).
 
-All frozen, all checked when they are made, none needs torch.
+All frozen, all checked when they are made, none needs torch. How the models run is in
+engine_settings.py, what a job does with its outputs in job_settings.py.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from opensora_sp.base import geometry
-from opensora_sp.base.deadlines import (
-    DEADLINE_RANGE_S,
-    DEADLINES,
-    HEARTBEAT_RANGE_S,
-    HEARTBEAT_S,
-    TIMEOUT_RANGE_S,
-    parse_deadlines,
-)
-from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import references_without_secrets
 from opensora_sp.base.value_types import (
     ValueType,
     boolean,
     choice,
-    file_stem,
     integer,
     number,
     optional,
-    path,
-    shown,
     text,
 )
-from opensora_sp.media.fetch import Remote
 from opensora_sp.request import sizes
+
+# The names of a job's parts, which most modules import from here.
+from opensora_sp.request.engine_settings import CheckFinite as CheckFinite
+from opensora_sp.request.engine_settings import Checkpoints as Checkpoints
+from opensora_sp.request.engine_settings import EngineSettings as EngineSettings
+from opensora_sp.request.job_settings import JobSettings as JobSettings
 from opensora_sp.request.rules import check_fields
+from opensora_sp.request.setting import Declared, declared, setting
 
 IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
 
-DEVICES = ("gcu", "cuda", "cpu")
-BACKENDS = ("eccl", "nccl", "gloo")
-LAUNCHERS = ("torch", "colossalai")
-DTYPES = ("fp32", "fp16", "bf16")
-GUIDANCE = ("auto", "together", "serial")
-MEMORY = ("auto", "speed", "balanced", "small")
-T5_DEVICE = ("device", "cpu")
-T5_WEIGHTS = ("full", "int8")
-WEIGHTS_FROM = ("disk", "rank0")
-VAE_DECODE = ("auto", "rank0", "shared")
-LOOP_CARRY = ("frames", "latents")
-CheckFinite = Literal["off", "steps", "blocks"]
+LoopCarry = Literal["frames", "latents"]
 
 
-def _deadlines_type() -> ValueType:
-    def legal(value: Any) -> bool:
-        try:
-            parse_deadlines(value)
-        except (ValueError, AttributeError):
-            return False
-        return True
-
-    kinds, (low, high) = ", ".join(DEADLINES), DEADLINE_RANGE_S
-    allowed = (
-        f"a list like step=600,decode=off (seconds from {low:.0f} to {high:.0f}, or off; "
-        f"kinds: {kinds})"
+def frames_or_duration() -> ValueType:
+    """A number of frames or a word of the size table, which is looked up later."""
+    return ValueType(
+        "N|DURATION",
+        "a number of frames or a duration of the table",
+        str,
+        text(empty=False).legal,
     )
-    return ValueType("LIST", allowed, str.strip, legal)
-
-
-# Legal values of the fields below; the flags and YAML keys use the same entries.
-REQUEST_TYPES: Mapping[str, ValueType] = {
-    "prompt": text(metavar="P"),
-    "prompt_index": integer(0),
-    "sample_index": integer(0),
-    "height": integer(sizes.SMALLEST_SIDE, sizes.LARGEST_SIDE),
-    "width": integer(sizes.SMALLEST_SIDE, sizes.LARGEST_SIDE),
-    "num_frames": integer(1, sizes.MOST_FRAMES),
-    "fps": integer(1, 1000),
-    "save_fps": integer(1, 1000),
-    "steps": integer(1, 100_000),
-    "cfg_scale": number(0),
-    "seed": integer(0, 2**63 - 1),
-    "timestep_transform": boolean(),
-    "aes": optional(number(0)),
-    "flow": optional(number(0)),
-    "camera_motion": optional(text(empty=False), word="null"),
-    "loop": integer(1, 10_000),
-    "condition_frame_length": integer(1, 10_000),
-    "align": integer(1, 10_000),
-    "reference_path": text(),
-    "mask_strategy": text(),
-    "reference_fps": optional(number(0, above=True), word="null"),
-    "loop_carry": choice(*LOOP_CARRY),
-    "micro_frame_size": integer(1, 10_000),
-    "micro_batch_size": integer(1, 10_000),
-    "model_max_length": optional(integer(1, 100_000)),
-}
-SETTINGS_TYPES: Mapping[str, ValueType] = {
-    "device": optional(choice(*DEVICES), word="auto"),
-    "backend": optional(choice(*BACKENDS), word="auto"),
-    "launcher": choice(*LAUNCHERS),
-    "dtype": choice(*DTYPES),
-    "save_dir": path("DIR"),
-    "sample_name": optional(file_stem(), word="null"),
-    "num_sample": integer(1, 10_000),
-    "batch_size": integer(1, 10_000),
-    "verbose": integer(0, 2),
-    "log_dir": optional(path("DIR"), word="null"),
-    "cpu_threads": optional(integer(1, 4096), word="auto"),
-    "guidance": choice(*GUIDANCE),
-    "enable_compile": boolean(),
-    "timeout": number(*TIMEOUT_RANGE_S, metavar="SECONDS"),
-    "heartbeat_timeout": number(*HEARTBEAT_RANGE_S, metavar="SECONDS"),
-    "deadlines": _deadlines_type(),
-    "check_finite": choice(*get_args(CheckFinite)),
-    "sequence_parallel": optional(integer(1), word="auto"),
-    "guidance_parallel": optional(integer(1, 2), word="auto"),
-    "replicas": optional(integer(1), word="auto"),
-    "overlap": boolean(),
-    "vae_decode": choice(*VAE_DECODE),
-    "weights_from": choice(*WEIGHTS_FROM),
-    "memory": choice(*MEMORY),
-    "t5_device": choice(*T5_DEVICE),
-    "t5_weights": choice(*T5_WEIGHTS),
-    "device_memory": optional(text(empty=False, metavar="SIZE"), word="auto"),
-    "no_plan": boolean(),
-    "allow_remote": boolean(),
-    "allow_private": boolean(),
-    "lossless": boolean(),
-    "watermark": boolean(),
-    "sheet": boolean(),
-    "llm_refine": boolean(),
-    "prompt_generator": optional(text(empty=False), word="null"),
-    "text_cache": path("DIR|off"),
-    "save_every": integer(0),
-    "resume": boolean(),
-    "decode_only": boolean(),
-    "keep_state": boolean(),
-    "overwrite": boolean(),
-}
-
-
-def _check(instance: Any, kinds: Mapping[str, ValueType]) -> None:
-    for name, kind in kinds.items():
-        value = _plain(getattr(instance, name))
-        is_path = isinstance(value, Path) and kind.metavar == "DIR"
-        kind.check(name, str(value) if is_path else value)
-        object.__setattr__(instance, name, value)
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of numpy as Python's own, without numpy; anything else as it is."""
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return value.item()
-    return value
-
-
-def _refuse_unknown(cls: type[Any], arguments: tuple[Any, ...], given: Mapping[str, Any]) -> None:
-    """UserError for a name that is no field, with the nearest that is one."""
-    if arguments:
-        raise UserError(
-            f"{cls.__name__} {shown(arguments[0])}: values are given by name, as "
-            f"{cls.__name__}({next(iter(fields_of(cls)))}=...)"
-        )
-    for name in given:
-        if name not in fields_of(cls):
-            close = difflib.get_close_matches(name, list(fields_of(cls)), n=1)
-            nearest = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{name} is not a field of {cls.__name__}{nearest}")
-
-
-def fields_of(cls: type[Any]) -> tuple[str, ...]:
-    """Names of a dataclass's fields."""
-    return tuple(cls.__dataclass_fields__)
-
-
-def a_path(name: str, value: Any) -> Path:
-    """A path given as text or as a path. Raises UserError naming `name`."""
-    whole = str(value) if isinstance(value, Path) else value
-    path("DIR").check(name, whole)
-    return Path(path("DIR").read(whole)) if isinstance(value, str) else Path(whole)
-
-
-class _Named:
-    """Refuses unknown names in one line, where a dataclass alone would raise a TypeError."""
-
-    def __new__(cls, *arguments: Any, **given: Any) -> Any:
-        _refuse_unknown(cls, arguments, given)
-        return super().__new__(cls)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(_Named):
+class Request(Declared):
     """One video or image of Open-Sora 1.2, and everything that decides its content.
 
     `prompt` is the person's words, without JSON, scores or cleaning (it may hold `|0|` segments).
@@ -207,36 +61,160 @@ class Request(_Named):
     together (`request_rules`), as the flags do. Scalars of numpy are taken as Python's own.
     """
 
-    prompt: str
-    prompt_index: int = 0
-    sample_index: int = 0
-    height: int = 240
-    width: int = 426
-    num_frames: int = 51
-    fps: int = 24
-    save_fps: int = 24
-    steps: int = 30
-    cfg_scale: float = 7.0
-    seed: int = 42
-    timestep_transform: bool = True
-    aes: float | None = 6.5
-    flow: float | None = None
-    camera_motion: str | None = None
-    loop: int = 1
-    condition_frame_length: int = 5
-    align: int = 5
-    reference_path: str = ""
-    mask_strategy: str = ""
-    reference_fps: float | None = None
-    loop_carry: Literal["frames", "latents"] = "frames"
-    micro_frame_size: int = geometry.MICRO_FRAME_SIZE
-    micro_batch_size: int = 4
-    model_max_length: int | None = None
+    prompt: str = field(
+        metadata=declared(
+            "--prompt",
+            text(metavar="P"),
+            help="one or more prompts, one output each",
+            changes="content",
+            nargs="+",
+        )
+    )
+    prompt_index: int = setting("", integer(0), 0, changes="content")
+    sample_index: int = setting("", integer(0), 0, changes="content")
+    # Set by --image-size, or by --resolution and --aspect-ratio.
+    height: int = setting("", sizes.SIDE, 240, changes="content")
+    width: int = setting("", sizes.SIDE, 426, changes="content")
+    num_frames: int = setting(
+        "--num-frames",
+        integer(1, sizes.MOST_FRAMES),
+        51,
+        "2s 4s 8s 16s (51 102 204 408 frames), image (1), or a number of frames",
+        changes="content",
+        flag_kind=frames_or_duration(),
+    )
+    fps: int = setting(
+        "--fps",
+        integer(1, 1000),
+        24,
+        "frame rate told to the model; always 120 for one frame",
+        changes="content",
+    )
+    save_fps: int = setting(
+        "--save-fps", integer(1, 1000), 24, "frame rate of the file", changes="file"
+    )
+    steps: int = setting(
+        "--num-sampling-steps", integer(1, 100_000), 30, "denoising steps", changes="content"
+    )
+    cfg_scale: float = setting(
+        "--cfg-scale", number(0), 7.0, "guidance scale; 1 is no guidance", changes="content"
+    )
+    seed: int = setting(
+        "--seed",
+        integer(0, 2**63 - 1),
+        42,
+        "one seed means one video on any device or rank count",
+        changes="content",
+    )
+    timestep_transform: bool = setting("", boolean(), True, changes="content")
+    aes: float | None = setting(
+        "--aes",
+        optional(number(0)),
+        6.5,
+        "aesthetic score written into the prompt, or none",
+        changes="content",
+    )
+    flow: float | None = setting(
+        "--flow",
+        optional(number(0)),
+        None,
+        "motion score written into the prompt",
+        changes="content",
+    )
+    camera_motion: str | None = setting(
+        "--camera-motion",
+        optional(text(empty=False), word="null"),
+        None,
+        "such as 'pan left', or none",
+        changes="content",
+    )
+    loop: int = setting(
+        "--loop",
+        integer(1, 10_000),
+        1,
+        "clips, each continuing the last",
+        changes="content",
+        feature="loops",
+    )
+    condition_frame_length: int = setting(
+        "--condition-frame-length",
+        integer(1, 10_000),
+        5,
+        "latent frames a clip takes from the one before, a multiple of 5",
+        changes="content",
+    )
+    align: int = setting(
+        "--align",
+        integer(1, 10_000),
+        5,
+        "latent frames that strategy starts snap to",
+        changes="content",
+    )
+    reference_path: str = setting(
+        "--reference-path",
+        text(metavar="PATHS"),
+        "",
+        "images or videos, one entry per prompt, joined by ; within an entry",
+        changes="content",
+        flag_default=None,
+        nargs="+",
+        feature="references",
+    )
+    mask_strategy: str = setting(
+        "--mask-strategy",
+        text(metavar="STRATEGY"),
+        "",
+        "loop,ref,ref_start,target_start,length,edit_ratio, one entry per prompt; a "
+        "ref_start of end keeps the reference's last frames",
+        changes="content",
+        flag_default=None,
+        nargs="+",
+        feature="references",
+    )
+    reference_fps: float | None = setting(
+        "--reference-fps",
+        optional(number(0, above=True), word="null"),
+        None,
+        "resample reference videos to this rate",
+        changes="content",
+        shown_default="as they are",
+    )
+    loop_carry: LoopCarry = setting(
+        "--loop-carry",
+        choice(*get_args(LoopCarry)),
+        "frames",
+        "what a clip takes: the frames, encoded again, or the latents as they are",
+        changes="content",
+    )
+    micro_frame_size: int = setting(
+        "--micro-frame-size",
+        integer(1, 10_000),
+        geometry.MICRO_FRAME_SIZE,
+        "frames of a VAE chunk; another value changes the result",
+        changes="content",
+        note="--micro-frame-size {value} changes the result: the model was trained with 17",
+    )
+    # How a request is computed, not what: a run that ended for want of memory goes on with less.
+    micro_batch_size: int = setting(
+        "--micro-batch-size",
+        integer(1, 10_000),
+        4,
+        "frames the VAE takes at once",
+        changes="nothing",
+    )
+    model_max_length: int | None = setting(
+        "--model-max-length",
+        optional(integer(1, 100_000)),
+        None,
+        "text tokens",
+        changes="content",
+        shown_default="the model's own; 300 as published",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.reference_path, Path):
             object.__setattr__(self, "reference_path", str(self.reference_path))
-        _check(self, REQUEST_TYPES)
+        self.check_values()
         check_fields(vars(self))
         # 7 and 7.0 are one request: they must have one digest.
         for name in ("cfg_scale", "aes", "flow"):
@@ -293,108 +271,6 @@ def reference_paths(request: Request) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoints(_Named):
-    """The four checkpoint directories, as they are published; text is taken as a path.
-
-    Raises UserError, naming the field, for what is no path.
-    """
-
-    dit: Path
-    t5: Path
-    vae2d: Path
-    vae3d: Path
-
-    def __post_init__(self) -> None:
-        for name in fields_of(type(self)):
-            object.__setattr__(self, name, a_path(name, getattr(self, name)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(_Named):
-    """How a run is done; nothing here changes what is generated, except `dtype`.
-
-    `device` and `backend` None: the first device that is there, and its own backend.
-    `checkpoints` None: the embedded model. `cpu_threads` None: the cores this process may use,
-    shared among the ranks of the node. `sample_name` None: "sample", or nothing before the prompt
-    with `prompt_as_path`. `timeout` and `heartbeat_timeout` are in seconds; `deadlines` as for
-    `opensora_sp.base.deadlines.parse_deadlines`.
-    `text_cache` is a directory, "auto" or "off". `save_every` counts denoising steps; 0 saves
-    finished clips only.
-
-    Raises UserError, naming the field, for a value that is not legal.
-    """
-
-    device: str | None = None
-    backend: str | None = None
-    launcher: str = "torch"
-    dtype: str = "bf16"
-    checkpoints: Checkpoints | None = None
-    save_dir: Path = Path("samples/samples")
-    sample_name: str | None = None
-    prompt_as_path: bool = False
-    num_sample: int = 1
-    batch_size: int = 1
-    verbose: int = 1
-    log_dir: str | None = None
-    cpu_threads: int | None = None
-    guidance: Literal["auto", "together", "serial"] = "auto"
-    enable_compile: bool = False
-    timeout: float = 1800.0
-    heartbeat_timeout: float = HEARTBEAT_S
-    deadlines: str = ""
-    check_finite: CheckFinite = "steps"
-    sequence_parallel: int | None = None
-    guidance_parallel: int | None = None
-    replicas: int | None = None
-    overlap: bool = True
-    vae_decode: Literal["auto", "rank0", "shared"] = "auto"
-    weights_from: Literal["disk", "rank0"] = "disk"
-    memory: Literal["auto", "speed", "balanced", "small"] = "auto"
-    t5_device: Literal["device", "cpu"] = "device"
-    t5_weights: Literal["full", "int8"] = "full"
-    device_memory: str | None = None
-    no_plan: bool = False
-    allow_remote: bool = False
-    allow_private: bool = False
-    lossless: bool = False
-    watermark: bool = False
-    sheet: bool = False
-    llm_refine: bool = False
-    prompt_generator: str | None = None
-    text_cache: str = "auto"
-    save_every: int = 10
-    resume: bool = False
-    decode_only: bool = False
-    keep_state: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self, SETTINGS_TYPES)
-        object.__setattr__(self, "save_dir", a_path("save_dir", self.save_dir))
-
-    @property
-    def default_names(self) -> bool:
-        """Whether nobody named the outputs: another request then gets a name that is free."""
-        return self.sample_name is None and not self.prompt_as_path
-
-    @property
-    def remote(self) -> Remote:
-        """Which addresses references may be fetched from."""
-        return "private" if self.allow_remote and self.allow_private else self.allow_remote
-
-    @property
-    def skip_existing(self) -> bool:
-        """Whether an output that is there already is left alone, whatever it shows."""
-        return self.prompt_as_path
-
-    @property
-    def sheet_path(self) -> Path:
-        """Where the contact sheet of the run goes, if one is wanted."""
-        start = "" if self.sample_name is None else f"{self.sample_name}-"
-        return self.save_dir / f"{start}sheet.html"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Task:
     """One request and the file that its video or image is written to.
 
@@ -408,12 +284,14 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A whole run: settings, its tasks in order, and what is worth telling before it starts.
+    """A whole run: its tasks in order, and what is worth telling before it starts.
 
-    failed: the prompts that cannot be made, a line each; the run makes the others.
+    engine: how the models run. settings: what is done with the outputs. failed: the prompts that
+    cannot be made, a line each; the run makes the others.
     """
 
-    settings: RunSettings
+    engine: EngineSettings
+    settings: JobSettings
     tasks: tuple[Task, ...]
     notes: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
-"""Rules on fields of one request that meet: for a `Request` made in Python and for the flags.
+"""Rules on combinations of a request's fields. They hold for the flags and for the Python API.
 
-The text is written with the flags' names; `in_python` says the same of the fields.
+A rule's text uses the names of flags. `in_python` replaces them by the names of fields.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """Two features that meet, and what then happens.
+    """A combination of two features, and its outcome.
 
-    `text` is printed or raised with the values' names in braces filled in.
+    meets: whether both features are in use. text: the note or the error. Names in braces are
+    replaced by values.
     """
 
     features: str
@@ -30,7 +31,7 @@ class Combination:
 
 
 def _repeated(values: Values) -> int:
-    """Frames of a later clip that are the end of the one before."""
+    """Frames of a later clip that repeat the end of the clip before."""
     layout = FrameLayout(values["num_frames"], values["micro_frame_size"])
     return layout.frames_before(values["condition_frame_length"])
 
@@ -60,12 +61,12 @@ REQUEST_COMBINATIONS: tuple[Combination, ...] = (
 
 
 def check_fields(values: Values) -> None:
-    """Raise UserError at the first rule that a request's fields break, in the fields' names."""
+    """Raise UserError for the first rule that a request's fields break, with names of fields."""
     for combination in REQUEST_COMBINATIONS:
         if combination.meets(values):
             raise UserError(in_python(combination.text.format(**values)))
 
 
 def in_python(text: str) -> str:
-    """Words about flags as words about fields: --num-frames is num_frames."""
+    """A text about flags as a text about fields: --num-frames becomes num_frames."""
     return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text)

@@ -1,36 +1,49 @@
-"""The choices of a run that change its speed and memory, never its result."""
+"""How a run is computed: its speed and its memory. Only a step cache also changes the result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-Residency = Literal["resident", "turns", "streamed"]
-MemoryMode = Literal["speed", "balanced", "small"]
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
+from opensora_sp.request.memory_modes import NO_OFFLOAD, MemoryMode, Offload, memory_mode
+
+
+class NamedPolicy(Protocol):
+    """What is known here of a step cache: its name. See `opensora_sp.engine.step_cache.policy`."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, with its settings: two equal names give equal results."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Choices for the block loop and for where weights live.
+    """Choices for the block loop and for where weights are kept.
 
-    serial_guidance: one guidance half after the other (half the activations, nothing to share)
-        instead of both block by block.
-    overlap: exchange one piece of work while another computes.
-    chunks: parts of T that a lone stream is cut into, so that there is something to overlap with.
-    share_first: compute the first spatial self-attention once for both guidance halves, whose
-        inputs are still equal there.
+    serial_guidance: compute one CFG branch after the other, instead of both block by block. That
+        needs half the activations, and the two have nothing to share.
+    overlap: exchange one chunk of work while another is computed.
+    chunks: chunks of T that a lone stream is cut into, so that there is something to overlap with.
+    share_first: compute the first spatial self-attention once for both CFG branches, whose inputs
+        are still equal there.
     check_blocks: look for NaN and infinity after every block, and name the first one.
     vae_decode: the leading rank decodes alone, all ranks share it, or whichever pays.
-    residency: every model stays on the device; or they take turns there, the others in host
-        memory; or the transformer's and T5's layers pass through it one after the other.
+    offload: which weights wait in host memory; by default none.
     tokens: tokens that a block computes at once, attention included (whole frames or whole
-        positions, at least one); None all of them.
+        positions, at least one). None is all of them.
     text_encoder: T5 runs on the session's device, or on the CPU.
-    text_weights: T5's matrices in the run's dtype, or in 8 bits.
+    text_weights: T5's matrices in the run's dtype, or in 8 bits. 8 bits change its embeddings.
     vae_frames: frames that the spatial VAE takes at once, where that is fewer than a request's
         micro batch.
+    step_cache: the policy that decides at which steps the blocks' last residual is reused; None
+        computes every step. A policy changes the result, so what it makes is never saved for a
+        later run to go on from.
+    mode: the memory mode that made these choices; None where each was given by itself.
+
+    Raises UserError for an offload that is no Offload, and for the field's former name.
     """
 
     serial_guidance: bool = False
@@ -39,40 +52,48 @@ class Runtime:
     share_first: bool = True
     check_blocks: bool = False
     vae_decode: Literal["auto", "rank0", "shared"] = "auto"
-    residency: Residency = "resident"
+    offload: Offload = NO_OFFLOAD
     tokens: int | None = None
     text_encoder: Literal["device", "cpu"] = "device"
     text_weights: Literal["full", "int8"] = "full"
     vae_frames: int | None = None
+    step_cache: NamedPolicy | None = None
+    mode: MemoryMode | None = None
+
+    def __new__(cls, **given: Any) -> Runtime:
+        """Refuse the former name of `offload` before the generated __init__ sees it."""
+        if "residency" in given:
+            raise UserError(
+                f"Runtime(residency={given['residency']!r}): the field is called offload now; "
+                "resident is Offload(), turns is Offload(models=True), streamed is "
+                "Offload(models=True, layers=True)"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.offload, Offload):
+            raise UserError(
+                f"offload {shown(self.offload)} is not an Offload: give Offload(), "
+                "Offload(models=True) or Offload(models=True, layers=True)"
+            )
 
     @classmethod
-    def of(cls, mode: MemoryMode, *, serial_guidance: bool = False, **more: Any) -> Runtime:
-        """A memory mode's choices, and others beside them; serial halves stay serial."""
-        chosen = {"serial_guidance": serial_guidance, **MEMORY_MODES[mode]}
-        return cls(**chosen, **more)
+    def of(cls, mode: MemoryMode | str, *, serial_guidance: bool = False, **more: Any) -> Runtime:
+        """What a memory mode, or the mode of that name, chooses, and others beside it.
 
-    @property
-    def mode(self) -> MemoryMode:
-        """The memory mode whose choices these are."""
-        found = [m for m, chosen in MEMORY_MODES.items() if chosen["residency"] == self.residency]
-        return found[0]
+        serial_guidance: also where the mode would compute both CFG branches together. Raises
+        UserError for a name that is no mode's.
+        """
+        chosen = mode if isinstance(mode, MemoryMode) else memory_mode(mode)
+        return cls(
+            mode=chosen,
+            offload=chosen.offload,
+            tokens=chosen.tokens,
+            vae_frames=chosen.vae_frames,
+            serial_guidance=serial_guidance or chosen.serial_guidance,
+            **more,
+        )
 
     def group(self, micro_batch: int) -> int:
         """Frames that the spatial VAE takes at once, of a request's micro batch."""
         return micro_batch if self.vae_frames is None else min(micro_batch, self.vae_frames)
-
-
-# From the fastest to the one that needs least. Tokens at once: enough to keep matrix units busy
-# in each, while what a block makes on its way (about 13 values a channel and token) stays small.
-MEMORY_MODES: Mapping[MemoryMode, Mapping[str, Any]] = MappingProxyType(
-    {
-        "speed": {"residency": "resident", "tokens": 65536},
-        "balanced": {"residency": "turns", "serial_guidance": True, "tokens": 32768},
-        "small": {
-            "residency": "streamed",
-            "serial_guidance": True,
-            "tokens": 16384,
-            "vae_frames": 1,
-        },
-    }
-)

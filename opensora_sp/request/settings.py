@@ -24,7 +24,6 @@ from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.request import sizes
 from opensora_sp.request.conditions import Facts
 from opensora_sp.request.config_file import Raw, read_config, write_config
-from opensora_sp.request.flags.flag import FEATURES, Flag
 from opensora_sp.request.flags.foreign import explain
 from opensora_sp.request.flags.rules import check_combinations
 from opensora_sp.request.flags.shortcuts import compose, flags_of
@@ -39,7 +38,15 @@ from opensora_sp.request.preflight import (
 )
 from opensora_sp.request.prompt_files import Entry, PromptFile, read_prompt_file
 from opensora_sp.request.prompts import PromptJson, parse_prompt_json, split_loops
-from opensora_sp.request.request import Checkpoints, Job, Request, RunSettings, Task
+from opensora_sp.request.request import (
+    Checkpoints,
+    EngineSettings,
+    Job,
+    JobSettings,
+    Request,
+    Task,
+)
+from opensora_sp.request.setting import FEATURES, Setting, from_flags
 
 Values = dict[str, Any]
 
@@ -170,7 +177,7 @@ def compose_references(values: Values, prompts: int) -> Values:
     return values | written | dict.fromkeys(_TYPED)
 
 
-def _convert(flag: Flag, raw: Raw, program: str) -> Any:
+def _convert(flag: Setting, raw: Raw, program: str) -> Any:
     """A flag's value from its text or texts."""
     if flag.program is not None and flag.program != program:
         _refuse_program(flag, raw)
@@ -189,13 +196,11 @@ def _convert(flag: Flag, raw: Raw, program: str) -> Any:
     return _convert_one(flag, raw)
 
 
-def _refuse_program(flag: Flag, raw: Raw) -> NoReturn:
-    raise UserError(
-        f"{flag.name} {shown(raw)} belongs to the {flag.program}: use launch/{flag.program}.py"
-    )
+def _refuse_program(flag: Setting, raw: Raw) -> NoReturn:
+    raise UserError(f"{flag.name} {shown(raw)} belongs to opensora-sp {flag.program}")
 
 
-def _convert_one(flag: Flag, text: str | None) -> Any:
+def _convert_one(flag: Setting, text: str | None) -> Any:
     if text is None:
         flag.kind.check(flag.name, None)
         return None
@@ -230,7 +235,7 @@ def _names(entry: str) -> bool:
     return is_address(entry) or ";" in entry or "reference_path" in entry
 
 
-def _is_written(flag: Flag, program: str) -> bool:
+def _is_written(flag: Setting, program: str) -> bool:
     return not flag.control and flag.program in (None, program)
 
 
@@ -288,18 +293,17 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")
     save_dir = check_save_dir(values["save_dir"])
-    settings = RunSettings(
-        checkpoints=checkpoints,
-        save_dir=save_dir,
-        **fields_of(RunSettings, values, without={"save_dir"}),
-    )
+    engine = EngineSettings(checkpoints=checkpoints, **from_flags(EngineSettings, values))
+    settings = JobSettings(**from_flags(JobSettings, values) | {"save_dir": save_dir})
     tasks = _tasks(requests, settings)
     for task in tasks:
         check_output(task.output)
     if settings.sheet:
         check_output(settings.sheet_path)
     check_space(save_dir, [task.request for task in tasks], lossless=settings.lossless)
-    return Job(settings=settings, tasks=tasks, notes=tuple(notes), failed=tuple(failed))
+    return Job(
+        engine=engine, settings=settings, tasks=tasks, notes=tuple(notes), failed=tuple(failed)
+    )
 
 
 def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
@@ -312,8 +316,7 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     flags = flags_of(values)
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
-    shared = fields_of(Request, values, without={"prompt", *_PER_PROMPT})
-    shared |= {"height": height, "width": width, "steps": values["num_sampling_steps"]}
+    shared = from_flags(Request, values) | {"height": height, "width": width}
     remote: Remote = "private" if values["allow_private"] else True
     remote = values["allow_remote"] and remote
     conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
@@ -385,7 +388,7 @@ def _per_prompt(values: Values, key: str, count: int) -> list[str]:
     return entries
 
 
-def _tasks(requests: Sequence[Request], settings: RunSettings) -> tuple[Task, ...]:
+def _tasks(requests: Sequence[Request], settings: JobSettings) -> tuple[Task, ...]:
     """Every sample with its output, in the order they are made: batch by batch, each sample."""
     stems = output_stems(
         [(request.prompt_index, request.prompt) for request in requests],
@@ -406,9 +409,3 @@ def _tasks(requests: Sequence[Request], settings: RunSettings) -> tuple[Task, ..
                     )
                 )
     return tuple(tasks)
-
-
-def fields_of(target: type[Any], values: Values, *, without: set[str]) -> Values:
-    """The values whose keys are fields of the dataclass."""
-    names = {field.name for field in dataclasses.fields(target)} - without
-    return {name: value for name, value in values.items() if name in names}

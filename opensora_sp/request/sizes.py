@@ -1,6 +1,6 @@
-"""Sizes of Open-Sora 1.2: the table of resolutions, durations, and the shapes that follow.
+"""Sizes of Open-Sora 1.2: the table of resolutions, aspect ratios and durations.
 
-Nothing here needs torch: a request is refused before any model is loaded.
+Imports no torch, so that a wrong size is refused before a model is loaded.
 """
 
 import json
@@ -19,10 +19,10 @@ LARGEST_SIDE = 16384  # the largest side of an H.264 picture
 MOST_FRAMES = 100_000
 LONGEST_TRAINED = 408  # 16 s at 24 fps
 
-# In the table, but beyond what the model was trained on.
+# Resolutions of the table that are larger than what the model was trained on.
 UNTRAINED = frozenset({"1080p", "2k", "2048", "2880", "4k"})
 
-_SIDE = integer(SMALLEST_SIDE, LARGEST_SIDE)
+SIDE = integer(SMALLEST_SIDE, LARGEST_SIDE)
 _FRAMES = integer(1, MOST_FRAMES)
 
 
@@ -33,7 +33,7 @@ def _table() -> dict[str, Any]:
 
 
 def resolutions() -> tuple[str, ...]:
-    """Names of the resolutions, in the table's order."""
+    """The names of the resolutions, in the table's order."""
     return tuple(_table()["image_size_height_width"])
 
 
@@ -51,15 +51,15 @@ def durations() -> dict[str, int]:
 def resolve_size(
     resolution: str, aspect_ratio: str, image_size: Sequence[int] | None = None
 ) -> tuple[int, int]:
-    """(height, width) in pixels, as they are given to the model.
+    """(height, width) in pixels, as the model gets them.
 
-    `image_size` wins over the table. Raises UserError naming the pair that the table lacks.
+    `image_size` overrides the table. Raises UserError that names the pair missing in the table.
     """
     if image_size is not None:
         if len(image_size) != 2:
             raise UserError(f"--image-size {shown(list(image_size))} is not a height and a width")
         for side in image_size:
-            _SIDE.check("--image-size", side)
+            SIDE.check("--image-size", side)
         return image_size[0], image_size[1]
     name, ratio = resolution.strip().lower(), aspect_ratio.strip()
     if name not in resolutions():
@@ -107,12 +107,12 @@ def _resolutions_of(height: int, width: int) -> frozenset[str]:
 
 
 def is_trained(height: int, width: int) -> bool:
-    """Whether the table has this size at a resolution that the model was trained on."""
+    """Whether the model was trained on this size, according to the table."""
     return bool(_resolutions_of(height, width) - UNTRAINED)
 
 
 def size_notes(height: int, width: int, frames: int) -> list[str]:
-    """What a person should know about a size that is legal but unusual; one line each."""
+    """Notes for the user about a size that is legal but unusual, a line each."""
     notes = []
     found = _resolutions_of(height, width)
     if not found:

@@ -1,1 +1,1 @@
-"""Proof on the user's own machine: the conformance suite, and N ranks against one."""
+"""Checks on the user's machine: the conformance suite, parity of N ranks with one, the doctor."""

@@ -1,4 +1,4 @@
-"""Runs a conformance suite through the production classes."""
+"""The conformance suite, run through the production classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opensora_sp.verification import leading, sharded
 from opensora_sp.verification.suite import Check, skipped
 
 EMBEDDED_SUITE = Path(__file__).parent.parent / "assets" / "conformance"
-# What each part needs of a suite; a suite may hold only some parts.
+# The files that each part needs. A suite may hold only some of the parts.
 SHARDED_PARTS = {
     "dit": ("dit/cases.safetensors", "dit/model.safetensors", "dit/config.json"),
     "dit_bf16": ("dit/cases_bf16.safetensors", "dit/model.safetensors", "dit/config.json"),
@@ -42,10 +42,11 @@ LEADING_PARTS = {
 
 
 def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Check]:
-    """Every part of the suite in `suite`; yields on rank 0, every rank must iterate.
+    """Run every part of a suite. Yields checks on rank 0 only, but every rank has to iterate.
 
-    The transformer and sampler parts run on all ranks, the others on rank 0 while the rest wait.
-    In another dtype than float32 only the transformer part is run: the other limits are float32's.
+    The transformer and sampler parts run on all ranks. The other parts run on rank 0 while the
+    other ranks wait. With another dtype than float32 the sampler, T5 and VAE parts are skipped,
+    because their limits are for float32. Raises UserError where the directory holds no suite.
     """
     if not any(
         access.is_file(suite / files[0]) for files in (SHARDED_PARTS | LEADING_PARTS).values()
@@ -56,18 +57,18 @@ def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Che
         )
     exact = dtype == torch.float32
     float32_only = "its limits are float32's"
-    # As a run computes in bf16 on this device, so does the suite.
+    # The same arithmetic for bf16 as in a run on this device.
     with torch.no_grad(), arithmetic(session.device, torch.bfloat16):
         if session.leads:
             for part, check in _leading(suite, session).items():
                 runs = exact or part not in ("t5", "vae3d")
                 yield from _part(suite, part, LEADING_PARTS[part], check, runs, float32_only)
-        session.barrier()
+        session.control.barrier()
         for part, check in _sharded(suite, session, dtype).items():
             runs = exact or part != "sampler"
             checks = _part(suite, part, SHARDED_PARTS[part], check, runs, float32_only)
             yield from (c for c in checks if session.leads)
-        session.barrier()
+        session.control.barrier()
 
 
 def _part(

@@ -1,4 +1,4 @@
-"""The cases of the parts that only the leading rank runs: text, VAE, media, tables."""
+"""Conformance checks that only the leading rank runs: sizes, prompts, T5, VAE, media."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFF_PIXELS_LIMIT = 1e-3  # share of image values that may be one grey level off
 
 
 def size_checks(suite: Path) -> Iterator[Check]:
-    """sizes.json: every pair and every name of a duration, exactly."""
+    """sizes.json: every resolution with every aspect ratio, and every duration, exactly."""
     from opensora_sp.request import sizes
 
     expected = load_json(suite / "sizes.json")
@@ -42,7 +42,7 @@ def size_checks(suite: Path) -> Iterator[Check]:
 
 
 def prompt_checks(suite: Path) -> Iterator[Check]:
-    """prompts.json: each key that is there, exactly."""
+    """prompts.json: every section that the suite has, exactly."""
     expected = load_json(suite / "prompts.json")
     checks: dict[str, Callable[[Any], list[str]]] = {
         "caption_cleaning": _cleaning,
@@ -122,7 +122,7 @@ def _alignment(cases: list[list[int]]) -> list[str]:
 
 
 def _application(cases: list[dict[str, Any]]) -> list[str]:
-    """References hold 1, 2, 3, …, the second one 101, 102, …, so that copies can be told apart."""
+    """The first reference holds 1, 2, 3, …, the second 101, 102, …, to recognise copies."""
     from opensora_sp.engine.clips import apply_strategy
     from opensora_sp.request.mask_strategy import parse_mask_strategy, plan_strategy
 
@@ -145,7 +145,7 @@ def _application(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def manifest_checks(suite: Path) -> Iterator[Check]:
-    """manifest.json: names and shapes of our models at the published size, without memory."""
+    """manifest.json: names and shapes of the models at the published size, on the meta device."""
     from opensora_sp.verification.published import published_shapes
 
     expected = load_json(suite / "manifest.json")
@@ -177,7 +177,7 @@ def vae_checks(suite: Path, device: torch.device) -> Iterator[Check]:
 
 
 def text_checks(suite: Path, device: torch.device) -> Iterator[Check]:
-    """t5/cases: token ids exactly, embeddings of the real tokens."""
+    """t5/cases: token ids exactly, and embeddings of the tokens without padding."""
     from opensora_sp.models.text_encoder import TextEncoder
 
     settings = load_json(suite / "t5" / "cases.json")
@@ -212,7 +212,7 @@ def media_checks(suite: Path) -> Iterator[Check]:
 
 
 def _off_pixels(actual: Tensor, expected: Tensor) -> float:
-    """Share of values that differ; infinite where one differs by more than a grey level."""
+    """The share of values that differ; infinite where one differs by more than a grey level."""
     if actual.shape != expected.shape:
         return math.inf
     levels = ((actual - expected).abs() / GREY_LEVEL).round()

@@ -1,7 +1,7 @@
-"""N ranks against one, on the user's own machine, checkpoint, size and dtype.
+"""Parity: N ranks are compared with one, on the user's machine, checkpoint, size and dtype.
 
-The ranks compute a forward and a few steps; then rank 0 does the same alone, with a second
-denoiser on the same weights, and compares.
+All ranks compute a forward and a few steps. Then rank 0 computes the same alone, with a one-rank
+denoiser on the same weights, and compares the results.
 """
 
 from __future__ import annotations
@@ -30,15 +30,20 @@ from opensora_sp.planner.cost import Workload, project_step
 from opensora_sp.request.request import Request
 
 FORWARD_LIMIT = 1e-5  # max|Δ| / max|reference|, one float32 forward
-ULP_FACTOR = 10  # a float32 run may differ by this many responses to a one-ulp change of its noise
+ULP_FACTOR = 10  # limit of a float32 run, in responses to a one-ulp change of its noise
 TEXT_TOKENS = 60
-PROBE_TIME = 600.0  # the time of the single forward
-RESIDUALS_ALONE = 13  # tensors of [halves·T·S, C] alive at once when one rank does everything
+PROBE_TIME = 600.0  # the timestep of the single forward
+RESIDUALS_ALONE = 13  # tensors of [branches·T·S, C] alive at once on one rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """What the comparison found; relative is max|Δ|/max|reference|, or RMS in half precision."""
+    """The result of the comparison.
+
+    forward, run: the error relative to one rank, as max|Δ| / max|reference|, or as relative RMS in
+    half precision. sent: bytes of each kind of collective per step, of the rank that sends most.
+    exchange_share: the share of a step that is spent waiting for collectives.
+    """
 
     request: Request
     reduced: bool
@@ -56,13 +61,13 @@ class Parity:
 
     @property
     def ok(self) -> bool:
-        """Whether both comparisons held; NaN never does."""
+        """Whether both errors are within their limits. NaN is not."""
         return self.forward <= self.forward_limit and self.run <= self.run_limit
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """One shape computed on all ranks: what rank 0 has to reproduce alone."""
+    """The results of all ranks for one request, which rank 0 has to reproduce alone."""
 
     forward: Tensor | None
     run: Tensor | None
@@ -72,10 +77,10 @@ class _Trial:
 
 
 def check_parity(pipeline: Pipeline, request: Request, *, most_seconds: float) -> Parity | None:
-    """Compare all ranks with rank 0 alone; the result on rank 0, None elsewhere. Collective.
+    """Compare all ranks with rank 0 alone. Returns the result on rank 0, else None. Collective.
 
-    A request that rank 0 could not hold alone, or would need more than `most_seconds` for, is
-    made smaller first: fewer frames, then a smaller picture.
+    A request that does not fit on rank 0 alone, or would take longer than `most_seconds`, is made
+    smaller first: fewer frames, then a smaller picture.
     """
     with pipeline.models.arithmetic():
         return _check(pipeline, request, most_seconds)
@@ -86,12 +91,14 @@ def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity 
     wanted = request
     while True:
         smaller = _smaller(request)
-        if session.broadcast_object(_fits_alone(pipeline, request) if session.leads else None):
+        if session.control.broadcast_object(
+            _fits_alone(pipeline, request) if session.leads else None
+        ):
             trial = _on_all_ranks(pipeline, request)
             busy = trial.step_seconds * pipeline.models.mesh(request).replica_size
             runs = 3 if pipeline.models.dtype == torch.float32 else 1
             soon = busy * (request.steps + 2) * runs <= most_seconds
-            if session.broadcast_object(soon if session.leads else None) or smaller is None:
+            if session.control.broadcast_object(soon if session.leads else None) or smaller is None:
                 break
         elif smaller is None:
             raise UserError(
@@ -100,12 +107,12 @@ def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity 
             )
         request = smaller
     found = _compare(pipeline, request, trial, request != wanted) if session.leads else None
-    session.barrier()
+    session.control.barrier()
     return found
 
 
 def _smaller(request: Request) -> Request | None:
-    """About half the request, or None when it is as small as it gets."""
+    """About half the request, or None when it is small already."""
     if request.num_frames > 17:
         return replace(request, num_frames=max(17, request.num_frames // 34 * 17))
     if min(request.height, request.width) >= 64:
@@ -132,7 +139,7 @@ def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
     spent = {k: e for k, e in ledger.since(before).items() if e.calls and k != "gather_latents"}
     waited = sum(entry.seconds for entry in spent.values()) / request.steps
     sent = {kind: entry.bytes_sent // request.steps for kind, entry in spent.items()}
-    everyone = session.all_gather_object((seconds, waited, sent))
+    everyone = session.control.all_gather_object((seconds, waited, sent))
     busiest = max((row[2] for row in everyone), key=lambda row: sum(row.values()))
     slowest = max(row[0] for row in everyone)
     share = max(row[1] for row in everyone) / slowest
@@ -154,7 +161,7 @@ def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool)
         forward_limit, run_limit = FORWARD_LIMIT, ULP_FACTOR * _relative(moved, run)
         measure = _relative
     else:
-        # Half precision is judged against its own distance from float32.
+        # In half precision the limit is one rank's own distance from float32.
         exact = load_transformer(
             pipeline.models.checkpoints.dit,
             pipeline.models.config,
@@ -182,7 +189,7 @@ def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool)
 
 
 def _present(tensor: Tensor | None) -> Tensor:
-    """Only the leading rank asks, and it has gathered everything."""
+    """A tensor that is there, because only the leading rank calls this."""
     assert tensor is not None
     return tensor
 
@@ -195,7 +202,7 @@ def _alone(pipeline: Pipeline, request: Request, model: STDiT3) -> Denoiser:
 
 
 def _conditions(pipeline: Pipeline, request: Request) -> Conditions:
-    """Keyed random text: parity is about the ranks, so T5 need not be there."""
+    """Random text from keyed noise. Parity compares ranks, so T5 is not needed."""
     config = pipeline.models.config
     length = min(TEXT_TOKENS, config.model_max_length)
     masks = torch.zeros(1, config.model_max_length, dtype=torch.int64)
@@ -244,7 +251,7 @@ def _psnr(actual: Tensor, expected: Tensor) -> float:
 
 
 def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
-    """The lines a person reads."""
+    """The lines of the printed result."""
     request, mesh = parity.request, pipeline.models.mesh(parity.request)
     kind = "relative" if pipeline.models.dtype == torch.float32 else "relative RMS"
     what = f"{request.num_frames} frames of {request.height}x{request.width}"
@@ -270,7 +277,10 @@ def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
 
 
 def project(parity: Parity, pipeline: Pipeline, link: float) -> Iterator[str]:
-    """What the measured one-rank step would become on more ranks: projected, not measured."""
+    """Lines with the projected time of a step on more ranks, from the measured one-rank step.
+
+    link: bytes per second between ranks.
+    """
     frames, *size = parity.request.latent_shape
     work = Workload(
         frames=frames,

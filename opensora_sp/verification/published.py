@@ -1,4 +1,4 @@
-"""Our models at the published sizes, on the meta device: names and shapes of every weight."""
+"""Names and shapes of all weights at the published sizes, from models on the meta device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T5_XXL: Mapping[str, Any] = {
 
 
 def published_shapes(model: str) -> tuple[Shapes, frozenset[str]]:
-    """Names and shapes of `dit`, `t5` or `vae3d`, and the names a file may or may not repeat."""
+    """Names and shapes of `dit`, `t5` or `vae3d`, and the aliases that a file may lack."""
     aliases: frozenset[str] = frozenset()
     with torch.device("meta"):
         if model == "dit":

@@ -1,4 +1,4 @@
-"""The transformer and sampler cases, through the production denoiser, on any number of ranks."""
+"""Conformance checks of transformer and sampler, on all ranks, by the production denoiser."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Transformer:
         self._comms: dict[Mesh, MeshComms] = {}
 
     def denoiser(self, z: Tensor, mesh: Mesh) -> Denoiser:
-        """For latents of z's shape [B,4,T,H,W]."""
+        """The denoiser for latents of z's shape [B,4,T,H,W]."""
         if mesh not in self._comms:
             self._comms[mesh] = self.session.build(mesh)
         layout = Layout(frames=z.shape[2], size=(z.shape[3], z.shape[4]), ranks=mesh.sequence)
         return parallelize(self.model, self._comms[mesh], layout)
 
     def forward(self, case: Case) -> Tensor | None:
-        """A case's raw forward → float32 [B,8,T,H,W] on rank 0, None elsewhere.
+        """The raw output of a case's forward: float32 [B,8,T,H,W] on rank 0, None elsewhere.
 
-        The two halves of the batch travel as two streams, as guidance's do.
+        The batch is cut in two streams, as the two CFG branches are.
         """
         x = case["x"]
         batch, model = x.shape[0], self.model
@@ -73,17 +73,17 @@ class Transformer:
                     text=model.text_kv(tokens),
                 )
             )
-        outs = run_blocks(model, streams, denoiser.share.reshard)
+        outs = run_blocks(model, streams, denoiser.sharding.reshard)
         raw = [
             model.head(out, stream.tables, model.config.out_channels)
             for out, stream in zip(outs, streams, strict=True)
         ]
-        whole = denoiser.share.gather(torch.cat(raw))
+        whole = denoiser.sharding.gather(torch.cat(raw))
         return None if whole is None else unpatchify(whole, denoiser.size).float().cpu()
 
 
 def forward_checks(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Check]:
-    """dit/cases, in float32 or, judged by relative RMS, in another dtype."""
+    """dit/cases. In another dtype than float32 the error is the relative RMS."""
     transformer = Transformer(suite / "dit", session, dtype)
     exact = dtype == torch.float32
     limit = FORWARD_LIMIT if exact else _half_precision_limit(suite)
@@ -100,7 +100,7 @@ def forward_checks(suite: Path, session: Session, dtype: torch.dtype) -> Iterato
 
 
 def bf16_checks(suite: Path, session: Session) -> Iterator[Check]:
-    """dit/cases_bf16: run in bf16 and compared with the reference's own bf16."""
+    """dit/cases_bf16: a run in bf16, compared with Open-Sora 1.2's results in bf16."""
     transformer = Transformer(suite / "dit", session, torch.bfloat16)
     for name, case in load_cases(suite / "dit" / "cases_bf16.safetensors").items():
         out = transformer.forward(case)
@@ -167,7 +167,7 @@ def _run(
 
 
 def _generated_frames(out: Tensor, case: Case) -> Tensor:
-    """Only frames that are generated: the reference's output for kept ones is thrown away."""
+    """The output for generated frames. The sampler does not use the output for kept frames."""
     mask = case.get("x_mask")
     if mask is None:
         return out
@@ -175,7 +175,7 @@ def _generated_frames(out: Tensor, case: Case) -> Tensor:
 
 
 def _half_precision_limit(suite: Path) -> float:
-    """Twice the reference's own distance between bf16 and float32, from the suite's own figures."""
+    """Twice the distance between bf16 and float32 in Open-Sora 1.2, from the suite's results."""
     path = suite / "dit" / "cases_bf16.safetensors"
     if not access.is_file(path):
         return 0.25

@@ -1,4 +1,4 @@
-"""What a conformance suite is made of, and the table of what held."""
+"""Checks and files of a conformance suite, and the table of results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opensora_sp.base.errors import UserError
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: it held when `error` is at most `limit`. error None: not run, see note."""
+    """One comparison. It passes when `error` is at most `limit`. error None: skipped, see note."""
 
     part: str
     case: str
@@ -26,22 +26,22 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether it held; a check that was skipped neither held nor failed."""
+        """Whether the check passed. A skipped check has neither passed nor failed."""
         return self.error is not None and self.error <= self.limit  # NaN is never ok
 
     @property
     def failed(self) -> bool:
-        """Whether it ran and did not hold."""
+        """Whether the check ran and did not pass."""
         return self.error is not None and not self.ok
 
 
 def skipped(part: str, why: str) -> Check:
-    """A part of the suite that was not run."""
+    """The check of a part that was not run."""
     return Check(part, "-", None, 0.0, why)
 
 
 def load_cases(path: Path) -> dict[str, dict[str, Tensor]]:
-    """A file of tensors named CASE.NAME → {case: {name: tensor}}, cases in sorted order."""
+    """A safetensors file with names CASE.NAME → {case: {name: tensor}}, in sorted order."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def load_cases(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def load_json(path: Path) -> Any:
-    """A JSON file of the suite."""
+    """The content of a JSON file of the suite."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -65,21 +65,21 @@ def load_json(path: Path) -> Any:
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
-    """max|Δ|; infinite where the shapes differ."""
+    """max|Δ|; infinite for different shapes."""
     if actual.shape != expected.shape:
         return math.inf
     return float((actual.float() - expected.float()).abs().max())
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """‖Δ‖ / ‖expected‖; infinite where the shapes differ."""
+    """‖Δ‖ / ‖expected‖; infinite for different shapes."""
     if actual.shape != expected.shape:
         return math.inf
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def table(checks: Sequence[Check]) -> Iterator[str]:
-    """The lines of the report: case, error, limit, ok."""
+    """The lines of the table: case, error, limit, result."""
     width = max([len(f"{c.part}/{c.case}") for c in checks] + [4])
     yield f"{'case':<{width}}  {'error':>9}  {'limit':>9}  ok"
     for check in checks:

@@ -1,4 +1,4 @@
-"""The stages of a run under the allocation tracer, at the published models' sizes."""
+"""Memory of the stages of a run, counted by the allocation tracer at the published sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.media.pixels import to_bytes
 from opensora_sp.models.kernels.int8_linear import quantize_
-from opensora_sp.models.offload import StreamedList
+from opensora_sp.models.offload import OffloadedModuleList
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.models.temporal_vae import TemporalVAEConfig
 from opensora_sp.models.video_vae import VideoVAE, VideoVAEConfig
@@ -46,7 +46,7 @@ T5_XXL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes on the device in one stage: weights that stay through it, and the peak beside them."""
+    """Bytes on the device in one stage. weights: those that stay. peak: the rest at its most."""
 
     weights: int
     peak: int
@@ -68,26 +68,26 @@ def traced_denoising(
     config: STDiT3Config | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Traced:
-    """One guided velocity of STDiT3 on one rank: T latent frames of `size` = (H, W) cells."""
+    """One guided velocity of STDiT3 on one rank. frames: T; size: (H, W) in latent cells."""
     config = config or STDiT3Config()
     with without_memory():
         model = _made(lambda: STDiT3(config), dtype)
         layout = Layout(frames=frames, size=size, ranks=mesh.sequence)
         denoiser = _denoiser(model, mesh, rank, layout, runtime)
-        streamed = runtime.residency == "streamed"
-        at_home = _bytes(*model.spatial_blocks, *model.temporal_blocks) if streamed else 0
+        blocks = _bytes(*model.spatial_blocks, *model.temporal_blocks)
+        in_host_memory = blocks if runtime.offload.layers else 0
         z = denoiser.shard(torch.empty(batch, config.in_channels, frames, *size))
 
         def step() -> None:
             denoiser.prepare(_conditions(batch, config, dtype))(z, 500.0)
 
-        return Traced(_bytes(model) - at_home, peak_bytes(step))
+        return Traced(_bytes(model) - in_host_memory, peak_bytes(step))
 
 
 def traced_decoding(
     size: tuple[int, int], group: int, *, frames: int = 17, dtype: torch.dtype = torch.bfloat16
 ) -> Traced:
-    """One chunk of frames through both VAEs, its spatial part `group` frames at a time."""
+    """Decoding of one micro-frame chunk, with `group` frames at a time in the spatial VAE."""
     with without_memory():
         spatial = VideoVAEConfig(spatial=SDXL_VAE, temporal=TemporalVAEConfig())
         vae = _made(lambda: VideoVAE(spatial), dtype)
@@ -106,27 +106,29 @@ def traced_decoding(
 
 def traced_text(
     *,
-    streamed: bool,
+    offload_layers: bool,
     tokens: int = 300,
     dtype: torch.dtype = torch.bfloat16,
     eight_bits: bool = False,
 ) -> Traced:
-    """One caption through T5-XXL's encoder."""
+    """Encoding of one caption by T5-XXL."""
     from transformers import T5Config, T5EncoderModel
 
     with without_memory():
         config = T5Config.from_dict(T5_XXL)
         model: Any = _made(lambda: T5EncoderModel(config), dtype)
-        at_home = 0
+        in_host_memory = 0
         if eight_bits:
             for block in model.encoder.block:
                 quantize_(block)
-        if streamed:
-            at_home = _bytes(*model.encoder.block)
-            model.encoder.block = StreamedList(list(model.encoder.block), torch.device("cpu"))
+        if offload_layers:
+            in_host_memory = _bytes(*model.encoder.block)
+            model.encoder.block = OffloadedModuleList(
+                list(model.encoder.block), torch.device("cpu")
+            )
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         mask = torch.ones_like(ids)
-        weights = _bytes(model) - at_home
+        weights = _bytes(model) - in_host_memory
         return Traced(weights, peak_bytes(lambda: model(input_ids=ids, attention_mask=mask)))
 
 
@@ -134,7 +136,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _made(make: Callable[[], Module], dtype: torch.dtype) -> Module:
-    """A module whose weights are made in `dtype`: fake ones cannot be converted in place."""
+    """A module with weights in `dtype`. Fake tensors cannot be converted afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

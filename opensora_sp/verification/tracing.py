@@ -1,9 +1,10 @@
-"""An allocation tracer: the program's own code at its real shapes, on tensors without memory.
+"""An allocation tracer: it runs the program's code on tensors without memory and counts their
+bytes.
 
-Fake tensors have shapes, dtypes and lifetimes but no contents, so the most bytes that a stage ever
-holds at one time can be counted for sizes that no machine at hand could compute. Attention counts
-as one operation that allocates its output, as every fused kernel does; workspaces of convolution
-libraries and an allocator's rounding are not counted.
+Fake tensors have shapes, dtypes and lifetimes but no contents. So the peak memory of a stage can be
+counted for sizes that the machine could not compute. Attention counts as one operation that
+allocates its output, as in a fused kernel. Workspaces of convolution libraries and an allocator's
+rounding are not counted.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from opensora_sp.parallel import exchange
 
 
 class PeakBytes(TorchDispatchMode):
-    """While active, `peak` is the most bytes that tensors made inside it held at one time.
+    """A mode that counts the bytes of tensors made inside it. `peak` is the most at one time.
 
-    Tensors that were there before (weights, inputs) do not count; views share their storage.
+    Tensors that existed before, such as weights and inputs, do not count. Views share their
+    storage.
     """
 
     def __init__(self) -> None:
@@ -76,7 +78,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as one operation that allocates its output and nothing else."""
+    """A mode in which attention allocates its output and nothing else."""
 
     def __torch_function__(
         self,
@@ -96,7 +98,7 @@ def _like(query: Tensor, value: Tensor) -> Tensor:
 
 
 class _Agreeable(TorchDispatchMode):
-    """Answers questions about values: what is asked is finite, and masks keep everything."""
+    """A mode that answers questions about values: all are finite, and masks keep everything."""
 
     def __torch_dispatch__(
         self,
@@ -114,12 +116,12 @@ class _Agreeable(TorchDispatchMode):
 
 class _Arrived:
     def wait(self) -> None:
-        """An exchange that nobody takes part in is over at once."""
+        """Return at once, because nothing is exchanged."""
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Everything made inside has no memory; exchanges allocate their buffers and move nothing."""
+    """A block in which tensors have no memory. Exchanges allocate buffers and send nothing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with ExitStack() as stack:
@@ -135,7 +137,7 @@ def without_memory() -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes of tensors that `call` held at one time."""
+    """The most bytes of tensors at one time during a call."""
     with torch.no_grad(), PeakBytes() as counter:
         call()
     return counter.peak

@@ -1,4 +1,4 @@
-"""Whether checkpoint directories hold the published weights: files, names, shapes, hashes."""
+"""Check of checkpoint directories against the published weights: files, names, shapes, hashes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from opensora_sp.verification.published import SDXL_VAE
 
 MANIFEST = Path(__file__).parents[1] / "assets" / "conformance" / "manifest.json"
 STEMS = {"dit": ("model",), "t5": ("pytorch_model", "model"), "vae3d": ("model", "pytorch_model")}
-_MAY_LACK = {"encoder.embed_tokens.weight"}  # repeats `shared` beside it in some files
+_MAY_LACK = {"encoder.embed_tokens.weight"}  # some files repeat the weight `shared` by it
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the check: what was looked at in which directory, and what was wrong."""
+    """One line of the result: the directory, what was checked, and what was wrong, if anything."""
 
     directory: Path
     what: str
@@ -33,9 +33,9 @@ class CheckResult:
 
 
 def recognise(directory: Path) -> str:
-    """Which of dit, t5, vae2d, vae3d a directory is, by its config.json.
+    """Which checkpoint a directory holds (dit, t5, vae2d or vae3d), by its config.json.
 
-    Raises CheckpointError where it is none of them.
+    Raises CheckpointError for any other.
     """
     if access.is_file(directory / "vae" / "config.json"):
         return "vae2d"
@@ -49,9 +49,9 @@ def recognise(directory: Path) -> str:
 
 
 def check_directory(directory: Path) -> Iterator[CheckResult]:
-    """Everything that can be said of one checkpoint directory without a network.
+    """Check one checkpoint directory, without a network.
 
-    Weights are not read for their names and shapes, but are for their hashes.
+    Names and shapes are checked without reading the weights. Hashes need all of them.
     """
     try:
         kind = recognise(directory)
@@ -79,7 +79,7 @@ def _compare_config(directory: Path) -> str | None:
 
 
 def _compare(kind: str, directory: Path) -> str | None:
-    """Names and shapes of the file against those of the published model."""
+    """Compare names and shapes with those of the published model."""
     shapes = WeightFiles.open(directory, STEMS[kind]).shapes
     newer = older_attention_names()
     found = {newer.get(name, name): shape for name, shape in shapes.items()}
@@ -105,7 +105,7 @@ def _compare_hashes(directory: Path) -> str | None:
     for number, line in enumerate(lines, 1):
         expected, _, name = line.partition("  ")
         file = directory / name
-        # A list from elsewhere must not have files shown that do not belong to the checkpoint.
+        # The list may come from elsewhere, so it must not reach files outside the directory.
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             wrong.append(f"line {number} of {SUMS} names no file of this directory")
         elif not access.is_file(file):

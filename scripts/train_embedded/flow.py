@@ -254,10 +254,11 @@ def add_gradients(models: Models, session: Session) -> None:
     weights = list(models.parameters())
     own = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
     flat = torch.cat([gradient.flatten() for gradient in own])
-    if session.side is not None:
+    if session.control.side is not None:
         # Over the side group, in host memory: no device's backend is asked for sums.
         total = flat.cpu()
-        dist.all_reduce(total, group=session.side)
+        with session.control.mark.inside("all_reduce"):
+            dist.all_reduce(total, group=session.control.side)
         flat = total.to(session.device)
     parts = flat.split([weight.numel() for weight in weights])
     for weight, part in zip(weights, parts, strict=True):
@@ -285,7 +286,7 @@ def open_shards(directory: Path, session: Session) -> Shards:
     vocabulary = directory / "spiece.model"
     if session.leads and not vocabulary.exists():
         vocabulary.write_bytes(train_vocabulary())
-    session.barrier()
+    session.control.barrier()
     shards = Shards(directory, SentencePieceProcessor(model_proto=vocabulary.read_bytes()))
     shards.refresh()
     return shards

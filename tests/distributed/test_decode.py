@@ -53,7 +53,8 @@ def first_ranks(session: Session, count: int) -> Session:
         return session
     group, side = dist.new_group(range(count)), dist.new_group(range(count))
     comm = Comm(group, session.rank, count, session.ledger)
-    return replace(session, world_size=count, world=comm, side=side)
+    control = replace(session.control, world_size=count, side=side)
+    return replace(session, world_size=count, world=comm, control=control)
 
 
 def compare(rank: int, world: int, init_file: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import RankFailure, run_ranks
 
-from opensora_sp.parallel.exchange import Comm, Exchange, Transfer, gather_patches, swap_halves
+from opensora_sp.parallel.exchange import Comm, Exchange, Transfer, gather_patches, swap_branches
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.overlap import OverlapChunk
@@ -36,13 +36,13 @@ def round_trips(rank: int, world: int, init_file: str) -> int:
                 whole = numbered(frames, layout, batch)
                 mine = whole[:, :, layout.patches(rank)]
                 for before in range(world):
-                    piece = OverlapChunk(0, 0, frames, before)
-                    arrived = exchange.to_frames(mine, piece).wait()
+                    chunk = OverlapChunk(0, 0, frames, before)
+                    arrived = exchange.to_frames(mine, chunk).wait()
                     shares = layout.frame_split(batch * frames, before)
                     start = sum(shares[:rank])
                     expected = whole.flatten(0, 1)[start : start + shares[rank]]
                     assert torch.equal(arrived, expected), (frames, size, batch, before)
-                    back = exchange.to_patches(arrived, piece, batch).wait()
+                    back = exchange.to_patches(arrived, chunk, batch).wait()
                     assert torch.equal(back, mine), (frames, size, batch, before)
                     compared += 1
                 gathered = gather_patches(comm, layout, mine)
@@ -60,7 +60,7 @@ def in_bf16(rank: int, world: int, init_file: str) -> Any:
     with open_session("cpu") as session:
         comm = session.build(Mesh(guidance=2)).guidance
         mine = torch.full((2, 3), float(rank), dtype=torch.bfloat16)
-        return swap_halves(comm, mine).wait().float()
+        return swap_branches(comm, mine).wait().float()
 
 
 def test_guidance_pair_swaps() -> None:

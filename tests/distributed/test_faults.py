@@ -30,10 +30,10 @@ def one_fails(rank: int, world: int, init_file: str, failing: int) -> str:
 
     try:
         with open_session("cpu") as session:
-            assert session.together(lambda: rank) == rank
-            leading = session.together(lambda: rank, leading_only=True)
+            assert session.control.together(lambda: rank) == rank
+            leading = session.control.together(lambda: rank, leading_only=True)
             assert leading == (0 if rank == 0 else None)
-            session.together(work)
+            session.control.together(work)
     except SharedFault as fault:
         return str(fault)
     return "nothing happened"
@@ -45,7 +45,7 @@ def test_every_rank_is_told(failing: int, told: str) -> None:
 
 
 def torchrun(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), "launch/infer.py", *flags, "--device", "cpu"]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -106,7 +106,7 @@ def test_one_ends_all_end(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path) -> None:
-    outcome = run_cell(Cell("encode-to-file", "kill", 0), tmp_path, max_restarts=1)
+    outcome = run_cell(Cell("encode-to-file", "kill", 0), tmp_path, ranks=2, max_restarts=1)
     assert not outcome.wrong, outcome.log
 
 

@@ -81,7 +81,14 @@ def notes(folder: Path) -> list[str]:
     return [line for line in said if not line.startswith("note: 32x48")]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A number of ranks, and the folder of a run of theirs that finds room for everything."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(request.param, folder, *FLAGS)
+    return request.param, folder
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -89,8 +96,10 @@ def notes(folder: Path) -> list[str]:
         ("records", r"note: the record of .*sample_0000\.mp4 is not written: .+"),
     ],
 )
-def test_lost_insurance_is_one_note(what: str, said: str, world: int, tmp_path: Path) -> None:
-    assert run(world, tmp_path / "whole", *FLAGS, "--keep-state")
+def test_lost_insurance_is_one_note(
+    what: str, said: str, whole: tuple[int, Path], tmp_path: Path
+) -> None:
+    world, made = whole
     errors = tmp_path / "errors"
     errors.mkdir()
     folder = tmp_path / "full"
@@ -98,7 +107,7 @@ def test_lost_insurance_is_one_note(what: str, said: str, world: int, tmp_path: 
     codes = run_ranks(on_full_disk, world, argv, what, str(errors))
     assert codes == [0] * world
     for name in ("sample_0000.mp4", "sample_0001.mp4"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (folder / name).read_bytes() == (made / name).read_bytes()
     (line,) = notes(errors)
     assert re.fullmatch(said, line)
     assert not list(folder.rglob("*.tmp"))
@@ -129,21 +138,19 @@ def test_a_lost_output_is_one_line(world: int, tmp_path: Path) -> None:
     assert run(world, folder, *FLAGS)
 
 
-@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_a_full_log_is_a_note(world: int, rank: int, tmp_path: Path) -> None:
+def test_a_full_log_is_a_note(tmp_path: Path) -> None:
     logs, errors = tmp_path / "logs", tmp_path / "errors"
     logs.mkdir()
     errors.mkdir()
-    (logs / f"rank-{rank}.log").symlink_to("/dev/full")  # as a disk that is full
+    for rank in (0, 2):  # the leading one and another
+        (logs / f"rank-{rank}.log").symlink_to("/dev/full")  # as a disk that is full
     argv = [*SMALL, *FLAGS, "--save-dir", str(tmp_path / "made"), "--log-dir", str(logs)]
-    codes = run_ranks(on_full_disk, world, argv, "nothing", str(errors))
-    assert codes == [0] * world
+    codes = run_ranks(on_full_disk, 3, argv, "nothing", str(errors))
+    assert codes == [0] * 3
     assert len(list((tmp_path / "made").glob("*.mp4"))) == 2
-    (line,) = notes(errors)
-    assert line == (
+    assert sorted(notes(errors)) == [
         f"note: --log-dir: {logs}/rank-{rank}.log takes no more (No space left on device): the "
         "run goes on without"
-    )
-    for other in range(world):
-        if other != rank:
-            assert (logs / f"rank-{other}.log").stat().st_size > 0
+        for rank in (0, 2)
+    ]
+    assert (logs / "rank-1.log").stat().st_size > 0

@@ -78,7 +78,8 @@ def tolerance(single: Any, folder: Path) -> float:
     return 10 * response
 
 
-@pytest.mark.parametrize("world", [2, 3, 5, 8])
+# Guidance groups alone, the sequence alone in uneven parts, and both.
+@pytest.mark.parametrize("world", [2, 3, 8])
 def test_ranks_make_the_same_video(world: int, single: Any, tolerance: float, folder: Path) -> None:
     results = run_ranks(on_ranks, world, folder)
     for result in results[1:]:  # latents and frames are on the leading rank only

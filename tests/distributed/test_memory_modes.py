@@ -16,8 +16,9 @@ from opensora_sp.models.tiling import tiles
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import alone, open_session
+from opensora_sp.request.memory_modes import MEMORY_MODES, Offload
 from opensora_sp.request.request import Request
-from opensora_sp.request.runtime import MEMORY_MODES, Runtime
+from opensora_sp.request.runtime import Runtime
 
 FRAMES, SIZE = 7, (6, 9)  # 15 patches a frame, odd sides
 # Tokens at once: parts of a frame, of a few frames, of uneven rests.
@@ -25,10 +26,10 @@ TOKENS = (8, 70)
 
 
 def runtimes() -> dict[str, Runtime]:
-    """The three modes, cut as finely as a tiny model needs to be cut at all."""
+    """Every mode, cut as finely as a tiny model needs to be cut at all."""
     named: dict[str, Runtime] = {}
     for name, mode in MEMORY_MODES.items():
-        named[name] = Runtime(**mode)
+        named[name] = Runtime.of(mode)
         for tokens in TOKENS:
             named[f"{name} {tokens}"] = replace(named[name], tokens=tokens)
     return named
@@ -60,32 +61,33 @@ def errors(rank: int, world: int, init_file: str, mesh: Mesh) -> dict[str, float
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(sequence=3), Mesh(guidance=2, sequence=2)])
 def test_modes_give_equal_velocities(mesh: Mesh) -> None:
     found = run_ranks(errors, mesh.size, mesh)[0]
-    assert len(found) == 3 * (1 + len(TOKENS))
+    assert len(found) == len(MEMORY_MODES) * (1 + len(TOKENS))
     # Matrix products of fewer rows may round their last bits otherwise; nothing else may differ.
     assert max(found.values()) <= 1e-5, found
 
 
-def test_streamed_weights_are_home_again() -> None:
+def test_offloaded_weights_are_in_host_memory_again() -> None:
     model = tiny_transformer()
     before = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
-    layers = model.layers(streamed=True)
+    layers = model.layers(offloaded=True)
     passing = iter(layers)
     for number in range(2):
         spatial, _ = next(passing)
-        lent = spatial.state_dict()["attn.qkv.weight"].data_ptr()
-        assert lent != before[f"spatial_blocks.{number}.attn.qkv.weight"]
+        on_device = spatial.state_dict()["attn.qkv.weight"].data_ptr()
+        assert on_device != before[f"spatial_blocks.{number}.attn.qkv.weight"]
     del passing  # left in the middle, as by an error
     after = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     assert after == before
 
 
-def test_streaming_alone_changes_no_bit() -> None:
+def test_layer_offload_alone_changes_no_bit() -> None:
     with torch.no_grad():
         plain = velocity(Runtime(serial_guidance=True), Mesh(), None)
-        streamed = velocity(Runtime(serial_guidance=True, residency="streamed"), Mesh(), None)
+        offload = Offload(models=True, layers=True)
+        offloaded = velocity(Runtime(serial_guidance=True, offload=offload), Mesh(), None)
     assert plain is not None
-    assert streamed is not None
-    assert torch.equal(plain, streamed)
+    assert offloaded is not None
+    assert torch.equal(plain, offloaded)
 
 
 def test_parts_cover_every_token_once() -> None:

@@ -48,7 +48,7 @@ def velocity_on_padding() -> None:
 
     def prepare(self, conditions, on_velocity=None):  # type: ignore[no-untyped-def]
         velocity = original(self, conditions, on_velocity)
-        if not isinstance(self.share.reshard, Local):
+        if not isinstance(self.sharding.reshard, Local):
             velocity._padding = None
         return velocity
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import free_port, run_ranks
+from forked import Copies
+from ranks import environments, free_port, run_ranks
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.cli.infer import main
 from opensora_sp.jobs.refine import refine_batches
 from opensora_sp.media.writer import read_metadata
 from opensora_sp.parallel.session import open_session
@@ -99,41 +101,24 @@ def test_all_ranks_hear_of_a_failure(server: Server) -> None:
     assert first == second
 
 
-def launch(out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    flags = [
-        "--prompt",
-        "a cat",
-        "--llm-refine",
-        "true",
-        "--prompt-generator",
-        "m",
-        "--prompt-as-path",
-        "--device",
-        "cpu",
-    ]
-    flags += ["--image-size", "32", "32", "--num-frames", "1", "--num-sampling-steps", "1"]
-    return subprocess.run(
-        [
-            *(sys.executable, *launcher, "launch/infer.py"),
-            *(*flags, "--save-dir", str(out)),
-        ],
+FLAGS = ["--prompt", "a cat", "--llm-refine", "true", "--prompt-generator", "m"]
+FLAGS += ["--prompt-as-path", "--device", "cpu", "--image-size", "32", "32", "--num-frames", "1"]
+FLAGS += ["--num-sampling-steps", "1", "--save-dir"]
+
+
+def test_the_real_command_tells_both_prompts_and_never_the_key(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(free_port()), "launch/infer.py"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *FLAGS, str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-
-
-def torchrun() -> list[str]:
-    ranks = ["--nproc_per_node", "2", "--master_port", str(free_port())]
-    return ["-m", "torch.distributed.run", *ranks]
-
-
-def test_the_real_command_tells_both_prompts_and_never_the_key(
-    server: Server, tmp_path: Path
-) -> None:
-    done = launch(tmp_path, *torchrun())
     assert done.returncode == 0, done.stderr
     assert server.asked == ["a cat"]
     picture = tmp_path / "a cat.png"  # named after the words of the person
@@ -144,18 +129,20 @@ def test_the_real_command_tells_both_prompts_and_never_the_key(
     assert KEY not in done.stdout + done.stderr
     assert KEY.encode() not in picture.read_bytes()
     # What is there already is neither made nor asked for again.
-    again = launch(tmp_path)
-    assert again.returncode == 0, again.stderr
+    assert main([*FLAGS, str(tmp_path)]) == 0
+    assert "is there already, skipped" in capsys.readouterr().err
     assert server.asked == ["a cat"]
 
 
 def test_a_failing_server_ends_the_run(server: Server, tmp_path: Path) -> None:
     server.status = 403
-    done = launch(tmp_path / "out", *torchrun())
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = tmp_path / "said"
+    codes = Copies([*FLAGS, str(tmp_path / "out")], environments(2), said).finish(120)
+    assert None not in codes
+    assert 0 not in codes
+    errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "Connection closed" not in done.stderr  # the other rank ends quietly
+    assert "Connection closed" not in said.read_text()  # the other rank ends quietly
     assert "status 403: check what OPENAI_API_KEY" in errors[0]
-    assert KEY not in done.stdout + done.stderr
+    assert KEY not in said.read_text()
     assert not list((tmp_path / "out").glob("*.png"))

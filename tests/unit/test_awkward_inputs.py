@@ -111,6 +111,7 @@ def test_awkward_prompts_generate(pipeline: Pipeline) -> None:
         assert bool(torch.isfinite(latents).all()), (prompt[:20], caption(request, 0)[:20])
 
 
+@pytest.mark.slow
 def test_the_whole_command_with_json_in_the_prompt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

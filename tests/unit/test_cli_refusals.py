@@ -47,7 +47,7 @@ REFUSALS: list[tuple[list[str], list[str]]] = [
     (["--prompt", "x", "--watermark", "maybe"], ["--watermark", "maybe"]),
     (["--prompt", "x", "--llm-refine", "y"], ["--llm-refine", "OPENAI_API_KEY"]),
     (["--prompt", "x", "--prompt-generator", ""], ["--prompt-generator", "''"]),
-    (["--prompt", "x", "--eval-count", "3"], ["--eval-count", "3", "launch/benchmark.py"]),
+    (["--prompt", "x", "--eval-count", "3"], ["--eval-count", "3", "opensora-sp benchmark"]),
     (["--prompt", 'x {"reference_path": "a.png"}'], ["reference", "a.png"]),
     (["--prompt", 'x {"reference": "a.png"}'], ["prompt", "reference", "mask_strategy"]),
     (["--prompt", 'x {"mask_strategy": "0"'], ["prompt", "JSON"]),

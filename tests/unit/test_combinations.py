@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.request.flags.flag import FEATURES, Feature
 from opensora_sp.request.flags.rules import COMBINATIONS
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.request import Job
+from opensora_sp.request.setting import FEATURES, Feature
 from opensora_sp.request.settings import (
     build_job,
     check_request,
@@ -136,7 +136,7 @@ def test_the_checkpoint_layout_is_accepted_and_a_gap_is_named(
     argv: Sequence[str] = ["--prompt", "x"]
     for name in ("dit", "t5", "vae2d", "vae3d"):
         argv = [*argv, f"--ckpt-path-{name}", str(suite_dir / name)]
-    checkpoints = job_of(tmp_path, *argv).settings.checkpoints
+    checkpoints = job_of(tmp_path, *argv).engine.checkpoints
     assert checkpoints is not None
     assert (checkpoints.dit, checkpoints.vae3d) == (suite_dir / "dit", suite_dir / "vae3d")
 

@@ -143,10 +143,10 @@ def test_a_fine_tuned_transformer_is_named_and_converted(tmp_path: Path, make: M
         check_checkpoints(paths_with("dit", source))
     # The command that the refusal names is the one that helps.
     command = shlex.split(str(refused.value).split("`")[1])
-    assert command[:4] == ["python", "-m", "opensora_sp.cli.convert", "dit"]
-    assert command[5:] == ["NEW_DIR"]
+    assert command[:3] == ["opensora-sp", "convert", "dit"]
+    assert command[4:] == ["NEW_DIR"]
     target = tmp_path / "converted"
-    convert("dit", Path(command[4]), target)
+    convert("dit", Path(command[3]), target)
     assert same(load_file(target / "model.safetensors"), weights)
     assert not list(tmp_path.glob(".opensora-sp-*"))
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from opensora_sp.base.hashes import SUMS
+from opensora_sp.cli.download import REPOSITORIES, is_mirror
 from opensora_sp.verification.weights import MANIFEST, check_directory
-from scripts.download_weights import REPOSITORIES, is_mirror
 
 ROOT = Path(__file__).resolve().parents[2]
 STALLS_AT = 15 << 20  # the library writes what arrives in pieces of 10 MiB

@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Copies
 from ranks import free_port
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import Launch, check_store, first_host, join, read_launch, speaks
 from opensora_sp.base.processes import Process
-from opensora_sp.parallel.watchdog.own_clock import STOOD_STILL_S, OwnClock
-from opensora_sp.parallel.watchdog.stages import Limits
-from opensora_sp.parallel.watchdog.store import Fault
-from opensora_sp.parallel.watchdog.watch import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -196,44 +193,25 @@ def test_a_refused_flag_is_heard_whatever_the_environment_says(environ: dict[str
 def test_nobody_at_the_address_is_one_line(tmp_path: Path) -> None:
     environ = clean(**{**TWO, "MASTER_PORT": str(free_port())})
     flags = ["--prompt", "x", "--image-size", "32", "48", "--num-frames", "17", "--timeout", "2"]
-    done = subprocess.run(
-        [sys.executable, "launch/infer.py", *flags, "--device", "cpu", "--save-dir", str(tmp_path)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error: rank 1: nobody was reached" in done.stderr.splitlines()[-1]
+    argv = [*flags, "--device", "cpu", "--save-dir", str(tmp_path / "made")]
+    said = tmp_path / "said"
+    assert Copies(argv, [environ], said).finish(120) == [2], said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert "error: rank 1: nobody was reached" in said.read_text().splitlines()[-1]
 
 
 def test_two_copies_of_mpirun_make_one_video(tmp_path: Path) -> None:
     flags = ["--prompt", "x", "--image-size", "32", "48", "--num-frames", "17", "--device", "cpu"]
-    flags += ["--num-sampling-steps", "1", "--dtype", "fp32", "--save-dir", str(tmp_path)]
+    flags += ["--num-sampling-steps", "1", "--dtype", "fp32", "--save-dir", str(tmp_path / "made")]
     place = {"MASTER_PORT": str(free_port())}
-    copies = [
-        subprocess.Popen(
-            [sys.executable, "launch/infer.py", *flags],
-            cwd=ROOT,
-            env=clean(
-                **{**OMPI, **place, "OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_LOCAL_RANK": r}
-            ),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    environments = [
+        clean(**{**OMPI, **place, "OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_LOCAL_RANK": r})
         for r in "01"
     ]
-    try:
-        said = [copy.communicate(timeout=120)[1] for copy in copies]
-    finally:
-        for copy in copies:
-            copy.kill()
-    assert [copy.returncode for copy in copies] == [0, 0], said
-    assert "on 2 x cpu" in said[0]
-    assert [path.name for path in tmp_path.glob("*.mp4")] == ["sample_0000.mp4"]
+    said = tmp_path / "said"
+    assert Copies(flags, environments, said).finish(120) == [0, 0], said.read_text()
+    assert said.read_text().count("on 2 x cpu") == 1
+    assert [path.name for path in (tmp_path / "made").glob("*.mp4")] == ["sample_0000.mp4"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -270,42 +248,3 @@ def test_no_rank_outlives_a_killed_torchrun(moment: float, tmp_path: Path) -> No
         for pid in ranks:
             if Process(pid, "", "").state() != "gone":
                 os.kill(pid, signal.SIGKILL)
-
-
-def test_a_clock_that_stood_still_is_noticed_by_whoever_asks_first() -> None:
-    time_is = [0.0]
-    restarts: list[float] = []
-    clock = OwnClock(lambda: restarts.append(time_is[0]), lambda: time_is[0])
-    for _ in range(20):  # ticks in time: nothing stood still
-        time_is[0] += STOOD_STILL_S / 2
-        clock.tick()
-    assert (clock.halts(), restarts) == (0, [])
-    time_is[0] += 12
-    assert clock.halts() == 1  # a watcher that wakes before the ticking thread
-    clock.tick()
-    assert (clock.halts(), restarts) == (1, [time_is[0]])
-    time_is[0] += 12
-    clock.tick()  # and one that wakes after it sees the same
-    assert (clock.halts(), len(restarts)) == (2, 2)
-
-
-def test_what_a_watcher_finds_after_its_own_halt_does_not_count() -> None:
-    """In the middle of a look or before it; what it finds at the next look does."""
-    watchdog = Watchdog(0, None, [], Limits(heartbeat=5))
-    time_is = [100.0]
-    watchdog._clock = OwnClock(watchdog._stood_still, lambda: time_is[0])
-    fault = Fault(rank=1, stage="denoise", what="hangs")
-
-    def stopped_in_the_middle() -> Fault:
-        time_is[0] += 12
-        return fault
-
-    watchdog._heard = {1: (7, 100.0)}
-    assert watchdog._found_by(stopped_in_the_middle) is None
-    assert watchdog._heard[1][0] == -1  # its peers' silence is counted anew
-    assert watchdog._found_by(lambda: fault) == fault
-    watchdog._heard = {1: (7, 100.0)}
-    time_is[0] += 12
-    seen = []
-    watchdog._found_by(lambda: seen.append(watchdog._heard[1][0]))  # type: ignore[arg-type]
-    assert seen == [-1]

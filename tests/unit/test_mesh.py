@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+import torch.distributed as dist
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.parallel.backend import is_available, pick_backend, pick_device
-from opensora_sp.parallel.backend_table import BACKENDS
+from opensora_sp.parallel import backend
+from opensora_sp.parallel.backend import is_available, pick_backend, pick_device, require_backend
+from opensora_sp.parallel.backend_table import BACKENDS, DEVICES, Backend
 from opensora_sp.parallel.mesh import Mesh, Place, legal_meshes, plan_mesh
+from opensora_sp.request.flags.rules import COMBINATIONS
 
 
 @pytest.mark.parametrize(
@@ -68,13 +73,49 @@ def test_every_rank_has_one_place_and_every_group_its_ranks(world: int) -> None:
 
 
 def test_each_backend_serves_its_device_and_gloo_all() -> None:
-    for name, backend in BACKENDS.items():
-        assert pick_backend(None, backend.device).name == name
-        assert pick_backend("gloo", backend.device).name == "gloo"
+    for name, row in BACKENDS.items():
+        assert pick_backend(None, row.device).name == name
+        assert pick_backend("gloo", row.device).name == "gloo"
     with pytest.raises(UserError, match="nccl serves cuda devices, not --device cpu"):
         pick_backend("nccl", "cpu")
-    with pytest.raises(UserError, match="unknown, choose one of eccl, nccl, gloo"):
+    with pytest.raises(UserError, match=f"unknown, choose one of {', '.join(BACKENDS)}"):
         pick_backend("mpi", "cpu")
+
+
+def test_the_flags_refuse_the_pairs_that_no_session_could_open() -> None:
+    (rule,) = (c for c in COMBINATIONS if c.features == "--device + --backend")
+    refused = {pair for pair in product(DEVICES, BACKENDS) if rule.meets(_chosen(*pair))}
+    assert refused >= {("cpu", "nccl"), ("cpu", "eccl"), ("cuda", "eccl"), ("gcu", "nccl")}
+    for device, name in product(DEVICES, BACKENDS):
+        if (device, name) not in refused:
+            assert pick_backend(name, device).name == name
+            continue
+        with pytest.raises(UserError, match=f"{name} serves .* not --device {device}"):
+            pick_backend(name, device)
+    assert not rule.meets(_chosen(None, "nccl"))  # which device is there is not known yet
+
+
+def _chosen(device: str | None, backend: str) -> dict[str, str | None]:
+    return {"device": device, "backend": backend}
+
+
+def test_a_torch_without_the_devices_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match=r"--backend nccl: this torch .* built for cuda"):
+        require_backend(BACKENDS["nccl"])
+    with pytest.raises(UserError, match="--backend newer: "):  # of a torch that never heard of it
+        require_backend(Backend(name="newer", device="new"))
+    require_backend(BACKENDS["gloo"])
+    require_backend(BACKENDS["eccl"])  # its plugin brings it
+
+
+def test_devices_that_the_environment_hides_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "is_available", lambda device: device == "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(
+        UserError, match=r"visible \(CUDA_VISIBLE_DEVICES='' in .*; found here: cpu"
+    ):
+        pick_device("cuda")
 
 
 def test_a_device_that_is_not_there_is_named_with_what_is() -> None:

@@ -178,6 +178,7 @@ def _changes(report: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_changed_report_is_never_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,13 +23,14 @@ from opensora_sp.planner.plan import Options, decoding_ranks, make_plan, plans, 
 from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import check_fits, verdict
 from opensora_sp.planner.requests import sizes_of
-from opensora_sp.request.runtime import MEMORY_MODES, Runtime
+from opensora_sp.request.memory_modes import MEMORY_MODES
+from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.traced_stages import traced_decoding, traced_denoising, traced_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = Shape(height=720, width=1280, num_frames=408)
 MODELS, FREE = ModelSizes(), Options()
-SPEED, BALANCED, SMALL = (Runtime(**MEMORY_MODES[name]) for name in MEMORY_MODES)
+SPEED, BALANCED, SMALL = (Runtime.of(name) for name in ("speed", "balanced", "small"))
 # What is counted does not depend on the depth, except for weights and text keys and values.
 DEPTH = 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,7 +58,7 @@ def test_denoising_peaks_are_those_that_are_counted(
     shape = Shape(height=height, width=width, num_frames=frames, batch=batch, dtype=dtype)
     latent_frames, *size = shape.latent
     # Layers that pass need three to be what they are in the whole model.
-    depth = 3 if runtime.residency == "streamed" else DEPTH
+    depth = 3 if runtime.offload.layers else DEPTH
     counted = traced_denoising(
         latent_frames,
         (size[0], size[1]),
@@ -84,12 +85,12 @@ def test_decoding_peaks_are_those_that_are_counted(
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_text_peaks_are_those_that_are_counted(streamed: bool, eight_bits: bool) -> None:
-    counted = traced_text(streamed=streamed, eight_bits=eight_bits)
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_text_peaks_are_those_that_are_counted(offloaded: bool, eight_bits: bool) -> None:
+    counted = traced_text(offload_layers=offloaded, eight_bits=eight_bits)
     shape = Shape(height=240, width=426, num_frames=51)
     options = Options(t5_int8=eight_bits)
-    plan = make_plan(shape, 1, "small" if streamed else "speed", MODELS, options)
+    plan = make_plan(shape, 1, MEMORY_MODES["small" if offloaded else "speed"], MODELS, options)
     text = next(stage for stage in plan.stages if stage.name == "text")
     assert text.weights == pytest.approx(counted.weights, rel=1e-4)
     # Weights are nearly all of it; torch 2.3 has 35 MB more alive at once than later ones.
@@ -112,10 +113,10 @@ def test_weights_are_the_published_ones() -> None:
 
 
 def test_cost_is_the_known_one() -> None:
-    plan = make_plan(LONG, 1, "speed", MODELS, FREE)
+    plan = make_plan(LONG, 1, MEMORY_MODES["speed"], MODELS, FREE)
     assert plan.flops == pytest.approx(72.9e15, rel=0.01)
     assert plan.sent == 0
-    eight = make_plan(LONG, 8, "speed", MODELS, replace(FREE, chunks=1))
+    eight = make_plan(LONG, 8, MEMORY_MODES["speed"], MODELS, replace(FREE, chunks=1))
     assert eight.sent / 30 == pytest.approx(10.5e9, rel=0.02)
     assert eight.flops == pytest.approx(plan.flops / 8, rel=0.03)
     assert plan.seconds(790e12, None) == pytest.approx(92, rel=0.01)
@@ -124,16 +125,16 @@ def test_cost_is_the_known_one() -> None:
 def test_modes_keep_their_limits_at_720p_16s() -> None:
     limits = {"speed": 20, "balanced": 12, "small": 6}
     for ranks in (1, 2, 4, 8):
-        for plan in plans(LONG, ranks, MODELS, FREE):
-            for stage in plan.stages:
-                assert stage.total <= limits[plan.mode] * GB, (ranks, plan.mode, stage)
+        for name, limit in limits.items():
+            for stage in make_plan(LONG, ranks, MEMORY_MODES[name], MODELS, FREE).stages:
+                assert stage.total <= limit * GB, (ranks, name, stage)
 
 
 def test_verdicts_and_ways_out() -> None:
     assert verdict(LONG, 1, MODELS, FREE, 48 * GB)[1:] == ("fits", True)
     _, said, fits = verdict(LONG, 1, MODELS, FREE, 8 * GB)
     assert (said, fits) == ("fits with --memory small", True)
-    fixed = replace(FREE, memory="speed")
+    fixed = replace(FREE, memory=MEMORY_MODES["speed"])
     with pytest.raises(UserError, match=r"text needs 9\.6 GB.*--memory small fits.*--no-plan"):
         check_fits(LONG, 1, MODELS, fixed, 8 * GB)
     huge = Shape(height=2160, width=3840, num_frames=408)
@@ -143,8 +144,8 @@ def test_verdicts_and_ways_out() -> None:
     assert found is not None
     assert found[1].fits(20 * GB)
     assert f"{found[0]} ranks fit" in said
-    fewer = replace(FREE, memory="small")
-    assert not make_plan(huge, found[0] - 1, "small", MODELS, fewer).fits(20 * GB)
+    fewer = replace(FREE, memory=MEMORY_MODES["small"])
+    assert not make_plan(huge, found[0] - 1, MEMORY_MODES["small"], MODELS, fewer).fits(20 * GB)
     assert "nearest size that fits: 720p 16s (--memory" in said
 
 
@@ -248,7 +249,7 @@ def test_more_ranks_never_need_more_without_a_reason() -> None:
         # With the decoder on one rank and one way of guiding, only the first rank's whole frames
         # are beside what it would hold alone: from two ranks on nothing grows any more.
         fixed = replace(options, vae_decode="rank0", guidance=1)
-        for mode in MEMORY_MODES:
+        for mode in MEMORY_MODES.values():
             peaks = [make_plan(shape, n, mode, models, fixed).peak for n in range(2, 10)]
             assert peaks == sorted(peaks, reverse=True), (shape, mode, fixed)
     assert said > 10
@@ -268,16 +269,16 @@ def test_a_smaller_mode_never_needs_more_without_a_reason() -> None:
 
 def test_what_is_expected_is_not_explained() -> None:
     for ranks in (1, 2, 8):
-        assert [surprises(plan) for plan in plans(LONG, ranks, MODELS, FREE)] == [[], [], []]
+        assert not any(surprises(plan) for plan in plans(LONG, ranks, MODELS, FREE))
     # Where halves go one after the other anyway, three ranks share one video's patches better.
-    (line,) = surprises(make_plan(LONG, 4, "small", MODELS, FREE))
+    (line,) = surprises(make_plan(LONG, 4, MEMORY_MODES["small"], MODELS, FREE))
     assert "only 2 share a video's patches (--guidance-parallel 1" in line
     better = replace(FREE, guidance=1)
-    assert surprises(make_plan(LONG, 4, "small", MODELS, better)) == []
+    assert surprises(make_plan(LONG, 4, MEMORY_MODES["small"], MODELS, better)) == []
     # Three ranks cannot be paired: each computes both halves, and says so.
-    serial = replace(FREE, vae_decode="rank0", t5_on_cpu=True, memory="speed")
+    serial = replace(FREE, vae_decode="rank0", t5_on_cpu=True, memory=MEMORY_MODES["speed"])
     tiny = Shape(height=64, width=64, num_frames=1)
-    (line,) = surprises(make_plan(tiny, 3, "speed", MODELS, serial))
+    (line,) = surprises(make_plan(tiny, 3, MEMORY_MODES["speed"], MODELS, serial))
     assert "computes both guidance halves" in line
 
 
@@ -317,5 +318,7 @@ def test_a_video_is_shared_as_the_program_shares_it() -> None:
 
 
 def decoding_peak_of(shape: Shape, ranks: int, vae_decode: str) -> int:
-    plan = make_plan(shape, ranks, "speed", MODELS, replace(FREE, vae_decode=vae_decode))
+    plan = make_plan(
+        shape, ranks, MEMORY_MODES["speed"], MODELS, replace(FREE, vae_decode=vae_decode)
+    )
     return next(stage.peak for stage in plan.stages if stage.name == "decode")

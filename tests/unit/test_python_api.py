@@ -18,7 +18,7 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone, open_session
 from opensora_sp.request.embedded import EMBEDDED, embedded_checkpoints
-from opensora_sp.request.request import Checkpoints, Request, RunSettings
+from opensora_sp.request.request import Checkpoints, JobSettings, Request
 from opensora_sp.request.settings import check_request, parse_command_line, resolve
 
 SMALL = Request(prompt="x", height=32, width=32, num_frames=1, steps=1)
@@ -91,7 +91,7 @@ def test_scalars_of_numpy_are_scalars() -> None:
 def test_paths_as_text(tmp_path: Path) -> None:
     names = {name: str(EMBEDDED / name) for name in ("dit", "t5", "vae2d", "vae3d")}
     assert Checkpoints(**names) == embedded_checkpoints()  # type: ignore[arg-type]
-    assert RunSettings(save_dir=str(tmp_path)).save_dir == tmp_path  # type: ignore[arg-type]
+    assert JobSettings(save_dir=str(tmp_path)).save_dir == tmp_path  # type: ignore[arg-type]
     pipeline = Pipeline.load(
         Checkpoints(**names),  # type: ignore[arg-type]
         session=alone("cpu"),

@@ -265,6 +265,7 @@ MUTATED: dict[str, tuple[Callable[[], bytes], int]] = {
 
 @pytest.mark.parametrize("kind", MUTATED)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_mutations_end_in_one_line_or_a_picture(tmp_path: Path, kind: str) -> None:
     make, count = MUTATED[kind]
     whole, path = make(), tmp_path / "x"

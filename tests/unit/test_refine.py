@@ -110,8 +110,9 @@ def task(tmp_path: Any, prompt: str, **more: Any) -> Task:
 
 
 def test_each_distinct_text_is_asked_for_once_and_the_rest_is_kept(
-    server: Server, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "opensora_sp")
     batches = [
         [task(tmp_path, "a cat "), task(tmp_path, "", prompt_index=1)],
         [task(tmp_path, "a cat", sample_index=1)],
@@ -141,9 +142,8 @@ def test_each_distinct_text_is_asked_for_once_and_the_rest_is_kept(
     assert {(path, body["model"]) for path, _, body in server.seen} == {
         ("/v1/chat/completions", "the-model")
     }
-    err = capsys.readouterr().err
-    assert err.splitlines()[1] == "'a dog.' refined: A caption of a dog.."
-    assert KEY not in err
+    assert caplog.messages[1] == "'a dog.' refined: A caption of a dog.."
+    assert KEY not in caplog.text
 
 
 @pytest.mark.parametrize(

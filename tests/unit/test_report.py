@@ -27,6 +27,7 @@ from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.cli.benchmark import main, with_own_names
 from opensora_sp.engine.timing import Clock
 from opensora_sp.planner.requests import plan_in_mode
+from opensora_sp.request.memory_modes import memory_mode
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 VENDOR_KEYS = [
@@ -69,7 +70,7 @@ def test_a_finished_report(tmp_path: Path) -> None:
 
 def test_planned_memory_beside_measured(tmp_path: Path) -> None:
     draft = draft_of(tmp_path)
-    draft.plan = plan_in_mode(draft._job, 2, "balanced")
+    draft.plan = plan_in_mode(draft._job, 2, memory_mode("balanced"))
     unknown = draft.write("ok")["plan"]
     stages = {stage.name: stage.total for stage in draft.plan.stages}
     assert unknown["memory_mode"] == "balanced"
@@ -285,7 +286,7 @@ def test_tools_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tool.write_text("#!/bin/sh\necho Driver Ver: 1.2.3 '$(touch x)' $#\n", encoding="utf-8")
     tool.chmod(0o755)
     assert run_tool(("efsmi", "; echo no")) == "Driver Ver: 1.2.3 $(touch x) 1\n"
-    assert machine._driver_version("gcu") == "1.2.3"
+    assert machine.driver_version(("efsmi",), ()) == "1.2.3"
     tool.write_text("#!/bin/sh\nwhile :; do :; done\n", encoding="utf-8")
     monkeypatch.setattr(machine, "TOOL_SECONDS", 0.3)
     assert run_tool(("efsmi",)) is None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +17,14 @@ import pytest
 from opensora_sp.base.screen import (
     MOST_SHOWN,
     note,
-    note_once,
     one_line,
     printable,
     result,
     robust_screen,
+    warn_once,
 )
 
+LOG = logging.getLogger("opensora_sp.jobs.run")
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ["launch/plan.py", "--device-memory", "48GB"]
 INFER = ["launch/infer.py", "--device", "cpu", "--dtype", "fp32", "--image-size", "32", "48"]
@@ -122,9 +125,9 @@ def test_standard_error_that_is_gone_is_done_without(monkeypatch: pytest.MonkeyP
 def test_trouble_of_a_kind_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):  # two commands of one process
         with robust_screen():
-            note_once("record", "first")
-            note_once("record", "second")
-            note_once("state", "third")
+            warn_once(LOG, "record", "first")
+            warn_once(LOG, "record", "second")
+            warn_once(LOG, "state", "third")
     assert capsys.readouterr().err.splitlines() == ["note: first", "note: third"] * 2
 
 
@@ -185,11 +188,83 @@ def test_a_list_is_made_whole_on_a_full_ascii_screen(tmp_path: Path) -> None:
     assert done.stderr.count(b"standard output takes nothing more") == 1
 
 
-@pytest.mark.parametrize("name", [b"by\xffte", b"esc\x1b[31m", "ä".encode()])
-def test_a_path_is_printed_so_that_it_opens(name: bytes, tmp_path: Path) -> None:
-    folder = os.fsencode(tmp_path) + b"/" + name
-    command = [*INFER, "--prompt", "x", "--save-dir", os.fsdecode(folder)]
+def test_a_path_is_printed_so_that_it_opens(tmp_path: Path) -> None:
+    names = [b"by\xffte", b"esc\x1b[31m", "ä".encode()]
+    folders = [os.fsencode(tmp_path) + b"/" + name for name in names]
+    several = (
+        "import sys; from opensora_sp.cli.infer import main\n"
+        "argv, folders = sys.argv[1:-3], sys.argv[-3:]\n"
+        "sys.exit(sum(main([*argv, '--save-dir', folder]) for folder in folders))"
+    )
+    command = ["-c", several, *INFER[1:], "--prompt", "x", *map(os.fsdecode, folders)]
     done = started(command, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0, done.stderr
-    assert os.path.isfile(done.stdout.removesuffix(b"\n"))
+    printed = done.stdout.removesuffix(b"\n").split(b"\n")
+    assert [os.path.dirname(path) for path in printed] == folders
+    assert all(os.path.isfile(path) for path in printed)
     assert b"\x1b[31m" not in done.stderr
+
+
+# Standard error of a run as it was when every line was printed and none was logged.
+FIRST_RUN = """\
+note: 32x48 (height x width) is not in the size table: the model was not trained on it
+note: --flash-attn has no effect: torch picks the fastest attention of the device
+note: no --ckpt-path flags: the small embedded model is used
+note: CPU threads of a rank: 1
+1 frames of 32x48 as 1x4x6 latents (6 patches a frame), 1 steps, torch.float32 on 1 x cpu \
+(1 × 1 × 1 (replicas × guidance × sequence))
+sample_0000.png is told: 'a red ball aesthetic score: 6.5.'
+sample_0001.png is told: 'ein ball 👍 aesthetic score: 6.5.'
+note: prompt 'Ein Ball 一只猫 👍': not read are '一只猫', which caption cleaning drops; the \
+model is told 'ein ball 👍 aesthetic score: 6.5.': write it in English (--llm-refine true \
+translates)
+note: prompt 'Ein Ball 一只猫 👍': the text encoder has no letters for '👍', which all read \
+alike to it: write it in English (--llm-refine true translates)
+done in N s
+done in N s
+"""
+SECOND_RUN = """\
+note: 32x48 (height x width) is not in the size table: the model was not trained on it
+note: --flash-attn has no effect: torch picks the fastest attention of the device
+note: no --ckpt-path flags: the small embedded model is used
+note: CPU threads of a rank: 1
+note: sample_0000.png is there already and is another request's, so this one becomes \
+{folder}/sample_0000_2.png
+note: --resume: nothing of this run has been begun in its --save-dir, so all of it starts from the \
+beginning
+1 frames of 32x48 as 1x4x6 latents (6 patches a frame), 1 steps, torch.float32 on 1 x cpu \
+(1 × 1 × 1 (replicas × guidance × sequence))
+sample_0000_2.png is told: 'a blue ball aesthetic score: 6.5.'
+done in N s
+"""
+
+
+def test_the_screen_shows_what_it_showed_before_anything_was_logged(tmp_path: Path) -> None:
+    more = ["--save-dir", str(tmp_path / "out"), "--text-cache", "off", "--verbose", "2"]
+    more += ["--cpu-threads", "1", "--flash-attn", "true"]
+
+    def heard(*words: str) -> str:
+        done = started([*INFER, *more, *words], stdout=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        text = re.sub(r"done in [0-9.]+ s", "done in N s", done.stderr.decode())
+        return "\n".join(line for line in text.split("\n") if "denoise:" not in line)
+
+    assert heard("--prompt", "a red ball", "Ein Ball 一只猫 👍") == FIRST_RUN
+    said = SECOND_RUN.replace("{folder}", str(tmp_path / "out"))
+    assert heard("--prompt", "a blue ball", "--resume") == said
+
+
+@pytest.mark.parametrize("level", ["INFO", "WARNING", "ERROR"])
+def test_what_is_logged_is_shown_bounded_and_printable(
+    level: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with robust_screen():
+        LOG.log(getattr(logging, level), "%s is \x1b[31mred\x1b[0m 100%%\nover", "a" * 2000)
+        LOG.debug("not this")
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert "\\x1b[31mred" in err
+    head = {"INFO": "aaa", "WARNING": "note: aaa", "ERROR": "error: aaa"}[level]
+    assert err.startswith(head)
+    assert len(err.splitlines()) == (2 if level == "INFO" else 1)
+    assert (len(err) < MOST_SHOWN + 20) == (level != "INFO")

@@ -9,10 +9,10 @@ import pytest
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.request.config_file import read_config
-from opensora_sp.request.flags.docs import docs_page, help_text
+from opensora_sp.request.flags.docs import base_config, docs_page, help_text
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.naming import output_stems, safe_stem
-from opensora_sp.request.request import Job, Request, RunSettings
+from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request
 from opensora_sp.request.settings import build_job, parse_command_line, print_config, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,8 @@ def test_defaults_are_the_ones_that_existing_command_lines_count_on() -> None:
 def test_request_and_settings_have_the_defaults_of_the_flags(tmp_path: Path) -> None:
     job = job_of(tmp_path, "--prompt", "x")
     assert job.tasks[0].request == Request(prompt="x")
-    assert job.settings == RunSettings(save_dir=tmp_path)
+    assert job.engine == EngineSettings()
+    assert job.settings == JobSettings(save_dir=tmp_path)
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -133,6 +134,10 @@ def values_notes(*argv: str) -> tuple[str, ...]:
 def test_base_config_writes_out_every_default() -> None:
     keys = {flag.key for flag in all_flags() if not flag.control and flag.program is None}
     path = ROOT / "configs" / "base.yaml"
+    written = path.read_text(encoding="utf-8")
+    assert written == base_config(), (
+        "run: python -m opensora_sp.request.flags.docs base > configs/base.yaml"
+    )
     assert set(read_config(str(path))) == keys
     assert values_of("--config", str(path)) == values_of()
 

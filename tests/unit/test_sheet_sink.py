@@ -19,6 +19,7 @@ from PIL import Image
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.jobs import outputs
+from opensora_sp.jobs.open import open_engine
 from opensora_sp.jobs.run import run_job
 from opensora_sp.jobs.sheet_sink import PickingSink, RunSheet
 from opensora_sp.media.sinks import Collector
@@ -32,6 +33,11 @@ SMALL += ["--device", "cpu", "--lossless", "--verbose", "0", "--sheet"]
 
 def job_of(folder: Path, *argv: str) -> Job:
     return build_job(resolve(parse_command_line([*SMALL, "--save-dir", str(folder), *argv])))
+
+
+def make(job: Job) -> None:
+    with open_engine(job) as engine:
+        run_job(engine, job)
 
 
 def frames_of(path: Path) -> NDArray[np.uint8]:
@@ -90,7 +96,7 @@ def test_the_sheet_shows_what_the_files_hold(clips: int, tmp_path: Path) -> None
     argv = ["--prompt", *prompts, "--num-frames", "20", "--batch-size", "2", "--num-sample", "2"]
     argv += ["--loop", str(clips), "--watermark", "true", "--save-fps", "10"]
     job = job_of(tmp_path, *argv, "--sample-name", "run")
-    run_job(job)
+    make(job)
     page = (tmp_path / "run-sheet.html").read_text(encoding="utf-8")
     shown = articles(page)
     assert len(shown) == len(job.tasks) == 4
@@ -124,7 +130,7 @@ def test_a_marked_file_differs_in_its_corner_only(tmp_path: Path) -> None:
     made = {}
     for mark in ("true", "false"):
         job = job_of(tmp_path / mark, "--prompt", "x", "--num-frames", "image", "--watermark", mark)
-        run_job(job)
+        make(job)
         made[mark] = np.asarray(Image.open(job.tasks[0].output)).copy()
         ((_, images, captions),) = articles((tmp_path / mark / "sheet.html").read_text())
         assert captions == ["image"]
@@ -170,7 +176,7 @@ def test_a_list_keeps_no_output_alive(
 
     monkeypatch.setattr(of_kind, "__init__", counted)
     monkeypatch.setattr(RunSheet, "took", after)
-    run_job(job_of(tmp_path, *argv, "--prompt", *"abcdef"))
+    make(job_of(tmp_path, *argv, "--prompt", *"abcdef"))
     batches = 3 if "--batch-size" in argv else 6
     assert len(alive) == batches
     assert alive[1:] == [alive[0]] * (batches - 1)  # as after the first output, whatever came since

@@ -18,7 +18,7 @@ from opensora_sp.jobs import saved_latents as saved_state
 from opensora_sp.jobs.identity import identity_of, latents_identity
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.parallel.agreement import checksum
-from opensora_sp.request.request import Request, RunSettings, Task
+from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
 
 SHAPE = (4, 15, 4, 6)
 
@@ -28,7 +28,7 @@ def files(tmp_path: Path) -> StateFiles:
     """Two clips of three, and ten steps of the third, of a request of 30 steps."""
     request = Request(prompt="p", height=32, width=48, loop=3)
     task = Task(request=request, output=tmp_path / "a.mp4")
-    identity = latents_identity(identity_of(task, RunSettings(), {"dit": "d"}))
+    identity = latents_identity(identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"}))
     made = StateFiles(task.output, identity)
     for clip in range(2):
         made.save_clip(clip, torch.randn(SHAPE))

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from opensora_sp.parallel.backend_table import DEVICES
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "opensora_sp"
 
 # Request, planner and command line answer within a moment: they never wait for torch.
 TORCH_FREE = ("opensora_sp/request", "opensora_sp/planner", "opensora_sp/cli")
-COLLECTIVE_CALLERS = ("opensora_sp/parallel/exchange.py", "opensora_sp/parallel/session.py")
+COLLECTIVE_CALLERS = ("opensora_sp/parallel/exchange.py", "opensora_sp/parallel/control.py")
 COLLECTIVES = {
     "all_gather",
     "all_gather_into_tensor",
@@ -258,8 +260,8 @@ def test_devices_are_reached_by_their_type() -> None:
         place
         for path in package_files()
         if relative(path) != "opensora_sp/parallel/backend.py"
-        for device in ("torch.cuda", "torch.gcu")
-        for place in mentions(path, device)
+        for device in DEVICES
+        for place in mentions(path, f"torch.{device}")
     ]
     refuse(found, "use getattr(torch, device.type), so that every device is served")
 

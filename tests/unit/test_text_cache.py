@@ -36,7 +36,7 @@ def test_what_decides_an_embedding_decides_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "changed", "another caption's"])
 def test_a_damaged_file_is_said_and_replaced(
-    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens = torch.randn(3, 4)
     cache(tmp_path).put("a cat", tokens)
@@ -52,21 +52,22 @@ def test_a_damaged_file_is_said_and_replaced(
         }[harm]
     )
     assert cache(tmp_path).get("a cat") is None
-    assert "note: text cache:" in capsys.readouterr().err
+    assert "text cache:" in caplog.text
+    caplog.clear()
     cache(tmp_path).put("a cat", tokens)
     assert cache(tmp_path).get("a cat") is not None
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 def test_a_place_that_cannot_be_written_is_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     blocked = cache(tmp_path / "file")
     for caption in ("a", "b"):
         assert blocked.get(caption) is None
         blocked.put(caption, torch.zeros(1, 4))
-    assert capsys.readouterr().err.count("note: text cache:") == 1
+    assert caplog.text.count("text cache:") == 1
 
 
 def test_what_was_unused_for_longest_goes_first(tmp_path: Path) -> None:

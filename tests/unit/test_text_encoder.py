@@ -102,13 +102,13 @@ def test_eight_bits_are_near_and_take_half_the_memory(suite_dir: Path) -> None:
     texts = ["a red ball moves left", "two cats"]
     whole = load(suite_dir / "t5")
     wanted = whole.encode(texts).y
-    for streamed in (False, True):
+    for offloaded in (False, True):
         encoder = TextEncoder.load(
             suite_dir / "t5",
             dtype=torch.float32,
             device=CPU,
             max_length=20,
-            streamed=streamed,
+            offload_layers=offloaded,
             eight_bits=True,
         )
         # What a run of the same rounded weights gives, whichever way they come to the device.

@@ -22,6 +22,7 @@ def scene(motion: str, *, shape: str = "square", travel: float = 0.6) -> Scene:
     return Scene(64, 112, 17, (thing,), "gray", "black")
 
 
+@pytest.mark.slow
 def test_judge_is_right_about_true_renders_and_only_about_them() -> None:
     shares = validate(40)
     for name in ("colour", "shape", "motion"):
@@ -79,6 +80,7 @@ def test_key_frames_end_each_group(frames: int, keys: list[int]) -> None:
     assert key_frames(frames) == keys
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_frames_place_knows_that_chunks_follow_at_once() -> None:
     assert starts.nonzero().flatten().tolist() == [0, 5]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_shipped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
 ) -> None:

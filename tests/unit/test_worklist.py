@@ -18,7 +18,7 @@ from opensora_sp.jobs.records import read_record, record_path, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.jobs.schedule import deal, regroup
 from opensora_sp.jobs.worklist import look_up_work, renamed
-from opensora_sp.request.request import Job, Request, RunSettings, Task
+from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
 
 MODELS = {"dit": "d", "t5": "t", "vae2d": "v2", "vae3d": "v3"}
 
@@ -30,8 +30,13 @@ def task(folder: Path, index: int = 0, **more: Any) -> Task:
 
 def job(folder: Path, *tasks: Task, **settings: Any) -> Job:
     """A run whose outputs were named by somebody, unless sample_name=None."""
+    engine = {name: settings.pop(name) for name in ("dtype",) if name in settings}
     named = {"sample_name": "sample", **settings}
-    return Job(settings=RunSettings(save_dir=folder, verbose=0, **named), tasks=tasks)
+    return Job(
+        engine=EngineSettings(**engine),
+        settings=JobSettings(save_dir=folder, verbose=0, **named),
+        tasks=tasks,
+    )
 
 
 def positions(work: Job) -> list[Position | None]:
@@ -40,12 +45,14 @@ def positions(work: Job) -> list[Position | None]:
 
 def finish(one: Task, content: bytes = b"frames", **settings: Any) -> None:
     one.output.write_bytes(content)
-    identity = identity_of(one, RunSettings(**settings), MODELS)
+    identity = identity_of(one, EngineSettings(), JobSettings(**settings), MODELS)
     write_record(one.output, identity, "done")
 
 
 def begin(one: Task, clip: int, step: int) -> StateFiles:
-    files = StateFiles(one.output, latents_identity(identity_of(one, RunSettings(), MODELS)))
+    files = StateFiles(
+        one.output, latents_identity(identity_of(one, EngineSettings(), JobSettings(), MODELS))
+    )
     shape = (4, *one.request.latent_shape)
     for number in range(clip):
         files.save_clip(number, torch.randn(shape))
@@ -107,8 +114,9 @@ def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_of_which_nothing_is_known_is_never_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "opensora_sp")
     one = task(tmp_path)
     one.output.write_bytes(b"somebody's")
     assert positions(job(tmp_path, one, prompt_as_path=True, sample_name=None)) == [None]
@@ -121,7 +129,7 @@ def test_a_file_of_which_nothing_is_known_is_never_replaced(
     finish(one)
     changed = task(tmp_path, seed=7)
     assert positions(job(tmp_path, changed, prompt_as_path=True, sample_name=None)) == [None]
-    assert "skipped, although its seed was 42 and is 7 now" in capsys.readouterr().err
+    assert "skipped, although its seed was 42 and is 7 now" in caplog.text
 
 
 def names(work: Job) -> list[tuple[str, Position | None]]:
@@ -239,9 +247,9 @@ def test_overwrite_begins_again(tmp_path: Path) -> None:
 def test_a_picture_is_known_by_what_it_shows(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"one")
     one = task(tmp_path, reference_path=str(tmp_path / "a.png"), mask_strategy="0")
-    before = identity_of(one, RunSettings(), MODELS)
+    before = identity_of(one, EngineSettings(), JobSettings(), MODELS)
     (tmp_path / "a.png").write_bytes(b"two")
-    assert difference(before, identity_of(one, RunSettings(), MODELS)) is not None
+    assert difference(before, identity_of(one, EngineSettings(), JobSettings(), MODELS)) is not None
 
 
 def test_large_files_are_told_apart_by_their_samples(tmp_path: Path) -> None:

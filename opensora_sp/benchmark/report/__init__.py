@@ -1,1 +1,1 @@
-"""What was measured, as JSON for machines, a page and a table for people, and comparisons."""
+"""The benchmark's report: JSON, an HTML page, a table, and comparisons of reports."""

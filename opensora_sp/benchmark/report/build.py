@@ -1,7 +1,7 @@
-"""A benchmark's report, from what the ranks recorded. Pure arithmetic on what was measured.
+"""The sections of a benchmark's report, computed from the records of the ranks.
 
-The vendor's keys are in `performance_info`; `schema.json` beside this file says what every other
-one means.
+Frames per second, FLOP/s, fraction of peak and efficiency are computed here. `performance_info` has
+the vendor's keys. `schema.json` beside this file describes every key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from opensora_sp.benchmark.report.stats import imbalance, spread, stage_summary,
 from opensora_sp.planner.plan import Plan
 
 Run = Mapping[str, Any]
-# Stages of the leading rank that are not generation: what the vendor's "infer time" leaves out.
+# Stages of the leading rank that the vendor's "infer time" leaves out. Only reports of older
+# versions have the stage "convert"; decoding includes it now.
 _LOADING = ("load",)
 _SAVING = ("convert", "write")
 # The planner's stages by the names that they have in a run.
@@ -29,9 +30,9 @@ _PLANNED = {
 def run_record(
     kind: str, number: int, ranks: Sequence[Mapping[str, Any]], *, frames: int, videos: int
 ) -> dict[str, Any]:
-    """One run from its ranks' records, rank 0's first: it led, and its time is the run's.
+    """One run, from the records of its ranks in order. The seconds of rank 0 are the run's.
 
-    kind: warmup or measured; frames, videos: what rank 0 took from the decoder.
+    kind: "warmup" or "measured". frames, videos: how many rank 0 got from the decoder.
     """
     lead = ranks[0]
     stages = lead["stages"]
@@ -52,16 +53,17 @@ def run_record(
 
 
 def measured(runs: Sequence[Run]) -> list[Run]:
-    """The runs that count."""
+    """The measured runs, without warm-up."""
     return [run for run in runs if run["kind"] == "measured"]
 
 
 def performance_info(
     runs: Sequence[Run], *, load_seconds: float | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The vendor's object, its keys and order; figures are None where no run has finished.
+    """The vendor's object, with its keys in its order. Figures are None before a run has finished.
 
-    QPS is frames per second of the average infer time. facts: the keys that are settings.
+    QPS is the frames of a run over its average infer time, in frames per second. facts: the keys
+    that are settings.
     """
     counted = measured(runs)
     infer = prompt = save = qps = None
@@ -90,7 +92,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any] | None:
         statistics.median(run["ranks"][rank]["seconds"] for run in counted)
         for rank in range(len(counted[0]["ranks"]))
     ]
-    # A rank that waits is idle, whichever stage it waits in front of.
+    # Waiting is idle time, before whichever stage.
     busy = [
         statistics.median(_busy(run["ranks"][rank]) for run in counted)
         for rank in range(len(ranks))
@@ -113,7 +115,7 @@ def _busy(rank: Mapping[str, Any]) -> float:
 
 
 def ledger_summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """Per collective: calls, bytes and seconds of one run (the last), rank by rank."""
+    """Calls, bytes and seconds of each collective in the last run, rank by rank."""
     kinds = sorted({kind for rank in runs[-1]["ranks"] for kind in rank["ledger"]})
     empty = {"calls": 0, "bytes_sent": 0, "bytes_between": 0, "seconds": 0.0}
     return {
@@ -126,7 +128,7 @@ def ledger_summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def memory_summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per rank: the highest peaks over the runs; None where nobody could tell."""
+    """The highest peaks (bytes) of each rank over the runs; None where they were not counted."""
     peaks = []
     for rank in range(len(runs[0]["ranks"])):
         memories = [run["ranks"][rank]["memory"] for run in runs]
@@ -139,7 +141,7 @@ def memory_summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def planned_memory(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
-    """What the planner said of each stage, beside the most that any rank's device held in it."""
+    """Planned bytes of each stage, beside the most that a rank's device held in it."""
     counted = measured(runs) or runs
     ranks = [rank["memory"]["stage_device_bytes"] or {} for run in counted for rank in run["ranks"]]
     stages = []
@@ -154,13 +156,13 @@ def planned_memory(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
                 "measured_over_predicted": None if found is None else found / stage.total,
             }
         )
-    return {"memory_mode": plan.mode, "stages": stages, "predicted_host_bytes": plan.host}
+    return {"memory_mode": plan.mode.name, "stages": stages, "predicted_host_bytes": plan.host}
 
 
 def first_and_warm(runs: Sequence[Run]) -> dict[str, Any]:
-    """The very first run beside the later measured ones; warm None where there is no later one.
+    """The first run beside the later measured ones; "warm" is None where there is no later one.
 
-    A warm-up run has fewer steps, so its first step compares and its denoising does not.
+    A warm-up run has fewer steps, so its first step can be compared and its denoising cannot.
     """
     if not runs:
         return {"first": None, "warm": None}
@@ -204,9 +206,9 @@ def flops_section(
     work: Mapping[str, Any] | None,
     peak: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """What was computed and how fast; None where no run has finished.
+    """FLOPs, FLOP/s and the fraction of peak; None where no run has finished.
 
-    work: FLOPs of one run, {"denoise": per rank, "decode": …, "text": …}, None where unknown.
+    work: FLOPs of one run, {"denoise": per rank, "decode": …, "text": …}; None where unknown.
     peak: {"per_rank": FLOP/s of each rank, "source": …} or None.
     """
     counted = measured(runs)
@@ -231,7 +233,7 @@ def flops_section(
 def efficiency(
     runs: Sequence[Run], baseline: Mapping[str, Any] | None, name: str | None
 ) -> dict[str, Any] | None:
-    """Speed against a report of one rank; None without one or without a finished run."""
+    """Speedup and efficiency against a report of one rank; None without one or a finished run."""
     counted = measured(runs)
     if baseline is None or not counted:
         return None

@@ -1,4 +1,4 @@
-"""The charts of a report's page, as HTML that scales with it: no script, no other file."""
+"""The charts of a report's page, as HTML that scales with the page, without scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opensora_sp.benchmark.report import units
 
 Run = Mapping[str, Any]
 
-# Names of colours in page.css; a stage that is not here is grey.
+# Names of colours in page.css. Stages that are not listed share one colour.
 STAGE_COLOURS = {
     "load": "c5",
     "encode text": "c3",
@@ -30,12 +30,12 @@ _RANK_COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 
 
 def text(value: object) -> str:
-    """As HTML; a prompt may hold lone surrogates, which UTF-8 cannot."""
+    """A value as HTML text. Lone surrogates, which UTF-8 cannot encode, are replaced."""
     return escape(str(value).encode("utf-8", "replace").decode("utf-8"), quote=True)
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
-    """(name, colour) as a list."""
+    """A legend from (name, colour) pairs."""
     items = "".join(
         f'<li><i style="background:var(--{colour})"></i>{text(name)}</li>'
         for name, colour in entries
@@ -48,12 +48,12 @@ def _percent(part: float, whole: float) -> str:
 
 
 def colour_of(stage: str) -> str:
-    """Of a stage."""
+    """The colour of a stage."""
     return STAGE_COLOURS.get(stage, "c8")
 
 
 def timeline(run: Run) -> str:
-    """One lane per rank: its stages, and below them its steps."""
+    """A lane for each rank, with its stages and its denoising steps."""
     whole = max(rank["seconds"] for rank in run["ranks"])
     lanes = []
     for rank in run["ranks"]:
@@ -89,7 +89,7 @@ def _mark(interval: Mapping[str, Any], whole: float) -> str:
 
 
 def stage_bars(summary: Mapping[str, Any]) -> str:
-    """A bar per stage, its median over the runs, and a line from minimum to maximum."""
+    """A bar for each stage: the median over the runs, and a line from minimum to maximum."""
     spreads = {name: stage["over_runs"] for name, stage in summary["stages"].items()}
     most = max(spread["max"] for spread in spreads.values())
     rows = []
@@ -109,7 +109,7 @@ def stage_bars(summary: Mapping[str, Any]) -> str:
 
 
 def step_columns(runs: Sequence[Run]) -> str:
-    """A column per step: compute, exchange and velocity of the slowest rank, median of the runs."""
+    """A column for each step: compute, exchange and velocity of the slowest rank, as medians."""
     steps = _slowest_steps(runs)
     most = max(sum(parts.values()) for parts in steps)
     columns = []
@@ -135,7 +135,7 @@ def _any(steps: Sequence[Mapping[str, float]], name: str) -> bool:
 
 
 def _slowest_steps(runs: Sequence[Run]) -> list[dict[str, float]]:
-    """Per step of a run, the parts on the rank where it took longest; medians over the runs."""
+    """The parts of each step on the rank where it took longest; medians over the runs."""
     per_run = []
     for run in runs:
         ranks = [[i for i in rank["intervals"] if "step" in i] for rank in run["ranks"]]
@@ -155,7 +155,7 @@ def _slowest_steps(runs: Sequence[Run]) -> list[dict[str, float]]:
 
 
 def memory_lines(run: Run, column: int) -> str:
-    """Memory of every rank over a run; column 1 of the samples is the host's, 2 the device's."""
+    """Memory of every rank during a run. column: 1 for the host, 2 for the device."""
     whole = max(rank["seconds"] for rank in run["ranks"])
     lines = {
         rank["rank"]: [
@@ -184,7 +184,7 @@ def memory_lines(run: Run, column: int) -> str:
 
 
 def byte_bars(summary: Mapping[str, Any]) -> str:
-    """What each kind of collective sent in one run, the rank that sent most."""
+    """Bytes that each kind of collective sent in one run, on the rank that sent most."""
     rows = summary["ledger"]
     if not rows:
         return '<p class="dim">One rank sends nothing.</p>'

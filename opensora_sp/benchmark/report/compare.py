@@ -1,4 +1,4 @@
-"""Two reports side by side, with ratios."""
+"""Comparison of two reports, with ratios."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from opensora_sp.benchmark.report import units
 from opensora_sp.benchmark.report.table import columns, headline
+from opensora_sp.parallel.backend_table import PACKAGES
 
 Report = Mapping[str, Any]
 _SETTINGS = (
@@ -22,7 +23,7 @@ _SETTINGS = (
 
 
 def compare_lines(a: Report, b: Report, names: tuple[str, str]) -> Iterator[str]:
-    """Every figure that both have; the ratio is B over A, so below 1 B took less."""
+    """The lines of the comparison. The ratio is B over A, so below 1 B has less."""
     yield f"A: {names[0]}: {headline(a)}"
     yield f"B: {names[1]}: {headline(b)}"
     different = list(differences(a, b))
@@ -32,7 +33,7 @@ def compare_lines(a: Report, b: Report, names: tuple[str, str]) -> Iterator[str]
 
 
 def differences(a: Report, b: Report) -> Iterator[str]:
-    """What the two measured differently: request, settings, device, versions, weights."""
+    """Differences of the two: request, settings, device, versions, weights."""
     one, two = a["request"]["first"], b["request"]["first"]
     for name in one:
         if one[name] != two.get(name):
@@ -42,7 +43,7 @@ def differences(a: Report, b: Report) -> Iterator[str]:
             yield f"{name} {a['run'].get(name)} / {b['run'].get(name)}"
     if _device(a) != _device(b):
         yield f"device {_device(a)} / {_device(b)}"
-    for package in ("torch", "torch_gcu"):
+    for package in ("torch", *PACKAGES):
         mine, theirs = ((r["python_packages"] or {}).get(package) for r in (a, b))
         if mine != theirs:
             yield f"{package} {mine} / {theirs}"

@@ -1,4 +1,4 @@
-"""Reports on disk: written whole or not at all, read back with a word about what is wrong."""
+"""Reading and writing of reports. A file appears whole, and a wrong one is refused in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Report = dict[str, Any]
 
 
 def read_report(path: Path | str, flag: str) -> Report:
-    """A report of this program; UserError naming the flag where the file is none."""
+    """Read a report. Raises UserError that names the flag where the file is not a report."""
     what = f"{flag} {shown(str(path))}"
     report = read_object(Path(path), what)
     schema = report.get("schema")
@@ -37,7 +37,7 @@ def read_report(path: Path | str, flag: str) -> Report:
 
 
 def read_finished(path: Path | str, flag: str) -> Report:
-    """As `read_report`, of a run that ended well."""
+    """As `read_report`, and refuse a run that has not ended well."""
     report = read_report(path, flag)
     if report.get("status") != "ok":
         raise UserError(
@@ -48,7 +48,7 @@ def read_finished(path: Path | str, flag: str) -> Report:
 
 
 def check_baseline(path: Path) -> Report:
-    """The report that efficiency is counted from: finished, of one rank. Raises UserError."""
+    """The report that efficiency is computed from. Raises UserError unless one rank finished it."""
     report = read_finished(path, "--baseline")
     ranks = report["run"]["ranks"]
     if ranks != 1:
@@ -60,10 +60,10 @@ def check_baseline(path: Path) -> Report:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write it whole or not at all; raises UserError where the disk does not allow it."""
+    """Write a report, whole or not at all. Raises UserError where that fails."""
     from opensora_sp.base.atomic import atomic_output, reported
 
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
     with atomic_output(path) as temporary, reported(path):
-        # A prompt from a command line may hold lone surrogates, which UTF-8 cannot.
+        # A prompt from a command line may hold lone surrogates, which UTF-8 cannot encode.
         temporary.write_text(text + "\n", encoding="utf-8", errors="replace")

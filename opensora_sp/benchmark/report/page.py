@@ -10,13 +10,14 @@ from opensora_sp.benchmark.report import charts, units
 from opensora_sp.benchmark.report.build import measured
 from opensora_sp.benchmark.report.charts import text
 from opensora_sp.benchmark.report.table import headline, planned_rows
+from opensora_sp.parallel.backend_table import PACKAGES
 
 _STYLE = Path(__file__).with_name("page.css")
 Report = Mapping[str, Any]
 
 
 def write_page(path: Path, report: Report) -> None:
-    """Write the page; it appears whole or not at all. UserError where the disk says no."""
+    """Write the page, whole or not at all. Raises UserError where that fails."""
     from opensora_sp.base.atomic import atomic_output, reported
 
     with atomic_output(path) as temporary, reported(path):
@@ -24,7 +25,7 @@ def write_page(path: Path, report: Report) -> None:
 
 
 def page(report: Report) -> str:
-    """The page of a report in any state."""
+    """The HTML page of a report with any status."""
     title = f"Benchmark: {headline(report)}"
     status = report["status"]
     first = report["request"]["first"]
@@ -203,7 +204,7 @@ def _machine(report: Report) -> Iterator[tuple[str, Any]]:
             if name not in ("tool_output", "block_devices"):
                 yield f"{part} {name.replace('_', ' ')}", value
     packages = report["python_packages"] or {}
-    for name in ("torch", "torch_gcu", "transformers", "diffusers", "av"):
+    for name in ("torch", *PACKAGES, "transformers", "diffusers", "av"):
         if name in packages:
             yield name, packages[name]
     for name, version in (report["driver_packages"] or {}).items():

@@ -1,6 +1,7 @@
-"""A report against the schema beside it: the keywords that the schema uses, and no others.
+"""Validation of a report against schema.json.
 
-The program only reads the values that the schema knows, so keys that a newer version added pass.
+Only the keywords that this schema uses are implemented. Keys that a newer version added are
+accepted, because the program does not read them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from opensora_sp.base.value_types import shown
 
 Schema = Mapping[str, Any]
-# What says nothing about values, or would refuse what a newer version adds.
+# Keywords that do not restrict values, or that would refuse keys of a newer version.
 IGNORED = frozenset({"$schema", "$id", "$defs", "title", "description", "additionalProperties"})
 CHECKED = frozenset(
     {"$ref", "type", "const", "enum", "pattern", "minimum", "exclusiveMinimum", "properties"}
@@ -33,7 +34,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def first_problem(value: Any, schema_file: Path) -> str | None:
-    """The first place where a value is not as the schema has it, as "run.ranks 'x' …"."""
+    """The first violation of the schema, such as "run.ranks 'x' is not integer"; None if valid."""
     schema = _read(schema_file)
     return next(_problems(value, schema, schema, ""), None)
 
@@ -70,7 +71,7 @@ def _problems(value: Any, schema: Schema | bool, root: Schema, where: str) -> It
 
 
 def _own(value: Any, schema: Schema) -> str | None:
-    """What a value should be by the keywords that look at it alone; None where it is."""
+    """What a value should be by keywords without nesting; None where it is that."""
     kinds = schema.get("type")
     if kinds is not None:
         names = [kinds] if isinstance(kinds, str) else list(kinds)

@@ -1,4 +1,4 @@
-"""Figures over runs and over ranks."""
+"""Statistics over runs and over ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# "convert" is in reports of older versions only.
 STAGE_ORDER = (
     "load",
     "encode text",
@@ -24,7 +25,7 @@ STAGE_ORDER = (
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Minimum, median, 90th percentile (nearest rank) and maximum of one value or more."""
+    """Minimum, median, 90th percentile (nearest rank) and maximum of at least one value."""
     ordered = sorted(values)
     return {
         "min": ordered[0],
@@ -35,20 +36,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def imbalance(values: Sequence[float]) -> float:
-    """The slowest rank over the mean of all: 1 is perfect."""
+    """The slowest rank's value over the mean of all ranks. 1 is perfect balance."""
     mean = statistics.fmean(values)
     return max(values) / mean if mean > 0 else 1.0
 
 
 def stage_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every stage of the runs, in the order that work passes them."""
+    """Every stage of the runs, in the order of the work."""
     found = {name for run in runs for rank in run["ranks"] for name in rank["stages"]}
     known = [name for name in STAGE_ORDER if name in found]
     return known + sorted(found - set(known))
 
 
 def stage_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per stage: over runs its slowest rank, over ranks their median run, and the imbalance."""
+    """For each stage: its slowest rank over the runs, the ranks' medians, and the imbalance."""
     return {
         name: _over(
             [{r["rank"]: r["stages"][name] for r in run["ranks"] if name in r["stages"]}]
@@ -59,7 +60,7 @@ def stage_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def step_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The same of single denoising steps, and what they are made of; None without steps."""
+    """The same for denoising steps and their parts; None without steps."""
     pieces: dict[str, list[list[dict[int, float]]]] = {}
     for run in runs:
         parts: dict[str, dict[int, list[float]]] = {}
@@ -83,7 +84,7 @@ def step_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _over(groups: Any) -> dict[str, Any]:
-    """groups: per run, a list of {rank: seconds} of things that happened on all ranks at once."""
+    """groups: for each run, a list of {rank: seconds} of what the ranks did at the same time."""
     moments = [moment for group in groups for moment in group if moment]
     ranks = sorted({rank for moment in moments for rank in moment})
     medians = [statistics.median([m[rank] for m in moments if rank in m]) for rank in ranks]

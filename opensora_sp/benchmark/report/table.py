@@ -1,4 +1,4 @@
-"""A report on one screen of text."""
+"""A report as text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from opensora_sp.benchmark.report import units
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """What was measured, in one line."""
+    """One line that says what was measured."""
     run, info = report["run"], report["performance_info"]
     mesh = run.get("mesh")
     how = "" if mesh is None else f" ({mesh['guidance']} guidance × {mesh['sequence']} sequence)"
@@ -83,7 +83,7 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def planned_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Of each planned stage that a device counted: its peak, and what was predicted."""
+    """Measured and planned peak of each stage that was measured."""
     for row in (report.get("plan") or {"stages": ()})["stages"]:
         if row["measured_bytes"] is not None:
             yield (
@@ -105,7 +105,7 @@ def _most(peaks: Sequence[Mapping[str, Any]], name: str) -> str:
 def columns(
     heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, head: bool = True
 ) -> Iterator[str]:
-    """Text columns, the first to the left and, of more than two, the others to the right."""
+    """Lines of aligned columns. With more than two, all but the first are right-aligned."""
     lines = [heads, *rows] if head else list(rows)
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     for line in lines:

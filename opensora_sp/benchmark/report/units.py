@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Formatting of figures: seconds, bytes, FLOPs, percent, ratios."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FLOPS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def seconds(value: float | None) -> str:
-    """3 significant digits; ms below a second, minutes from 10 of them on."""
+    """Seconds with 3 significant digits. Below 1 s in ms, from 10 minutes on in minutes."""
     if value is None:
         return "–"
     if value >= 600:
@@ -27,24 +27,24 @@ def size(value: float | None) -> str:
 
 
 def gibibytes(value: float | None) -> str:
-    """Memory in GiB, as device tools show it."""
+    """Memory in GiB, the unit of device tools."""
     return "–" if value is None else f"{_digits(value / 2**30)} GiB"
 
 
 def flops(value: float | None) -> str:
-    """FLOPs, or with "/s" behind it FLOP/s."""
+    """FLOPs with a prefix. A caller may append "/s"."""
     if value is None:
         return "–"
     return _scaled(value, tuple(f"{prefix}FLOP" for prefix in _FLOPS))
 
 
 def percent(value: float | None) -> str:
-    """A share of 1."""
+    """A fraction of 1 in percent."""
     return "–" if value is None else f"{_digits(value * 100)} %"
 
 
 def ratio(value: float | None) -> str:
-    """How many times."""
+    """A ratio, such as 1.90×."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.2f}×"
 
 

@@ -40,16 +40,17 @@ class EightBitLinear(nn.Module):
         return F.linear(x.to(self.dtype), self.weight.to(self.dtype).mul_(self.scale))
 
 
-def quantize_(module: nn.Module, lent_to: torch.device | None = None) -> None:
+def quantize_(module: nn.Module, used_on: torch.device | None = None) -> None:
     """Put an EightBitLinear in the place of every Linear without bias below `module`.
 
-    lent_to: the device that borrows the matrices from host memory, as `load_module`'s at_home.
+    used_on: the device that the matrices are copied to when they are used. They stay in host
+        memory, page-locked for it where that is possible. None: they are where they are used.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear) and child.bias is None:
             made = EightBitLinear.of(child.weight)
-            if lent_to is not None:
-                made.weight = pinned(made.weight, lent_to)
+            if used_on is not None:
+                made.weight = pinned(made.weight, used_on)
             setattr(module, name, made)
         else:
-            quantize_(child, lent_to)
+            quantize_(child, used_on)

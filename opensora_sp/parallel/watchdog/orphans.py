@@ -1,8 +1,8 @@
-"""No rank outlives the launcher that started it. Imports no torch.
+"""Ends this rank when the launcher that started it is gone. Imports no torch.
 
-Once a session is open its watching threads look (parallel/watchdog/watch.py). Before that a rank
-loads torch and waits for its peers, at times for minutes, while a killed torchrun can no longer
-stop it: a thread looks from the start.
+Once a session is open its watchdog looks after the launcher. Before that a rank loads torch and
+waits for its peers, at times for minutes, and a killed torchrun can no longer stop it. So a thread
+of this module looks from the start.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whether this process itself stood still: stopped by SIGSTOP, or on a suspended machine.
+"""Detects that this process itself stood still: stopped by SIGSTOP, or on a suspended machine.
 
-Its peers' silence says nothing then, for time went by in which it could not listen.
+Then its peers' silence proves nothing, for time went by in which it could not listen.
 """
 
 from __future__ import annotations

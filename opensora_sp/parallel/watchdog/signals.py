@@ -1,4 +1,4 @@
-"""Who handles Ctrl-C and SIGTERM for the length of a block, and leaving without unwinding.
+"""Handles Ctrl-C and SIGTERM for the length of a block; ends a process without unwinding.
 
 Imports no torch.
 """

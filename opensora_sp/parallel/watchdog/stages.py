@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,19 +38,21 @@ class _Stage:
 
 
 class Stages:
-    """The stages that lie in one another, written by the main thread and read by the watching one.
+    """A stack of nested stages, written by the main thread and read by the watching ones.
 
-    failed: the innermost stage that an exception has left, if any.
+    failed: the innermost stage that an exception has left, if any. now: seconds on a clock that
+    never goes back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._stack: list[_Stage] = []
         self.failed: str | None = None
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
         """Be in a stage for a `with` block."""
-        self._stack.append(_Stage(name, time.monotonic()))
+        self._stack.append(_Stage(name, self._now()))
         try:
             yield
         except BaseException:
@@ -59,17 +61,17 @@ class Stages:
         finally:
             self._stack.pop()
             if self._stack:
-                self._stack[-1].since = time.monotonic()
+                self._stack[-1].since = self._now()
 
     def progress(self, detail: str) -> None:
         """The innermost stage has come this far; its time starts anew."""
         for stage in self._stack[-1:]:
-            stage.detail, stage.since = detail, time.monotonic()
+            stage.detail, stage.since = detail, self._now()
 
     def restart(self) -> None:
         """Every stage's time starts anew: this process itself stood still."""
         for stage in list(self._stack):
-            stage.since = time.monotonic()
+            stage.since = self._now()
 
     @property
     def where(self) -> str:
@@ -80,6 +82,6 @@ class Stages:
         """The innermost stage, if it has taken longer than its kind may."""
         for stage in self._stack[-1:]:
             kind = kind_of_stage(stage.name)
-            if kind is not None and (over := time.monotonic() - stage.since - deadlines[kind]) > 0:
+            if kind is not None and (over := self._now() - stage.since - deadlines[kind]) > 0:
                 return Late(kind, deadlines[kind], over)
         return None

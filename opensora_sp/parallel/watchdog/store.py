@@ -1,8 +1,7 @@
-"""What the ranks of a run tell each other beside the work: where they are, who has finished, and
-the one fault that ends them all.
+"""The status store: each rank's stage, who has finished, and the one fault that ends the run.
 
-It is kept in the key-value store that the process groups were made through, on a connection of
-its own: no collective, so it works while the others hang.
+It is kept in the key-value store that the process groups were made through, on a connection of its
+own. It needs no collective, so it works while collectives hang.
 """
 
 from __future__ import annotations

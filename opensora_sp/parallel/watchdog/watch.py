@@ -1,9 +1,9 @@
-"""One ends, all end: every rank shows signs of life and watches the others'.
+"""Watchdog: if any rank dies, hangs or fails, all exit within seconds.
 
-A thread of each rank looks a few times a second whether a peer has died, fallen silent or put up
-a fault, and whether this rank's own stage has outrun its deadline. Whoever finds something first
-says so in one line; then every rank removes what it has not finished and ends, whatever its main
-thread is stuck in.
+Two threads of each rank search a few times a second for a peer that has died, fallen silent or put
+up a fault, and for a deadline that this rank has outrun. The rank that finds something first says
+so in one line. Then every rank removes what it has not finished and ends, whatever its main thread
+is stuck in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,13 +25,14 @@ from opensora_sp.base.errors import JobEnded, Stopped, UserError
 from opensora_sp.base.launcher import launcher_keeps_store
 from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import one_line, printable
+from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark, raised_in_collective
+from opensora_sp.parallel.watchdog.detector import FailureDetector
 from opensora_sp.parallel.watchdog.orphans import launcher_process, watched_by_the_session
-from opensora_sp.parallel.watchdog.own_clock import TICK_S, OwnClock
+from opensora_sp.parallel.watchdog.own_clock import TICK_S
 from opensora_sp.parallel.watchdog.signals import STOP_SIGNALS, leave
-from opensora_sp.parallel.watchdog.stages import Limits, Stages
+from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.parallel.watchdog.store import (
     PATIENCE_S,
-    Beat,
     Fault,
     StatusStore,
     record_for_launcher,
@@ -40,44 +40,39 @@ from opensora_sp.parallel.watchdog.store import (
 )
 
 POLL_S = 0.25
-BEAT_S = 1.0
 # A peer's broken connection is a consequence: its cause is in the store within this time.
 SETTLE_S = 4.0
 # torchrun sends SIGTERM when a rank has died: before that counts as a person's wish, the watching
 # thread has had time to find the death.
 LOOK_AROUND_S = 3 * POLL_S
-# A rank that waits for a late one leaves it this long to say so itself.
-COURTESY_S = 5.0
 # Ranks that have been told end within a moment; after this they are killed.
 GOODBYE_S = 2.0
 # Time that the main thread has after Ctrl-C or SIGTERM to leave in order.
 STOP_GRACE_S = 10.0
-_COLLECTIVE_FILES = (os.path.join("torch", "distributed"), "exchange.py", "session.py")
 
 
 class Watchdog:
-    """One rank's signs of life and its eye on the others.
+    """One rank's watching threads, and how they end its process.
 
-    store None: the process is alone; only its own deadlines are watched then.
-    peers: every rank's process, in rank order. directories: where outputs are written, looked
-    through for what a killed rank left. at_end: called with what happened before this process is
-    ended over it, in the watching thread. stop_grace: seconds that the main thread has to leave in
-    order after a signal.
+    store, peers, limits, mark: as for `FailureDetector`. directories: where outputs are written,
+    looked through for what a killed rank left. at_end: called with what happened before this
+    process is ended over it, in the watching thread. stop_grace: seconds that the main thread has
+    to leave in order after a signal.
     """
 
     def __init__(
-        self, rank: int, store: StatusStore | None, peers: Sequence[Process], limits: Limits
+        self,
+        rank: int,
+        store: StatusStore | None,
+        peers: Sequence[Process],
+        limits: Limits,
+        mark: CollectiveMark | None = None,
     ) -> None:
         self.rank, self.directories = rank, list[Path]()
         self.at_end: list[Callable[[str], None]] = []
         self.stop_grace = STOP_GRACE_S
-        self._store, self._peers, self._limits = store, list(peers), limits
-        self._stages = Stages()
-        self._count = 0
-        self._heard = {r: (-1, time.monotonic()) for r in range(len(peers)) if r != rank}
-        self._last_stage: dict[int, str] = {}
-        self._last_beat = 0.0
-        self._signalled: tuple[int, float] | None = None
+        self._store, self._peers = store, list(peers)
+        self._detector = detector = FailureDetector(rank, store, peers, limits, mark)
         self._closing = threading.Event()
         # Held by the thread that decides how this process ends, for good if it speaks for the run.
         self._deciding = threading.Lock()
@@ -85,23 +80,20 @@ class Watchdog:
         self._parent = launcher_process()
         # Two threads, for a store whose keeper is stopped never answers.
         self._threads = [
-            threading.Thread(target=self._watch, args=(looks,), name="watchdog", daemon=True)
-            for looks in (
-                (self._launcher, self._signals, self._deaths, self._late, self._lost_store),
-                (self._told, self._silence) if store is not None else (),
+            threading.Thread(target=self._watch, args=(searches,), name="watchdog", daemon=True)
+            for searches in (
+                (self._launcher, self._signals, detector.deaths, self._late, detector.lost_store),
+                (detector.told, detector.silence) if store is not None else (),
             )
-            if looks
+            if searches
         ]
-        self._clock = OwnClock(self._stood_still)
         self._threads.append(threading.Thread(target=self._tick, name="own clock", daemon=True))
-        self._answered = time.monotonic()
-        self._stopped_since: dict[int, float] = {}
         self._wakeup: socket.socket | None = None
 
     def start(self) -> None:
         """Begin to watch."""
         watched_by_the_session(True)
-        self._show()
+        self._detector.show()
         if threading.current_thread() is threading.main_thread():
             # A signal's handler cannot run while the main thread is stuck in a collective; the
             # number written here reaches the watching thread all the same.
@@ -130,15 +122,15 @@ class Watchdog:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Be in stage `name` for a `with` block; stages may lie in one another."""
-        with self._stages.enter(name):
-            self._show()
+        with self._detector.stages.enter(name):
+            self._detector.show()
             yield
-        self._show()
+        self._detector.show()
 
     def progress(self, detail: str) -> None:
         """The stage has come this far: its deadline starts anew."""
-        self._stages.progress(detail)
-        self._show()
+        self._detector.stages.progress(detail)
+        self._detector.show()
 
     def failed(self, error: BaseException) -> JobEnded:
         """An exception leaves this rank's main thread: tell everybody, and what to end with.
@@ -149,13 +141,13 @@ class Watchdog:
         for number in STOP_SIGNALS:  # the launcher may be ending us already
             with suppress(ValueError):
                 signal.signal(number, signal.SIG_IGN)
-        if isinstance(error, Exception) and _is_consequence(error):
+        if raised_in_collective(error):
             time.sleep(SETTLE_S)
         elif isinstance(error, Stopped):
             time.sleep(LOOK_AROUND_S)
         fault = self._fault_of(error)
         self._deciding.acquire()
-        if not self._claim(fault):
+        if not self._detector.claim(fault):
             self._deciding.release()
             time.sleep(SETTLE_S)  # the watching thread ends this process before that
             return JobEnded(str(fault), fault.code)
@@ -167,10 +159,10 @@ class Watchdog:
         return JobEnded(str(fault), fault.code)
 
     def _fault_of(self, error: BaseException) -> Fault:
-        where = self._stages.failed or self._stages.where
+        where = self._detector.stages.failed or self._detector.stages.where
         if isinstance(error, Stopped | KeyboardInterrupt):
             number = error.number if isinstance(error, Stopped) else signal.SIGINT
-            return self._stop(number)
+            return self._detector.stop_fault(number)
         if isinstance(error, SystemExit):
             what, code = f"left with exit code {error.code} before its work was done", 1
         elif isinstance(error, UserError):
@@ -186,134 +178,44 @@ class Watchdog:
             recorded=records_for_launcher(),
         )
 
-    def _stop(self, number: int) -> Fault:
-        name = signal.Signals(number).name
-        return Fault(
-            rank=self.rank, stage=self._stages.where, what=name, code=128 + number, stopped=True
-        )
-
-    def _claim(self, fault: Fault) -> bool:
-        """Whether this rank's word is the one that stands."""
-        if self._store is None:
-            return True
-        mine = replace(fault, found_by=self.rank)  # two may have found the very same
-        try:
-            return self._store.claim(mine) == mine
-        except Exception:  # the store is gone: the lowest rank that is left speaks
-            below = self._peers[: self.rank]
-            return not any(peer.here and peer.state() == "running" for peer in below)
-
     # What follows runs in the watching threads.
 
-    def _watch(self, looks: Sequence[Callable[[], Fault | None]]) -> None:
+    def _watch(self, searches: Sequence[Callable[[], Fault | None]]) -> None:
         while not self._closing.wait(POLL_S):
-            for look in looks:
-                fault = self._found_by(look)
+            for search in searches:
+                fault = self._detector.find(search)
                 if fault is not None and not self._closing.is_set():
                     self._end(fault)
-
-    def _found_by(self, look: Callable[[], Fault | None]) -> Fault | None:
-        """What a look finds, unless this process stood still before it or in the middle of it."""
-        halts = self._clock.halts()
-        try:
-            fault = look()
-        except Exception:  # the store or a peer's entry is gone: another look tells why
-            return None
-        return fault if self._clock.halts() == halts else None
 
     def _tick(self) -> None:
         # A thread of its own: the others may wait for seconds for a store that does not answer.
         while not self._closing.wait(TICK_S):
-            self._clock.tick()
-
-    def _stood_still(self) -> None:
-        """This process itself was stopped (Ctrl-Z, a suspended machine): so were its clocks."""
-        now = time.monotonic()
-        self._heard = dict.fromkeys(self._heard, (-1, now))
-        self._stopped_since.clear()
-        self._answered = now
-        if self._signalled is not None:
-            self._signalled = (self._signalled[0], now)
-        self._stages.restart()
+            self._detector.clock.tick()
 
     def _launcher(self) -> Fault | None:
         if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
-            return self._fault("the launcher that started it is gone")
+            return self._detector.own_fault("the launcher that started it is gone")
         return None
 
-    def _told(self) -> Fault | None:
-        assert self._store is not None
-        if time.monotonic() - self._last_beat > BEAT_S:
-            self._show()
-        fault = self._store.fault()
-        self._answered = time.monotonic()
-        return fault
-
-    def _lost_store(self) -> Fault | None:
-        silent = time.monotonic() - self._answered
-        if self._store is None or silent < self._limits.heartbeat + PATIENCE_S:
-            return None
-        what = f"the store of the run, kept there, has not answered for {silent:.0f} s"
-        return Fault(rank=0, stage=self._stage_of(0), what=what)
-
     def _signals(self) -> Fault | None:
-        if self._wakeup is not None and self._signalled is None:
+        if self._wakeup is not None:
             with suppress(BlockingIOError):
                 number = self._wakeup.recv(1)[0]
                 if number in STOP_SIGNALS:
-                    self._signalled = (number, time.monotonic())
-        if self._signalled is None or time.monotonic() - self._signalled[1] < self.stop_grace:
-            return None
-        return self._stop(self._signalled[0])
-
-    def _deaths(self) -> Fault | None:
-        now = time.monotonic()
-        for rank in self._heard:
-            peer = self._peers[rank]
-            state = peer.state() if peer.here else "running"
-            if state == "gone" and not self._has_finished(rank):
-                return Fault(rank=rank, stage=self._stage_of(rank), what=peer.fate())
-            if state != "stopped":
-                self._stopped_since.pop(rank, None)
-            elif now - self._stopped_since.setdefault(rank, now) > self._limits.heartbeat:
-                return self._silent(rank, "is stopped (SIGSTOP)")
-        return None
-
-    def _silence(self) -> Fault | None:
-        assert self._store is not None
-        now = time.monotonic()
-        for rank, beat in self._store.beats(list(self._heard)).items():
-            self._last_stage[rank] = beat.stage
-            if beat.count != self._heard[rank][0]:
-                self._heard[rank] = (beat.count, now)
-        for rank, (_, since) in self._heard.items():
-            if now - since > self._limits.heartbeat + 1 and not self._has_finished(rank):
-                return self._silent(rank, "hangs")
-        return None
-
-    def _silent(self, rank: int, how: str) -> Fault:
-        limit = f"{self._limits.heartbeat:g}"
-        what = f"{how}: no sign of life for {limit} s (--heartbeat-timeout {limit})"
-        return Fault(rank=rank, stage=self._stage_of(rank), what=what)
+                    self._detector.signalled(number)
+        return self._detector.unheeded(self.stop_grace)
 
     def _late(self) -> Fault | None:
-        late = self._stages.late(self._limits.deadlines)
-        if late is None:
-            return None
-        stack = self._main_stack()
-        waits = _in_collective(stack[-1].filename) if stack else False
-        if late.over < (COURTESY_S if waits else 0):
-            return None
-        done = "waited for its peers" if waits else "worked"
-        _say("".join(stack.format()), self.rank)
-        limit = f"{late.limit:g}"
-        return self._fault(f"{done} for more than {limit} s (--deadlines {late.kind}={limit})")
+        fault = self._detector.late()
+        if fault is not None:
+            _say("".join(self._main_stack().format()), self.rank)
+        return fault
 
     def _end(self, fault: Fault) -> NoReturn:
         """End this process, whatever its main thread does."""
         self._deciding.acquire()  # for good
         told = fault.found_by is not None  # only what stands in the store says who found it
-        mine = not told and self._claim(fault)
+        mine = not told and self._detector.claim(fault)
         if mine:
             _say(str(fault))
             culprit = self._peers[fault.rank] if self._peers else None
@@ -341,42 +243,9 @@ class Watchdog:
         for directory in self.directories:
             remove_leftovers(directory)
 
-    def _fault(self, what: str) -> Fault:
-        return Fault(rank=self.rank, stage=self._stages.where, what=what)
-
-    def _stage_of(self, rank: int) -> str:
-        with suppress(Exception):  # the store may have died with the rank that kept it
-            assert self._store is not None
-            return self._store.beats([rank])[rank].stage
-        return self._last_stage.get(rank, "an unknown stage")
-
-    def _has_finished(self, rank: int) -> bool:
-        with suppress(Exception):
-            return self._store is not None and self._store.finished(rank)
-        return False  # whoever finishes leaves the store standing until all have
-
     def _main_stack(self) -> traceback.StackSummary:
         frame = None if self._main is None else sys._current_frames().get(self._main)
         return traceback.StackSummary() if frame is None else traceback.extract_stack(frame)
-
-    def _show(self) -> None:
-        """Put up a sign of life."""
-        if self._store is None:
-            return
-        self._count += 1
-        self._last_beat = time.monotonic()
-        with suppress(Exception):  # a store that is gone is found by whoever watches
-            self._store.beat(Beat(self._count, self._stages.where))
-
-
-def _in_collective(filename: str) -> bool:
-    return any(name in filename for name in _COLLECTIVE_FILES)
-
-
-def _is_consequence(error: Exception) -> bool:
-    """Whether a collective raised it: then some peer has failed before."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and bool(frames) and _in_collective(frames[-1].filename)
 
 
 def _say(text: str, rank: int | None = None) -> None:

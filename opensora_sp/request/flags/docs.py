@@ -1,31 +1,88 @@
-"""The flag table as people read it: `--help` and docs/flags.md.
+"""The flag table as people read it: `--help`, `--help all`, docs/flags.md, configs/base.yaml.
 
-`python -m opensora_sp.request.flags.docs > docs/flags.md` writes the page.
+`python -m opensora_sp.request.flags.docs > docs/flags.md` writes the page, and
+`python -m opensora_sp.request.flags.docs base > configs/base.yaml` the configuration.
 """
 
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from opensora_sp.request import sizes
-from opensora_sp.request.flags.flag import FEATURES, Flag
+from opensora_sp.request.config_file import write_config
 from opensora_sp.request.flags.rules import COMBINATIONS
-from opensora_sp.request.flags.table import GROUPS
+from opensora_sp.request.flags.table import GROUPS, all_flags
+from opensora_sp.request.setting import FEATURES, Setting
 
-_EXAMPLES = """\
-examples:
-  python launch/infer.py --prompt "a red ball rolls to the left"
-  torchrun --nproc_per_node 8 launch/infer.py --config configs/720p-16s.yaml \\
+
+@dataclass(frozen=True)
+class Program:
+    """How the help of one program of the flag table begins and ends.
+
+    command: its name behind `opensora-sp`. first: the flags that most people use, for the short
+    help. ranks: whether torchrun may start it.
+    """
+
+    command: str
+    summary: str
+    first: tuple[str, ...]
+    examples: str
+    ranks: bool = True
+
+
+PROGRAMS: Mapping[str, Program] = {
+    "infer": Program(
+        "generate",
+        "Generates videos and images from prompts with Open-Sora 1.2 on any number of ranks.",
+        (
+            *("--prompt", "--prompt-path", "--config", "--resolution", "--aspect-ratio"),
+            *("--num-frames", "--image", "--num-sampling-steps", "--seed", "--save-dir"),
+            *("--ckpt-path-dit", "--device", "--dtype", "--memory", "--print-config"),
+        ),
+        """\
+  opensora-sp generate --prompt "a red ball rolls to the left"
+  torchrun --nproc_per_node 8 --no-python opensora-sp generate --config 720p-16s \\
     --prompt-path prompts.txt --ckpt-path-dit DIR --ckpt-path-t5 DIR \\
     --ckpt-path-vae2d DIR --ckpt-path-vae3d DIR
-"""
+""",
+    ),
+    "benchmark": Program(
+        "benchmark",
+        "Measures generation: the same request and code as generate, run several times.",
+        (
+            *("--prompt", "--config", "--resolution", "--num-frames", "--num-sampling-steps"),
+            *("--ckpt-path-dit", "--warmup-count", "--eval-count", "--benchmark-save-path"),
+            *("--baseline", "--peak-tflops", "--profile", "--sweep", "--compare"),
+        ),
+        """\
+  opensora-sp benchmark --prompt "a red ball" --config 720p-16s
+  torchrun --nproc_per_node 4 --no-python opensora-sp benchmark --prompt "a red ball"
+  opensora-sp compare before.json after.json
+""",
+    ),
+    "plan": Program(
+        "plan",
+        "Says whether a request fits a device, in which memory mode, and what it costs.",
+        (
+            *("--device-memory", "--ranks", "--config", "--resolution", "--num-frames"),
+            *("--batch-size", "--dtype", "--ckpt-path-dit", "--memory", "--table"),
+            *("--flop-rate", "--link-rate"),
+        ),
+        """\
+  opensora-sp plan --device-memory 24GB --resolution 720p --num-frames 16s --ranks 2
+  opensora-sp plan --device-memory H100 --table
+""",
+        ranks=False,
+    ),
+}
 _WIDTH = 96
 _HELP_COLUMN = 34
 _NO_BREAK = "\u00a0"
 
 
-def default_text(flag: Flag) -> str:
+def default_text(flag: Setting) -> str:
     """A flag's default, as a person would type it."""
     if flag.shown_default is not None:
         return flag.shown_default
@@ -36,25 +93,32 @@ def default_text(flag: Flag) -> str:
     return str(flag.default)
 
 
-def help_text(program: str = "infer") -> str:
-    """What `--help` prints for one program."""
-    lines = [
-        f"usage: python launch/{program}.py [flags]",
-        f"       torchrun --nproc_per_node N launch/{program}.py [flags]",
-        "",
-        "Generate videos and images from prompts with Open-Sora 1.2 on any number of ranks.",
-        "A BOOL is true or false. Flags may be spelt with _ for -.",
-    ]
-    for title, flags in GROUPS:
-        own = [flag for flag in flags if flag.program in (None, program)]
-        if own:
-            lines += ["", f"{title}:"]
-            for flag in own:
-                lines += _help_entry(flag)
-    return "\n".join(lines) + "\n\n" + _EXAMPLES
+def help_text(program: str = "infer", *, whole: bool = True) -> str:
+    """What `--help all` prints for one program; without `whole`, what `--help` prints."""
+    about = PROGRAMS[program]
+    command = f"opensora-sp {about.command}"
+    lines = [f"usage: {command} [flags]"]
+    if about.ranks:
+        lines.append(f"       torchrun --nproc_per_node N --no-python {command} [flags]")
+    lines += ["", about.summary]
+    if whole:
+        lines.append("A BOOL is true or false. Flags may be spelt with _ for -.")
+        for title, flags in GROUPS:
+            own = [flag for flag in flags if flag.program in (None, program)]
+            if own:
+                lines += ["", f"{title}:"]
+                for flag in own:
+                    lines += _help_entry(flag)
+    else:
+        table = {flag.name: flag for flag in all_flags()}
+        lines += ["", "the flags that most people use:"]
+        for name in about.first:
+            lines += _help_entry(table[name])
+        lines += ["", f"{command} --help all lists every flag; docs/flags.md explains them."]
+    return "\n".join(lines) + "\n\nexamples:\n" + about.examples
 
 
-def _help_entry(flag: Flag) -> list[str]:
+def _help_entry(flag: Setting) -> list[str]:
     said = flag.help
     if not flag.available:
         said += " [not available yet]"
@@ -74,7 +138,7 @@ def docs_page() -> str:
     parts = [
         "# Flags",
         "<!-- Written by `python -m opensora_sp.request.flags.docs > docs/flags.md`: edit the "
-        "table in opensora_sp/request/flags/table.py, not this page. -->",
+        "declarations named in opensora_sp/request/flags/table.py, not this page. -->",
         "Every flag is also a YAML key for `--config` (with `_` for `-`); a flag wins over the "
         "file, the file over the default. `--print-config` prints what results. Booleans take a "
         "value: `true t yes y 1` or `false f no n 0`, in any case. A request that cannot be run "
@@ -140,5 +204,19 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
+def base_config() -> str:
+    """The whole of configs/base.yaml: every default of what is a YAML key of every program."""
+    parts = [
+        "# Every default, written out: flags win over a file given by --config. docs/flags.md "
+        "explains\n# them all; null means that the program chooses. Written by\n"
+        "# `python -m opensora_sp.request.flags.docs base > configs/base.yaml`.\n"
+    ]
+    for title, flags in GROUPS:
+        own = {f.key: f.default for f in flags if not f.control and f.program is None}
+        if own:
+            parts.append(f"# {title}\n{write_config(own)}")
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(docs_page())
+    sys.stdout.write(base_config() if sys.argv[1:] == ["base"] else docs_page())

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from opensora_sp.parallel.backend_table import DEVICES
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -142,7 +144,8 @@ FOREIGN: tuple[Foreign, ...] = (
         *("hsdp-shard-dim", "use-fsdp-inference", "zero", "zero-stage"),
     ),
     _none(
-        "torchrun says how many ranks there are: torchrun --nproc_per_node N launch/infer.py ...",
+        "torchrun says how many ranks there are: torchrun --nproc_per_node N -m opensora_sp "
+        "generate ...",
         *("num-gpus", "ngpus", "gpus", "num-devices", "nproc-per-node", "nproc", "n-gpus"),
         *("world-size", "gpu-ids", "devices", "gpu", "nnodes", "node-rank", "master-addr"),
         *("master-port",),
@@ -155,7 +158,7 @@ FOREIGN: tuple[Foreign, ...] = (
         *("cpu-offload", "use-cpu-offload", "model-cpu-offload", "dit-cpu-offload", "low-vram"),
         *("lowvram", "low-memory", "offload-mode", "group-offload", "enable-group-offload"),
         *("dit-layerwise-offload", "vae-cpu-offload", "pin-cpu-memory", "highvram", "medvram"),
-        why="balanced: models take turns on the device; small: layers pass through it",
+        why="balanced is model offload, small is layer offload",
     ),
     _same(
         "--t5-device",
@@ -302,7 +305,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "accelerator",
         "no-cuda",
         "platform",
-        why="gcu, cuda or cpu; by default the first that is there",
+        why=f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}; by default the first that is there",
     ),
     _same("--guidance", "cfg-batch", "sequential-cfg", why="serial: one half after the other"),
     _none(
@@ -356,7 +359,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "serve",
     ),
     _none(
-        "Hugging Face is never asked at run time: scripts/download_weights.py fetches weights",
+        "Hugging Face is never asked at run time: opensora-sp download fetches weights",
         "hf-token",
         "token",
         "revision",

@@ -2,12 +2,18 @@
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
+from opensora_sp.parallel.backend_table import BACKENDS
 from opensora_sp.request import sizes
+from opensora_sp.request.flags.table import declared_flags
 from opensora_sp.request.rules import REQUEST_COMBINATIONS, Combination, Values
 
 
+def _is_default(values: Values, key: str) -> bool:
+    return bool(values[key] == declared_flags()[key].default)
+
+
 def _moved(values: Values) -> bool:
-    return (values["resolution"], values["aspect_ratio"]) != ("240p", "9:16")
+    return not (_is_default(values, "resolution") and _is_default(values, "aspect_ratio"))
 
 
 def _typed(values: Values) -> list[str]:
@@ -48,7 +54,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         features="one frame + --fps",
         outcome="note",
-        meets=lambda v: v["num_frames"] == 1 and v["fps"] != 24,
+        meets=lambda v: v["num_frames"] == 1 and not _is_default(v, "fps"),
         text="--fps {fps} has no effect on one frame: the model is told 120",
     ),
     *REQUEST_COMBINATIONS,
@@ -107,19 +113,19 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         features="--edit-strength without --edit",
         outcome="note",
-        meets=lambda v: v["edit"] is None and v["edit_strength"] != 0.5,
+        meets=lambda v: v["edit"] is None and not _is_default(v, "edit_strength"),
         text="--edit-strength {edit_strength} has no effect without --edit",
     ),
     Combination(
         features="--loop-carry without --loop",
         outcome="note",
-        meets=lambda v: v["loop"] == 1 and v["loop_carry"] != "frames",
+        meets=lambda v: v["loop"] == 1 and not _is_default(v, "loop_carry"),
         text="--loop-carry {loop_carry} has no effect with one clip",
     ),
     Combination(
         features="--cfg-scale 1 + --guidance",
         outcome="note",
-        meets=lambda v: v["cfg_scale"] == 1 and v["guidance"] != "auto",
+        meets=lambda v: v["cfg_scale"] == 1 and not _is_default(v, "guidance"),
         text="--guidance {guidance} has no effect: --cfg-scale 1 needs no unconditional half",
     ),
     Combination(
@@ -133,15 +139,15 @@ COMBINATIONS: tuple[Combination, ...] = (
         features="--device + --backend",
         outcome="refused",
         meets=lambda v: (
-            (v["device"], v["backend"])
-            in {("cpu", "nccl"), ("cpu", "eccl"), ("cuda", "eccl"), ("gcu", "nccl")}
+            None not in (v["device"], v["backend"])
+            and not BACKENDS[v["backend"]].serves(v["device"])
         ),
         text="--backend {backend} does not serve --device {device}: leave --backend out",
     ),
     Combination(
         features="--launcher colossalai + --timeout",
         outcome="note",
-        meets=lambda v: v["launcher"] == "colossalai" and v["timeout"] != 1800,
+        meets=lambda v: v["launcher"] == "colossalai" and not _is_default(v, "timeout"),
         text="--timeout {timeout:g} has no effect on collectives with --launcher colossalai, which "
         "takes none: --heartbeat-timeout and --deadlines still hold",
     ),

@@ -1,1 +1,1 @@
-"""Is this machine fit to run the program: one table of checks, each with what was found."""
+"""The doctor: checks whether this machine can run the program, and prints a table."""

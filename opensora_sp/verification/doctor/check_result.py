@@ -1,4 +1,4 @@
-"""What a check found, and the table of all of them."""
+"""The result of a check, and the table of all results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ State = Literal["ok", "FAILED", "skipped"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the table: what was looked at, how it is, what was found there."""
+    """One line of the table: area and name of the check, its state, and what was found."""
 
     area: str
     name: str
@@ -20,22 +20,22 @@ class CheckResult:
 
 
 def passed(area: str, name: str, found: str = "") -> CheckResult:
-    """It is as it should be."""
+    """The result of a check that passed."""
     return CheckResult(area, name, "ok", found)
 
 
 def failed(area: str, name: str, found: str) -> CheckResult:
-    """It is not."""
+    """The result of a check that failed."""
     return CheckResult(area, name, "FAILED", found)
 
 
 def skipped(area: str, name: str, why: str) -> CheckResult:
-    """It could not be looked at here."""
+    """The result of a check that cannot be made here."""
     return CheckResult(area, name, "skipped", why)
 
 
 def attempt(area: str, name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """A check's finding; an exception is a failed one, for the doctor never stops half way."""
+    """The result of a check. An exception is a failed result, so the doctor goes on."""
     try:
         return check()
     except Exception as error:
@@ -44,7 +44,7 @@ def attempt(area: str, name: str, check: Callable[[], CheckResult]) -> CheckResu
 
 
 def merge(per_rank: Sequence[Sequence[CheckResult]]) -> list[CheckResult]:
-    """The ranks' findings as one list: each once, a failed one with the rank that found it.
+    """One list from the results of all ranks. A failed check names the first rank that failed.
 
     Every rank must have made the same checks in the same order.
     """
@@ -61,11 +61,11 @@ def merge(per_rank: Sequence[Sequence[CheckResult]]) -> list[CheckResult]:
     return merged
 
 
-def table(findings: Sequence[CheckResult]) -> Iterator[str]:
-    """The lines of the table and the sum below it."""
-    area = max(len(f.area) for f in findings)
-    name = max(len(f.name) for f in findings)
-    for f in findings:
+def table(results: Sequence[CheckResult]) -> Iterator[str]:
+    """The lines of the table, and a line with the totals."""
+    area = max(len(f.area) for f in results)
+    name = max(len(f.name) for f in results)
+    for f in results:
         yield f"{f.area:<{area}}  {f.name:<{name}}  {f.state:<7}  {f.found}".rstrip()
-    counts = [sum(f.state == state for f in findings) for state in ("ok", "FAILED", "skipped")]
+    counts = [sum(f.state == state for f in results) for state in ("ok", "FAILED", "skipped")]
     yield f"{counts[0]} ok, {counts[1]} failed, {counts[2]} skipped"

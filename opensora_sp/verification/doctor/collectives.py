@@ -1,8 +1,8 @@
-"""A round trip of every collective that the program uses, with every value looked at.
+"""A test of every collective that the program uses, in which every received value is checked.
 
-Each element that travels is the number of its sender, its receiver and its place, so parts that
-arrive swapped, shifted or from the wrong rank are found. Only exact numbers travel: bf16 holds
-whole numbers up to 256.
+Each element depends on its sender, its receiver and its place. So parts that arrive swapped,
+shifted or from the wrong rank are found. All values are whole numbers up to 256, which bf16 holds
+exactly.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from opensora_sp.verification.doctor.check_result import (
 
 AREA = "collectives"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_EXACT = 251  # a prime below bf16's last whole number, so that patterns do not repeat in step
-_SPEED_BYTES = 8 << 20  # a rank sends to each other one, to measure the link
+_EXACT = 251  # a prime below 256, so that the patterns of two ranks differ
+_SPEED_BYTES = 8 << 20  # that a rank sends to each other rank, to measure the link
 Sizes = Callable[[int, int, int], int]
 
 
@@ -57,39 +57,39 @@ PATTERNS: dict[str, Sizes] = {
 
 
 def check_collectives(session: Session) -> list[CheckResult]:
-    """Every collective over the world and over subgroups. Collective; findings of this rank."""
+    """Check every collective, on all ranks and on subgroups. Returns this rank's results."""
     if session.world_size == 1:
-        line = "torchrun --nproc_per_node N launch/verify.py --doctor"
+        line = "torchrun --nproc_per_node N --no-python opensora-sp doctor"
         return [skipped(AREA, "all", f"one process alone; see them with {line}")]
-    findings = [_attempt_together(session, "barrier", lambda: _barrier(session))]
-    findings.append(_attempt_together(session, "share an object", lambda: _share(session)))
-    findings.append(_attempt_together(session, "collect objects", lambda: _collect(session)))
-    findings += _of_group(session, session.world, "world")
+    results = [_attempt_together(session, "barrier", lambda: _barrier(session))]
+    results.append(_attempt_together(session, "share an object", lambda: _share(session)))
+    results.append(_attempt_together(session, "collect objects", lambda: _collect(session)))
+    results += _of_group(session, session.world, "world")
     halves = 2 if session.world_size % 2 == 0 else 1
     comms = session.build(Mesh(guidance=halves, sequence=session.world_size // halves))
     for comm, name in ((comms.sequence, "sequence group"), (comms.guidance, "guidance pair")):
         if 1 < comm.size < session.world_size:
-            findings += _of_group(session, comm, name)
-    findings.append(_attempt_together(session, "speed", lambda: _speed(session)))
-    return findings
+            results += _of_group(session, comm, name)
+    results.append(_attempt_together(session, "speed", lambda: _speed(session)))
+    return results
 
 
 def _attempt_together(session: Session, name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Every rank tries, then all wait: one that failed does not run ahead into the next."""
-    finding = attempt(AREA, name, check)
-    session.barrier()
-    return finding
+    result = attempt(AREA, name, check)
+    session.control.barrier()
+    return result
 
 
 def _of_group(session: Session, comm: Comm, where: str) -> list[CheckResult]:
-    findings = []
+    results = []
     for dtype in DTYPES:
         kind = str(dtype).removeprefix("torch.")
         for name, check in (("all_to_all_single", _exchanges), ("broadcast", _broadcast)):
             title = f"{name}, {where}, {kind}"
             work = partial(check, session, comm, title, dtype)
-            findings.append(_attempt_together(session, title, work))
-    return findings
+            results.append(_attempt_together(session, title, work))
+    return results
 
 
 def pattern(sender: int, receiver: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -99,7 +99,7 @@ def pattern(sender: int, receiver: int, count: int, dtype: torch.dtype) -> Tenso
 
 
 def _exchanges(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> CheckResult:
-    """Every pattern of sizes; all are tried, for each is another way of the backend."""
+    """All-to-all with every pattern of sizes. A backend may treat each pattern differently."""
     wrong = [(case, _exchange(session, comm, sizes, dtype)) for case, sizes in PATTERNS.items()]
     bad = [
         f"{case}: what came from rank(s) {', '.join(map(str, senders))} of the group is not what "
@@ -111,7 +111,7 @@ def _exchanges(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> C
 
 
 def _exchange(session: Session, comm: Comm, sizes: Sizes, dtype: torch.dtype) -> list[int]:
-    """The senders whose parts did not arrive as they were sent."""
+    """The senders whose parts arrived changed."""
     ranks = range(comm.size)
     send_sizes = [sizes(comm.rank, other, comm.size) for other in ranks]
     recv_sizes = [sizes(other, comm.rank, comm.size) for other in ranks]
@@ -124,7 +124,7 @@ def _exchange(session: Session, comm: Comm, sizes: Sizes, dtype: torch.dtype) ->
 
 
 def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> CheckResult:
-    """From every rank of the group in turn."""
+    """Broadcast from every rank of the group in turn."""
     wrong = []
     for source in range(comm.size):
         expected = pattern(source, 7, 37, dtype)
@@ -138,13 +138,13 @@ def _broadcast(session: Session, comm: Comm, name: str, dtype: torch.dtype) -> C
 
 
 def _barrier(session: Session) -> CheckResult:
-    session.barrier()
+    session.control.barrier()
     return passed(AREA, "barrier")
 
 
 def _share(session: Session) -> CheckResult:
     for source in range(session.world_size):
-        said = session.broadcast_object(
+        said = session.control.broadcast_object(
             {"from": source} if session.rank == source else None, source
         )
         if said != {"from": source}:
@@ -153,22 +153,22 @@ def _share(session: Session) -> CheckResult:
 
 
 def _collect(session: Session) -> CheckResult:
-    everyone = session.all_gather_object(("rank", session.rank))
+    everyone = session.control.all_gather_object(("rank", session.rank))
     if everyone != [("rank", rank) for rank in range(session.world_size)]:
         return failed(AREA, "collect objects", f"{everyone!r} were collected")
     return passed(AREA, "collect objects")
 
 
 def _speed(session: Session) -> CheckResult:
-    """Bytes a second that leave a rank in a large exchange; told, not judged."""
+    """Measure the bytes per second that leave a rank in a large all-to-all. It has no limit."""
     count = _SPEED_BYTES // 4
     sizes: Sequence[int] = [count] * session.world_size
     send = torch.zeros(count * session.world_size, device=session.device)
     best = float("inf")
     for _ in range(3):
-        session.barrier()
+        session.control.barrier()
         started = time.perf_counter()
         Transfer(session.world, "doctor", send, sizes, sizes, lambda got: got).wait().sum().item()
-        best = min(best, max(session.all_gather_object(time.perf_counter() - started)))
+        best = min(best, max(session.control.all_gather_object(time.perf_counter() - started)))
     speed = _SPEED_BYTES * (session.world_size - 1) / best / 1e9
     return passed(AREA, "speed", f"{speed:.3g} GB/s leave a rank in an all-to-all of 8 MiB parts")

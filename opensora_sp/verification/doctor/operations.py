@@ -1,9 +1,9 @@
-"""The operations that the models are made of, on this device, against the CPU in float64.
+"""The operations of the models on this device, compared with the CPU in float64.
 
-Each runs through the function that the models call, at their shapes in small (16 heads of width
-72, as published), in every dtype of a run. A limit is the relative RMS error that rounding
-explains, with room: TF32 in float32, a wrong layout or a kernel that reads the wrong rows are
-each far beyond it. 0 is: bit for bit.
+Each operation runs through the function that the models call, in every dtype of a run. The shapes
+are small, with 16 heads of width 72 as published. A limit is the relative RMS error of rounding,
+with a margin. TF32 in place of float32, a wrong layout, or a kernel that reads wrong rows exceed it
+by far. A limit of 0 means bit for bit.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Operation = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One operation: its function and the shapes of its inputs, drawn from a normal distribution.
+    """One operation: its function, and the shapes of its normally distributed inputs.
 
-    exact: nothing is computed, so nothing may change.
+    exact: the operation computes nothing, so the values may not change.
     """
 
     name: str
@@ -136,13 +136,13 @@ CASES: tuple[Case, ...] = (
 
 
 def check_operations(device: torch.device) -> list[CheckResult]:
-    """Every operation in every dtype on a device; the findings of this rank."""
-    findings = []
+    """Check every operation in every dtype on a device. Returns this rank's results."""
+    results = []
     for number, case in enumerate(CASES):
         inputs = [_draw(shape, 100 * number + i) for i, shape in enumerate(case.shapes)]
-        findings.append(attempt(AREA, case.name, partial(_check, case, inputs, device)))
-    findings.append(attempt(AREA, "whole numbers", partial(_check_whole_numbers, device)))
-    return findings
+        results.append(attempt(AREA, case.name, partial(_check, case, inputs, device)))
+    results.append(attempt(AREA, "whole numbers", partial(_check_whole_numbers, device)))
+    return results
 
 
 def _draw(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -150,14 +150,14 @@ def _draw(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _check(case: Case, inputs: Sequence[Tensor], device: torch.device) -> CheckResult:
-    """One operation in all of its dtypes, worst news first."""
+    """One operation in all of its dtypes. It fails if one of them fails."""
     bad, good = [], []
     for dtype in case.dtypes:
         kind = _SHORT[dtype]
         limit = 0.0 if case.exact else LIMITS[dtype]
         try:
             error = _error(case, inputs, dtype, device)
-        except Exception as trouble:  # one dtype that is not there says nothing of the others
+        except Exception as trouble:  # the other dtypes may still work
             bad.append(f"{kind} {type(trouble).__name__}: {' '.join(str(trouble).split())[:120]}")
             continue
         # NaN is never below the limit.
@@ -181,14 +181,14 @@ def _error(case: Case, inputs: Sequence[Tensor], dtype: torch.dtype, device: tor
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖Δ‖ / ‖expected‖ in float64; 0 of nothing."""
+    """‖Δ‖ / ‖expected‖ in float64; 0 for empty tensors."""
     if not expected.numel():
         return 0.0
     return float((actual.cpu().double() - expected).norm() / expected.norm())
 
 
 def _check_whole_numbers(device: torch.device) -> CheckResult:
-    """Index arithmetic on the device, within 32 bits: wider numbers stay on the CPU here."""
+    """Integer arithmetic on the device, within 32 bits. Wider numbers stay on the CPU."""
     numbers = torch.arange(-1000, 1000, 7)
     back = (numbers.to(device) * 3 + 1).cpu()
     if back.equal(numbers * 3 + 1):

@@ -1,4 +1,4 @@
-"""What the program stands on: versions, backend, devices, encoder, disk, memory."""
+"""Checks of the environment: versions, backend, devices, encoder, disk, memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import torch
 
 from opensora_sp.base.cpu_threads import available_cores
 from opensora_sp.base.free_memory import free_bytes
-from opensora_sp.base.machine import DEVICE_TOOLS, run_tool
+from opensora_sp.base.machine import run_tool
 from opensora_sp.models.kernels.cpu_half import computes_natively
-from opensora_sp.parallel.backend import device_module, load_plugin
+from opensora_sp.parallel.backend import device_module, load_plugin, visible_note
+from opensora_sp.parallel.backend_table import for_device
 from opensora_sp.parallel.session import Session
 from opensora_sp.verification.doctor.check_result import (
     CheckResult,
@@ -29,7 +30,7 @@ from opensora_sp.verification.doctor.check_result import (
     skipped,
 )
 
-# The oldest that the program is tested with; see pyproject.toml.
+# The oldest versions that the program is tested with; see pyproject.toml.
 OLDEST = {
     "torch": (2, 3),
     "transformers": (4, 44),
@@ -48,7 +49,7 @@ OLDEST = {
     "tqdm": (4, 66),
 }
 _LEAST_DISK = 2 << 30  # bytes; a 16 s clip is tens of megabytes, a lossless one a gigabyte
-_LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: launch/plan.py says what
+_LEAST_MEMORY = 2 << 30  # bytes a rank; the published models need more: opensora-sp plan says what
 _GIB = 2**30
 
 
@@ -56,10 +57,10 @@ def check_versions() -> list[CheckResult]:
     """Python and every package that the program imports."""
     python = f"{platform.python_version()}, {sys.executable}"
     good = sys.version_info >= (3, 10)
-    findings = [(passed if good else failed)("versions", "python", python)]
+    results = [(passed if good else failed)("versions", "python", python)]
     for package, oldest in OLDEST.items():
-        findings.append(attempt("versions", package, partial(_package, package, oldest)))
-    return findings
+        results.append(attempt("versions", package, partial(_package, package, oldest)))
+    return results
 
 
 def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
@@ -79,7 +80,7 @@ def _package(name: str, oldest: tuple[int, ...]) -> CheckResult:
 
 
 def check_device(session: Session) -> list[CheckResult]:
-    """The backend's plugin, the devices and what they support; this rank's findings."""
+    """Check the backend's plugin and the devices. Returns this rank's results."""
     kind, device = session.device.type, session.device
     return [
         attempt("device", "backend", lambda: _backend(session)),
@@ -102,10 +103,11 @@ def _devices(kind: str) -> CheckResult:
     if kind == "cpu":
         return passed("device", "devices", f"cpu, {available_cores()} usable cores")
     module = device_module(kind)
+    where = visible_note(kind)
     names = [str(module.get_device_name(i)) for i in range(module.device_count())]
     if not names:
-        return failed("device", "devices", f"no {kind} device is visible")
-    return passed("device", "devices", f"{len(names)} × {', '.join(sorted(set(names)))}")
+        return failed("device", "devices", f"no {kind} device is visible{where}")
+    return passed("device", "devices", f"{len(names)} × {', '.join(sorted(set(names)))}{where}")
 
 
 def _bf16(device: torch.device) -> CheckResult:
@@ -128,16 +130,16 @@ def _device_memory(device: torch.device) -> CheckResult:
 
 
 def _tool(kind: str) -> CheckResult:
-    if kind not in DEVICE_TOOLS:
+    tool = for_device(kind).tool
+    if not tool:
         return skipped("device", "tool", "none for a CPU")
-    name = DEVICE_TOOLS[kind][0]
-    if run_tool(DEVICE_TOOLS[kind]) is None:
-        return skipped("device", "tool", f"{name} is absent or does not answer")
-    return passed("device", "tool", f"{name} answers")
+    if run_tool(tool) is None:
+        return skipped("device", "tool", f"{tool[0]} is absent or does not answer")
+    return passed("device", "tool", f"{tool[0]} answers")
 
 
 def check_host(directory: Path, ranks_here: int) -> list[CheckResult]:
-    """Encoder, disk and memory of this machine; the leading rank's."""
+    """Check the encoder, disk and memory of this machine, on the leading rank."""
     return [
         attempt("host", "encoder", _encoder),
         attempt("host", "disk", lambda: _disk("disk", directory)),
@@ -178,14 +180,14 @@ def _memory(ranks_here: int) -> CheckResult:
 
 
 def _limits(group: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """What a container leaves to its processes, in bytes."""
+    """Bytes of memory that the container's limit leaves."""
     with suppress(OSError, ValueError):
         most = int((group / "memory.max").read_text(encoding="ascii"))
         yield most - int((group / "memory.current").read_text(encoding="ascii"))
 
 
 def _shared_memory(place: Path = Path("/dev/shm")) -> CheckResult:
-    """Collectives within a node may pass through it; containers often have 64 MB."""
+    """Collectives within a node may use shared memory. Containers often have 64 MB of it."""
     if not place.exists():
         return skipped("host", "shared memory", "this system has none")
     free = shutil.disk_usage(place).free

@@ -1,0 +1,1 @@
+"""Step caches: policies that decide at which steps the blocks are computed."""

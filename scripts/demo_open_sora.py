@@ -1,0 +1,15 @@
+"""Generate videos under the name of the vendor's script: `opensora-sp generate` is the same.
+
+`python scripts/demo_open_sora.py ...`, also with torchrun in the place of python
+"""
+
+import sys
+from pathlib import Path
+
+# In the place of this folder, whose file names must not be importable as modules.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from opensora_sp.cli.infer import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
