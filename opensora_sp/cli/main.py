@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, Command] = {
     "doctor": Command(
         "look whether this machine is fit to run the program", "verify", ("--doctor",)
     ),
+    "serve": Command("keep the models loaded and make what comes over HTTP", "serve"),
     "download": Command("fetch the published checkpoints, or check what is there", "download"),
     "convert": Command("bring a checkpoint of another form into the published layout", "convert"),
     "completion": Command("print what makes bash or zsh complete commands and flags", "completion"),

@@ -60,7 +60,7 @@ def run_program(program: Program, argv: Sequence[str] | None) -> int:
             return 0
     except UserError as error:
         return refuse(error, same_everywhere=True)
-    return _run(prepared)
+    return run_prepared(prepared)
 
 
 def prepare(program: Program, argv: Sequence[str]) -> Prepared | str:
@@ -91,7 +91,8 @@ def _require_room(job: Job) -> None:
             plan_job(job, world_size(), memory)
 
 
-def _run(prepared: Prepared) -> int:
+def run_prepared(prepared: Prepared) -> int:
+    """Join the other ranks and do the work; returns the exit code. Never returns after JobEnded."""
     job = prepared.job
     launch = join()
     try:

@@ -82,10 +82,13 @@ def check_encoder(whole: Session, job: Job, works: Sequence[Work]) -> None:
         )
 
 
-def encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> None:
+def encode_all_text(
+    pipeline: Pipeline, lists: Sequence[Sequence[Work]], *, keep_encoder: bool = False
+) -> None:
     """Encode every caption of the job in one go, so that T5's memory is free before denoising.
 
-    lists: of the replicas. Collective of all ranks.
+    lists: of the replicas. keep_encoder: T5 stays loaded, for jobs to come. Collective of all
+    ranks.
     """
     captions = [
         [caption for work in works for caption in captions_left(work.tasks, work.start)]
@@ -94,5 +97,6 @@ def encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> None
     first = next(work.tasks[0] for works in lists for work in works)
     length = pipeline.models.max_length(first.request)
     pipeline.text.encode([caption for part in captions for caption in part], length)
-    pipeline.text.release_encoder()
+    if not keep_encoder:
+        pipeline.text.release_encoder()
     pipeline.text.scatter([list(dict.fromkeys(part)) for part in captions], length)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from opensora_sp.base import faults
 from opensora_sp.base.errors import SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import result, warn_once
+from opensora_sp.engine.generate import StepEnd
 from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
 from opensora_sp.jobs.notes import Failure, report, say_captions, say_what_begins
 from opensora_sp.jobs.open import Engine, show_progress, tidy
@@ -72,10 +73,17 @@ def run_job(engine: Engine, job: Job) -> int:
     return report(whole, job, failed)
 
 
-def make_batch(engine: Engine, job: Job, work: Work, sheet: RunSheet | None) -> None:
+def make_batch(
+    engine: Engine,
+    job: Job,
+    work: Work,
+    sheet: RunSheet | None,
+    on_step_end: StepEnd | None = None,
+) -> None:
     """Make the outputs of one batch, from where they stand, and save its state on the way.
 
-    Raises SharedPromptFault where one of its prompts is at fault.
+    on_step_end: as for `Pipeline.generate`. Raises SharedPromptFault where one of its prompts is at
+    fault, and Cancelled where on_step_end ends it.
     """
     started = time.perf_counter()
     pipeline, leads = engine.pipeline, engine.pipeline.session.leads
@@ -110,7 +118,9 @@ def make_batch(engine: Engine, job: Job, work: Work, sheet: RunSheet | None) -> 
         stands("denoising")
     requests = [task.request for task in work.tasks]
     with open_outputs(pipeline, job, work.tasks, sheet) as sinks:
-        pipeline.generate_to(requests, sinks, keep_latents=False, progress=progress)
+        pipeline.generate_to(
+            requests, sinks, keep_latents=False, progress=progress, on_step_end=on_step_end
+        )
     stands("done")
     if leads:
         _finish(job, work, files, sheet, time.perf_counter() - started)

@@ -25,11 +25,14 @@ from opensora_sp.server.board import Board, Entry
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
 from opensora_sp.server.job_store import JobSpec, JobStore, now
+from opensora_sp.server.page import add_page
 from opensora_sp.server.protocol import MODEL, UPLOADS, BadRequest, error_json, read_fields
 from opensora_sp.server.uploads import picture_or_video, save_upload
 
 log = logging.getLogger(__name__)
 POLL_AFTER_MS = 500
+# Without a token: the page has no job in it, and asks for the token itself.
+OPEN = ("/", "/health", "/ready")
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -61,6 +64,7 @@ class Gateway:
     tokens: dict[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     hosts: Sequence[str] = ()
+    embedded: bool = True
     draining: bool = False
 
 
@@ -73,6 +77,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_operations(app, gateway)
     _add_videos(app, gateway)
+    add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
     return app
 
 
@@ -117,11 +122,11 @@ def _guard(gateway: Gateway) -> Callable[..., Any]:
         if gateway.hosts and host not in gateway.hosts:
             return _refusal(421, f"this server does not answer for the host {host[:100]!r}")
         origin = request.headers.get("origin")
-        if origin is not None and request.method not in ("GET", "HEAD"):
-            if origin.split("://", 1)[-1] != request.headers.get("host", ""):
-                return _refusal(403, "requests from pages of other sites are refused")
-        request.state.owner = ""
-        if gateway.tokens and request.url.path not in ("/health", "/ready"):
+        own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
+        if not own and request.method not in ("GET", "HEAD"):
+            return _refusal(403, "requests from pages of other sites are refused")
+        request.state.owner, path = "", request.url.path
+        if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
             owner = _owner(gateway.tokens, request)
             if owner is None:
                 answer = _refusal(401, "a token is needed: Authorization: Bearer TOKEN")

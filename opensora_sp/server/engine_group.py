@@ -1,17 +1,16 @@
 """The warm engine: ranks that hold the models and make one job after the other.
 
-Started by `opensora-sp serve`, under torchrun or alone. Rank 0 takes jobs from the durable queue and
-tells the others; between jobs all ranks meet every second, so that nothing waits in a collective.
+Started by `opensora-sp serve`, under torchrun or alone. Rank 0 takes jobs from the durable queue
+and tells the others. Between jobs all ranks meet every second, so that none waits in a
+collective.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.atomic import atomic_output
-from opensora_sp.base.errors import Cancelled, UserError
-from opensora_sp.base.screen import note, one_line
+from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
+from opensora_sp.base.screen import one_line
+from opensora_sp.request.request import Job
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.checking import Engine as EngineFacts
 from opensora_sp.server.checking import job_arguments
 from opensora_sp.server.durable import Worker
@@ -47,36 +48,33 @@ class GroupSettings:
     ranks: int = 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank of the group until it is told to end."""
-    parser = argparse.ArgumentParser(prog="opensora_sp.server.engine_group")
-    parser.add_argument("--settings", required=True, help="JSON of GroupSettings")
-    found = json.loads(parser.parse_args(argv).settings)
-    settings = GroupSettings(
+def read_settings(text: str) -> GroupSettings:
+    """GroupSettings from JSON, as `service.command` writes them."""
+    found = json.loads(text)
+    return GroupSettings(
         save_dir=Path(found["save_dir"]),
         queue=found["queue"],
         arguments=tuple(found["arguments"]),
         warmup=tuple(found["warmup"]),
         ranks=found["ranks"],
     )
-    from opensora_sp.cli.program import run_prepared
-
-    store = JobStore(settings.save_dir)
-    job = _job(settings, [*settings.arguments, "--prompt=warm up"], settings.save_dir / "warmup")
-    return run_prepared(job, lambda: _serve(settings, store, job))
 
 
-def _job(settings: GroupSettings, arguments: Sequence[str], outputs: Path) -> Any:
-    from opensora_sp.request.settings import build_job, parse_command_line, resolve
+def first_job(settings: GroupSettings) -> Job:
+    """The job that the engine is opened for: it stands for those to come. Raises UserError."""
+    return _job(settings, [*settings.arguments, "--prompt=warm up"], settings.save_dir / "warmup")
 
+
+def _job(settings: GroupSettings, arguments: Sequence[str], outputs: Path) -> Job:
     values = resolve(parse_command_line([*arguments, f"--save-dir={outputs}", "--verbose=0"]))
     return build_job(values, world_size=settings.ranks)
 
 
-def _serve(settings: GroupSettings, store: JobStore, first: Any) -> int:
-    """Open the engine, then make jobs for ever."""
+def serve_jobs(settings: GroupSettings, first: Job) -> int:
+    """Open the engine for `first`, then make jobs until a signal comes. On every rank."""
     from opensora_sp.jobs.open import open_engine
 
+    store = JobStore(settings.save_dir)
     with _only_engine(settings.save_dir), open_engine(first) as engine:
         leads = engine.whole.leads
         worker = (
@@ -89,9 +87,10 @@ def _serve(settings: GroupSettings, store: JobStore, first: Any) -> int:
             if worker is not None and beat is not None:
                 worker.start()
                 beat.state = "ready"
+            engine.whole.control.barrier()
             while True:
                 job_id = worker.next(TICK_SECONDS) if worker is not None else None
-                job_id = engine.whole.broadcast_object(job_id)
+                job_id = engine.whole.control.broadcast_object(job_id)
                 if job_id is None:
                     continue
                 _make(engine, settings, store, job_id)
@@ -110,7 +109,9 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
 
     from opensora_sp.jobs.run import run_job
 
-    folder = engine.whole.broadcast_object(tempfile.mkdtemp() if engine.whole.leads else None)
+    folder = engine.whole.control.broadcast_object(
+        tempfile.mkdtemp() if engine.whole.leads else None
+    )
     arguments = [*settings.arguments, f"--config={config}", "--prompt=warm up"]
     job = _job(settings, [*arguments, "--num-sampling-steps=1"], Path(folder))
     run_job(engine, replace(job, engine=engine.settings))
@@ -121,17 +122,22 @@ def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) ->
     whole = engine.whole
     teller = Teller(store, job_id, whole.leads)
     try:
-        job = whole.broadcast_object(_prepare(settings, store, job_id) if whole.leads else None)
+        job = whole.control.broadcast_object(
+            _prepare(settings, store, job_id) if whole.leads else None
+        )
         if isinstance(job, str):
-            raise UserError(job)
+            raise SharedFault(job)
         if job is None:  # deleted, or made already when the queue gave it out again
             return
         _run(engine, replace(job, engine=engine.settings), teller)
     except Cancelled:
         return
-    except UserError as error:
+    except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
         teller.failed(str(error))
         return
+    except UserError as error:  # this rank alone: the others may wait for it for ever
+        teller.failed(str(error), "engine_error")
+        raise
     teller.completed(job, engine)
 
 
@@ -146,8 +152,6 @@ def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
     facts = EngineFacts(settings.arguments, settings.ranks)
     arguments = job_arguments(facts, spec.arguments, store.outputs(job_id))
     try:
-        from opensora_sp.request.settings import build_job, parse_command_line, resolve
-
         job = build_job(resolve(parse_command_line(arguments)), world_size=settings.ranks)
     except UserError as error:
         return str(error)
@@ -164,7 +168,9 @@ def _run(engine: Any, job: Any, teller: Teller) -> None:
     if not works:
         return
     check_encoder(engine.whole, job, works)
-    encode_all_text(engine.pipeline, deal(works, 1))
+    # Where T5 is in host memory it takes nothing from the others.
+    on_cpu = engine.whole.device.type == "cpu" or engine.settings.t5_device == "cpu"
+    encode_all_text(engine.pipeline, deal(works, 1), keep_encoder=on_cpu)
     for work in works:
         make_batch(engine, job, work, None, on_step_end=teller.on_step_end)
 
@@ -270,7 +276,7 @@ class Beat:
                 with atomic_output(self._path) as temporary:
                     temporary.write_text(json.dumps(told), encoding="ascii")
             except UserError as error:
-                note(f"the engine's sign of life is not written: {error}")
+                log.warning(f"the engine's sign of life is not written: {error}")
             if self._end.wait(BEAT_SECONDS):
                 return
 
@@ -297,7 +303,3 @@ def _only_engine(save_dir: Path) -> Iterator[None]:
                     ) from None
                 time.sleep(0.2)
         yield
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,6 +51,7 @@ class EngineProcess:
         self._ending = threading.Event()
         self._failed: str | None = None
         self.restarts = 0
+        self._was_ready = False
         self._thread = threading.Thread(target=self._watch, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -69,6 +70,7 @@ class EngineProcess:
             return "starting"
         if time.time() - float(beat["at"]) > SILENT_SECONDS:
             return "failed: the engine gives no sign of life"
+        self._was_ready = self._was_ready or beat["state"] == "ready"
         return str(beat["state"])
 
     def stop(self) -> None:
@@ -93,13 +95,14 @@ class EngineProcess:
                 preexec_fn=_end_with_parent,
                 stdin=subprocess.DEVNULL,
             )
-            code = self._process.wait()
+            code, was_ready = self._process.wait(), self._was_ready
+            self._was_ready = False
             if self._ending.is_set():
                 return
             lasted = time.monotonic() - started
             ends = 0 if lasted > 60 else ends + 1
             wait = RESTART_SECONDS if ends <= 1 else min(MOST_RESTART_SECONDS, wait * 2)
-            if code == 2 or ends >= MOST_ENDS:
+            if (code == 2 and not was_ready) or ends >= MOST_ENDS:
                 self._failed = f"the engine ended with exit code {code}; its messages say why"
                 log.error("%s", self._failed)
                 return
@@ -113,7 +116,7 @@ class EngineProcess:
 def command(settings: GroupSettings) -> list[str]:
     """The engine's command line: torchrun for several ranks, plain python for one."""
     told = asdict(settings) | {"save_dir": str(settings.save_dir)}
-    module = ["-m", "opensora_sp.server.engine_group", "--settings", json.dumps(told)]
+    module = ["-m", "opensora_sp.cli.serve_engine", "--settings", json.dumps(told)]
     if settings.ranks == 1:
         return [sys.executable, *module]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -1,0 +1,138 @@
+"""Command: a warm server on this machine, with a queue that survives, an API and a page."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import on_any_screen
+from opensora_sp.cli.console import refuse
+from opensora_sp.cli.help import help_asked, say
+
+if TYPE_CHECKING:
+    from opensora_sp.server.service import ServiceSettings
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as every command of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+@on_any_screen
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until it is asked to end; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if help_asked(words) is not None:
+            return say(_parser().format_help())
+        settings = _settings(words)
+        from opensora_sp.server.service import serve
+
+        logging.getLogger("opensora_sp.server").setLevel(logging.INFO)
+        print(
+            f"serving on http://{settings.host}:{settings.port} (the API's page is /docs)",
+            file=sys.stderr,
+            flush=True,
+        )
+        return serve(settings)
+    except UserError as error:
+        return refuse(error, same_everywhere=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="opensora-sp serve",
+        description=(
+            "Keeps the models loaded and makes videos that come over HTTP: an API that the openai "
+            "client speaks, and a page. Flags of generate that say how the engine runs (--device, "
+            "--dtype, --memory, --ckpt-path-dit ...) are taken too."
+        ),
+        add_help=False,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    parser.add_argument(
+        "--save-dir", type=Path, default=Path("samples/server"), metavar="DIR",
+        help="where jobs, outputs and the queue are kept (default samples/server)",
+    )  # fmt: skip
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of the engine")
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE",
+        help="NAME:TOKEN a line; needed where --host is not this machine alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--warmup", default="", metavar="NAMES",
+        help="make one step of these configurations before jobs are taken: 720p-16s,480p-2s",
+    )  # fmt: skip
+    return parser
+
+
+def _settings(words: Sequence[str]) -> ServiceSettings:
+    """What was asked for, checked before anything is started. Raises UserError."""
+    from opensora_sp.server.durable import require_dbos, sqlite_url
+    from opensora_sp.server.engine_group import GroupSettings, first_job
+    from opensora_sp.server.service import ServiceSettings, read_tokens
+
+    found, engine = _parser().parse_known_args(list(words))
+    if not 0 < found.port < 65536:
+        raise UserError(f"--port {found.port} is not a port from 1 to 65535")
+    if not 0 < found.nproc <= 64:
+        raise UserError(f"--nproc {found.nproc} is not a number of ranks from 1 to 64")
+    if found.host not in _LOCAL and found.token_file is None:
+        raise UserError(
+            f"--host {found.host} lets other machines in, which needs --token-file FILE; "
+            "--host 127.0.0.1 serves this machine alone"
+        )
+    if found.token_file is not None:
+        read_tokens(found.token_file)
+    _require_engine_flags(engine)
+    require_dbos()
+    try:
+        import fastapi  # noqa: F401
+        import multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"serving needs the package {error.name}: pip install 'opensora_sp[serve]'"
+        ) from None
+    group = GroupSettings(
+        save_dir=found.save_dir.resolve(),
+        queue=sqlite_url(found.save_dir),
+        arguments=tuple(engine),
+        warmup=tuple(name for name in found.warmup.split(",") if name),
+        ranks=found.nproc,
+    )
+    first_job(group)
+    return ServiceSettings(found.host, found.port, group, found.token_file)
+
+
+def _require_engine_flags(words: Sequence[str]) -> None:
+    """Raise UserError for a flag that says what to make, not how the engine runs."""
+    from opensora_sp.request.request import EngineSettings
+    from opensora_sp.request.setting import settings_of
+    from opensora_sp.request.settings import parse_command_line
+
+    command = parse_command_line(words)
+    known = {one.key for one in settings_of(EngineSettings).values() if one.name}
+    known |= {f"ckpt_path_{kind}" for kind in ("dit", "t5", "vae2d", "vae3d")}
+    for key in command.written:
+        if key not in known:
+            raise UserError(
+                f"--{key.replace('_', '-')} belongs to a job, not to the server: send it with the "
+                "request"
+            )
+    if command.config is not None or command.print_config:
+        raise UserError("--config is taken by generate; give the engine's flags themselves")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
