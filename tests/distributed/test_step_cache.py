@@ -63,7 +63,7 @@ def run(
     """Latents on the leading rank after all steps, and the steps that were reused on this one."""
     layout = Layout(frames=FRAMES, size=SIZE, ranks=1 if mesh is None else mesh.sequence)
     comms = None if mesh is None else session.build(mesh)  # type: ignore[attr-defined]
-    gather = None if session is None else session.all_gather_object  # type: ignore[attr-defined]
+    gather = None if session is None else session.control.all_gather_object  # type: ignore[attr-defined]
     denoiser = parallelize(MODEL, comms, layout, runtime, gather)
     velocity = denoiser.prepare(conditions())
     frame_mask = None if mask is None else torch.tensor([mask])

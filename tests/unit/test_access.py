@@ -111,7 +111,7 @@ def test_a_state_folder_of_another_user_is_one_line_and_a_cache_is_a_note(tmp_pa
         "ask(lambda: TextCache(folder / 'cache', **where).put('a cat', torch.zeros(2, 4)))",
     )
     assert ["may not be read (permission denied)" in line for line in said[:2]] == [True, True]
-    assert [line.startswith("note: text cache: ") for line in said[2:]] == [True, False] * 2
+    assert [line.startswith("text cache: ") for line in said[2:]] == [True, False] * 2
     assert said[3::2] == ["None", "None"]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import log_on_screen
 from opensora_sp.engine import text
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.open import open_engine
@@ -70,7 +71,8 @@ def test_a_job_for_other_models_than_are_open_is_refused(tmp_path: Path) -> None
 def test_a_sheet_and_progress_are_of_their_own_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open_engine(job_of(tmp_path, "--prompt", "x", *IMAGE)) as engine:
+    first = job_of(tmp_path, "--prompt", "x", *IMAGE)
+    with log_on_screen(), open_engine(first) as engine:
         run_job(engine, job_of(tmp_path / "quiet", "--prompt", "x", *IMAGE))
         assert capsys.readouterr().err == ""
         loud = job_of(tmp_path / "loud", "--prompt", "x", *IMAGE, "--verbose", "1", "--sheet")
