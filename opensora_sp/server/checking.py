@@ -46,7 +46,6 @@ def job_arguments(engine: Engine, arguments: Sequence[str], outputs: Path) -> li
         *arguments,
         f"--save-dir={outputs}",
         "--sample-name=video",
-        "--resume",
         "--verbose=0",
     ]
 
@@ -107,6 +106,12 @@ def _judge_safely(*arguments: Any) -> Judged | str:
         return "the file needs too much memory to be looked at"
 
 
+def without_paths(text: str, outputs: Path) -> str:
+    """What is told of a job, without where its files lie on the server."""
+    folder = str(outputs.parent)
+    return text.replace(f"{folder}/uploads/", "upload ").replace(f"{folder}/outputs/", "")
+
+
 class Judge:
     """Judges requests one after the other in a child process, which is replaced where it fails."""
 
@@ -138,9 +143,12 @@ class Judge:
                 raise BadRequest(
                     "the files could not be looked at: they ended the decoder", "input_reference"
                 ) from None
-        if isinstance(found, str):
-            raise as_bad_request(UserError(found))
-        return found
+        if isinstance(found, Judged):
+            return found
+        refused = as_bad_request(UserError(without_paths(found, outputs)))
+        if any(path in found for path in uploads):
+            refused.param = "input_reference"
+        raise refused
 
     def _replace(self) -> None:
         pool, self._pool = self._pool, None

@@ -25,7 +25,7 @@ from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.checking import Engine as EngineFacts
-from opensora_sp.server.checking import job_arguments
+from opensora_sp.server.checking import job_arguments, without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore, now
 
@@ -207,7 +207,7 @@ class Teller:
                 self._id,
                 JobResult(
                     finished_at=now(),
-                    error=one_line(reason),
+                    error=one_line(without_paths(reason, self._store.outputs(self._id))),
                     error_code=code,
                     seconds=time.time() - self._started,
                 ),

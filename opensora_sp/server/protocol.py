@@ -14,8 +14,8 @@ from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.request.flags.flag import Flag
 from opensora_sp.request.flags.table import all_flags
+from opensora_sp.request.setting import Setting
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 
 MODEL = "open-sora-1.2"
@@ -82,7 +82,7 @@ class Asked:
     priority: int
 
 
-def flags_by_key() -> dict[str, Flag]:
+def flags_by_key() -> dict[str, Setting]:
     """Every flag by its key."""
     return {flag.key: flag for flag in all_flags()}
 
@@ -160,7 +160,7 @@ def _size(fields: Mapping[str, Any]) -> list[str]:
     return ["--image-size", height, width]
 
 
-def _argument(flag: Flag, name: str, value: Any) -> list[str]:
+def _argument(flag: Setting, name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, (str, int, float)):

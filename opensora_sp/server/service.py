@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.server.engine_group import GroupSettings
@@ -175,8 +177,6 @@ def read_tokens(path: Path) -> dict[str, str]:
 
 def serve(settings: ServiceSettings) -> int:
     """Run the server until it is asked to end."""
-    import uvicorn
-
     from opensora_sp.server.app import Gateway, build_app
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Engine, Judge
@@ -201,20 +201,46 @@ def serve(settings: ServiceSettings) -> int:
         )
         engine.start()
         try:
-            uvicorn.run(
-                build_app(gateway),
-                host=settings.host,
-                port=settings.port,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-            )
+            _listen(settings, build_app(gateway))
         finally:
             gateway.draining = True
             engine.stop()
             jobs.close()
     return 0
+
+
+def _listen(settings: ServiceSettings, app: Any) -> None:
+    """Answer until Ctrl-C or SIGTERM comes. Raises UserError where the port is taken."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    try:
+        listening = socket.create_server((settings.host, settings.port), reuse_port=False)
+    except OSError as error:
+        raise UserError(
+            f"--port {settings.port} on {settings.host}: {error.strerror}; choose another"
+        ) from None
+    server = uvicorn.Server(config)
+    # uvicorn would raise the signal again when it has ended, and the engine would not be stopped.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+
+    def stop(number: int, _frame: Any) -> None:
+        server.should_exit = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with listening:
+        server.run(sockets=[listening])
 
 
 def _hosts(host: str) -> Sequence[str]:

@@ -200,6 +200,7 @@ def test_files_that_are_no_pictures_are_refused_and_nothing_stays(server: Server
         status, answer = _upload(server, "input_reference", content)
         assert status == 400, (content, answer)
         assert words in json.dumps(answer), (content, answer)
+        assert str(server.save_dir) not in json.dumps(answer)
     assert sorted((server.save_dir / "jobs").iterdir()) == before
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from serving import Server
 
-STEPS = 12
+STEPS = 120
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def begun(server: Server, video_id: str) -> int:
         _, video = server.call("GET", f"/v1/videos/{video_id}")
         if video["status"] == "in_progress" and video["step"] > 0:
             return int(video["step"])
+        assert video["status"] in ("queued", "in_progress"), video
         time.sleep(0.02)
     raise AssertionError(f"{video_id} is not begun")
 
@@ -68,12 +69,12 @@ def test_jobs_survive_kills_of_ranks_of_the_gateway_and_of_all(server: Server) -
     assert len(listed["data"]) == 5
     for job in jobs:
         outputs = list((server.save_dir / "jobs" / job / "outputs").glob("*.mp4"))
-        assert [path.name for path in outputs] == ["video.mp4"]
+        assert [path.name for path in outputs] == ["video_0000.mp4"]
 
 
 def test_a_stopped_server_goes_on_with_the_job_it_was_making(server: Server) -> None:
     server.start()
-    job = server.create(num_inference_steps=400)
+    job = server.create(num_inference_steps=2 * STEPS)
     waiting = server.create(num_inference_steps=2)
     begun(server, job)
     assert server.stop() == 0
