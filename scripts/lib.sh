@@ -64,7 +64,7 @@ requirements_of() { # STACK DIR; fills the array REQUIREMENTS
             fi
             ;;
         gcu2.3)
-            REQUIREMENTS=(-c constraints/gcu2.3.txt "torch==2.3.0" -e . pytest pytest-xdist hypothesis ninja jsonschema shtab)
+            REQUIREMENTS=(-c constraints/gcu2.3.txt "torch==2.3.0" -e . pytest pytest-xdist hypothesis ninja jsonschema shtab wheel)
             ;;
     esac
 }
