@@ -121,6 +121,11 @@ class Server:
             found.append((int(rank), int(entry.name)))
         return [pid for _, pid in sorted(found)]
 
+    def jobs(self) -> list[str]:
+        """Names of the folders of jobs."""
+        folder = self.save_dir / "jobs"
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
     def stop(self) -> int:
         """Ask it to end, as Ctrl-C does; its exit code."""
         if self.process is None:

@@ -135,4 +135,10 @@ def _convert(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     _copy(convert.parser(), target)
 
 
-_PARSERS = {"verify": _verify, "download": _download, "convert": _convert}
+def _serve(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
+    from opensora_sp.cli import serve
+
+    _copy(serve.parser(), target)
+
+
+_PARSERS = {"verify": _verify, "download": _download, "convert": _convert, "serve": _serve}

@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if help_asked(words) is not None:
-            return say(_parser().format_help())
+            return say(parser().format_help())
         settings = _settings(words)
         from opensora_sp.server.service import serve
 
         logging.getLogger("opensora_sp.server").setLevel(logging.INFO)
         print(
-            f"serving on http://{settings.host}:{settings.port} (the API's page is /docs)",
+            f"serving on http://{settings.host}:{settings.port} (the API: /openapi.json)",
             file=sys.stderr,
             flush=True,
         )
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error, same_everywhere=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Its own flags; those of the engine are of the flag table."""
     parser = _Parser(
         prog="opensora-sp serve",
         description=(
@@ -82,7 +83,7 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
     from opensora_sp.server.engine_group import GroupSettings, first_job
     from opensora_sp.server.service import ServiceSettings, read_tokens
 
-    found, engine = _parser().parse_known_args(list(words))
+    found, engine = parser().parse_known_args(list(words))
     if not 0 < found.port < 65536:
         raise UserError(f"--port {found.port} is not a port from 1 to 65535")
     if not 0 < found.nproc <= 64:

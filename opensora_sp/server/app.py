@@ -69,8 +69,15 @@ class Gateway:
 
 
 def build_app(gateway: Gateway) -> FastAPI:
-    """The application. Its OpenAPI page is /docs."""
-    app = FastAPI(title="Open-Sora 1.2 server", version=__version__, lifespan=_lifespan(gateway))
+    """The application. It describes itself at /openapi.json."""
+    # FastAPI's own pages load their scripts from elsewhere.
+    app = FastAPI(
+        title="Open-Sora 1.2 server",
+        version=__version__,
+        lifespan=_lifespan(gateway),
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.gateway = gateway
     app.middleware("http")(_guard(gateway))
     app.add_exception_handler(BadRequest, _on_bad_request)
@@ -335,7 +342,8 @@ async def _read_body(
         )
     except (MultiPartException, HTTPException) as error:
         raise BadRequest(f"the form cannot be read: {getattr(error, 'detail', error)}") from None
-    fields, uploads = {}, []
+    fields = {}
+    uploads: list[tuple[str, str, str]] = []
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(form.close)
         for name, value in form.multi_items():

@@ -230,7 +230,7 @@ def _listen(settings: ServiceSettings, app: Any) -> None:
         ) from None
     server = uvicorn.Server(config)
     # uvicorn would raise the signal again when it has ended, and the engine would not be stopped.
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 
     def stop(number: int, _frame: Any) -> None:
         server.should_exit = True

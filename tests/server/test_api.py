@@ -16,6 +16,7 @@ from PIL import Image
 from serving import Server
 
 openai = pytest.importorskip("openai")
+pytest.importorskip("dbos")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_picture_starts_the_video_and_a_seed_decides_it(server: Server, client
 def _frames(video: bytes) -> list[bytes]:
     import av
 
-    with av.open(io.BytesIO(video)) as container:
+    with av.open(io.BytesIO(video), "r") as container:
         return [frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0)]
 
 
@@ -151,7 +152,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_request_is_one_line_that_names_the_field(kind: str, server: Server) -> None:
     fields, status, param, words = BAD[kind]
-    before = len(list((server.save_dir / "jobs").iterdir()))
+    before = len(server.jobs())
     got, answer = server.call("POST", "/v1/videos", fields)
     error = answer["error"]
     assert got == status, answer
@@ -160,7 +161,7 @@ def test_a_bad_request_is_one_line_that_names_the_field(kind: str, server: Serve
     assert "--" not in error["message"]
     if param is not None:
         assert error["param"] == param
-    assert len(list((server.save_dir / "jobs").iterdir())) == before
+    assert len(server.jobs()) == before
 
 
 PATHS = (
@@ -188,7 +189,7 @@ def test_what_is_not_there_is_said_as_the_api_says_it(
 
 
 def test_files_that_are_no_pictures_are_refused_and_nothing_stays(server: Server) -> None:
-    before = sorted((server.save_dir / "jobs").iterdir())
+    before = server.jobs()
     for content, words in (
         (b"", "is empty"),
         (b"MZ\x90\x00 program", "no picture or video"),
@@ -201,7 +202,7 @@ def test_files_that_are_no_pictures_are_refused_and_nothing_stays(server: Server
         assert status == 400, (content, answer)
         assert words in json.dumps(answer), (content, answer)
         assert str(server.save_dir) not in json.dumps(answer)
-    assert sorted((server.save_dir / "jobs").iterdir()) == before
+    assert server.jobs() == before
 
 
 def _upload(server: Server, field: str, content: bytes) -> tuple[int, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from serving import Server
 
+pytest.importorskip("dbos")
 STEPS = 120
 
 
