@@ -68,7 +68,7 @@ function fill(card, job) {
     card.append(view);
   }
   card.append(make("p", job.prompt));
-  const facts = [say(job.status), `${job.size}`, `${job.seconds} s`, say("seed", { seed: job.seed })];
+  const facts = [say(job.status), `${job.size}`, `${Number(job.seconds).toFixed(1)} s`, say("seed", { seed: job.seed })];
   if (job.status === "completed")
     facts.push(say("took", { seconds: job.inference_time_s.toFixed(1) }));
   if (job.status === "queued" && job.queue_position)
