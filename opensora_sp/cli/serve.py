@@ -38,11 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from opensora_sp.server.service import serve
 
         logging.getLogger("opensora_sp.server").setLevel(logging.INFO)
-        print(
-            f"serving on http://{settings.host}:{settings.port} (the API: /openapi.json)",
-            file=sys.stderr,
-            flush=True,
-        )
         return serve(settings)
     except UserError as error:
         return refuse(error, same_everywhere=True)

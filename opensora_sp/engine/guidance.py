@@ -161,7 +161,8 @@ class Velocity:
             other = mine[1] if self._swap is None else self._swap(mine[0]).wait()
             if branches == (1,):
                 velocity, other = other.float(), mine[0]
-            # Classifier-free guidance: away from the unconditional velocity, by the scale.
+            # Classifier-free guidance combines both branches: away from the unconditional
+            # velocity, by the scale.
             velocity = torch.lerp(other.float(), velocity, self._cfg_scale)
         if self._padding is not None:
             velocity = velocity.masked_fill(self._padding, 0.0)

@@ -182,7 +182,8 @@ class VideoWriter:
             )
         except ValueError as error:  # PyAV raises it for an encoder that it lacks
             raise UserError(
-                f"PyAV has no encoder {self._codec!r} for mp4: pip install av>=14 brings libx264"
+                f"PyAV has no encoder {self._codec!r} for mp4: pip install 'av>=17.0.1' "
+                "brings libx264"
             ) from error
         stream.height, stream.width = height, width
         stream.pix_fmt = "rgb24"

@@ -220,13 +220,14 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             return _refusal(429, f"{limits.queued} jobs are queued already: try again later")
         owner = request.state.owner
         mine = sum(e.status == "queued" and e.spec.owner == owner for e in board.all())
-        if mine >= limits.queued_each:
+        if gateway.tokens and mine >= limits.queued_each:
             return _refusal(429, f"{mine} of your jobs are queued already: try again later")
         job_id = gateway.store.new_id()
         try:
-            async with asyncio.timeout(limits.body_seconds):
-                fields, uploads = await _read_body(request, gateway, job_id)
-        except TimeoutError:
+            fields, uploads = await asyncio.wait_for(
+                _read_body(request, gateway, job_id), limits.body_seconds
+            )
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             await run_in_threadpool(gateway.store.delete, job_id)
             return _refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
         except BaseException:
@@ -336,6 +337,8 @@ async def _read_body(
         raise HTTPException(
             415, f"content-type {kind[:60]!r}: send multipart/form-data or application/json"
         )
+    if "content-length" not in request.headers:
+        raise HTTPException(411, "a form needs its content-length")
     try:
         form = await request.form(
             max_files=limits.files, max_fields=limits.fields, max_part_size=1 << 20

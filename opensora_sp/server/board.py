@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,19 +37,25 @@ class Entry:
 class Board:
     """All jobs. Reading never waits for the disk; `look` brings it in step with the queue."""
 
-    def __init__(
-        self, store: JobStore, jobs: JobQueue, *, keep_seconds: float | None = None
-    ) -> None:
-        self._store, self._jobs, self._keep_seconds = store, jobs, keep_seconds
+    def __init__(self, store: JobStore, jobs: JobQueue) -> None:
+        self._store, self._jobs = store, jobs
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
-        self.changed: Callable[[Entry], None] = lambda entry: None
-        self.ended: Callable[[Entry], None] = lambda entry: None
 
     def load(self) -> None:
         """Read every job; one that was written but never queued is queued now."""
-        specs = [self._store.spec(job_id) for job_id in self._store.ids()]
+        specs = []
+        for job_id in list(self._store.ids()):
+            try:
+                spec = self._store.spec(job_id)
+            except (KeyError, TypeError):
+                log.warning("the folder of %s is damaged; it is left out", job_id)
+                continue
+            if self._store.result(job_id) is None and self._store.cancel_asked(job_id):
+                self._store.delete(job_id)  # the server was killed while it was deleted
+                continue
+            specs.append(spec)
         known = self._jobs.find([spec.id for spec in specs])
         for spec in specs:
             result = self._store.result(spec.id)
@@ -105,7 +110,6 @@ class Board:
             entry.progress,
             entry.result,
             place=entry.place,
-            keep_seconds=self._keep_seconds,
         )
 
     def look(self) -> None:
@@ -153,9 +157,6 @@ class Board:
             if entry.spec.id not in self._entries:
                 return
             self._entries[entry.spec.id] = entry
-        self.changed(entry)
-        if not entry.live:
-            self.ended(entry)
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_SECONDS):

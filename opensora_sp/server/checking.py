@@ -24,11 +24,10 @@ MEMORY_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Engine:
-    """What the gateway knows of the engine: its flags, its ranks, the memory of a device."""
+    """What the gateway knows of the engine: its flags and its ranks."""
 
     arguments: tuple[str, ...] = ()
     ranks: int = 1
-    device_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,6 @@ def judge(
     for path in reference_paths(request):
         if path not in uploads:
             raise UserError("--prompt names a file or an address: send the file with the request")
-    if engine.device_memory is not None:
-        from opensora_sp.planner.requests import plan_job
-
-        plan_job(job, engine.ranks, engine.device_memory)
     height, width = request.decoded_size
     frames = request.num_frames + (request.loop - 1) * (request.num_frames - _repeated(request))
     return Judged(
@@ -78,8 +73,6 @@ def judge(
             "seconds": f"{frames / request.save_fps:g}",
             "num_frames": frames,
             "seed": request.seed,
-            "steps": request.steps * request.loop,
-            "is_image": request.is_image,
         },
         notes=tuple(note for note in job.notes if "embedded model" not in note),
     )

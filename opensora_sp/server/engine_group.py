@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
+from opensora_sp.jobs.schedule import Work
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.checking import Engine as EngineFacts
@@ -115,12 +117,14 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
     arguments = [*settings.arguments, f"--config={config}", "--prompt=warm up"]
     job = _job(settings, [*arguments, "--num-sampling-steps=1"], Path(folder))
     run_job(engine, replace(job, engine=engine.settings))
+    if engine.whole.leads:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) -> None:
     """Make one job, or write down in a line why it could not be made. Collective."""
     whole = engine.whole
-    teller = Teller(store, job_id, whole.leads)
+    reporter = JobReporter(store, job_id, whole.leads)
     try:
         job = whole.control.broadcast_object(
             _prepare(settings, store, job_id) if whole.leads else None
@@ -129,16 +133,21 @@ def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) ->
             raise SharedFault(job)
         if job is None:  # deleted, or made already when the queue gave it out again
             return
-        _run(engine, replace(job, engine=engine.settings), teller)
+        _run(engine, replace(job, engine=engine.settings), reporter)
     except Cancelled:
         return
     except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
-        teller.failed(str(error))
+        reporter.failed(str(error))
         return
     except UserError as error:  # this rank alone: the others may wait for it for ever
-        teller.failed(str(error), "engine_error")
+        if whole.world_size == 1 and store.cancel_asked(job_id):
+            store.delete(job_id)  # its folder went while it was written
+            return
+        reporter.failed(str(error), "engine_error")
         raise
-    teller.completed(job, engine)
+    reporter.completed(job, engine)
+    if whole.leads and store.cancel_asked(job_id):
+        store.delete(job_id)  # deleted while it was decoded: nothing of it stays
 
 
 def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
@@ -158,13 +167,14 @@ def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
     return job.failed[0] if job.failed else job
 
 
-def _run(engine: Any, job: Any, teller: Teller) -> None:
+def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
     from opensora_sp.jobs.prepare import check_encoder, encode_all_text, unfinished
     from opensora_sp.jobs.run import make_batch
     from opensora_sp.jobs.schedule import deal
 
     job, works = unfinished(job, engine.whole, engine.digests)
-    teller.begin(job)
+    engine.pipeline.models.clock.seconds.clear()
+    reporter.begin(job, works)
     if not works:
         return
     check_encoder(engine.whole, job, works)
@@ -172,22 +182,25 @@ def _run(engine: Any, job: Any, teller: Teller) -> None:
     on_cpu = engine.whole.device.type == "cpu" or engine.settings.t5_device == "cpu"
     encode_all_text(engine.pipeline, deal(works, 1), keep_encoder=on_cpu)
     for work in works:
-        make_batch(engine, job, work, None, on_step_end=teller.on_step_end)
+        make_batch(engine, job, work, None, on_step_end=reporter.on_step_end)
 
 
-class Teller:
+class JobReporter:
     """What the store is told of one job, by rank 0 alone; on the others it does nothing."""
 
     def __init__(self, store: JobStore, job_id: str, leads: bool) -> None:
         self._store, self._id, self._leads = store, job_id, leads
         self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
         self._first: float | None = None
-        self._before: dict[str, float] = {}
+        self._before = 0
 
-    def begin(self, job: Any) -> None:
-        """The job has been taken and is made from here on."""
+    def begin(self, job: Job, works: Sequence[Work]) -> None:
+        """The job is made from here on: from the beginning, or from where it was saved."""
         request = job.tasks[0].request
         self._steps = request.steps * request.loop
+        if works:
+            self._done = works[0].start.clip * request.steps + works[0].start.step
+        self._before = self._done
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
@@ -197,7 +210,8 @@ class Teller:
         self._done += 1
         if self._first is None:
             self._first = time.time()
-        self._note("denoising" if self._done < self._steps else "decoding")
+        last = self._done >= self._steps
+        self._note("decoding" if last else "denoising", force=last)
         return self._store.cancel_asked(self._id)
 
     def failed(self, reason: str, code: str = "invalid_request") -> None:
@@ -219,7 +233,6 @@ class Teller:
             return
         clock = engine.pipeline.models.clock
         stages = {name: round(seconds, 4) for name, seconds in clock.seconds.items()}
-        clock.seconds.clear()
         self._store.put_result(
             self._id,
             JobResult(
@@ -237,8 +250,9 @@ class Teller:
             return
         self._noted = moment
         eta = None
-        if self._first is not None and self._done > 1:
-            pace = (moment - self._first) / (self._done - 1)
+        made = self._done - self._before
+        if self._first is not None and made > 1:
+            pace = (moment - self._first) / (made - 1)
             eta = round(pace * max(0, self._steps - self._done), 1)
         self._store.put_progress(
             self._id, JobProgress(stage, self._done, self._steps, eta, self._started)
@@ -271,10 +285,10 @@ class Beat:
 
     def _run(self) -> None:
         while True:
-            told = {"pid": os.getpid(), "state": self.state, "at": time.time()}
+            beat = {"pid": os.getpid(), "state": self.state, "at": time.time()}
             try:
                 with atomic_output(self._path) as temporary:
-                    temporary.write_text(json.dumps(told), encoding="ascii")
+                    temporary.write_text(json.dumps(beat), encoding="ascii")
             except UserError as error:
                 log.warning(f"the engine's sign of life is not written: {error}")
             if self._end.wait(BEAT_SECONDS):

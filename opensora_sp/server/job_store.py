@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,6 @@ class JobResult:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
-    sent_bytes: dict[str, int] = field(default_factory=dict)
 
 
 class JobStore:
@@ -146,17 +145,6 @@ class JobStore:
         folder = self.folder(job_id)
         return (folder / "cancel").exists() or not (folder / "job.json").exists()
 
-    def attempts(self, job_id: str) -> int:
-        """How often it was begun, this time included; written down before it begins."""
-        path = self.folder(job_id) / "attempts"
-        try:
-            count = int(path.read_text(encoding="ascii")) + 1
-        except (OSError, ValueError):
-            count = 1
-        with atomic_output(path) as temporary:
-            temporary.write_text(str(count), encoding="ascii")
-        return count
-
     def delete(self, job_id: str) -> None:
         """Remove everything of a job; job.json first, so that a half-deleted one is gone."""
         folder = self.folder(job_id)
@@ -170,10 +158,6 @@ class JobStore:
             return None
         path = self.outputs(job_id) / Path(result.file).name
         return path if path.is_file() else None
-
-    def size(self, job_id: str) -> int:
-        """Bytes of everything in its folder."""
-        return sum(p.stat().st_size for p in self.folder(job_id).rglob("*") if p.is_file())
 
     def _put(self, job_id: str, name: str, content: dict[str, Any]) -> None:
         folder = self.folder(job_id)
@@ -196,8 +180,3 @@ class JobStore:
 def now() -> float:
     """Seconds since 1970."""
     return time.time()
-
-
-def in_order(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """Newest first; the id decides between those of one moment."""
-    return sorted(specs, key=lambda spec: (-spec.created_at, spec.id))

@@ -114,7 +114,9 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
         if key in REQUEST_FIELDS and value is not None and value != "":
             arguments += _argument(flags[key], name, value)
     arguments += _references(uploads)
-    priority = _whole(fields.get("priority", 100), "priority", 1, 1000)
+    priority = _whole(
+        100 if fields.get("priority") in (None, "") else fields["priority"], "priority", 1, 1000
+    )
     return Asked(tuple(arguments), {"model": model, "prompt": prompt}, priority)
 
 
@@ -125,6 +127,10 @@ def _refuse_unknown(fields: Mapping[str, Any]) -> None:
             raise BadRequest(
                 f"{shown(name)} is not a field; there are {', '.join(sorted(known))}", name
             )
+        if name in UPLOADS and fields[name] not in (None, ""):
+            raise BadRequest(f"{name} is a file: send it as a form, as -F {name}=@cat.png", name)
+    if fields.get("n") not in (None, "", 1, "1"):
+        raise BadRequest(f"n {shown(fields['n'])} is not 1: send one request a video", "n")
 
 
 def _length(fields: Mapping[str, Any]) -> list[str]:
@@ -227,11 +233,10 @@ def video_json(
     result: JobResult | None,
     *,
     place: int | None = None,
-    keep_seconds: float | None = None,
 ) -> dict[str, Any]:
     """A job as the API's Video. status: queued, in_progress, completed or failed.
 
-    place: how many jobs are before it. keep_seconds: for how long outputs are kept.
+    place: how many jobs are before it.
     """
     percent = progress.percent if progress is not None and status == "in_progress" else 0
     error = None
@@ -249,9 +254,7 @@ def video_json(
         "progress": 100 if status == "completed" else percent,
         "created_at": int(spec.created_at),
         "completed_at": finished if status == "completed" else None,
-        "expires_at": None
-        if finished is None or keep_seconds is None
-        else int(finished + keep_seconds),
+        "expires_at": None,
         "prompt": spec.shown.get("prompt", ""),
         "seconds": spec.shown.get("seconds", ""),
         "size": spec.shown.get("size", ""),

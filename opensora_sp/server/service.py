@@ -17,16 +17,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.server.engine_group import GroupSettings
+from opensora_sp.server.engine_group import BEAT_SECONDS, GroupSettings
+
+if TYPE_CHECKING:
+    from opensora_sp.server.app import Gateway
 
 # An engine that has ended is started again after this time, doubled each time up to the second.
 RESTART_SECONDS, MOST_RESTART_SECONDS = 0.5, 30.0
 # Without a sign of life for this long it counts as stuck.
 SILENT_SECONDS = 30.0
-# After so many ends in a row without one job made, it is given up.
+# After so many ends in a row, each before it was ready or within a minute, it is given up.
 MOST_ENDS = 10
 END_SECONDS = 60.0
 log = logging.getLogger(__name__)
@@ -40,8 +43,6 @@ class ServiceSettings:
     port: int
     group: GroupSettings
     token_file: Path | None = None
-    keep_days: float | None = None
-    keep_bytes: int | None = None
 
 
 class EngineProcess:
@@ -61,7 +62,7 @@ class EngineProcess:
         self._thread.start()
 
     def state(self) -> str:
-        """ready, starting, stuck, or why it was given up."""
+        """ready, starting, stopped, or "failed: ..." with the reason."""
         if self._failed is not None:
             return f"failed: {self._failed}"
         if self._ending.is_set():
@@ -97,12 +98,15 @@ class EngineProcess:
                 preexec_fn=_end_with_parent,
                 stdin=subprocess.DEVNULL,
             )
-            code, was_ready = self._process.wait(), self._was_ready
             self._was_ready = False
+            while self._process.poll() is None:
+                self.state()  # notes that it was ready, whether or not anybody asks
+                time.sleep(BEAT_SECONDS / 2)
+            code, was_ready = self._process.returncode, self._was_ready
             if self._ending.is_set():
                 return
             lasted = time.monotonic() - started
-            ends = 0 if lasted > 60 else ends + 1
+            ends = 0 if was_ready and lasted > 60 else ends + 1
             wait = RESTART_SECONDS if ends <= 1 else min(MOST_RESTART_SECONDS, wait * 2)
             if (code == 2 and not was_ready) or ends >= MOST_ENDS:
                 self._failed = f"the engine ended with exit code {code}; its messages say why"
@@ -177,7 +181,7 @@ def read_tokens(path: Path) -> dict[str, str]:
 
 def serve(settings: ServiceSettings) -> int:
     """Run the server until it is asked to end."""
-    from opensora_sp.server.app import Gateway, build_app
+    from opensora_sp.server.app import Gateway
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Engine, Judge
     from opensora_sp.server.durable import JobQueue
@@ -186,8 +190,7 @@ def serve(settings: ServiceSettings) -> int:
     group = settings.group
     with only_server(group.save_dir):
         store, jobs = JobStore(group.save_dir), JobQueue(group.queue)
-        keep = None if settings.keep_days is None else settings.keep_days * 86400
-        board = Board(store, jobs, keep_seconds=keep)
+        board = Board(store, jobs)
         board.load()
         engine = EngineProcess(group)
         gateway = Gateway(
@@ -198,49 +201,61 @@ def serve(settings: ServiceSettings) -> int:
             engine_state=engine.state,
             tokens={} if settings.token_file is None else read_tokens(settings.token_file),
             hosts=_hosts(settings.host),
+            embedded=not any("ckpt" in word for word in group.arguments),
         )
-        engine.start()
-        try:
-            _listen(settings, build_app(gateway))
-        finally:
-            gateway.draining = True
-            engine.stop()
-            jobs.close()
+        with _bound(settings) as listening:
+            engine.start()
+            try:
+                _answer(settings, gateway, listening)
+            finally:
+                engine.stop()
+                jobs.close()
     return 0
 
 
-def _listen(settings: ServiceSettings, app: Any) -> None:
-    """Answer until Ctrl-C or SIGTERM comes. Raises UserError where the port is taken."""
+def _bound(settings: ServiceSettings) -> socket.socket:
+    """The socket to listen on. Raises UserError where the port is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"--port {settings.port} on --host {settings.host}: {error.strerror}; give another"
+        ) from None
+
+
+def _answer(settings: ServiceSettings, gateway: Gateway, listening: socket.socket) -> None:
+    """Answer until Ctrl-C or SIGTERM comes."""
     import uvicorn
 
+    from opensora_sp.server.app import build_app
+
     config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
+        build_app(gateway),
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    try:
-        listening = socket.create_server((settings.host, settings.port), reuse_port=False)
-    except OSError as error:
-        raise UserError(
-            f"--port {settings.port} on {settings.host}: {error.strerror}; choose another"
-        ) from None
     server = uvicorn.Server(config)
     # uvicorn would raise the signal again when it has ended, and the engine would not be stopped.
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 
     def stop(number: int, _frame: Any) -> None:
+        gateway.draining = True
         server.should_exit = True
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with listening:
-        server.run(sockets=[listening])
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    print(
+        f"serving on http://{host}:{settings.port} (the API: /openapi.json)",
+        file=sys.stderr,
+        flush=True,
+    )
+    server.run(sockets=[listening])
 
 
 def _hosts(host: str) -> Sequence[str]:

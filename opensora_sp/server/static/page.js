@@ -135,10 +135,10 @@ function show(job) {
 
 async function refresh() {
   try {
-    const found = await (await call("/v1/videos?limit=100&order=asc")).json();
+    const found = await (await call("/v1/videos?limit=100&order=desc")).json();
     const ids = new Set(found.data.map((job) => job.id));
     for (const id of [...jobs.keys()]) if (!ids.has(id)) gone(id);
-    found.data.forEach(show);
+    found.data.reverse().forEach(show);
     const ready = await fetch("/ready");
     const state = (await ready.json()).status;
     by("state").textContent = words[state] || state;
