@@ -18,18 +18,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
-from opensora_sp.jobs.schedule import Work
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.checking import Engine as EngineFacts
 from opensora_sp.server.checking import job_arguments, without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore, now
+
+if TYPE_CHECKING:
+    from opensora_sp.jobs.schedule import Work
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 1.0
