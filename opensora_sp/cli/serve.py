@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from opensora_sp.server.service import serve
 
         logging.getLogger("opensora_sp.server").setLevel(logging.INFO)
-        return serve(settings)
+        return serve(settings, lambda text: print(text, file=sys.stderr, flush=True))
     except UserError as error:
         return refuse(error, same_everywhere=True)
 

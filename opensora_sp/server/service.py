@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,8 +179,8 @@ def read_tokens(path: Path) -> dict[str, str]:
     return tokens
 
 
-def serve(settings: ServiceSettings) -> int:
-    """Run the server until it is asked to end."""
+def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
+    """Run the server until it is asked to end. say: told where it answers, once it does."""
     from opensora_sp.server.app import Gateway
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Engine, Judge
@@ -206,7 +206,7 @@ def serve(settings: ServiceSettings) -> int:
         with _bound(settings) as listening:
             engine.start()
             try:
-                _answer(settings, gateway, listening)
+                _answer(settings, gateway, listening, say)
             finally:
                 engine.stop()
                 jobs.close()
@@ -224,7 +224,12 @@ def _bound(settings: ServiceSettings) -> socket.socket:
         ) from None
 
 
-def _answer(settings: ServiceSettings, gateway: Gateway, listening: socket.socket) -> None:
+def _answer(
+    settings: ServiceSettings,
+    gateway: Gateway,
+    listening: socket.socket,
+    say: Callable[[str], None],
+) -> None:
     """Answer until Ctrl-C or SIGTERM comes."""
     import uvicorn
 
@@ -250,11 +255,7 @@ def _answer(settings: ServiceSettings, gateway: Gateway, listening: socket.socke
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(
-        f"serving on http://{host}:{settings.port} (the API: /openapi.json)",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"serving on http://{host}:{settings.port} (the API: /openapi.json)")
     server.run(sockets=[listening])
 
 
