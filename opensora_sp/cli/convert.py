@@ -19,12 +19,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.screen import note, on_any_screen, result
 from opensora_sp.cli.console import refuse
+from opensora_sp.cli.parser import RefusingParser
 from opensora_sp.models.foreign_checkpoints import (
     AVERAGE,
     KINDS,
@@ -45,11 +46,6 @@ _PUBLISHED_DIT = {"model_type": "STDiT3"}  # absent keys mean STDiT3-XL/2's valu
 _PUBLISHED_VAE = {"model_type": "VideoAutoencoderPipeline", "vae_temporal": "VAE_Temporal_SD"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns 0, or 2 with one line where that cannot be done."""
@@ -64,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
-    made = _Parser(
+    made = RefusingParser(
         prog="opensora-sp convert",
         usage="opensora-sp convert {dit,t5,vae3d} SOURCE NEW_DIR [flags]",
         description="Brings a checkpoint of another form into the published layout: Open-Sora's "

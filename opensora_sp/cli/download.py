@@ -20,12 +20,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.hashes import SUMS, git_blob, sha256, write_sums
 from opensora_sp.base.screen import on_any_screen, one_line
+from opensora_sp.cli.parser import RefusingParser
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,6 @@ PINNED = Path(__file__).resolve().parent.parent / "assets" / "weight_hashes.txt"
 TRIES = 2  # a file that arrives broken is fetched once more
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 1 if the check found something, or 2 for a mistake."""
@@ -95,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
-    made = _Parser(
+    made = RefusingParser(
         prog="opensora-sp download",
         usage="opensora-sp download DIR\n       opensora-sp download --check DIR [DIR ...]",
         description="Fetches the four published checkpoints into DIR/dit, DIR/t5, DIR/vae2d and "

@@ -7,24 +7,16 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import on_any_screen
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, say
+from opensora_sp.cli.parser import RefusingParser
 
 if TYPE_CHECKING:
-    from opensora_sp.server.service import ServiceSettings
-
-_LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as every command of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+    from opensora_sp.server.settings import ServiceSettings
 
 
 @on_any_screen
@@ -45,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Its own flags; those of the engine are of the flag table."""
-    parser = _Parser(
+    parser = RefusingParser(
         prog="opensora-sp serve",
         description=(
             "Keeps the models loaded and makes videos that come over HTTP: an API that the openai "
@@ -74,32 +66,28 @@ def parser() -> argparse.ArgumentParser:
 
 def _settings(words: Sequence[str]) -> ServiceSettings:
     """What was asked for, checked before anything is started. Raises UserError."""
-    from opensora_sp.server.durable import require_dbos, sqlite_url
-    from opensora_sp.server.engine_group import GroupSettings, first_job
-    from opensora_sp.server.service import ServiceSettings, read_tokens
+    from opensora_sp.server.durable import sqlite_url
+    from opensora_sp.server.settings import (
+        LOCAL_HOSTS,
+        GroupSettings,
+        ServiceSettings,
+        read_tokens,
+        require_packages,
+    )
 
     found, engine = parser().parse_known_args(list(words))
     if not 0 < found.port < 65536:
         raise UserError(f"--port {found.port} is not a port from 1 to 65535")
     if not 0 < found.nproc <= 64:
         raise UserError(f"--nproc {found.nproc} is not a number of ranks from 1 to 64")
-    if found.host not in _LOCAL and found.token_file is None:
+    if found.host not in LOCAL_HOSTS and found.token_file is None:
         raise UserError(
             f"--host {found.host} lets other machines in, which needs --token-file FILE; "
             "--host 127.0.0.1 serves this machine alone"
         )
-    if found.token_file is not None:
-        read_tokens(found.token_file)
+    tokens = {} if found.token_file is None else read_tokens(found.token_file)
     _require_engine_flags(engine)
-    require_dbos()
-    try:
-        import fastapi  # noqa: F401
-        import multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"serving needs the package {error.name}: pip install 'opensora_sp[serve]'"
-        ) from None
+    require_packages()
     group = GroupSettings(
         save_dir=found.save_dir.resolve(),
         queue=sqlite_url(found.save_dir),
@@ -107,8 +95,8 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         warmup=tuple(name for name in found.warmup.split(",") if name),
         ranks=found.nproc,
     )
-    first_job(group)
-    return ServiceSettings(found.host, found.port, group, found.token_file)
+    group.first_job()
+    return ServiceSettings(found.host, found.port, group, tokens)
 
 
 def _require_engine_flags(words: Sequence[str]) -> None:

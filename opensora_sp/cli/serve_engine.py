@@ -11,7 +11,8 @@ from opensora_sp.cli.console import refuse
 from opensora_sp.cli.program import Prepared, run_prepared
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 from opensora_sp.parallel.watchdog.signals import leave
-from opensora_sp.server.engine_group import first_job, read_settings, serve_jobs
+from opensora_sp.server.engine_group import serve_jobs
+from opensora_sp.server.settings import GroupSettings
 
 
 @on_any_screen
@@ -22,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(
             UserError("opensora-sp serve starts this; it is no command"), same_everywhere=True
         )
-    settings = read_settings(words[1])
+    settings = GroupSettings.from_json(words[1])
     watch_launcher()
     try:
-        job = first_job(settings)
+        job = settings.first_job()
     except UserError as error:
         return refuse(error, same_everywhere=True)
     code = run_prepared(Prepared(job, lambda: serve_jobs(settings, job)))

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
@@ -14,6 +14,7 @@ from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.cli.help import help_asked, say
+from opensora_sp.cli.parser import RefusingParser
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 
@@ -32,13 +33,6 @@ _ABOUT: Mapping[Examination, str] = {
     "collectives, operations, encoder, disk, memory.",
 }
 _ELSEWHERE = "opensora-sp parity stands for --parity, and opensora-sp doctor for --doctor."
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as every command of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 @on_any_screen
@@ -76,7 +70,7 @@ def examination(argv: Sequence[str]) -> Examination:
 def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
     """The parser of all three examinations; for its help, of one of them only."""
     name = only or "verify"
-    parser = _Parser(
+    parser = RefusingParser(
         prog=f"opensora-sp {name}",
         usage=f"opensora-sp {name} [flags]\n"
         f"       torchrun --nproc_per_node N --no-python opensora-sp {name} [flags]",

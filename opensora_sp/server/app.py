@@ -7,8 +7,8 @@ import contextlib
 import hmac
 import json
 import logging
-import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from opensora_sp import __version__
 from opensora_sp.server.board import Board, Entry
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
-from opensora_sp.server.job_store import JobSpec, JobStore, now
+from opensora_sp.server.job_store import JobSpec, JobStore
 from opensora_sp.server.page import add_page
 from opensora_sp.server.protocol import MODEL, UPLOADS, BadRequest, error_json, read_fields
 from opensora_sp.server.uploads import picture_or_video, save_upload
@@ -61,7 +61,7 @@ class Gateway:
     board: Board
     judge: Judge
     engine_state: Callable[[], str]
-    tokens: dict[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     hosts: Sequence[str] = ()
     embedded: bool = True
@@ -78,7 +78,6 @@ def build_app(gateway: Gateway) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.gateway = gateway
     app.middleware("http")(_guard(gateway))
     app.add_exception_handler(BadRequest, _on_bad_request)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -162,7 +161,7 @@ def _guard(gateway: Gateway) -> Callable[..., Any]:
     return guard
 
 
-def _owner(tokens: dict[str, str], request: Request) -> str | None:
+def _owner(tokens: Mapping[str, str], request: Request) -> str | None:
     """Whose token came along; every token is compared in constant time."""
     given = request.headers.get("authorization", "")
     scheme, _, token = given.partition(" ")
@@ -219,9 +218,10 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         if counts["queued"] >= limits.queued:
             return _refusal(429, f"{limits.queued} jobs are queued already: try again later")
         owner = request.state.owner
-        mine = sum(e.status == "queued" and e.spec.owner == owner for e in board.all())
-        if gateway.tokens and mine >= limits.queued_each:
-            return _refusal(429, f"{mine} of your jobs are queued already: try again later")
+        if gateway.tokens:
+            mine = sum(e.status == "queued" and e.spec.owner == owner for e in board.all())
+            if mine >= limits.queued_each:
+                return _refusal(429, f"{mine} of your jobs are queued already: try again later")
         job_id = gateway.store.new_id()
         try:
             fields, uploads = await asyncio.wait_for(
@@ -305,10 +305,10 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
 async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
     last = ""
     while (entry := board.get(video_id)) is not None:
-        told = json.dumps(board.video(entry))
-        if told != last:
-            last = told
-            yield f"data: {told}\n\n"
+        video = json.dumps(board.video(entry))
+        if video != last:
+            last = video
+            yield f"data: {video}\n\n"
         if not entry.live:
             return
         await asyncio.sleep(0.25)
@@ -361,8 +361,7 @@ async def _read_body(
                 )
             folder = gateway.store.uploads(job_id)
             path = await run_in_threadpool(save_upload, value.file, folder, len(uploads))
-            file_kind = await run_in_threadpool(picture_or_video, path)
-            uploads.append((name, str(path), file_kind))
+            uploads.append((name, str(path), picture_or_video(path)))
     return fields, uploads
 
 
@@ -377,15 +376,15 @@ def _queue(
     try:
         asked = read_fields(fields, uploads)
         outputs = gateway.store.outputs(job_id)
-        judged = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)
+        shown = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)
     except BaseException:
-        shutil.rmtree(gateway.store.folder(job_id), ignore_errors=True)
+        gateway.store.delete(job_id)
         raise
     spec = JobSpec(
         id=job_id,
-        created_at=now(),
+        created_at=time.time(),
         arguments=asked.arguments,
-        shown=asked.shown | judged.shown | {"notes": list(judged.notes)},
+        shown=asked.shown | shown,
         priority=asked.priority,
         owner=owner,
     )

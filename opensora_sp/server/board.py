@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 from opensora_sp.server.durable import JobQueue, QueuedJob
-from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore, now
+from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.protocol import video_json
 
 LOOK_SECONDS = 0.25
@@ -132,7 +133,7 @@ class Board:
             result = self._store.result(job_id)
             if result is None and ended is not None and ended.status == "ended":
                 result = JobResult(
-                    finished_at=now(),
+                    finished_at=time.time(),
                     error="the engine ended too often while it was made; it is given up",
                     error_code="engine_ended",
                 )

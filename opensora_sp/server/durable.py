@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_sp.base.errors import UserError
-
 QUEUE, WORKFLOW = "videos", "make_video"
 APPLICATION, VERSION = "opensora-sp", "1"
 # How often the engine may end in one job before the job is given up.
@@ -23,17 +21,6 @@ MOST_ATTEMPTS = 5
 POLL_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
-
-
-def require_dbos() -> Any:
-    """The package; UserError with the way to install it where it is absent."""
-    try:
-        import dbos
-    except ImportError as error:
-        raise UserError(
-            f"serving needs the package {error.name}: pip install 'opensora_sp[serve]'"
-        ) from None
-    return dbos
 
 
 def sqlite_url(save_dir: Path) -> str:
@@ -66,7 +53,8 @@ class JobQueue:
     """The gateway's side. Its calls take milliseconds and may block: use them in a thread."""
 
     def __init__(self, url: str) -> None:
-        dbos = require_dbos()
+        import dbos
+
         dbos.run_dbos_database_migrations(system_database_url=url, schema="dbos")
         self._client = dbos.DBOSClient(
             system_database_url=url,
@@ -138,7 +126,9 @@ class Worker:
     """
 
     def __init__(self, url: str, executor: str) -> None:
-        self._dbos = require_dbos()
+        import dbos
+
+        self._dbos: Any = dbos
         self._jobs: queue.Queue[tuple[str, threading.Event]] = queue.Queue()
         self._done: threading.Event | None = None
         self._app = self._dbos.DBOS(

@@ -15,8 +15,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,10 @@ from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job
-from opensora_sp.request.settings import build_job, parse_command_line, resolve
-from opensora_sp.server.checking import Engine as EngineFacts
-from opensora_sp.server.checking import job_arguments, without_paths
+from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
-from opensora_sp.server.job_store import JobProgress, JobResult, JobStore, now
+from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
+from opensora_sp.server.settings import GroupSettings
 
 if TYPE_CHECKING:
     from opensora_sp.jobs.schedule import Work
@@ -39,39 +38,6 @@ BEAT_SECONDS = 1.0
 NOTE_SECONDS = 0.3
 LOCK_SECONDS = 60.0
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """How a group is run. arguments: the engine's own flags."""
-
-    save_dir: Path
-    queue: str
-    arguments: tuple[str, ...]
-    warmup: tuple[str, ...] = ()
-    ranks: int = 1
-
-
-def read_settings(text: str) -> GroupSettings:
-    """GroupSettings from JSON, as `service.command` writes them."""
-    found = json.loads(text)
-    return GroupSettings(
-        save_dir=Path(found["save_dir"]),
-        queue=found["queue"],
-        arguments=tuple(found["arguments"]),
-        warmup=tuple(found["warmup"]),
-        ranks=found["ranks"],
-    )
-
-
-def first_job(settings: GroupSettings) -> Job:
-    """The job that the engine is opened for: it stands for those to come. Raises UserError."""
-    return _job(settings, [*settings.arguments, "--prompt=warm up"], settings.save_dir / "warmup")
-
-
-def _job(settings: GroupSettings, arguments: Sequence[str], outputs: Path) -> Job:
-    values = resolve(parse_command_line([*arguments, f"--save-dir={outputs}", "--verbose=0"]))
-    return build_job(values, world_size=settings.ranks)
 
 
 def serve_jobs(settings: GroupSettings, first: Job) -> int:
@@ -116,8 +82,8 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
     folder = engine.whole.control.broadcast_object(
         tempfile.mkdtemp() if engine.whole.leads else None
     )
-    arguments = [*settings.arguments, f"--config={config}", "--prompt=warm up"]
-    job = _job(settings, [*arguments, "--num-sampling-steps=1"], Path(folder))
+    arguments = [f"--config={config}", "--prompt=warm up", "--num-sampling-steps=1"]
+    job = settings.job(arguments, Path(folder))
     run_job(engine, replace(job, engine=engine.settings))
     if engine.whole.leads:
         shutil.rmtree(folder, ignore_errors=True)
@@ -160,13 +126,10 @@ def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
         spec = store.spec(job_id)
     except KeyError:
         return None
-    facts = EngineFacts(settings.arguments, settings.ranks)
-    arguments = job_arguments(facts, spec.arguments, store.outputs(job_id))
     try:
-        job = build_job(resolve(parse_command_line(arguments)), world_size=settings.ranks)
+        return settings.job(spec.arguments, store.outputs(job_id))
     except UserError as error:
         return str(error)
-    return job.failed[0] if job.failed else job
 
 
 def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
@@ -222,7 +185,7 @@ class JobReporter:
             self._store.put_result(
                 self._id,
                 JobResult(
-                    finished_at=now(),
+                    finished_at=time.time(),
                     error=one_line(without_paths(reason, self._store.outputs(self._id))),
                     error_code=code,
                     seconds=time.time() - self._started,
@@ -238,7 +201,7 @@ class JobReporter:
         self._store.put_result(
             self._id,
             JobResult(
-                finished_at=now(),
+                finished_at=time.time(),
                 file=job.tasks[0].output.name,
                 seconds=time.time() - self._started,
                 stages=stages,
@@ -275,7 +238,7 @@ class Beat:
 
     def __init__(self, save_dir: Path) -> None:
         self.state = "starting"
-        self._path, self._end = save_dir / "engine.json", threading.Event()
+        self._path, self._end = beat_path(save_dir), threading.Event()
         self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
         self._thread.start()
 
@@ -287,7 +250,7 @@ class Beat:
 
     def _run(self) -> None:
         while True:
-            beat = {"pid": os.getpid(), "state": self.state, "at": time.time()}
+            beat = asdict(Sign(os.getpid(), self.state, time.time()))
             try:
                 with atomic_output(self._path) as temporary:
                     temporary.write_text(json.dumps(beat), encoding="ascii")
@@ -297,25 +260,53 @@ class Beat:
                 return
 
 
-@contextmanager
-def _only_engine(save_dir: Path) -> Iterator[None]:
-    """Wait until an engine before this one has ended: two must never make the same job."""
-    from opensora_sp.base.launcher import read_launch
+def beat_path(save_dir: Path) -> Path:
+    """The file of an engine's sign of life."""
+    return save_dir / "engine.json"
 
-    if read_launch().rank != 0:
-        yield
-        return
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with (save_dir / "engine.lock").open("w") as lock:
-        end = time.monotonic() + LOCK_SECONDS
+
+@dataclass(frozen=True)
+class Sign:
+    """A sign of life. state: starting or ready; at: seconds since 1970."""
+
+    pid: int
+    state: str
+    at: float
+
+
+def read_beat(save_dir: Path) -> Sign | None:
+    """The engine's last sign of life; None where there is none."""
+    try:
+        return Sign(**json.loads(beat_path(save_dir).read_text(encoding="ascii")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def only_one(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a file, which another process may hold for so many seconds more.
+
+    Raises UserError with `refusal` where it holds it longer.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        end = time.monotonic() + seconds
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"another engine uses {save_dir}: end it, or give another --save-dir"
-                    ) from None
+                if time.monotonic() >= end:
+                    raise UserError(refusal) from None
                 time.sleep(0.2)
         yield
+
+
+def _only_engine(save_dir: Path) -> AbstractContextManager[None]:
+    """On rank 0, wait for an engine before this one: two must never make the same job."""
+    from opensora_sp.base.launcher import read_launch
+
+    if read_launch().rank != 0:
+        return nullcontext()
+    refusal = f"another engine uses {save_dir}: end it, or give another --save-dir"
+    return only_one(save_dir / "engine.lock", refusal, LOCK_SECONDS)

@@ -17,7 +17,6 @@ import json
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -175,8 +174,3 @@ class JobStore:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
-
-
-def now() -> float:
-    """Seconds since 1970."""
-    return time.time()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from opensora_sp.base.errors import UserError
@@ -82,6 +83,7 @@ class Asked:
     priority: int
 
 
+@cache
 def flags_by_key() -> dict[str, Setting]:
     """Every flag by its key."""
     return {flag.key: flag for flag in all_flags()}

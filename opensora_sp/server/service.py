@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import json
 import logging
 import os
 import signal
@@ -14,13 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.server.engine_group import BEAT_SECONDS, GroupSettings
+from opensora_sp.server.engine_group import BEAT_SECONDS, beat_path, only_one, read_beat
+from opensora_sp.server.settings import LOCAL_HOSTS, GroupSettings, ServiceSettings
 
 if TYPE_CHECKING:
     from opensora_sp.server.app import Gateway
@@ -35,16 +32,6 @@ END_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ServiceSettings:
-    """Where the server listens and what its engine is."""
-
-    host: str
-    port: int
-    group: GroupSettings
-    token_file: Path | None = None
-
-
 class EngineProcess:
     """The engine's processes, watched by a thread."""
 
@@ -53,8 +40,6 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
         self._failed: str | None = None
-        self.restarts = 0
-        self._was_ready = False
         self._thread = threading.Thread(target=self._watch, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -67,14 +52,12 @@ class EngineProcess:
             return f"failed: {self._failed}"
         if self._ending.is_set():
             return "stopped"
-        try:
-            beat = json.loads((self._settings.save_dir / "engine.json").read_text())
-        except (OSError, ValueError):
+        beat = read_beat(self._settings.save_dir)
+        if beat is None:
             return "starting"
-        if time.time() - float(beat["at"]) > SILENT_SECONDS:
+        if time.time() - beat.at > SILENT_SECONDS:
             return "failed: the engine gives no sign of life"
-        self._was_ready = self._was_ready or beat["state"] == "ready"
-        return str(beat["state"])
+        return beat.state
 
     def stop(self) -> None:
         """Let it save what it is making, and end it."""
@@ -91,18 +74,18 @@ class EngineProcess:
         wait, ends = RESTART_SECONDS, 0
         while not self._ending.is_set():
             started = time.monotonic()
-            (self._settings.save_dir / "engine.json").unlink(missing_ok=True)
+            beat_path(self._settings.save_dir).unlink(missing_ok=True)
             self._process = subprocess.Popen(
                 command(self._settings),
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
                 stdin=subprocess.DEVNULL,
             )
-            self._was_ready = False
-            while self._process.poll() is None:
-                self.state()  # notes that it was ready, whether or not anybody asks
+            was_ready = False
+            while (code := self._process.poll()) is None:
+                beat = read_beat(self._settings.save_dir)
+                was_ready = was_ready or (beat is not None and beat.state == "ready")
                 time.sleep(BEAT_SECONDS / 2)
-            code, was_ready = self._process.returncode, self._was_ready
             if self._ending.is_set():
                 return
             lasted = time.monotonic() - started
@@ -112,7 +95,6 @@ class EngineProcess:
                 self._failed = f"the engine ended with exit code {code}; its messages say why"
                 log.error("%s", self._failed)
                 return
-            self.restarts += 1
             log.warning(
                 "the engine ended with exit code %s; it is started again in %.1f s", code, wait
             )
@@ -121,8 +103,7 @@ class EngineProcess:
 
 def command(settings: GroupSettings) -> list[str]:
     """The engine's command line: torchrun for several ranks, plain python for one."""
-    told = asdict(settings) | {"save_dir": str(settings.save_dir)}
-    module = ["-m", "opensora_sp.cli.serve_engine", "--settings", json.dumps(told)]
+    module = ["-m", "opensora_sp.cli.serve_engine", "--settings", settings.to_json()]
     if settings.ranks == 1:
         return [sys.executable, *module]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -140,55 +121,17 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-@contextlib.contextmanager
-def only_server(save_dir: Path) -> Iterator[None]:
-    """One gateway to a save directory. Raises UserError where there is one already."""
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with (save_dir / "gateway.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--save-dir {save_dir}: another server uses it; end it or give another one"
-            ) from None
-        yield
-
-
-def read_tokens(path: Path) -> dict[str, str]:
-    """Tokens of a file, one a line, NAME:TOKEN or TOKEN. Raises UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--token-file {path}: {error.strerror}") from None
-    tokens: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, colon, token = line.partition(":")
-        if not colon:
-            name, token = f"token {number}", line
-        if len(token) < 16:
-            raise UserError(
-                f"--token-file {path}: the token in line {number} has {len(token)} characters; "
-                "16 or more are needed, such as `openssl rand -hex 24` makes"
-            )
-        tokens[token] = name
-    if not tokens:
-        raise UserError(f"--token-file {path} holds no token")
-    return tokens
-
-
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     """Run the server until it is asked to end. say: told where it answers, once it does."""
     from opensora_sp.server.app import Gateway
     from opensora_sp.server.board import Board
-    from opensora_sp.server.checking import Engine, Judge
+    from opensora_sp.server.checking import Judge
     from opensora_sp.server.durable import JobQueue
     from opensora_sp.server.job_store import JobStore
 
     group = settings.group
-    with only_server(group.save_dir):
+    refusal = f"--save-dir {group.save_dir}: another server uses it; end it or give another one"
+    with only_one(group.save_dir / "gateway.lock", refusal):
         store, jobs = JobStore(group.save_dir), JobQueue(group.queue)
         board = Board(store, jobs)
         board.load()
@@ -197,10 +140,10 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
             store=store,
             jobs=jobs,
             board=board,
-            judge=Judge(Engine(group.arguments, group.ranks)),
+            judge=Judge(group),
             engine_state=engine.state,
-            tokens={} if settings.token_file is None else read_tokens(settings.token_file),
-            hosts=_hosts(settings.host),
+            tokens=settings.tokens,
+            hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
             embedded=not any("ckpt" in word for word in group.arguments),
         )
         with _bound(settings) as listening:
@@ -257,10 +200,3 @@ def _answer(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(f"serving on http://{host}:{settings.port} (the API: /openapi.json)")
     server.run(sockets=[listening])
-
-
-def _hosts(host: str) -> Sequence[str]:
-    """Names under which a server on this machine alone is called; any where it is open."""
-    if host in ("127.0.0.1", "localhost", "::1"):
-        return ("127.0.0.1", "localhost", "::1")
-    return ()

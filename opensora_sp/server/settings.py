@@ -1,0 +1,97 @@
+"""What a server is started with: where it listens, whom it lets in, and what its engine is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.request.request import Job
+from opensora_sp.request.settings import build_job, parse_command_line, resolve
+
+# Names of this machine alone: a server that listens there needs no token.
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_PACKAGES = ("dbos", "fastapi", "multipart", "uvicorn", "jinja2")
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How the engine's group of ranks is run. arguments: the engine's own flags."""
+
+    save_dir: Path
+    queue: str
+    arguments: tuple[str, ...]
+    warmup: tuple[str, ...] = ()
+    ranks: int = 1
+
+    def to_json(self) -> str:
+        """For the command line of a rank; `from_json` reads it."""
+        return json.dumps(asdict(self) | {"save_dir": str(self.save_dir)})
+
+    @classmethod
+    def from_json(cls, text: str) -> GroupSettings:
+        """What `to_json` wrote."""
+        found = json.loads(text)
+        lists = {name: tuple(found[name]) for name in ("arguments", "warmup")}
+        return cls(**found | lists | {"save_dir": Path(found["save_dir"])})
+
+    def job(self, arguments: Sequence[str], outputs: Path) -> Job:
+        """The job of a request: the engine's flags, the request's, and where its output goes.
+
+        Raises UserError for what the command line would refuse, in its words.
+        """
+        place = [f"--save-dir={outputs}", "--sample-name=video", "--verbose=0"]
+        values = resolve(parse_command_line([*self.arguments, *arguments, *place]))
+        job = build_job(values, world_size=self.ranks)
+        if job.failed:
+            raise UserError(job.failed[0])
+        return job
+
+    def first_job(self) -> Job:
+        """The job that the engine is opened for: it stands for those to come."""
+        return self.job(["--prompt=warm up"], self.save_dir / "warmup")
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """A server. tokens: token → its owner's name; empty lets everybody in."""
+
+    host: str
+    port: int
+    group: GroupSettings
+    tokens: Mapping[str, str] = field(default_factory=dict)
+
+
+def require_packages() -> None:
+    """Raise UserError with the way to install it where a package that serving needs is absent."""
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"serving needs the package {name}: pip install 'opensora_sp[serve]'")
+
+
+def read_tokens(path: Path) -> dict[str, str]:
+    """Tokens of a file, one a line, NAME:TOKEN or TOKEN. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--token-file {path}: {error.strerror}") from None
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, colon, token = line.partition(":")
+        if not colon:
+            name, token = f"token {number}", line
+        if len(token) < 16:
+            raise UserError(
+                f"--token-file {path}: the token in line {number} has {len(token)} characters; "
+                "16 or more are needed, such as `openssl rand -hex 24` makes"
+            )
+        tokens[token] = name
+    if not tokens:
+        raise UserError(f"--token-file {path} holds no token")
+    return tokens
