@@ -58,22 +58,22 @@ def denoise_flops(
         latent_channels=config.in_channels,
     )
     place, layout = mesh.place(rank), work.layout(mesh)
-    halves = 2 if work.guided and mesh.guidance == 1 else 1
+    branches = 2 if work.guided and mesh.guidance == 1 else 1
     own = frames * layout.patch_split[place.sequence]  # patches of one sample on this rank
     c, s = config.hidden_size, layout.patch_count
     total = step_flops(work, mesh, rank)
     # Cross-attention, sample by sample: 4·L·C a token and block, in both blocks of a pair.
-    total += depth * halves * own * sum(8 * length * c for length in tokens)
+    total += depth * branches * own * sum(8 * length * c for length in tokens)
     total += (
         depth
-        * halves
+        * branches
         * own
         * len(requests)
         * 8
         * (config.mlp_ratio - _PUBLISHED_MLP_RATIO)
         * (c * c)
     )
-    if halves == 2 and runtime.share_first and not runtime.serial_guidance:
+    if branches == 2 and runtime.share_first and not runtime.serial_guidance:
         count = len(requests) * frames
         shared = layout.frame_split(count, count)[place.sequence]
         total -= shared * s * (4 * s * c + 6 * c * c)

@@ -38,7 +38,7 @@ class Interval:
     start: seconds since the recording began. inside: the stage that this is a part of, None for a
     stage itself. nested: seconds of other stages within a stage. step: the index of a denoising
     step. exchange, velocity: seconds of a step in which the host stood still for the exchange
-    around spatial attention, and for the velocity of the other guidance half.
+    around spatial attention, and for the velocity of the other CFG branch.
     """
 
     stage: str

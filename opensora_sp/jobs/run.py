@@ -101,10 +101,10 @@ def make_batch(
         for task, identity in zip(work.tasks, identities, strict=True)
     ]
 
-    def stands(stage: Stage) -> None:
+    def note_stage(stage: Stage) -> None:
         if leads:
             for task, identity in zip(work.tasks, identities, strict=True):
-                _put_down(task, identity, stage)
+                _write_stage(task, identity, stage)
 
     progress = SavedProgress(
         pipeline.session,
@@ -112,16 +112,16 @@ def make_batch(
         work.start,
         every=job.settings.save_every,
         stops=True,
-        on_latents=lambda: stands("latents saved"),
+        on_latents=lambda: note_stage("latents saved"),
     )
     if not work.denoised:
-        stands("denoising")
+        note_stage("denoising")
     requests = [task.request for task in work.tasks]
     with open_outputs(pipeline, job, work.tasks, sheet) as sinks:
         pipeline.generate_to(
             requests, sinks, keep_latents=False, progress=progress, on_step_end=on_step_end
         )
-    stands("done")
+    note_stage("done")
     if leads:
         _finish(job, work, files, sheet, time.perf_counter() - started)
 
@@ -179,7 +179,7 @@ def _finish(
         result(task.output)
 
 
-def _put_down(task: Task, identity: Identity, stage: Stage) -> None:
+def _write_stage(task: Task, identity: Identity, stage: Stage) -> None:
     try:
         write_record(task.output, identity, stage)
     except (UserError, OSError) as error:

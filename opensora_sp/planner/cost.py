@@ -40,10 +40,10 @@ def step_traffic(
 ) -> dict[str, tuple[int, int]]:
     """Calls and bytes that `rank` sends to others in one step, per kind of collective."""
     place, layout = mesh.place(rank), work.layout(mesh)
-    halves = 2 if work.guided and mesh.guidance == 1 else 1
+    branches = 2 if work.guided and mesh.guidance == 1 else 1
     traffic: dict[str, tuple[int, int]] = {}
     if mesh.sequence > 1:
-        groups = [1] * halves if runtime.serial_guidance else [halves]
+        groups = [1] * branches if runtime.serial_guidance else [branches]
         for streams in groups:
             chunks = cut([(work.batch, work.frames)] * streams, runtime.chunks)
             shared = streams > 1 and runtime.share_first
@@ -85,12 +85,12 @@ def step_flops(work: Workload, mesh: Mesh, rank: int) -> float:
     """
     place, layout = mesh.place(rank), work.layout(mesh)
     s, c = layout.patch_count, work.channels
-    halves = 2 if work.guided and mesh.guidance == 1 else 1
-    before = [half * work.batch * work.frames for half in range(halves)]
+    branches = 2 if work.guided and mesh.guidance == 1 else 1
+    before = [branch * work.batch * work.frames for branch in range(branches)]
     count = work.batch * work.frames
     frames = sum(share(count, layout.ranks, place.sequence, start) for start in before)
     by_frames = frames * s * (4 * s * c + 6 * c * c)
-    tokens = halves * count * share(layout.patch_count, layout.ranks, place.sequence)
+    tokens = branches * count * share(layout.patch_count, layout.ranks, place.sequence)
     by_patches = tokens * (50 * c * c + 4 * work.frames * c + 8 * work.text * c)
     return float(work.depth * (by_frames + by_patches))
 

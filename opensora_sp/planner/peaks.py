@@ -63,7 +63,7 @@ def denoising_peak(
 ) -> int:
     """Most bytes beside the weights that stay: activations, text keys and values, passing layers.
 
-    X is the residual stream of one guidance half on this rank, h halves advance together. Rank 0
+    X is the residual stream of one CFG branch on this rank, h branches advance together. Rank 0
     of a sequence group needs most: uneven splits give it the longer part.
 
     A part of `runtime.tokens` tokens counts as full. Real parts are whole frames or positions and
@@ -72,8 +72,8 @@ def denoising_peak(
     frames, height, width = shape.latent
     layout = Layout(frames=frames, size=(height, width), ranks=mesh.sequence)
     place, item, c = mesh.place(rank), shape.itemsize, models.channels
-    halves = 2 if shape.guided and mesh.guidance == 1 else 1
-    together = 1 if runtime.serial_guidance else halves
+    branches = 2 if shape.guided and mesh.guidance == 1 else 1
+    together = 1 if runtime.serial_guidance else branches
     patches = share(layout.patch_count, mesh.sequence, place.sequence)
     count = shape.batch * frames
     x = count * patches * c * item
@@ -94,16 +94,18 @@ def denoising_peak(
     else:
         parts = _Parts(x, together, rest, along, norm)
         most = _with_exchange(layout, shape, mesh, runtime, models, rank, parts)
-    kept = 2 * models.depth * shape.batch * models.tokens * 2 * c * item * halves
+    kept = 2 * models.depth * shape.batch * models.tokens * 2 * c * item * branches
     kept += patches * c * item  # positions
-    kept += count * patches * (64 + 64 * (halves > together) + 32 * halves)  # latents, velocities
+    kept += (
+        count * patches * (64 + 64 * (branches > together) + 32 * branches)
+    )  # latents, velocities
     passing = 3 * models.pair_weights * item if runtime.offload.layers else 0
     return int(most + kept + passing)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Bytes of one half: X; how many advance together; the most that each step of a block makes."""
+    """Bytes of one CFG branch: X; branches together; the most that each step of a block makes."""
 
     x: int
     together: int
@@ -121,12 +123,12 @@ def _with_exchange(
     rank: int,
     parts: _Parts,
 ) -> float:
-    """X, what is under way for the other halves, and this half's exchange at its worst."""
+    """X, what is under way for the other branches, and this branch's exchange at its worst."""
     x, together = parts.x, parts.together
     row = models.channels * shape.itemsize
     count = shape.batch * shape.latent[0]
     chunks = max(1, min(runtime.chunks, shape.latent[0])) if together == 1 else 1
-    before = [half * count for half in range(together)] if chunks == 1 else [0]
+    before = [branch * count for branch in range(together)] if chunks == 1 else [0]
     sequence = mesh.place(rank).sequence
     mine = max(share(count, mesh.sequence, sequence, start) for start in before)
     whole = mine * layout.patch_count * row  # this rank's frames, complete

@@ -44,7 +44,7 @@ def _cause(stage: str, plan: Plan, least: Plan) -> str:
     if stage == "denoise" and least.mesh.guidance > plan.mesh.guidance:
         return (
             f"{_ranks(ranks)} {'are' if ranks > 1 else 'is'} grouped {plan.mesh}, so each "
-            "computes both guidance halves"
+            "computes both CFG branches"
         )
     if stage == "denoise" and least.mesh.sequence > plan.mesh.sequence:
         return (

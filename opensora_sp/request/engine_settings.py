@@ -131,7 +131,7 @@ class EngineSettings(Declared):
         "--guidance",
         choice(*get_args(Guidance)),
         "auto",
-        "guidance halves on a rank: together (auto), or serial: one by one, less memory",
+        "CFG branches on a rank: together (auto), or serial: one by one, less memory",
         changes="nothing",
     )
     enable_compile: bool = setting(
@@ -184,7 +184,7 @@ class EngineSettings(Declared):
         "--guidance-parallel",
         optional(integer(1, 2), word="auto"),
         None,
-        "2: the guidance halves on different ranks",
+        "2: the two CFG branches on different ranks",
         changes="nothing",
         feature="mesh",
         shown_default="auto",

@@ -287,8 +287,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         from opensora_sp.request.llm_endpoint import check_endpoint
 
         check_endpoint(values["prompt_generator"])
-    requests, failed, told = _requests(values)
-    notes += told
+    requests, failed, caption_notes = _requests(values)
+    notes += caption_notes
     checkpoints = _checkpoints(values, leading=leading)
     if checkpoints is None:
         notes.append("no --ckpt-path flags: the small embedded model is used")

@@ -279,7 +279,7 @@ def test_what_is_expected_is_not_explained() -> None:
     serial = replace(FREE, vae_decode="rank0", t5_on_cpu=True, memory=MEMORY_MODES["speed"])
     tiny = Shape(height=64, width=64, num_frames=1)
     (line,) = surprises(make_plan(tiny, 3, MEMORY_MODES["speed"], MODELS, serial))
-    assert "computes both guidance halves" in line
+    assert "computes both CFG branches" in line
 
 
 def test_the_least_picture_on_more_ranks_than_patches_is_planned() -> None:

@@ -101,7 +101,7 @@ class Run:
             self.seconds += TICK
             for rank in sorted(self.alive):
                 self.ranks[rank].clock.tick()
-                self.ranks[rank].find(self.ranks[rank].told)
+                self.ranks[rank].find(self.ranks[rank].known_fault)
             me = self.ranks[0]
             for search in (me.deaths, me.late, me.lost_store, me.silence):
                 found.append(me.find(search))
@@ -149,7 +149,7 @@ def test_the_first_fault_that_is_put_up_is_everybodys() -> None:
     assert not run.ranks[0].claim(Fault(rank=2, stage="decode", what="ValueError: x"))
     assert not run.ranks[1].claim(first)  # found by two: one of them says it
     for rank in run.ranks:
-        told = rank.told()
+        told = rank.known_fault()
         assert told is not None
         assert (told.rank, told.what, told.found_by) == (1, "hangs", 2)
 
@@ -312,7 +312,7 @@ def test_an_error_of_the_rank_itself_is_said_at_once(
         raise RuntimeError("the buffer is not contiguous")
     watchdog.failed(raised.value)
     assert sleeps == []
-    told = run.ranks[1].told()
+    told = run.ranks[1].known_fault()
     assert told is not None
     assert str(told) == "error: rank 0, decode: RuntimeError: the buffer is not contiguous"
     assert capsys.readouterr().err.endswith(f"{told}\n")

@@ -72,7 +72,7 @@ class FailureDetector:
         with suppress(Exception):  # a store that is gone is found by `lost_store`
             self.store.beat(Beat(self._count, self.stages.where))
 
-    def told(self) -> Fault | None:
+    def known_fault(self) -> Fault | None:
         """The fault that some rank has put up. Shows a sign of life where one is due."""
         assert self.store is not None
         if self._now() - self._last_beat > BEAT_S:

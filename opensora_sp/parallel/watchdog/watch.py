@@ -83,7 +83,7 @@ class Watchdog:
             threading.Thread(target=self._watch, args=(searches,), name="watchdog", daemon=True)
             for searches in (
                 (self._launcher, self._signals, detector.deaths, self._late, detector.lost_store),
-                (detector.told, detector.silence) if store is not None else (),
+                (detector.known_fault, detector.silence) if store is not None else (),
             )
             if searches
         ]

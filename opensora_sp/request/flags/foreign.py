@@ -122,7 +122,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "--guidance-parallel",
         *("use-cfg-parallel", "cfg-parallel", "enable-cfg-parallel", "cfg-degree", "cfg-size"),
         *("split-batch", "cfg-parallel-degree", "cfg-parallel-size"),
-        why="2 puts the guidance halves on different ranks, which is what an even number does "
+        why="2 puts the CFG branches on different ranks, which is what an even number does "
         "by itself",
     ),
     _same(
@@ -307,7 +307,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "platform",
         why=f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}; by default the first that is there",
     ),
-    _same("--guidance", "cfg-batch", "sequential-cfg", why="serial: one half after the other"),
+    _same("--guidance", "cfg-batch", "sequential-cfg", why="serial: one branch after the other"),
     _none(
         "Open-Sora 1.2 is guided by a learnt empty caption, not by a second text: say in --prompt "
         "what is to be seen",

@@ -126,13 +126,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         features="--cfg-scale 1 + --guidance",
         outcome="note",
         meets=lambda v: v["cfg_scale"] == 1 and not _is_default(v, "guidance"),
-        text="--guidance {guidance} has no effect: --cfg-scale 1 needs no unconditional half",
+        text="--guidance {guidance} has no effect: --cfg-scale 1 needs no unconditional branch",
     ),
     Combination(
         features="--cfg-scale 1 + --guidance-parallel 2",
         outcome="refused",
         meets=lambda v: v["cfg_scale"] == 1 and v["guidance_parallel"] == 2,
-        text="--guidance-parallel 2 needs two guidance halves, but --cfg-scale 1 has one: "
+        text="--guidance-parallel 2 needs two CFG branches, but --cfg-scale 1 has one: "
         "leave --guidance-parallel out",
     ),
     Combination(
