@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from fault_matrix import Cell, run_cell
+from forked import Copies
 from PIL import Image
-from ranks import free_port, run_ranks
+from ranks import environments, free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
 from opensora_sp.base.errors import SharedFault, UserError
@@ -44,47 +45,63 @@ def test_every_rank_is_told(failing: int, told: str) -> None:
     assert run_ranks(one_fails, 3, failing) == [f"{told}the disk is full"] * 3
 
 
-def torchrun(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), "launch/infer.py", *flags, "--device", "cpu"]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 @pytest.mark.parametrize("fault", ["strategy", "transformer", "text encoder"])
-def test_the_command_says_one_line_above_torchruns_banner(
-    fault: str, embedded_dir: Path, tmp_path: Path
-) -> None:
+def test_the_command_says_one_line(fault: str, embedded_dir: Path, tmp_path: Path) -> None:
+    """Above torchrun's banner for what is seen first; the others without a launcher's seconds."""
     flags = ["--prompt", "x", "--image-size", "32", "48", "--num-frames", "17", "--verbose", "0"]
+    flags += ["--device", "cpu", "--save-dir", str(tmp_path / "out")]
     if fault == "strategy":
         Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
         flags += ["--reference-path", str(tmp_path / "one.png"), "--mask-strategy", "0,0,-5,0,5"]
         expected = "mask strategy: ref_start -5"
+        stdout, stderr = under_torchrun(flags)
+        assert stderr.index("error: ") < stderr.index("FAILED")
     else:
-        models = tmp_path / "models"
-        shutil.copytree(embedded_dir, models)
-        for name in ("dit", "t5", "vae2d", "vae3d"):
-            flags += [f"--ckpt-path-{name}", str(models / name)]
-        if fault == "transformer":
-            weights = load_file(models / "dit" / "model.safetensors")
-            weights["x_embedder.proj.bias"][0] = float("nan")
-            save_file(weights, models / "dit" / "model.safetensors")
-            expected = "x_embedder.proj.bias"
-        else:
-            shard = sorted((models / "t5").glob("*.bin"))[0]
-            shard.write_bytes(shard.read_bytes()[:1000])
-            expected = shard.name
-    done = torchrun(*flags, "--save-dir", str(tmp_path / "out"))
-    assert done.returncode == 1  # torchrun's own, whatever the ranks return
-    assert "opensora_sp/" not in done.stderr  # no traceback of ours; torchrun prints its own
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
+        flags, expected = with_damaged(fault, embedded_dir, tmp_path, flags)
+        stdout, stderr = as_two_ranks(flags, tmp_path)
+    assert "opensora_sp/" not in stderr  # no traceback of ours; torchrun prints its own
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
     assert expected in errors[0]
-    assert done.stderr.index(errors[0]) < done.stderr.index("FAILED")
-    assert done.stdout == ""
+    assert stdout == ""
     assert not list((tmp_path / "out").glob("*.mp4"))
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def under_torchrun(flags: list[str]) -> tuple[str, str]:
+    """What the command says on both streams, started by torchrun on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), "launch/infer.py", *flags]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1  # torchrun's own, whatever the ranks return
+    return done.stdout, done.stderr
+
+
+def as_two_ranks(flags: list[str], folder: Path) -> tuple[str, str]:
+    """What two ranks say that no launcher watches; both refuse."""
+    out, err = folder / "stdout", folder / "stderr"
+    environment = [{**os.environ, **own} for own in environments(2)]
+    assert Copies(flags, environment, out, err).finish() == [2, 2]
+    return out.read_text(), err.read_text()
+
+
+def with_damaged(
+    fault: str, embedded_dir: Path, folder: Path, flags: list[str]
+) -> tuple[list[str], str]:
+    """The flags with a copy of the models, one of which is damaged, and what names the damage."""
+    models = folder / "models"
+    shutil.copytree(embedded_dir, models)
+    paths = [f"--ckpt-path-{name}={models / name}" for name in ("dit", "t5", "vae2d", "vae3d")]
+    if fault == "transformer":
+        weights = load_file(models / "dit" / "model.safetensors")
+        weights["x_embedder.proj.bias"][0] = float("nan")
+        save_file(weights, models / "dit" / "model.safetensors")
+        return [*flags, *paths], "x_embedder.proj.bias"
+    shard = sorted((models / "t5").glob("*.bin"))[0]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    return [*flags, *paths], shard.name
 
 
 # Each way at some place, each place of another kind of work; the whole matrix is a command.
