@@ -15,9 +15,11 @@ from torch import Tensor
 
 from opensora_sp.benchmark.count.counter import ATTENTION, RMS_NORM, Counter, Row
 from opensora_sp.benchmark.count.forward import META, ForwardSize, guided_forward
+from opensora_sp.cli.benchmark import main
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.suite import load_cases
+from scripts import count_forwards
 
 A, B = torch.zeros(6, 8), torch.ones(6, 8)  # 192 bytes each
 ROW = torch.ones(8)  # 32 bytes
@@ -223,10 +225,44 @@ def test_the_oracle_moves_what_a_count_by_hand_says() -> None:
     assert found == hand
 
 
-def test_at_720p_and_16_seconds_the_program_moves_two_thirds_of_what_open_sora_moves() -> None:
-    size = ForwardSize(frames=120, size=(90, 160), pixels=(720, 1280))
-    pair = size.residual_bytes * size.config.depth
-    moved = sum(row.bytes for row in oracle_rows(size).values()) / pair
-    assert 250 < moved < 265
+def test_the_page_on_speed_says_what_is_counted_at_720p_and_16_seconds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
+    oracle = count_forwards.oracle_table()
+    assert 250 < oracle.x_per_pair(oracle.bytes) < 265
+    lines = [count_forwards.summary(count_forwards.REFERENCE, oracle)]
     if hasattr(F, "rms_norm"):
-        assert sum(row.bytes for row in program_rows(size).values()) / pair < 2 / 3 * moved
+        program = count_forwards.program_table(Runtime())
+        assert program.bytes < 2 / 3 * oracle.bytes
+        name = f"{count_forwards.PROGRAM}, rms_norm as one kernel"
+        lines.append(count_forwards.summary(name, program))
+    for line in lines:
+        assert "| " + " | ".join(line) + " |" in page
+
+
+def test_the_command_counts_a_request(
+    embedded_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--count", "--markdown", "--ckpt-path-dit", str(embedded_dir / "dit")]
+    assert main([*flags, "--image-size", "64", "96", "--num-frames", "17", "--dtype", "fp32"]) == 0
+    head, _, *table = capsys.readouterr().out.splitlines()
+    assert head.startswith("One guided forward of 17 frames of 64x96, fp32, --memory speed: X = ")
+    assert table[0] == "| part | kernels | GB | X a pair | share |"
+    assert any(line.startswith("| MLP | ") for line in table)
+    assert any(line.startswith("| operation | ") for line in table)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--markdown"], "--markdown is how --count prints"),
+        (["--count", "--ckpt-path-dit", "/nowhere"], "/nowhere/config.json"),
+        (["--count", "--sequence-parallel", "2"], "--sequence-parallel 2 does not fit 1 rank"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
