@@ -12,17 +12,26 @@ from opensora_sp.benchmark.report.compare import compare_lines
 from opensora_sp.benchmark.report.files import read_finished
 from opensora_sp.benchmark.sweep import run_sweep
 from opensora_sp.cli.console import rank, refuse, world_size
-from opensora_sp.cli.help import help_asked
+from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.program import Program, run_program
-from opensora_sp.request.request import Job
-from opensora_sp.request.settings import CommandLine, Values, parse_command_line
+from opensora_sp.models.configs import read_dit
+from opensora_sp.request.request import Job, Request
+from opensora_sp.request.setting import from_flags
+from opensora_sp.request.settings import (
+    CommandLine,
+    Values,
+    check_request,
+    parse_command_line,
+    resolve,
+    size_of,
+)
 
 
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code.
 
-    0: measured, compared or swept; 1: points of a sweep failed; 2: refused, with one line.
+    0: measured, compared, swept or counted; 1: points of a sweep failed; 2: refused, with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -31,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _compare(command)
         if command is not None and "sweep" in command.program_control:
             return _sweep(command, argv)
+        if command is not None and "count" in command.program_control:
+            return _count(command)
+        if command is not None and "markdown" in command.program_control:
+            raise UserError("--markdown is how --count prints: give --count too, or leave it out")
     except UserError as error:
         return refuse(error, same_everywhere=True)
     return run_program(Program("benchmark", _plan), argv)
@@ -93,6 +106,20 @@ def _sweep(command: CommandLine, argv: Sequence[str]) -> int:
     if world_size() > 1:
         raise UserError("--sweep starts torchrun for every point itself: run it with plain python")
     return run_sweep(command, argv)
+
+
+def _count(command: CommandLine) -> int:
+    values = resolve(command, program="benchmark")
+    check_request(values)
+    height, width = size_of(values)
+    request = Request(**from_flags(Request, values), prompt="", height=height, width=width)
+    if (dit := values["ckpt_path_dit"]) is not None:
+        read_dit(Path(dit))
+
+    from opensora_sp.benchmark.count.command import count_request, count_text
+
+    counted = count_request(request, values)
+    return say(count_text(counted, as_markdown="markdown" in command.program_control))
 
 
 if __name__ == "__main__":

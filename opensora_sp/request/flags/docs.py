@@ -54,12 +54,13 @@ PROGRAMS: Mapping[str, Program] = {
         (
             *("--prompt", "--config", "--resolution", "--num-frames", "--num-sampling-steps"),
             *("--ckpt-path-dit", "--warmup-count", "--eval-count", "--benchmark-save-path"),
-            *("--baseline", "--peak-tflops", "--profile", "--sweep", "--compare"),
+            *("--baseline", "--peak-tflops", "--profile", "--sweep", "--compare", "--count"),
         ),
         """\
   opensora-sp benchmark --prompt "a red ball" --config 720p-16s
   torchrun --nproc_per_node 4 --no-python opensora-sp benchmark --prompt "a red ball"
   opensora-sp compare before.json after.json
+  opensora-sp benchmark --count --resolution 720p --num-frames 16s
 """,
     ),
     "plan": Program(

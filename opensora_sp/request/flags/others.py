@@ -186,6 +186,13 @@ BENCHMARK = (
         program="benchmark",
         control=True,
     ),
+    _switch(
+        "--count",
+        "count kernels and memory traffic of one step of this size, without a device, and stop",
+        program="benchmark",
+        control=True,
+    ),
+    _switch("--markdown", "print --count as Markdown tables", program="benchmark", control=True),
 )
 
 PLAN = (
