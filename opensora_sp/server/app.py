@@ -16,10 +16,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -298,6 +300,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
                 await run_in_threadpool(gateway.store.delete, job_id)
                 return _refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
+            except ClientDisconnect:
+                await run_in_threadpool(gateway.store.delete, job_id)
+                return _refusal(400, "the connection was closed before the body was whole")
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
@@ -383,6 +388,25 @@ async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
     yield 'event: deleted\ndata: {"deleted": true}\n\n'
 
 
+class _Tail:
+    """Keeps the last bytes of a body: the form's parser takes one that is cut off for whole."""
+
+    def __init__(self, request: Request) -> None:
+        kind = request.headers.get("content-type", "")
+        self._boundary = parse_options_header(kind)[1].get(b"boundary", b"")
+        self._receive, self._tail = request.receive, b""
+
+    async def receive(self) -> Message:
+        """The next message of the body."""
+        message = await self._receive()
+        self._tail = (self._tail + message.get("body", b""))[-512:]
+        return message
+
+    def has_end(self) -> bool:
+        """Whether the closing boundary came."""
+        return b"--" + self._boundary + b"--" in self._tail
+
+
 def _length(request: Request) -> int:
     return int(request.headers.get("content-length", 0))
 
@@ -410,8 +434,9 @@ async def _read_body(
         raise HTTPException(411, "a form needs its content-length")
     if kind != "multipart/form-data" and _length(request) > MOST_TEXT_BYTES:
         raise HTTPException(413, f"a form of this kind is at most {_MOST_TEXT}")
+    body = _Tail(request)
     try:
-        form = await request.form(
+        form = await Request(request.scope, body.receive).form(
             max_files=limits.files, max_fields=limits.fields, max_part_size=MOST_TEXT_BYTES
         )
     except (MultiPartException, HTTPException) as error:
@@ -420,6 +445,8 @@ async def _read_body(
     uploads: list[tuple[str, str, str]] = []
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(form.close)
+        if kind == "multipart/form-data" and not body.has_end():
+            raise BadRequest("the form is cut off: its last boundary is missing")
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 if name in fields:
@@ -448,8 +475,12 @@ def _queue(
         asked = read_fields(fields, uploads)
         outputs = gateway.store.outputs(job_id)
         shown = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)
-    except BaseException:
+    except BaseException as error:
         gateway.store.delete(job_id)
+        sent = [name for name, _, _ in uploads]
+        if isinstance(error, BadRequest) and error.param in UPLOADS and sent:
+            # The field that the client sent, where a flag of another name is made of it.
+            error.param = error.param if error.param in sent else sent[0]
         raise
     spec = JobSpec(
         id=job_id,

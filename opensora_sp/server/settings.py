@@ -15,7 +15,7 @@ from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 # Names of this machine alone: a server that listens there needs no token.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-_PACKAGES = ("dbos", "fastapi", "multipart", "uvicorn", "jinja2")
+_PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2")
 
 
 @dataclass(frozen=True)
