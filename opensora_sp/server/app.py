@@ -267,6 +267,9 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
 
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
+    # One request is judged at a time; those that wait are not to hold every thread of the pool,
+    # which deletes and downloads need too.
+    judging = asyncio.Semaphore(4)
 
     def entry_of(video_id: str) -> Entry:
         entry = board.get(video_id)
@@ -306,7 +309,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
-            return answer(await run_in_threadpool(_queue, gateway, job_id, fields, uploads, owner))
+            async with judging:
+                entry = await run_in_threadpool(_queue, gateway, job_id, fields, uploads, owner)
+            return answer(entry)
 
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str) -> Response:

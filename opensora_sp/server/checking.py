@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
 import re
 import resource
 import threading
@@ -48,7 +49,8 @@ def judge(
 
 
 def _bounded() -> None:
-    """In the child: no more memory than a judge needs."""
+    """In the child: no more memory than a judge needs, and the engine goes before it."""
+    os.nice(5)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
