@@ -186,7 +186,8 @@ def kills(asked: argparse.Namespace) -> dict[str, Any]:
     pick = random.Random(asked.seed)
     victims = ("rank 0", "rank 1", "gateway", "all")[: 4 if asked.ranks > 1 else 1]
     long = {"num_inference_steps": 60, "seed": 5}
-    records, wrong = [], []
+    records: list[dict[str, Any]] = []
+    wrong = []
     with serving(asked.ranks) as server:
         start = time.monotonic()
         wanted = _digest(server, server.create(**long))
@@ -301,7 +302,9 @@ def clients(asked: argparse.Namespace) -> dict[str, Any]:
     The CPU time of the clients themselves is told apart: on a machine of few cores they take from
     the engine what in use they take elsewhere.
     """
-    quiet, busy, cpu, took, wrong = [], [], [], {}, {}
+    quiet, busy, cpu = [], [], []
+    took: dict[str, list[float]] = {}
+    wrong: dict[str, int] = {}
     with serving(asked.ranks) as server:
         assert server.process is not None
         long = server.create(size="160x96", num_frames=51, num_inference_steps=100_000, priority=1)
@@ -317,7 +320,8 @@ def clients(asked: argparse.Namespace) -> dict[str, Any]:
             for kind, each in seen["ms"].items():
                 took.setdefault(kind, []).extend(each)
             wrong |= seen["wrong"]
-            print(f"round {number + 1}: {quiet[-1]:.3f} steps/s, with clients {busy[-1]:.3f}")
+            said = f"{quiet[-1]:.3f} steps/s, with clients {busy[-1]:.3f}"
+            print(f"round {number + 1}: {said}", flush=True)
         server.call("DELETE", f"/v1/videos/{long}")
         server.gone(long)
         left = server.jobs()
