@@ -77,6 +77,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of clients")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     asked = parser.parse_args()
+    # Asked to end, it ends its server too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     measure, count, ranks = MEASURES[asked.what]
     asked.count, asked.ranks = asked.count or count, asked.ranks or ranks
     found = measure(asked)
@@ -205,12 +207,12 @@ def kills(asked: argparse.Namespace) -> dict[str, Any]:
         _, listed = server.call("GET", "/v1/videos?limit=100")
         files = [len(list((server.save_dir / "jobs" / job / "outputs").glob("*.mp4")))
                  for job in server.jobs()]  # fmt: skip
-    ready = [record["ready_s"] for record in records]
+    again = [float(record["ready_s"]) for record in records]
     return {
         "kills": records,
         "an undisturbed job, s": lasts,
-        "ready again, median, s": statistics.median(ready),
-        "ready again, longest, s": max(ready),
+        "ready again, median, s": statistics.median(again),
+        "ready again, longest, s": max(again),
         "jobs with other bytes": len(wrong),
         "jobs that ended": len(listed["data"]),
         "holds": not wrong and files == [1] * (asked.count + 1),
