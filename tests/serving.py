@@ -27,6 +27,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
+        # Sent with every call, such as a token.
+        self.headers: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.log = save_dir.parent / f"{save_dir.name}.log"
 
@@ -68,7 +70,7 @@ class Server:
             self.url + path,
             data=data,
             method=method,
-            headers={"content-type": "application/json", **(headers or {})},
+            headers={"content-type": "application/json", **self.headers, **(headers or {})},
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
@@ -99,8 +101,27 @@ class Server:
     def content(self, video_id: str, variant: str = "video") -> bytes:
         """The bytes of an output."""
         path = f"{self.url}/v1/videos/{video_id}/content?variant={variant}"
-        with urllib.request.urlopen(path, timeout=30) as answer:
+        request = urllib.request.Request(path, headers=self.headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return bytes(answer.read())
+
+    def until(self, video_id: str, status: str, seconds: float = 60.0) -> dict[str, Any]:
+        """The video once it has a status and, where it is being made, has made a step."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            _, video = self.call("GET", f"/v1/videos/{video_id}")
+            if video["status"] == status and video.get("step", 1) > 0:
+                return dict(video)
+            assert video["status"] in ("queued", "in_progress"), video
+            time.sleep(0.02)
+        raise AssertionError(f"{video_id} is not {status}:\n{self.log.read_text()[-3000:]}")
+
+    def gone(self, video_id: str, seconds: float = 30.0) -> None:
+        """Return when nothing is left of a deleted job."""
+        end = time.monotonic() + seconds
+        while (self.save_dir / "jobs" / video_id).exists():
+            assert time.monotonic() < end, f"{video_id} stays:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.05)
 
     def engine_pids(self) -> list[int]:
         """Processes of the engine, rank 0 first as far as the system tells."""

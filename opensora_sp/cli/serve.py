@@ -61,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "--warmup", default="", metavar="NAMES",
         help="make one step of these configurations before jobs are taken: 720p-16s,480p-2s",
     )  # fmt: skip
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="NAME=NUMBER",
+        help="what clients may ask for at most, one each: queued=1000, queued_each=200 (with one "
+        "token), body_bytes=536870912, body_seconds=120, connections=4000 ...",
+    )  # fmt: skip
     return parser
 
 
@@ -71,6 +76,7 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         LOCAL_HOSTS,
         GroupSettings,
         ServiceSettings,
+        read_limits,
         read_tokens,
         require_packages,
     )
@@ -96,7 +102,7 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         ranks=found.nproc,
     )
     group.first_job()
-    return ServiceSettings(found.host, found.port, group, tokens)
+    return ServiceSettings(found.host, found.port, group, tokens, read_limits(found.limit))
 
 
 def _require_engine_flags(words: Sequence[str]) -> None:

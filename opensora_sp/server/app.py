@@ -8,17 +8,22 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora_sp import __version__
 from opensora_sp.server.board import Board, Entry
@@ -26,26 +31,46 @@ from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
 from opensora_sp.server.job_store import JobSpec, JobStore
 from opensora_sp.server.page import add_page
-from opensora_sp.server.protocol import MODEL, UPLOADS, BadRequest, error_json, read_fields
+from opensora_sp.server.protocol import (
+    MODEL,
+    UPLOADS,
+    BadRequest,
+    error_json,
+    read_fields,
+    read_json,
+)
+from opensora_sp.server.settings import Limits
 from opensora_sp.server.uploads import picture_or_video, save_upload
 
 log = logging.getLogger(__name__)
-POLL_AFTER_MS = 500
+POLL_AFTER_MS, MOST_POLL_AFTER_MS = 500, 5000
+# The longest text: a body of JSON, a form without files, a field of a form with files.
+MOST_TEXT_BYTES, _MOST_TEXT = 1 << 20, "1 MiB"
 # Without a token: the page has no job in it, and asks for the token itself.
 OPEN = ("/", "/health", "/ready")
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one client, and all of them, may ask of the gateway."""
+@dataclass
+class Arriving:
+    """Requests whose body is being read or judged, which no queue counts yet."""
 
-    queued: int = 1000
-    queued_each: int = 200
-    body_bytes: int = 512 << 20
-    body_seconds: float = 120.0
-    files: int = 8
-    fields: int = 64
+    jobs: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    bytes: int = 0
+
+    @contextlib.contextmanager
+    def counted(self, owner: str, length: int) -> Iterator[None]:
+        """Count one of an owner while it arrives."""
+        self.jobs[owner] += 1
+        self.total += 1
+        self.bytes += length
+        try:
+            yield
+        finally:
+            self.jobs[owner] -= 1
+            self.total -= 1
+            self.bytes -= length
 
 
 @dataclass(kw_only=True)
@@ -66,6 +91,7 @@ class Gateway:
     hosts: Sequence[str] = ()
     embedded: bool = True
     draining: bool = False
+    arriving: Arriving = field(default_factory=Arriving)
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -78,9 +104,11 @@ def build_app(gateway: Gateway) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.middleware("http")(_guard(gateway))
+    app.add_middleware(Guard, gateway=gateway)
     app.add_exception_handler(BadRequest, _on_bad_request)
+    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_fault)
     _add_operations(app, gateway)
     _add_videos(app, gateway)
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
@@ -120,45 +148,86 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     return _refusal(error.status_code, str(error.detail))
 
 
-def _guard(gateway: Gateway) -> Callable[..., Any]:
-    """Who may call at all: the right host, the right origin, a token where one is asked for."""
+async def _on_bad_parameter(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    message = f"{name} {str(first.get('input'))[:40]!r}: {first['msg']}"
+    return _refusal(400, message, param=name, code="invalid_value")
 
-    async def guard(request: Request, call_next: Callable[..., Any]) -> Response:
-        host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
-        if gateway.hosts and host not in gateway.hosts:
-            return _refusal(421, f"this server does not answer for the host {host[:100]!r}")
-        origin = request.headers.get("origin")
-        own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
-        if not own and request.method not in ("GET", "HEAD"):
-            return _refusal(403, "requests from pages of other sites are refused")
-        request.state.owner, path = "", request.url.path
-        if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
-            owner = _owner(gateway.tokens, request)
-            if owner is None:
-                answer = _refusal(401, "a token is needed: Authorization: Bearer TOKEN")
-                answer.headers["www-authenticate"] = "Bearer"
-                return answer
-            request.state.owner = owner
-        length = request.headers.get("content-length")
-        if length is not None and (
-            not length.isdecimal() or int(length) > gateway.limits.body_bytes
-        ):
-            return _refusal(
-                413, f"the body is larger than {gateway.limits.body_bytes >> 20} MiB are taken"
-            )
-        response: Response = await call_next(request)
-        response.headers.setdefault("x-content-type-options", "nosniff")
-        response.headers.setdefault("referrer-policy", "no-referrer")
-        response.headers.setdefault("cross-origin-resource-policy", "same-origin")
-        response.headers.setdefault(
-            "content-security-policy",
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-            "media-src 'self' blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
-            "frame-ancestors 'none'",
+
+async def _on_fault(_: Request, error: Exception) -> Response:
+    """A fault of the server's own; uvicorn logs it with its traceback."""
+    return _refusal(500, "the server could not answer this; its log says why")
+
+
+# Sent with every answer that does not say otherwise itself.
+_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"content-security-policy": (
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        b"media-src 'self' blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+        b"frame-ancestors 'none'"
+    ),
+}
+
+
+class Guard:
+    """In front of every route: refuses callers, and adds headers to what is answered.
+
+    Plain ASGI: a middleware of `app.middleware("http")` costs a task and two queues a request.
+    """
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app, self._gateway = app, gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.setdefault("headers", [])
+                there = {name.lower() for name, _ in headers}
+                headers.extend(pair for pair in _HEADERS.items() if pair[0] not in there)
+            await send(message)
+
+        refusal = _refused(self._gateway, Request(scope))
+        await (refusal or self._app)(scope, receive, answer)
+
+
+def _refused(gateway: Gateway, request: Request) -> Response | None:
+    """Who may call at all: the right host, the right origin, a token where one is asked for.
+
+    None lets the request in; its owner is then `request.state.owner`.
+    """
+    host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
+    if gateway.hosts and host not in gateway.hosts:
+        return _refusal(421, f"this server does not answer for the host {host[:100]!r}")
+    origin = request.headers.get("origin")
+    own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
+    if not own and request.method not in ("GET", "HEAD"):
+        return _refusal(403, "requests from pages of other sites are refused")
+    request.state.owner, path = "", request.url.path
+    if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
+        owner = _owner(gateway.tokens, request)
+        if owner is None:
+            answer = _refusal(401, "a token is needed: Authorization: Bearer TOKEN")
+            answer.headers["www-authenticate"] = "Bearer"
+            return answer
+        request.state.owner = owner
+    length = request.headers.get("content-length")
+    if length is not None and (
+        not length.isdecimal() or len(length) > 15 or int(length) > gateway.limits.body_bytes
+    ):
+        return _refusal(
+            413, f"the body is larger than {gateway.limits.body_bytes >> 20} MiB are taken"
         )
-        return response
-
-    return guard
+    return None
 
 
 def _owner(tokens: Mapping[str, str], request: Request) -> str | None:
@@ -198,6 +267,9 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
 
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
+    # One request is judged at a time; those that wait are not to hold every thread of the pool,
+    # which deletes and downloads need too.
+    judging = asyncio.Semaphore(4)
 
     def entry_of(video_id: str) -> Entry:
         entry = board.get(video_id)
@@ -205,35 +277,41 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise HTTPException(404, f"there is no video {video_id[:64]!r}")
         return entry
 
-    def answer(entry: Entry) -> JSONResponse:
-        headers = {"openai-poll-after-ms": str(POLL_AFTER_MS)}
-        return JSONResponse(board.video(entry), headers=headers)
+    def answer(entry: Entry) -> Response:
+        headers = {"openai-poll-after-ms": str(poll_after_ms(entry))}
+        return Response(board.body(entry), media_type="application/json", headers=headers)
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
         """Queue a video: multipart/form-data, or JSON. `prompt` is needed."""
         if gateway.draining:
             return _refusal(503, "the server is being stopped and takes no new jobs")
-        counts = board.counts()
-        if counts["queued"] >= limits.queued:
+        owner, arriving = request.state.owner, gateway.arriving
+        if board.counts()["queued"] + arriving.total >= limits.queued:
             return _refusal(429, f"{limits.queued} jobs are queued already: try again later")
-        owner = request.state.owner
-        if gateway.tokens:
-            mine = sum(e.status == "queued" and e.spec.owner == owner for e in board.all())
-            if mine >= limits.queued_each:
-                return _refusal(429, f"{mine} of your jobs are queued already: try again later")
+        mine = board.queued_of(owner) + arriving.jobs[owner]
+        if gateway.tokens and mine >= limits.queued_each:
+            return _refusal(429, f"{mine} of your jobs are queued already: try again later")
+        if arriving.bytes + _length(request) > limits.bytes_at_once:
+            return _refusal(429, "too many files are being sent just now: try again later")
         job_id = gateway.store.new_id()
-        try:
-            fields, uploads = await asyncio.wait_for(
-                _read_body(request, gateway, job_id), limits.body_seconds
-            )
-        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-            await run_in_threadpool(gateway.store.delete, job_id)
-            return _refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
-        except BaseException:
-            await run_in_threadpool(gateway.store.delete, job_id)
-            raise
-        return answer(await run_in_threadpool(_queue, gateway, job_id, fields, uploads, owner))
+        with arriving.counted(owner, _length(request)):
+            try:
+                fields, uploads = await asyncio.wait_for(
+                    _read_body(request, gateway, job_id), limits.body_seconds
+                )
+            except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+                await run_in_threadpool(gateway.store.delete, job_id)
+                return _refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
+            except ClientDisconnect:
+                await run_in_threadpool(gateway.store.delete, job_id)
+                return _refusal(400, "the connection was closed before the body was whole")
+            except BaseException:
+                await run_in_threadpool(gateway.store.delete, job_id)
+                raise
+            async with judging:
+                entry = await run_in_threadpool(_queue, gateway, job_id, fields, uploads, owner)
+            return answer(entry)
 
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str) -> Response:
@@ -247,24 +325,17 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise BadRequest(f"limit {limit} is not a whole number from 1 to 100", "limit")
         if order not in ("asc", "desc"):
             raise BadRequest(f"order {order[:20]!r} is not asc or desc", "order")
-        entries = board.all()
-        if order == "asc":
-            entries.reverse()
-        if after is not None:
-            places = [n for n, entry in enumerate(entries) if entry.spec.id == after]
-            if not places:
-                raise BadRequest(f"after {after[:64]!r} is not one of the videos", "after")
-            entries = entries[places[0] + 1 :]
-        page = entries[:limit]
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [board.video(entry) for entry in page],
-                "first_id": page[0].spec.id if page else None,
-                "last_id": page[-1].spec.id if page else None,
-                "has_more": len(entries) > len(page),
-            }
-        )
+        last = None if after is None else board.get(after)
+        if after is not None and last is None:
+            raise BadRequest(f"after {after[:64]!r} is not one of the videos", "after")
+        page, more = board.page(last, limit, newest_first=order == "desc")
+        ends = {
+            "first_id": page[0].spec.id if page else None,
+            "last_id": page[-1].spec.id if page else None,
+            "has_more": more,
+        }
+        head = b'{"object":"list","data":[' + b",".join(board.body(entry) for entry in page)
+        return Response(head + b"]," + json.dumps(ends).encode()[1:], media_type="application/json")
 
     @app.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> Response:
@@ -302,6 +373,13 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         return StreamingResponse(_events(board, video_id), media_type="text/event-stream")
 
 
+def poll_after_ms(entry: Entry) -> int:
+    """When a client is told to ask again: a job that waits behind others changes less soon."""
+    if entry.status != "queued" or not entry.place:
+        return POLL_AFTER_MS
+    return min(MOST_POLL_AFTER_MS, POLL_AFTER_MS * (1 + entry.place))
+
+
 async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
     last = ""
     while (entry := board.get(video_id)) is not None:
@@ -315,33 +393,56 @@ async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
     yield 'event: deleted\ndata: {"deleted": true}\n\n'
 
 
+class _Tail:
+    """Keeps the last bytes of a body: the form's parser takes one that is cut off for whole."""
+
+    def __init__(self, request: Request) -> None:
+        kind = request.headers.get("content-type", "")
+        self._boundary = parse_options_header(kind)[1].get(b"boundary", b"")
+        self._receive, self._tail = request.receive, b""
+
+    async def receive(self) -> Message:
+        """The next message of the body."""
+        message = await self._receive()
+        self._tail = (self._tail + message.get("body", b""))[-512:]
+        return message
+
+    def has_end(self) -> bool:
+        """Whether the closing boundary came."""
+        return b"--" + self._boundary + b"--" in self._tail
+
+
+def _length(request: Request) -> int:
+    return int(request.headers.get("content-length", 0))
+
+
 async def _read_body(
     request: Request, gateway: Gateway, job_id: str
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """Fields, and (field, path, kind) of each file, stored under names of our own."""
-    limits, kind = gateway.limits, request.headers.get("content-type", "").split(";")[0]
+    limits = gateway.limits
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":
         raw = b""
         async for part in request.stream():
             raw += part
-            if len(raw) > 1 << 20:
-                raise HTTPException(413, "a body of JSON is at most 1 MiB; send files as a form")
-        try:
-            fields = json.loads(raw)
-        except (ValueError, RecursionError):
-            raise BadRequest("the body is not JSON") from None
-        if not isinstance(fields, dict):
-            raise BadRequest("the body is not a JSON object")
-        return fields, []
+            if len(raw) > MOST_TEXT_BYTES:
+                raise HTTPException(
+                    413, f"a body of JSON is at most {_MOST_TEXT}; send files as a form"
+                )
+        return read_json(raw), []
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise HTTPException(
             415, f"content-type {kind[:60]!r}: send multipart/form-data or application/json"
         )
     if "content-length" not in request.headers:
         raise HTTPException(411, "a form needs its content-length")
+    if kind != "multipart/form-data" and _length(request) > MOST_TEXT_BYTES:
+        raise HTTPException(413, f"a form of this kind is at most {_MOST_TEXT}")
+    body = _Tail(request)
     try:
-        form = await request.form(
-            max_files=limits.files, max_fields=limits.fields, max_part_size=1 << 20
+        form = await Request(request.scope, body.receive).form(
+            max_files=limits.files, max_fields=limits.fields, max_part_size=MOST_TEXT_BYTES
         )
     except (MultiPartException, HTTPException) as error:
         raise BadRequest(f"the form cannot be read: {getattr(error, 'detail', error)}") from None
@@ -349,6 +450,8 @@ async def _read_body(
     uploads: list[tuple[str, str, str]] = []
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(form.close)
+        if kind == "multipart/form-data" and not body.has_end():
+            raise BadRequest("the form is cut off: its last boundary is missing")
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 if name in fields:
@@ -377,8 +480,12 @@ def _queue(
         asked = read_fields(fields, uploads)
         outputs = gateway.store.outputs(job_id)
         shown = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)
-    except BaseException:
+    except BaseException as error:
         gateway.store.delete(job_id)
+        sent = [name for name, _, _ in uploads]
+        if isinstance(error, BadRequest) and error.param in UPLOADS and sent:
+            # The field that the client sent, where a flag of another name is made of it.
+            error.param = error.param if error.param in sent else sent[0]
         raise
     spec = JobSpec(
         id=job_id,

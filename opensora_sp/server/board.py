@@ -1,13 +1,18 @@
 """What the gateway knows of every job, in memory: read from the store once, then kept in step.
 
-A look at the queue every quarter of a second is all that watching costs, however many clients poll.
+A look at the queue every quarter of a second is all that watching costs, however many clients poll:
+what a job looks like to a client is worked out when it changes, and the order of jobs is kept.
 """
 
 from __future__ import annotations
 
+import bisect
+import json
 import logging
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +21,9 @@ from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobSto
 from opensora_sp.server.protocol import video_json
 
 LOOK_SECONDS = 0.25
+# A look at the jobs that the engine has is cheap; one at all that wait costs more with every job.
+# It is made when something changed, and at least this often.
+WHOLE_LOOK_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +49,16 @@ class Board:
     def __init__(self, store: JobStore, jobs: JobQueue) -> None:
         self._store, self._jobs = store, jobs
         self._entries: dict[str, Entry] = {}
+        # (created_at, id) of every job, oldest first.
+        self._order: list[tuple[float, str]] = []
+        self._bodies: dict[str, tuple[Entry, bytes]] = {}
+        self._counts: Counter[str] = Counter()
+        self._queued_of: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._end = threading.Event()
+        self._changed = True
+        self._taken: set[str] = set()
+        self._whole_look = 0.0
 
     def load(self) -> None:
         """Read every job; one that was written but never queued is queued now."""
@@ -62,7 +78,7 @@ class Board:
             result = self._store.result(spec.id)
             if result is None and spec.id not in known:
                 self._jobs.put(spec.id, spec.priority)
-            self._entries[spec.id] = self._entry(spec, known.get(spec.id), result)
+            self._put(self._entry(spec, known.get(spec.id), result))
         self.look()
 
     def start(self) -> None:
@@ -76,14 +92,19 @@ class Board:
     def add(self, spec: JobSpec) -> Entry:
         """A new job that is written and queued."""
         entry = Entry(spec, "queued")
-        with self._lock:
-            self._entries[spec.id] = entry
+        self._put(entry)
         return entry
 
     def remove(self, job_id: str) -> None:
         """A job is gone."""
         with self._lock:
-            self._entries.pop(job_id, None)
+            entry = self._entries.pop(job_id, None)
+            self._bodies.pop(job_id, None)
+            if entry is None:
+                return
+            self._count(entry, -1)
+            del self._order[bisect.bisect_left(self._order, _key(entry))]
+            self._changed = True
 
     def get(self, job_id: str) -> Entry | None:
         """One job."""
@@ -92,19 +113,51 @@ class Board:
     def all(self) -> list[Entry]:
         """Every job, newest first."""
         with self._lock:
-            entries = list(self._entries.values())
-        return sorted(entries, key=lambda e: (-e.spec.created_at, e.spec.id))
+            return [self._entries[job_id] for _, job_id in reversed(self._order)]
+
+    def page(
+        self,
+        after: Entry | None,
+        limit: int,
+        *,
+        newest_first: bool = True,
+        shows: Callable[[Entry], bool] = lambda entry: True,
+    ) -> tuple[list[Entry], bool]:
+        """Up to `limit` of the jobs that follow `after`, and whether there are more of them.
+
+        shows: whether a job is one of those that are listed. Costs a page, not the whole list.
+        """
+        found: list[Entry] = []
+        step = -1 if newest_first else 1
+        with self._lock:
+            place = len(self._order) - 1 if newest_first else 0
+            if after is not None:
+                place = bisect.bisect_left(self._order, _key(after))
+                here = place < len(self._order) and self._order[place] == _key(after)
+                place += step if here or newest_first else 0  # it may have gone meanwhile
+            while 0 <= place < len(self._order):
+                entry = self._entries[self._order[place][1]]
+                place += step
+                if not shows(entry):
+                    continue
+                if len(found) == limit:
+                    return found, True
+                found.append(entry)
+        return found, False
 
     def counts(self) -> dict[str, int]:
         """How many jobs have each status."""
-        counts = {"queued": 0, "in_progress": 0, "completed": 0, "failed": 0}
+        statuses = ("queued", "in_progress", "completed", "failed")
         with self._lock:
-            for entry in self._entries.values():
-                counts[entry.status] += 1
-        return counts
+            return {status: self._counts[status] for status in statuses}
+
+    def queued_of(self, owner: str) -> int:
+        """How many jobs of an owner are queued."""
+        with self._lock:
+            return self._queued_of[owner]
 
     def video(self, entry: Entry) -> dict[str, Any]:
-        """A job as the API shows it."""
+        """A job as the API shows it: made from the entry alone, as `body` keeps it."""
         return video_json(
             entry.spec,
             entry.status,
@@ -113,22 +166,50 @@ class Board:
             place=entry.place,
         )
 
+    def body(self, entry: Entry) -> bytes:
+        """`video` as JSON. It is worked out once for every change of a job, not for every poll."""
+        known = self._bodies.get(entry.spec.id)
+        if known is not None and known[0] is entry:
+            return known[1]
+        body = json.dumps(self.video(entry), ensure_ascii=False, separators=(",", ":")).encode()
+        with self._lock:
+            if self._entries.get(entry.spec.id) is entry:
+                self._bodies[entry.spec.id] = (entry, body)
+        return body
+
     def look(self) -> None:
         """Bring every job that has not ended in step with the queue and the store."""
+        taken = {job.id: job for job in self._jobs.taken()}
+        late = time.monotonic() - self._whole_look > WHOLE_LOOK_SECONDS
+        if not (self._changed or late or set(taken) != self._taken):
+            for job_id, job in taken.items():
+                entry = self._entries.get(job_id)
+                if entry is not None and entry.live:
+                    found = self._entry(entry.spec, job, self._store.result(job_id))
+                    self._keep(entry, replace(found, place=entry.place))
+            return
+        self._changed, self._taken, self._whole_look = False, set(taken), time.monotonic()
+        self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        with self._lock:
+            watched = [entry for entry in self._entries.values() if entry.live]
+        if not watched:
+            return
         live = self._jobs.live()
         places = {job.id: place for place, job in enumerate(live)}
         by_id = {job.id: job for job in live}
-        with self._lock:
-            watched = [entry for entry in self._entries.values() if entry.live]
         for entry in watched:
             job_id = entry.spec.id
-            result = self._store.result(job_id)
-            found = self._entry(entry.spec, by_id.get(job_id), result)
-            if not found.live or job_id in by_id:
-                self._keep(entry, replace(found, place=places.get(job_id)))
+            job = by_id.get(job_id)
+            if job is not None:
+                # Only one that was taken can have ended: the others' folders are not looked into.
+                result = self._store.result(job_id) if job.status == "in_progress" else None
+                found = self._entry(entry.spec, job, result)
+                self._keep(entry, replace(found, place=places[job_id]))
                 continue
-            # Not live any more and without a result: it ended between the two looks, or the
-            # queue gave it up.
+            # Not live any more: it ended between the two looks, or the queue gave it up. One that
+            # has just been added may not be in the queue yet.
             ended = self._jobs.find([job_id]).get(job_id)
             result = self._store.result(job_id)
             if result is None and ended is not None and ended.status == "ended":
@@ -140,6 +221,8 @@ class Board:
                 self._store.put_result(job_id, result)
             if result is not None:
                 self._keep(entry, self._entry(entry.spec, ended, result))
+            else:
+                self._changed = True
 
     def _entry(self, spec: JobSpec, job: QueuedJob | None, result: JobResult | None) -> Entry:
         if result is not None:
@@ -157,11 +240,34 @@ class Board:
         with self._lock:
             if entry.spec.id not in self._entries:
                 return
+            self._count(self._entries[entry.spec.id], -1)
+            self._count(entry, 1)
             self._entries[entry.spec.id] = entry
+            if not entry.live:
+                self._changed = True  # those behind it move up
+
+    def _put(self, entry: Entry) -> None:
+        with self._lock:
+            self._entries[entry.spec.id] = entry
+            bisect.insort(self._order, _key(entry))
+            self._count(entry, 1)
+            self._changed = True
+
+    def _count(self, entry: Entry, by: int) -> None:
+        self._counts[entry.status] += by
+        if entry.status == "queued":
+            self._queued_of[entry.spec.owner] += by
+            if not self._queued_of[entry.spec.owner]:
+                del self._queued_of[entry.spec.owner]
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
             try:
                 self.look()
             except Exception:
+                self._changed = True
                 log.exception("looking at the queue failed; it is tried again")
+
+
+def _key(entry: Entry) -> tuple[float, str]:
+    return entry.spec.created_at, entry.spec.id

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
+import re
 import resource
 import threading
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from typing import Any
 from opensora_sp.base.errors import UserError
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.request import reference_paths
-from opensora_sp.server.protocol import BadRequest, as_bad_request
+from opensora_sp.server.protocol import UPLOADS, BadRequest, as_bad_request
 from opensora_sp.server.settings import GroupSettings
 
 SECONDS = 20.0
@@ -47,7 +49,8 @@ def judge(
 
 
 def _bounded() -> None:
-    """In the child: no more memory than a judge needs."""
+    """In the child: no more memory than a judge needs, and the engine goes before it."""
+    os.nice(5)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -64,7 +67,11 @@ def _judge_safely(*arguments: Any) -> dict[str, Any] | str:
 def without_paths(text: str, outputs: Path) -> str:
     """What is told of a job, without where its files lie on the server."""
     folder = str(outputs.parent)
-    return text.replace(f"{folder}/uploads/", "upload ").replace(f"{folder}/outputs/", "")
+    text = text.replace(f"{folder}/uploads/", "upload ").replace(f"{folder}/outputs/", "")
+    # A message may have shortened a path in its middle.
+    text = re.sub(r"'[^']*/uploads/([^']*)'", r"'upload \1'", text)
+    text = re.sub(r"'[^']*/outputs/([^']*)'", r"'\1'", text)
+    return re.sub(r"\S*/uploads/", "upload ", text)
 
 
 class Judge:
@@ -102,8 +109,9 @@ class Judge:
                 ) from None
         if not isinstance(found, str):
             return found
-        refused = as_bad_request(UserError(without_paths(found, outputs)))
-        if any(path in found for path in uploads):
+        told = without_paths(found, outputs)
+        refused = as_bad_request(UserError(told))
+        if "upload " in told and uploads and refused.param not in UPLOADS:
             refused.param = "input_reference"
         raise refused
 

@@ -90,6 +90,11 @@ class JobQueue:
         order = {"in_progress": 0, "queued": 1}
         return sorted(jobs, key=lambda j: (order[j.status], j.priority, j.created_at, j.id))
 
+    def taken(self) -> list[QueuedJob]:
+        """The jobs that the engine has, in no order: cheap, however many wait."""
+        found = self._client.list_workflows(status="PENDING", load_input=False, load_output=False)
+        return [_as_job(status) for status in found]
+
     def find(self, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
         """The jobs of these ids that the queue knows."""
         wanted = list(job_ids)

@@ -103,6 +103,8 @@ def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) ->
             return
         _run(engine, replace(job, engine=engine.settings), reporter)
     except Cancelled:
+        if whole.leads and store.cancel_asked(job_id):
+            store.delete(job_id)  # it was written to while the gateway deleted it
         return
     except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
         reporter.failed(str(error))

@@ -7,7 +7,9 @@ the same words.
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,6 +98,7 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
     BadRequest for a field that is unknown, twice what only one can be, or no text, number or
     truth value; values themselves are judged by the flags.
     """
+    _refuse_no_text(fields)
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRequest("prompt is needed: a text that says what the video shows", "prompt")
@@ -104,7 +107,7 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
             f"prompt has {len(prompt)} characters; at most {_MOST_TEXT} are taken", "prompt"
         )
     _refuse_unknown(fields)
-    model = fields.get("model") or MODEL
+    model = MODEL if fields.get("model") in (None, "") else fields["model"]
     if model not in (MODEL, "default"):
         raise BadRequest(f"model {shown(model)} is not here: there is {MODEL}", "model")
     arguments = [f"--prompt={prompt}"]
@@ -122,12 +125,53 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
     return Asked(tuple(arguments), {"model": model, "prompt": prompt}, priority)
 
 
+def read_json(raw: bytes) -> dict[str, Any]:
+    """The fields of a body of JSON. Raises BadRequest for no object, and for a field twice."""
+    try:
+        fields = json.loads(raw, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not JSON") from None
+    if not isinstance(fields, dict):
+        raise BadRequest("the body is not a JSON object")
+    return fields
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = Counter(name for name, _ in pairs)
+        twice = next(name for name in names if names[name] > 1)
+        raise BadRequest(f"{shown(twice)} came twice: one value is taken", printable(twice))
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise BadRequest(f"{text} is not JSON: numbers are written in digits")
+
+
+def printable(text: str) -> str:
+    """A name that came from a client, as it is told again: short, and any screen can show it."""
+    return text[:60].encode("ascii", "backslashreplace").decode()
+
+
+def _refuse_no_text(fields: Mapping[str, Any]) -> None:
+    """Half a character, and NUL: neither is written to a file or sent in an answer."""
+    for name, value in fields.items():
+        for text in (name, value):
+            if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
+                raise BadRequest(
+                    f"{printable(name)} holds a character that is no text: NUL, or half of one",
+                    printable(name),
+                )
+
+
 def _refuse_unknown(fields: Mapping[str, Any]) -> None:
     known = {*OWN_FIELDS, *ALIASES, *REQUEST_FIELDS, *UPLOADS}
     for name in fields:
         if name not in known:
             raise BadRequest(
-                f"{shown(name)} is not a field; there are {', '.join(sorted(known))}", name
+                f"{shown(name)} is not a field; there are {', '.join(sorted(known))}",
+                printable(name),
             )
         if name in UPLOADS and fields[name] not in (None, ""):
             raise BadRequest(f"{name} is a file: send it as a form, as -F {name}=@cat.png", name)

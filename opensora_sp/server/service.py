@@ -143,6 +143,7 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
             judge=Judge(group),
             engine_state=engine.state,
             tokens=settings.tokens,
+            limits=settings.limits,
             hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
             embedded=not any("ckpt" in word for word in group.arguments),
         )
@@ -177,9 +178,13 @@ def _answer(
     import uvicorn
 
     from opensora_sp.server.app import build_app
+    from opensora_sp.server.connections import allow_open_files, protocol_of
 
+    allow_open_files(settings.limits)
     config = uvicorn.Config(
         build_app(gateway),
+        http=protocol_of(settings.limits),
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.request.request import Job
@@ -14,7 +15,7 @@ from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 # Names of this machine alone: a server that listens there needs no token.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-_PACKAGES = ("dbos", "fastapi", "multipart", "uvicorn", "jinja2")
+_PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,24 @@ class GroupSettings:
         return self.job(["--prompt=warm up"], self.save_dir / "warmup")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one client, and all of them, may ask of the gateway.
+
+    bytes_at_once: of all bodies that are arriving together; they lie on the disk meanwhile.
+    """
+
+    queued: int = 1000
+    queued_each: int = 200
+    body_bytes: int = 512 << 20
+    bytes_at_once: int = 4 << 30
+    body_seconds: float = 120.0
+    header_seconds: float = 20.0
+    connections: int = 4000
+    files: int = 8
+    fields: int = 64
+
+
 @dataclass(frozen=True)
 class ServiceSettings:
     """A server. tokens: token → its owner's name; empty lets everybody in."""
@@ -63,6 +82,7 @@ class ServiceSettings:
     port: int
     group: GroupSettings
     tokens: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
 
 
 def require_packages() -> None:
@@ -70,6 +90,23 @@ def require_packages() -> None:
     for name in _PACKAGES:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"serving needs the package {name}: pip install 'opensora_sp[serve]'")
+
+
+def read_limits(words: Sequence[str]) -> Limits:
+    """Limits of NAME=NUMBER each; those that are not given stay. Raises UserError."""
+    known: dict[str, Any] = asdict(Limits())
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in known:
+            raise UserError(f"--limit {word}: there are {', '.join(known)}, each as NAME=NUMBER")
+        try:
+            found[name] = type(known[name])(text)
+        except ValueError:
+            found[name] = 0
+        if not 0 < found[name] < 1 << 50:
+            raise UserError(f"--limit {word}: {name} is a number above 0, such as {known[name]}")
+    return Limits(**found)
 
 
 def read_tokens(path: Path) -> dict[str, str]:
