@@ -46,6 +46,7 @@ class Limits:
     body_seconds: float = 120.0
     files: int = 8
     fields: int = 64
+    image_seconds: float = 600.0
 
 
 @dataclass(kw_only=True)
@@ -70,6 +71,8 @@ class Gateway:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """The application. It describes itself at /openapi.json."""
+    from opensora_sp.server.images import add_images  # it is made of what is here
+
     # FastAPI's own pages load their scripts from elsewhere.
     app = FastAPI(
         title="Open-Sora 1.2 server",
@@ -83,6 +86,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_operations(app, gateway)
     _add_videos(app, gateway)
+    add_images(app, gateway)
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
     return app
 
@@ -98,7 +102,7 @@ def _lifespan(gateway: Gateway) -> Callable[[FastAPI], Any]:
     return lifespan
 
 
-def _refusal(
+def refusal(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> JSONResponse:
     """An error as the API shows it; clients are told not to try again by themselves."""
@@ -112,12 +116,12 @@ def _refusal(
 
 async def _on_bad_request(_: Request, error: Exception) -> Response:
     assert isinstance(error, BadRequest)
-    return _refusal(400, str(error), param=error.param, code="invalid_value")
+    return refusal(400, str(error), param=error.param, code="invalid_value")
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _refusal(error.status_code, str(error.detail))
+    return refusal(error.status_code, str(error.detail))
 
 
 def _guard(gateway: Gateway) -> Callable[..., Any]:
@@ -126,16 +130,16 @@ def _guard(gateway: Gateway) -> Callable[..., Any]:
     async def guard(request: Request, call_next: Callable[..., Any]) -> Response:
         host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
         if gateway.hosts and host not in gateway.hosts:
-            return _refusal(421, f"this server does not answer for the host {host[:100]!r}")
+            return refusal(421, f"this server does not answer for the host {host[:100]!r}")
         origin = request.headers.get("origin")
         own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
         if not own and request.method not in ("GET", "HEAD"):
-            return _refusal(403, "requests from pages of other sites are refused")
+            return refusal(403, "requests from pages of other sites are refused")
         request.state.owner, path = "", request.url.path
         if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
             owner = _owner(gateway.tokens, request)
             if owner is None:
-                answer = _refusal(401, "a token is needed: Authorization: Bearer TOKEN")
+                answer = refusal(401, "a token is needed: Authorization: Bearer TOKEN")
                 answer.headers["www-authenticate"] = "Bearer"
                 return answer
             request.state.owner = owner
@@ -143,7 +147,7 @@ def _guard(gateway: Gateway) -> Callable[..., Any]:
         if length is not None and (
             not length.isdecimal() or int(length) > gateway.limits.body_bytes
         ):
-            return _refusal(
+            return refusal(
                 413, f"the body is larger than {gateway.limits.body_bytes >> 20} MiB are taken"
             )
         response: Response = await call_next(request)
@@ -196,6 +200,21 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse({"object": "list", "data": [one]})
 
 
+def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | None:
+    """Why so many new jobs are not taken now; None where they are."""
+    limits = gateway.limits
+    if gateway.draining:
+        return refusal(503, "the server is being stopped and takes no new jobs")
+    if gateway.board.counts()["queued"] + count > limits.queued:
+        return refusal(429, f"{limits.queued} jobs are queued already: try again later")
+    if gateway.tokens:
+        queued = (e for e in gateway.board.all() if e.status == "queued")
+        mine = sum(e.spec.owner == owner for e in queued)
+        if mine + count > limits.queued_each:
+            return refusal(429, f"{mine} of your jobs are queued already: try again later")
+    return None
+
+
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
 
@@ -212,16 +231,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
         """Queue a video: multipart/form-data, or JSON. `prompt` is needed."""
-        if gateway.draining:
-            return _refusal(503, "the server is being stopped and takes no new jobs")
-        counts = board.counts()
-        if counts["queued"] >= limits.queued:
-            return _refusal(429, f"{limits.queued} jobs are queued already: try again later")
         owner = request.state.owner
-        if gateway.tokens:
-            mine = sum(e.status == "queued" and e.spec.owner == owner for e in board.all())
-            if mine >= limits.queued_each:
-                return _refusal(429, f"{mine} of your jobs are queued already: try again later")
+        if (full := refuse_new(gateway, owner)) is not None:
+            return full
         job_id = gateway.store.new_id()
         try:
             fields, uploads = await asyncio.wait_for(
@@ -229,11 +241,11 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             )
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             await run_in_threadpool(gateway.store.delete, job_id)
-            return _refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
+            return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
         except BaseException:
             await run_in_threadpool(gateway.store.delete, job_id)
             raise
-        return answer(await run_in_threadpool(_queue, gateway, job_id, fields, uploads, owner))
+        return answer(await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner))
 
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str) -> Response:
@@ -315,24 +327,29 @@ async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
     yield 'event: deleted\ndata: {"deleted": true}\n\n'
 
 
+async def read_json(request: Request) -> dict[str, Any]:
+    """The fields of a body of JSON. Raises BadRequest for what is none."""
+    raw = b""
+    async for part in request.stream():
+        raw += part
+        if len(raw) > 1 << 20:
+            raise HTTPException(413, "a body of JSON is at most 1 MiB; send files as a form")
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not JSON") from None
+    if not isinstance(fields, dict):
+        raise BadRequest("the body is not a JSON object")
+    return fields
+
+
 async def _read_body(
     request: Request, gateway: Gateway, job_id: str
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """Fields, and (field, path, kind) of each file, stored under names of our own."""
     limits, kind = gateway.limits, request.headers.get("content-type", "").split(";")[0]
     if kind == "application/json":
-        raw = b""
-        async for part in request.stream():
-            raw += part
-            if len(raw) > 1 << 20:
-                raise HTTPException(413, "a body of JSON is at most 1 MiB; send files as a form")
-        try:
-            fields = json.loads(raw)
-        except (ValueError, RecursionError):
-            raise BadRequest("the body is not JSON") from None
-        if not isinstance(fields, dict):
-            raise BadRequest("the body is not a JSON object")
-        return fields, []
+        return await read_json(request), []
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise HTTPException(
             415, f"content-type {kind[:60]!r}: send multipart/form-data or application/json"
@@ -365,7 +382,7 @@ async def _read_body(
     return fields, uploads
 
 
-def _queue(
+def queue_job(
     gateway: Gateway,
     job_id: str,
     fields: dict[str, Any],

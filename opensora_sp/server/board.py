@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opensora_sp.server.durable import JobQueue, QueuedJob
+from opensora_sp.server.durable import JobQueue, QueuedJob, queue_place
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.protocol import video_json
 
@@ -116,8 +116,14 @@ class Board:
     def look(self) -> None:
         """Bring every job that has not ended in step with the queue and the store."""
         live = self._jobs.live()
+        with self._lock:
+            created = {entry.spec.id: entry.spec.created_at for entry in self._entries.values()}
+        live.sort(key=lambda job: (*queue_place(job), created.get(job.id, 0.0)))
         places = {job.id: place for place, job in enumerate(live)}
         by_id = {job.id: job for job in live}
+        for job_id in self._store.together():  # those behind the first are queued as they are made
+            if job_id in by_id:
+                by_id[job_id] = replace(by_id[job_id], status="in_progress")
         with self._lock:
             watched = [entry for entry in self._entries.values() if entry.live]
         for entry in watched:
