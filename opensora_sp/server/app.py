@@ -24,6 +24,7 @@ from opensora_sp import __version__
 from opensora_sp.server.board import Board, Entry
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.images import Intake, add_images
 from opensora_sp.server.job_store import JobSpec, JobStore
 from opensora_sp.server.page import add_page
 from opensora_sp.server.protocol import MODEL, UPLOADS, BadRequest, error_json, read_fields
@@ -71,8 +72,6 @@ class Gateway:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """The application. It describes itself at /openapi.json."""
-    from opensora_sp.server.images import add_images  # it is made of what is here
-
     # FastAPI's own pages load their scripts from elsewhere.
     app = FastAPI(
         title="Open-Sora 1.2 server",
@@ -86,9 +85,28 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_operations(app, gateway)
     _add_videos(app, gateway)
-    add_images(app, gateway)
+    add_images(app, _intake(gateway))
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
     return app
+
+
+def _intake(gateway: Gateway) -> Intake:
+    """What pictures need of the gateway: they go the way of every job."""
+
+    def put(fields: dict[str, Any], owner: str) -> str:
+        return queue_job(gateway, gateway.store.new_id(), fields, [], owner).spec.id
+
+    return Intake(
+        board=gateway.board,
+        store=gateway.store,
+        seconds=gateway.limits.image_seconds,
+        stopping=lambda: gateway.draining,
+        read=lambda request: asyncio.wait_for(read_json(request), gateway.limits.body_seconds),
+        full=lambda owner, count: refuse_new(gateway, owner, count),
+        put=put,
+        remove=lambda entry: remove(gateway, entry),
+        refuse=refusal,
+    )
 
 
 def _lifespan(gateway: Gateway) -> Callable[[FastAPI], Any]:

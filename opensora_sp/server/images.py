@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -17,15 +18,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from opensora_sp.base.value_types import shown
-from opensora_sp.server.app import (
-    Gateway,
-    queue_job,
-    read_json,
-    refusal,
-    refuse_new,
-    remove,
-)
-from opensora_sp.server.board import Entry
+from opensora_sp.server.board import Board, Entry
+from opensora_sp.server.job_store import JobStore
 from opensora_sp.server.protocol import BadRequest, read_fields
 
 MOST_IMAGES = 4
@@ -52,6 +46,26 @@ VIDEO_FIELDS = (
 )
 
 Outcome = Literal["ended", "late", "left", "stopping"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """What pictures need of the gateway.
+
+    seconds: how long one may wait. stopping: whether the server is. read: a body of JSON. full: why
+    so many jobs of an owner are not taken now. put: queues a job of these fields and owner; its id.
+    remove: stops a job and removes it. refuse: an error as the API shows it.
+    """
+
+    board: Board
+    store: JobStore
+    seconds: float
+    stopping: Callable[[], bool]
+    read: Callable[[Request], Awaitable[dict[str, Any]]]
+    full: Callable[[str, int], Response | None]
+    put: Callable[[dict[str, Any], str], str]
+    remove: Callable[[Entry], None]
+    refuse: Callable[..., Response]
 
 
 def read_image_fields(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
@@ -86,7 +100,7 @@ def read_image_fields(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], 
     return jobs, form
 
 
-def add_images(app: FastAPI, gateway: Gateway) -> None:
+def add_images(app: FastAPI, intake: Intake) -> None:
     """Answer POST /v1/images/generations."""
 
     @app.post("/v1/images/generations")
@@ -96,45 +110,42 @@ def add_images(app: FastAPI, gateway: Gateway) -> None:
         if kind != "application/json":
             raise HTTPException(415, f"content-type {kind[:60]!r}: send application/json")
         try:
-            fields = await asyncio.wait_for(read_json(request), gateway.limits.body_seconds)
+            fields = await intake.read(request)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-            return refusal(400, "the body did not arrive in time")
+            return intake.refuse(400, "the body did not arrive in time")
         asked, form = read_image_fields(fields)
-        if (full := refuse_new(gateway, request.state.owner, len(asked))) is not None:
+        if (full := intake.full(request.state.owner, len(asked))) is not None:
             return full
         ids: list[str] = []
         outcome: Outcome = "left"
         try:
             for each in asked:
-                job_id = gateway.store.new_id()
-                owner = request.state.owner
-                await run_in_threadpool(queue_job, gateway, job_id, each, [], owner)
-                ids.append(job_id)
-            outcome = await _wait(request, gateway, ids)
+                ids.append(await run_in_threadpool(intake.put, each, request.state.owner))
+            outcome = await _wait(request, intake, ids)
         finally:
             if outcome != "ended":
-                _remove_all(gateway, ids)
+                _remove_all(intake, ids)
         if outcome != "ended":
-            return _not_made(gateway, outcome)
-        entries = [gateway.board.get(job_id) for job_id in ids]
+            return _not_made(intake, outcome)
+        entries = [intake.board.get(job_id) for job_id in ids]
         for entry in entries:
             if entry is None or entry.result is None or entry.result.error is not None:
-                _remove_all(gateway, ids)
-                return _failed(entry)
+                _remove_all(intake, ids)
+                return _failed(intake, entry)
         made = [entry for entry in entries if entry is not None]
-        data = await run_in_threadpool(_data, gateway, made, form, str(request.base_url))
+        data = await run_in_threadpool(_data, intake, made, form, str(request.base_url))
         size = made[0].spec.shown.get("size")
         return JSONResponse(
             {"created": int(time.time()), "data": data, "output_format": "png", "size": size}
         )
 
 
-async def _wait(request: Request, gateway: Gateway, ids: Sequence[str]) -> Outcome:
+async def _wait(request: Request, intake: Intake, ids: Sequence[str]) -> Outcome:
     """Until all jobs have ended, or there is nobody or no time left to wait."""
-    end = time.monotonic() + gateway.limits.image_seconds
+    end = time.monotonic() + intake.seconds
     gone = asyncio.ensure_future(_gone(request))
     try:
-        return await _outcome(gateway, ids, end, gone)
+        return await _outcome(intake, ids, end, gone)
     finally:
         gone.cancel()
 
@@ -147,51 +158,51 @@ async def _gone(request: Request) -> None:
 
 
 async def _outcome(
-    gateway: Gateway, ids: Sequence[str], end: float, gone: asyncio.Future[None]
+    intake: Intake, ids: Sequence[str], end: float, gone: asyncio.Future[None]
 ) -> Outcome:
     while True:
-        entries = [gateway.board.get(job_id) for job_id in ids]
+        entries = [intake.board.get(job_id) for job_id in ids]
         if all(entry is None or not entry.live for entry in entries):
             return "ended"
         if time.monotonic() > end:
             return "late"
-        if gateway.draining:
+        if intake.stopping():
             return "stopping"
         if gone.done():
             return "left"
         await asyncio.sleep(LOOK_SECONDS)
 
 
-def _remove_all(gateway: Gateway, ids: Sequence[str]) -> None:
+def _remove_all(intake: Intake, ids: Sequence[str]) -> None:
     for job_id in ids:
-        entry = gateway.board.get(job_id)
+        entry = intake.board.get(job_id)
         if entry is not None:
-            remove(gateway, entry)
+            intake.remove(entry)
 
 
-def _not_made(gateway: Gateway, outcome: Outcome) -> Response:
+def _not_made(intake: Intake, outcome: Outcome) -> Response:
     if outcome == "late":
-        seconds = gateway.limits.image_seconds
-        return refusal(
+        seconds = intake.seconds
+        return intake.refuse(
             503,
             f"it was not made within {seconds:g} s and is cancelled: send num_frames 1 to "
             "/v1/videos, which answers at once",
             code="timeout",
         )
-    return refusal(503, "the server is being stopped; the request is cancelled")
+    return intake.refuse(503, "the server is being stopped; the request is cancelled")
 
 
-def _failed(entry: Entry | None) -> Response:
+def _failed(intake: Intake, entry: Entry | None) -> Response:
     """Why a picture is not there: it was deleted meanwhile, refused, or the engine's fault."""
     if entry is None:
-        return refusal(409, "it was deleted while it was made")
+        return intake.refuse(409, "it was deleted while it was made")
     result = entry.result
     assert result is not None
     asked = result.error_code == "invalid_request"
-    return refusal(400 if asked else 500, result.error or "it failed", code=result.error_code)
+    return intake.refuse(400 if asked else 500, result.error or "it failed", code=result.error_code)
 
 
-def _data(gateway: Gateway, entries: Sequence[Entry], form: str, base: str) -> list[dict[str, Any]]:
+def _data(intake: Intake, entries: Sequence[Entry], form: str, base: str) -> list[dict[str, Any]]:
     """The pictures as the answer holds them; id and seed are this server's own."""
     data = []
     for entry in entries:
@@ -200,7 +211,7 @@ def _data(gateway: Gateway, entries: Sequence[Entry], form: str, base: str) -> l
         if form == "url":
             one["url"] = f"{base}v1/videos/{job_id}/content"
         else:
-            output = gateway.store.output(job_id)
+            output = intake.store.output(job_id)
             if output is None:
                 raise HTTPException(409, "it was deleted while it was sent")
             one["b64_json"] = base64.b64encode(output.read_bytes()).decode("ascii")
