@@ -14,7 +14,7 @@ from opensora_sp.cli.client.flags import client_parser, each, run_client
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Cancel; returns 0, 1 where one of them was not there, or 2 with one line."""
-    return run_client(argv, lambda: parser().format_help(), _cancel)
+    return run_client(argv, lambda _: parser().format_help(), _cancel)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ VARIANTS = ("video", "thumbnail", "spritesheet")
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """Download; returns 0, 1 where one of them is not made, or 2 with one line."""
-    return run_client(argv, lambda: parser().format_help(), _fetch)
+    return run_client(argv, lambda _: parser().format_help(), _fetch)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -39,12 +39,16 @@ def client_parser(name: str, usage: str, description: str) -> argparse.ArgumentP
 
 
 def run_client(
-    argv: Sequence[str] | None, help_text: Callable[[], str], work: Callable[[list[str]], int]
+    argv: Sequence[str] | None, help_text: Callable[[bool], str], work: Callable[[list[str]], int]
 ) -> int:
-    """Run a client's command: help, the work, or a refusal in one line with exit code 2."""
+    """Run a client's command: help, the work, or a refusal in one line with exit code 2.
+
+    help_text: told whether all of it is asked for.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return say(help_text()) if help_asked(words) is not None else work(words)
+        asked = help_asked(words)
+        return say(help_text(asked == "all")) if asked is not None else work(words)
     except UserError as error:
         return refuse(error, same_everywhere=True)
     except KeyboardInterrupt:

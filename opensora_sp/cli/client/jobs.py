@@ -22,7 +22,7 @@ MOST = 10_000
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
     """List; returns 0, or 2 with one line."""
-    return run_client(argv, lambda: parser().format_help(), _jobs)
+    return run_client(argv, lambda _: parser().format_help(), _jobs)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ from opensora_sp.cli.client.flags import FAILED, client_parser, run_client
 from opensora_sp.cli.client.forms import SUBMITTED, forms_of
 
 LOOK_SECONDS = 0.5
+_USUAL = ("prompt", "prompt_path", "resolution", "aspect_ratio", "num_frames", "image", "extend")
+_USUAL += ("num_sampling_steps", "seed")
 
 
 @on_any_screen
@@ -26,16 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_client(argv, help_text, _submit)
 
 
-def help_text() -> str:
-    """The command's own flags, then those of generate that go with a request."""
+def help_text(whole: bool) -> str:
+    """The command's own flags, then those of generate that go with a request, or the usual ones."""
     from opensora_sp.request.flags.docs import help_entries
 
-    return (
-        parser().format_help()
-        + "\nwhat to make, as for generate:\n"
-        + "\n".join(help_entries(SUBMITTED))
-        + "\n"
-    )
+    lines = ["", "what to make, as for generate:", *help_entries(SUBMITTED if whole else _USUAL)]
+    if not whole:
+        lines += ["", "opensora-sp submit --help all lists every flag."]
+    return parser().format_help() + "\n".join(lines) + "\n"
 
 
 def parser() -> argparse.ArgumentParser:
