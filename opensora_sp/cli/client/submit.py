@@ -18,8 +18,10 @@ from opensora_sp.cli.client.flags import FAILED, client_parser, run_client
 from opensora_sp.cli.client.forms import SUBMITTED, forms_of
 
 LOOK_SECONDS = 0.5
-_USUAL = ("prompt", "prompt_path", "resolution", "aspect_ratio", "num_frames", "image", "extend")
-_USUAL += ("num_sampling_steps", "seed")
+_USUAL = (
+    *("prompt", "prompt_path", "resolution", "aspect_ratio", "num_frames", "image", "extend"),
+    *("num_sampling_steps", "seed"),
+)
 
 
 @on_any_screen
