@@ -9,8 +9,10 @@ The script is made by shtab, which is installed with opensora_sp[completion].
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from opensora_sp.base.errors import UserError
@@ -28,7 +30,7 @@ _HELP = (
     "Needs shtab: pip install 'opensora_sp[completion]'\n"
 )
 # What a value's name in the help says of what completes it.
-_FILES = ("FILE", "FILE|NAME", "VIDEO", "A.json B.json")
+_FILES = ("FILE", "FILE|NAME", "FILE|DIR", "VIDEO", "A.json B.json")
 _DIRECTORIES = ("DIR", "NEW_DIR")
 
 
@@ -73,11 +75,15 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _add_table(target: argparse.ArgumentParser, program: str) -> None:
+def _add_table(
+    target: argparse.ArgumentParser, program: str, only: Sequence[str] | None = None
+) -> None:
     from opensora_sp.request.flags.table import all_flags
 
     for flag in all_flags():
         if flag.program not in (None, program) or flag.name == "--help":
+            continue
+        if only is not None and flag.key not in only:
             continue
         said = flag.help.replace("%", "%%")
         if flag.nargs == 0:
@@ -141,4 +147,24 @@ def _serve(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     _copy(serve.parser(), target)
 
 
-_PARSERS = {"verify": _verify, "download": _download, "convert": _convert, "serve": _serve}
+def _submit(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
+    from opensora_sp.cli.client import submit
+    from opensora_sp.cli.client.forms import SUBMITTED
+
+    _copy(submit.parser(), target)
+    _add_table(target, "infer", only=SUBMITTED)
+
+
+def _client(target: argparse.ArgumentParser, _: Sequence[str], name: str) -> None:
+    module = importlib.import_module(f"opensora_sp.cli.client.{name}")
+    _copy(module.parser(), target)
+
+
+_PARSERS: Mapping[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]] = {
+    "verify": _verify,
+    "download": _download,
+    "convert": _convert,
+    "serve": _serve,
+    "client.submit": _submit,
+    **{f"client.{name}": partial(_client, name=name) for name in ("jobs", "cancel", "fetch")},
+}

@@ -53,6 +53,10 @@ COMMANDS: Mapping[str, Command] = {
         "look whether this machine is fit to run the program", "verify", ("--doctor",)
     ),
     "serve": Command("keep the models loaded and make what comes over HTTP", "serve"),
+    "submit": Command("send requests to a server", "client.submit"),
+    "jobs": Command("list the jobs of a server", "client.jobs"),
+    "cancel": Command("cancel jobs of a server", "client.cancel"),
+    "fetch": Command("download what a server has made", "client.fetch"),
     "download": Command("fetch the published checkpoints, or check what is there", "download"),
     "convert": Command("bring a checkpoint of another form into the published layout", "convert"),
     "completion": Command("print what makes bash or zsh complete commands and flags", "completion"),

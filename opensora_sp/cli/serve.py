@@ -18,6 +18,8 @@ from opensora_sp.cli.parser import RefusingParser
 if TYPE_CHECKING:
     from opensora_sp.server.settings import ServiceSettings
 
+MOST_BATCH_JOBS = 64
+
 
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of the engine")
     parser.add_argument(
+        "--batch-jobs", type=int, default=1, metavar="N",
+        help="make up to N jobs of one shape together that stand one behind the other (default 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--token-file", type=Path, metavar="FILE",
         help="NAME:TOKEN a line; needed where --host is not this machine alone",
     )  # fmt: skip
@@ -86,6 +92,10 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         raise UserError(f"--port {found.port} is not a port from 1 to 65535")
     if not 0 < found.nproc <= 64:
         raise UserError(f"--nproc {found.nproc} is not a number of ranks from 1 to 64")
+    if not 0 < found.batch_jobs <= MOST_BATCH_JOBS:
+        raise UserError(
+            f"--batch-jobs {found.batch_jobs} is not a number of jobs from 1 to {MOST_BATCH_JOBS}"
+        )
     if found.host not in LOCAL_HOSTS and found.token_file is None:
         raise UserError(
             f"--host {found.host} lets other machines in, which needs --token-file FILE; "
@@ -100,6 +110,7 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         arguments=tuple(engine),
         warmup=tuple(name for name in found.warmup.split(",") if name),
         ranks=found.nproc,
+        batch_jobs=found.batch_jobs,
     )
     group.first_job()
     return ServiceSettings(found.host, found.port, group, tokens, read_limits(found.limit))

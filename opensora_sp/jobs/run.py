@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from opensora_sp.base import faults
-from opensora_sp.base.errors import SharedFault, SharedPromptFault, UserError
+from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import result, warn_once
 from opensora_sp.engine.generate import StepEnd
 from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
@@ -118,9 +118,14 @@ def make_batch(
         note_stage("denoising")
     requests = [task.request for task in work.tasks]
     with open_outputs(pipeline, job, work.tasks, sheet) as sinks:
-        pipeline.generate_to(
-            requests, sinks, keep_latents=False, progress=progress, on_step_end=on_step_end
-        )
+        try:
+            pipeline.generate_to(
+                requests, sinks, keep_latents=False, progress=progress, on_step_end=on_step_end
+            )
+        except Cancelled:
+            if len(requests) > 1:  # one of them may be unwanted: the others go on from this step
+                progress.save_now()
+            raise
     note_stage("done")
     if leads:
         _finish(job, work, files, sheet, time.perf_counter() - started)

@@ -29,6 +29,7 @@ from opensora_sp import __version__
 from opensora_sp.server.board import Board, Entry
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.images import Intake, add_images
 from opensora_sp.server.job_store import JobSpec, JobStore
 from opensora_sp.server.page import add_page
 from opensora_sp.server.protocol import (
@@ -111,8 +112,28 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(Exception, _on_fault)
     _add_operations(app, gateway)
     _add_videos(app, gateway)
+    add_images(app, _intake(gateway))
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
     return app
+
+
+def _intake(gateway: Gateway) -> Intake:
+    """What pictures need of the gateway: they go the way of every job."""
+
+    def put(fields: dict[str, Any], owner: str) -> str:
+        return queue_job(gateway, gateway.store.new_id(), fields, [], owner).spec.id
+
+    return Intake(
+        board=gateway.board,
+        store=gateway.store,
+        seconds=gateway.limits.image_seconds,
+        stopping=lambda: gateway.draining,
+        read=lambda request: asyncio.wait_for(_read_json(request), gateway.limits.body_seconds),
+        full=lambda owner, count: refuse_new(gateway, owner, count),
+        put=put,
+        remove=lambda entry: remove(gateway, entry),
+        refuse=refusal,
+    )
 
 
 def _lifespan(gateway: Gateway) -> Callable[[FastAPI], Any]:
@@ -126,7 +147,7 @@ def _lifespan(gateway: Gateway) -> Callable[[FastAPI], Any]:
     return lifespan
 
 
-def _refusal(
+def refusal(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> JSONResponse:
     """An error as the API shows it; clients are told not to try again by themselves."""
@@ -140,12 +161,12 @@ def _refusal(
 
 async def _on_bad_request(_: Request, error: Exception) -> Response:
     assert isinstance(error, BadRequest)
-    return _refusal(400, str(error), param=error.param, code="invalid_value")
+    return refusal(400, str(error), param=error.param, code="invalid_value")
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _refusal(error.status_code, str(error.detail))
+    return refusal(error.status_code, str(error.detail))
 
 
 async def _on_bad_parameter(_: Request, error: Exception) -> Response:
@@ -153,12 +174,12 @@ async def _on_bad_parameter(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     name = str(first["loc"][-1])
     message = f"{name} {str(first.get('input'))[:40]!r}: {first['msg']}"
-    return _refusal(400, message, param=name, code="invalid_value")
+    return refusal(400, message, param=name, code="invalid_value")
 
 
 async def _on_fault(_: Request, error: Exception) -> Response:
     """A fault of the server's own; uvicorn logs it with its traceback."""
-    return _refusal(500, "the server could not answer this; its log says why")
+    return refusal(500, "the server could not answer this; its log says why")
 
 
 # Sent with every answer that does not say otherwise itself.
@@ -196,8 +217,8 @@ class Guard:
                 headers.extend(pair for pair in _HEADERS.items() if pair[0] not in there)
             await send(message)
 
-        refusal = _refused(self._gateway, Request(scope))
-        await (refusal or self._app)(scope, receive, answer)
+        refused = _refused(self._gateway, Request(scope))
+        await (refused or self._app)(scope, receive, answer)
 
 
 def _refused(gateway: Gateway, request: Request) -> Response | None:
@@ -207,16 +228,16 @@ def _refused(gateway: Gateway, request: Request) -> Response | None:
     """
     host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
     if gateway.hosts and host not in gateway.hosts:
-        return _refusal(421, f"this server does not answer for the host {host[:100]!r}")
+        return refusal(421, f"this server does not answer for the host {host[:100]!r}")
     origin = request.headers.get("origin")
     own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
     if not own and request.method not in ("GET", "HEAD"):
-        return _refusal(403, "requests from pages of other sites are refused")
+        return refusal(403, "requests from pages of other sites are refused")
     request.state.owner, path = "", request.url.path
     if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
         owner = _owner(gateway.tokens, request)
         if owner is None:
-            answer = _refusal(401, "a token is needed: Authorization: Bearer TOKEN")
+            answer = refusal(401, "a token is needed: Authorization: Bearer TOKEN")
             answer.headers["www-authenticate"] = "Bearer"
             return answer
         request.state.owner = owner
@@ -224,7 +245,7 @@ def _refused(gateway: Gateway, request: Request) -> Response | None:
     if length is not None and (
         not length.isdecimal() or len(length) > 15 or int(length) > gateway.limits.body_bytes
     ):
-        return _refusal(
+        return refusal(
             413, f"the body is larger than {gateway.limits.body_bytes >> 20} MiB are taken"
         )
     return None
@@ -265,6 +286,20 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse({"object": "list", "data": [one]})
 
 
+def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | None:
+    """Why so many new jobs are not taken now; None where they are."""
+    limits = gateway.limits
+    if gateway.draining:
+        return refusal(503, "the server is being stopped and takes no new jobs")
+    arriving = gateway.arriving
+    if gateway.board.counts()["queued"] + arriving.total + count > limits.queued:
+        return refusal(429, f"{limits.queued} jobs are queued already: try again later")
+    mine = gateway.board.queued_of(owner) + arriving.jobs[owner]
+    if gateway.tokens and mine + count > limits.queued_each:
+        return refusal(429, f"{mine} of your jobs are queued already: try again later")
+    return None
+
+
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
     # One request is judged at a time; those that wait are not to hold every thread of the pool,
@@ -284,16 +319,11 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
         """Queue a video: multipart/form-data, or JSON. `prompt` is needed."""
-        if gateway.draining:
-            return _refusal(503, "the server is being stopped and takes no new jobs")
         owner, arriving = request.state.owner, gateway.arriving
-        if board.counts()["queued"] + arriving.total >= limits.queued:
-            return _refusal(429, f"{limits.queued} jobs are queued already: try again later")
-        mine = board.queued_of(owner) + arriving.jobs[owner]
-        if gateway.tokens and mine >= limits.queued_each:
-            return _refusal(429, f"{mine} of your jobs are queued already: try again later")
+        if (full := refuse_new(gateway, owner)) is not None:
+            return full
         if arriving.bytes + _length(request) > limits.bytes_at_once:
-            return _refusal(429, "too many files are being sent just now: try again later")
+            return refusal(429, "too many files are being sent just now: try again later")
         job_id = gateway.store.new_id()
         with arriving.counted(owner, _length(request)):
             try:
@@ -302,15 +332,15 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 )
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
                 await run_in_threadpool(gateway.store.delete, job_id)
-                return _refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
+                return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
             except ClientDisconnect:
                 await run_in_threadpool(gateway.store.delete, job_id)
-                return _refusal(400, "the connection was closed before the body was whole")
+                return refusal(400, "the connection was closed before the body was whole")
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
             async with judging:
-                entry = await run_in_threadpool(_queue, gateway, job_id, fields, uploads, owner)
+                entry = await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner)
             return answer(entry)
 
     @app.get("/v1/videos/{video_id}")
@@ -416,6 +446,18 @@ def _length(request: Request) -> int:
     return int(request.headers.get("content-length", 0))
 
 
+async def _read_json(request: Request) -> dict[str, Any]:
+    """The fields of a body of JSON. Raises BadRequest for what is none."""
+    raw = b""
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MOST_TEXT_BYTES:
+            raise HTTPException(
+                413, f"a body of JSON is at most {_MOST_TEXT}; send files as a form"
+            )
+    return read_json(raw)
+
+
 async def _read_body(
     request: Request, gateway: Gateway, job_id: str
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
@@ -423,14 +465,7 @@ async def _read_body(
     limits = gateway.limits
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":
-        raw = b""
-        async for part in request.stream():
-            raw += part
-            if len(raw) > MOST_TEXT_BYTES:
-                raise HTTPException(
-                    413, f"a body of JSON is at most {_MOST_TEXT}; send files as a form"
-                )
-        return read_json(raw), []
+        return await _read_json(request), []
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise HTTPException(
             415, f"content-type {kind[:60]!r}: send multipart/form-data or application/json"
@@ -468,7 +503,7 @@ async def _read_body(
     return fields, uploads
 
 
-def _queue(
+def queue_job(
     gateway: Gateway,
     job_id: str,
     fields: dict[str, Any],

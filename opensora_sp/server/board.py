@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opensora_sp.server.durable import JobQueue, QueuedJob
+from opensora_sp.server.durable import JobQueue, QueuedJob, queue_place
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.protocol import video_json
 
@@ -197,8 +197,14 @@ class Board:
         if not watched:
             return
         live = self._jobs.live()
+        with self._lock:
+            created = {entry.spec.id: entry.spec.created_at for entry in self._entries.values()}
+        live.sort(key=lambda job: (*queue_place(job), created.get(job.id, 0.0)))
         places = {job.id: place for place, job in enumerate(live)}
         by_id = {job.id: job for job in live}
+        for job_id in self._store.together():  # those behind the first are queued as they are made
+            if job_id in by_id:
+                by_id[job_id] = replace(by_id[job_id], status="in_progress")
         for entry in watched:
             job_id = entry.spec.id
             job = by_id.get(job_id)

@@ -87,8 +87,7 @@ class JobQueue:
             status=["ENQUEUED", "DELAYED", "PENDING"], load_input=False, load_output=False
         )
         jobs = [_as_job(status) for status in found]
-        order = {"in_progress": 0, "queued": 1}
-        return sorted(jobs, key=lambda j: (order[j.status], j.priority, j.created_at, j.id))
+        return sorted(jobs, key=queue_place)
 
     def taken(self) -> list[QueuedJob]:
         """The jobs that the engine has, in no order: cheap, however many wait."""
@@ -121,6 +120,14 @@ def _as_job(status: Any) -> QueuedJob:
         priority=status.priority or 0,
         created_at=(status.created_at or 0) / 1000,
     )
+
+
+def queue_place(job: QueuedJob) -> tuple[bool, int, float]:
+    """The place of a job: what is being made first, then as the queue gives jobs out.
+
+    SQLite keeps whole seconds: jobs of one second are told apart by what their specs say.
+    """
+    return job.status != "in_progress", job.priority, job.created_at
 
 
 class Worker:
@@ -168,6 +175,22 @@ class Worker:
         except queue.Empty:
             return None
         return job_id
+
+    def behind(self, job_id: str) -> list[QueuedJob]:
+        """The jobs that come after this one, in the order of the queue."""
+        # One that DBOS took when this one's predecessor was cancelled waits in `_jobs`: PENDING.
+        found = self._dbos.DBOS.list_workflows(
+            queue_name=QUEUE, status=["ENQUEUED", "PENDING"], load_input=False, load_output=False
+        )
+        jobs = sorted(map(_as_job, found), key=queue_place)
+        return [job for job in jobs if job.id != job_id]
+
+    def attempts(self, job_id: str) -> int:
+        """How often a job was given, this time too."""
+        found = self._dbos.DBOS.list_workflows(
+            workflow_ids=[job_id], load_input=False, load_output=False
+        )
+        return max((status.recovery_attempts or 1 for status in found), default=1)
 
     def done(self) -> None:
         """The job that `next` gave has ended, and its result is written."""

@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
-from opensora_sp.request.request import Job
+from opensora_sp.request.request import Job, Task
+from opensora_sp.server.batches import gather, joined
 from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
 from opensora_sp.server.settings import GroupSettings
 
 if TYPE_CHECKING:
-    from opensora_sp.jobs.schedule import Work
+    from opensora_sp.engine.progress import Position
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 1.0
@@ -63,7 +64,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 job_id = engine.whole.control.broadcast_object(job_id)
                 if job_id is None:
                     continue
-                _make(engine, settings, store, job_id)
+                _make(engine, settings, store, worker, job_id)
                 if worker is not None:
                     worker.done()
         finally:
@@ -89,59 +90,86 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) -> None:
-    """Make one job, or write down in a line why it could not be made. Collective."""
+def _make(
+    engine: Any, settings: GroupSettings, store: JobStore, worker: Worker | None, job_id: str
+) -> None:
+    """Make a job, with those behind it that have its shape where the server allows. Collective."""
+    control = engine.whole.control
+    found: dict[str, Any] | None = None
+    if worker is not None:
+        behind = worker.behind(job_id) if settings.batch_jobs > 1 else ()
+        found = gather(settings, store, job_id, behind, worker.attempts(job_id))
+        store.put_together(found)
+    found = control.broadcast_object(found)
+    reporters = {name: JobReporter(store, name, engine.whole.leads) for name in found}
+    if any(isinstance(job, str) for job in found.values()):  # it stands alone then
+        reporters[job_id].failed(found[job_id])
+    else:
+        _make_together(engine, store, found, reporters)
+    if worker is not None:
+        store.put_together(())
+
+
+def _make_together(
+    engine: Any, store: JobStore, jobs: dict[str, Job], reporters: dict[str, JobReporter]
+) -> None:
+    """Make jobs of one shape, or write down in a line why one could not be made. Collective.
+
+    One that is cancelled is taken out, and the others go on from the same step. Where a batch
+    fails, each of it is made alone, so that one's fault is not the others'.
+    """
     whole = engine.whole
-    reporter = JobReporter(store, job_id, whole.leads)
-    try:
-        job = whole.control.broadcast_object(
-            _prepare(settings, store, job_id) if whole.leads else None
-        )
-        if isinstance(job, str):
-            raise SharedFault(job)
-        if job is None:  # deleted, or made already when the queue gave it out again
+    while jobs:
+        alone = len(jobs) == 1
+        try:
+            _run(engine, joined(jobs.values(), engine.settings), [reporters[i] for i in jobs])
+        except Cancelled:
+            pass
+        except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
+            if alone:
+                reporters[next(iter(jobs))].failed(str(error))
+                return
+            log.warning("%d jobs made together failed, each is made alone: %s", len(jobs), error)
+            for job_id, job in _left(whole, store, jobs).items():
+                _make_together(engine, store, {job_id: job}, reporters)
             return
-        _run(engine, replace(job, engine=engine.settings), reporter)
-    except Cancelled:
-        if whole.leads and store.cancel_asked(job_id):
-            store.delete(job_id)  # it was written to while the gateway deleted it
-        return
-    except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
-        reporter.failed(str(error))
-        return
-    except UserError as error:  # this rank alone: the others may wait for it for ever
-        if whole.world_size == 1 and store.cancel_asked(job_id):
-            store.delete(job_id)  # its folder went while it was written
-            return
-        reporter.failed(str(error), "engine_error")
-        raise
-    reporter.completed(job, engine)
-    if whole.leads and store.cancel_asked(job_id):
-        store.delete(job_id)  # deleted while it was decoded: nothing of it stays
+        except UserError as error:  # this rank alone: the others may wait for it for ever
+            # Where one was deleted while it was written, its folder is gone and no other is hurt.
+            deleted = any(store.cancel_asked(job_id) for job_id in jobs)
+            if whole.world_size > 1 or not deleted:
+                if alone:
+                    reporters[next(iter(jobs))].failed(str(error), "engine_error")
+                raise
+        jobs = _left(whole, store, jobs)
 
 
-def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
-    """The job to make; None where there is nothing to do, a line where it cannot be made."""
-    try:
-        if store.result(job_id) is not None or store.cancel_asked(job_id):
-            return None
-        spec = store.spec(job_id)
-    except KeyError:
-        return None
-    try:
-        return settings.job(spec.arguments, store.outputs(job_id))
-    except UserError as error:
-        return str(error)
+def _left(whole: Any, store: JobStore, jobs: dict[str, Job]) -> dict[str, Job]:
+    """Those that have not ended. Of those that are cancelled nothing stays. Collective."""
+    left: list[str] | None = None
+    if whole.leads:
+        left = []
+        for job_id in jobs:
+            if store.cancel_asked(job_id):
+                store.delete(job_id)
+            elif store.result(job_id) is None:
+                left.append(job_id)
+    return {job_id: jobs[job_id] for job_id in whole.control.broadcast_object(left)}
 
 
-def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
+def _run(engine: Any, job: Any, reporters: Sequence[JobReporter]) -> None:
+    """Make every task of the job; reporters: of the tasks, in their order."""
     from opensora_sp.jobs.prepare import check_encoder, encode_all_text, unfinished
     from opensora_sp.jobs.run import make_batch
     from opensora_sp.jobs.schedule import deal
 
+    of = dict(zip((task.output for task in job.tasks), reporters, strict=True))
     job, works = unfinished(job, engine.whole, engine.digests)
     engine.pipeline.models.clock.seconds.clear()
-    reporter.begin(job, works)
+    begun = {task.output: work.start for work in works for task in work.tasks}
+    for task in job.tasks:
+        of[task.output].begin(job, begun.get(task.output))
+        if task.output not in begun:
+            of[task.output].completed(task, engine)
     if not works:
         return
     check_encoder(engine.whole, job, works)
@@ -149,7 +177,15 @@ def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
     on_cpu = engine.whole.device.type == "cpu" or engine.settings.t5_device == "cpu"
     encode_all_text(engine.pipeline, deal(works, 1), keep_encoder=on_cpu)
     for work in works:
-        make_batch(engine, job, work, None, on_step_end=reporter.on_step_end)
+        told = [of[task.output] for task in work.tasks]
+
+        def on_step_end(step: int, t: float, latents: Any, told: Any = told) -> bool:
+            asked = [one.on_step_end(step, t, latents) for one in told]  # each is told of the step
+            return any(asked)
+
+        make_batch(engine, job, work, None, on_step_end=on_step_end)
+        for task in work.tasks:
+            of[task.output].completed(task, engine)
 
 
 class JobReporter:
@@ -161,13 +197,12 @@ class JobReporter:
         self._first: float | None = None
         self._before = 0
 
-    def begin(self, job: Job, works: Sequence[Work]) -> None:
-        """The job is made from here on: from the beginning, or from where it was saved."""
+    def begin(self, job: Job, start: Position | None) -> None:
+        """The job is made from here on: from where it was saved. None: its output is there."""
         request = job.tasks[0].request
         self._steps = request.steps * request.loop
-        if works:
-            self._done = works[0].start.clip * request.steps + works[0].start.step
-        self._before = self._done
+        self._done = 0 if start is None else start.clip * request.steps + start.step
+        self._before, self._first = self._done, None
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
@@ -194,7 +229,7 @@ class JobReporter:
                 ),
             )
 
-    def completed(self, job: Any, engine: Any) -> None:
+    def completed(self, task: Task, engine: Any) -> None:
         """Its output is there."""
         if not self._leads:
             return
@@ -204,7 +239,7 @@ class JobReporter:
             self._id,
             JobResult(
                 finished_at=time.time(),
-                file=job.tasks[0].output.name,
+                file=task.output.name,
                 seconds=time.time() - self._started,
                 stages=stages,
                 peak_bytes=_peak_bytes(engine.whole.device),

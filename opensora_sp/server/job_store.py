@@ -6,6 +6,7 @@
     SAVE/jobs/ID/progress.json    how far it is, while it is made
     SAVE/jobs/ID/result.json      how it ended: the output's name and timings, or the error
     SAVE/jobs/ID/cancel           somebody wants it to stop
+    SAVE/jobs/together.json       the jobs that are made together now, where they are several
 
 Every file appears whole or not at all. The gateway writes job.json and cancel; the engine's rank 0
 writes the others.
@@ -17,7 +18,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from opensora_sp.base.atomic import atomic_output
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
 _LARGEST_FILE = 4 << 20
+_TOGETHER = "together.json"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,23 @@ class JobStore:
         """How it ended; None while it has not."""
         found = self._get(job_id, "result.json")
         return None if found is None else JobResult(**found)
+
+    def put_together(self, job_ids: Iterable[str]) -> None:
+        """The jobs that are made together now; none or one: nothing is made together."""
+        path, names = self.root / _TOGETHER, list(job_ids)
+        if len(names) < 2:
+            path.unlink(missing_ok=True)
+            return
+        with atomic_output(path) as temporary:
+            temporary.write_text(json.dumps(names), encoding="ascii")
+
+    def together(self) -> list[str]:
+        """What `put_together` wrote last."""
+        try:
+            found = json.loads((self.root / _TOGETHER).read_bytes())
+        except (OSError, ValueError):
+            return []
+        return found if isinstance(found, list) else []
 
     def ask_to_cancel(self, job_id: str) -> None:
         """The engine stops at the next step of this job."""

@@ -20,13 +20,17 @@ _PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2")
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """How the engine's group of ranks is run. arguments: the engine's own flags."""
+    """How the engine's group of ranks is run.
+
+    arguments: the engine's own flags. batch_jobs: the most jobs that are made together.
+    """
 
     save_dir: Path
     queue: str
     arguments: tuple[str, ...]
     warmup: tuple[str, ...] = ()
     ranks: int = 1
+    batch_jobs: int = 1
 
     def to_json(self) -> str:
         """For the command line of a rank; `from_json` reads it."""
@@ -53,7 +57,8 @@ class GroupSettings:
 
     def first_job(self) -> Job:
         """The job that the engine is opened for: it stands for those to come."""
-        return self.job(["--prompt=warm up"], self.save_dir / "warmup")
+        prompts = ["--prompt", *["warm up"] * self.batch_jobs]
+        return self.job([*prompts, f"--batch-size={self.batch_jobs}"], self.save_dir / "warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ class Limits:
     connections: int = 4000
     files: int = 8
     fields: int = 64
+    image_seconds: float = 600.0
 
 
 @dataclass(frozen=True)

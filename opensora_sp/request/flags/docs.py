@@ -119,6 +119,12 @@ def help_text(program: str = "infer", *, whole: bool = True) -> str:
     return "\n".join(lines) + "\n\nexamples:\n" + about.examples
 
 
+def help_entries(keys: Sequence[str]) -> list[str]:
+    """The lines of help of some flags, by their keys."""
+    table = {flag.key: flag for flag in all_flags()}
+    return [line for key in keys for line in _help_entry(table[key])]
+
+
 def _help_entry(flag: Setting) -> list[str]:
     said = flag.help
     if not flag.available:

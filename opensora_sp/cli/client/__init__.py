@@ -1,0 +1,1 @@
+"""The commands of a client: submit, jobs, cancel and fetch, against a server elsewhere or here."""
