@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opensora_sp.server.durable import JobQueue, QueuedJob
+from opensora_sp.server.estimate import Estimator
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.protocol import video_json
 
@@ -21,13 +22,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """One job. status: queued, in_progress, completed or failed."""
+    """One job. status: queued, in_progress, completed or failed.
+
+    place: how many jobs are before it. eta_s: seconds until it has ended, None where unknown.
+    """
 
     spec: JobSpec
     status: str
     progress: JobProgress | None = None
     result: JobResult | None = None
     place: int | None = None
+    eta_s: float | None = None
 
     @property
     def live(self) -> bool:
@@ -38,8 +43,9 @@ class Entry:
 class Board:
     """All jobs. Reading never waits for the disk; `look` brings it in step with the queue."""
 
-    def __init__(self, store: JobStore, jobs: JobQueue) -> None:
+    def __init__(self, store: JobStore, jobs: JobQueue, engine: str = "") -> None:
         self._store, self._jobs = store, jobs
+        self.estimator = Estimator(engine)
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -63,6 +69,9 @@ class Board:
             if result is None and spec.id not in known:
                 self._jobs.put(spec.id, spec.priority)
             self._entries[spec.id] = self._entry(spec, known.get(spec.id), result)
+        ended = [(e.spec, e.result) for e in self._entries.values() if e.result is not None]
+        for spec, result in sorted(ended, key=lambda pair: pair[1].finished_at):
+            self.estimator.learn(spec, result)
         self.look()
 
     def start(self) -> None:
@@ -111,7 +120,20 @@ class Board:
             entry.progress,
             entry.result,
             place=entry.place,
+            eta_s=entry.eta_s,
         )
+
+    def queue_seconds(self, priority: int) -> float | None:
+        """Seconds until every job that a new one would wait for has ended; None where unknown."""
+        with self._lock:
+            before = [
+                entry
+                for entry in self._entries.values()
+                if entry.live and (entry.progress or entry.spec.priority <= priority)
+            ]
+        left = [self.estimator.left(entry) for entry in before]
+        known = [seconds for seconds in left if seconds is not None]
+        return sum(known) if len(known) == len(left) else None
 
     def look(self) -> None:
         """Bring every job that has not ended in step with the queue and the store."""
@@ -120,12 +142,15 @@ class Board:
         by_id = {job.id: job for job in live}
         with self._lock:
             watched = [entry for entry in self._entries.values() if entry.live]
+        waiting = [entry for entry in watched if entry.spec.id in places]
+        etas = self.estimator.etas(sorted(waiting, key=lambda entry: places[entry.spec.id]))
         for entry in watched:
             job_id = entry.spec.id
             result = self._store.result(job_id)
             found = self._entry(entry.spec, by_id.get(job_id), result)
             if not found.live or job_id in by_id:
-                self._keep(entry, replace(found, place=places.get(job_id)))
+                eta = None if found.progress is not None else etas.get(job_id)
+                self._keep(entry, replace(found, place=places.get(job_id), eta_s=rounded(eta)))
                 continue
             # Not live any more and without a result: it ended between the two looks, or the
             # queue gave it up.
@@ -158,6 +183,8 @@ class Board:
             if entry.spec.id not in self._entries:
                 return
             self._entries[entry.spec.id] = entry
+        if entry.result is not None and before.result is None:
+            self.estimator.learn(entry.spec, entry.result)
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
@@ -165,3 +192,10 @@ class Board:
                 self.look()
             except Exception:
                 log.exception("looking at the queue failed; it is tried again")
+
+
+def rounded(seconds: float | None) -> float | None:
+    """As exact as it is known: a client is not told of every quarter of a second."""
+    if seconds is None:
+        return None
+    return float(round(seconds)) if seconds >= 10 else round(seconds, 1)

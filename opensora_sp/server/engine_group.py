@@ -27,6 +27,8 @@ from opensora_sp.request.request import Job
 from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
+from opensora_sp.server.protocol import as_bad_request
+from opensora_sp.server.served import read_facts, served_shapes, why_not, write_facts
 from opensora_sp.server.settings import GroupSettings
 
 if TYPE_CHECKING:
@@ -45,8 +47,11 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
     from opensora_sp.jobs.open import open_engine
 
     store = JobStore(settings.save_dir)
-    with _only_engine(settings.save_dir), open_engine(first) as engine:
+    serves = served_shapes(settings, first)
+    with _only_engine(settings.save_dir), open_engine(first, serves) as engine:
         leads = engine.whole.leads
+        if leads and engine.warm is not None:
+            write_facts(settings.save_dir, engine.warm, settings.digest())
         worker = (
             Worker(settings.queue, executor=f"engine-{settings.save_dir.name}") if leads else None
         )
@@ -127,9 +132,12 @@ def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
     except KeyError:
         return None
     try:
-        return settings.job(spec.arguments, store.outputs(job_id))
+        job = settings.job(spec.arguments, store.outputs(job_id))
     except UserError as error:
         return str(error)
+    # A job that was queued before anybody knew what the engine has is judged here.
+    short = why_not(job, read_facts(settings))
+    return job if short is None else str(as_bad_request(UserError(short)))
 
 
 def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
@@ -143,9 +151,7 @@ def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
     if not works:
         return
     check_encoder(engine.whole, job, works)
-    # Where T5 is in host memory it takes nothing from the others.
-    on_cpu = engine.whole.device.type == "cpu" or engine.settings.t5_device == "cpu"
-    encode_all_text(engine.pipeline, deal(works, 1), keep_encoder=on_cpu)
+    encode_all_text(engine.pipeline, deal(works, 1))
     for work in works:
         make_batch(engine, job, work, None, on_step_end=reporter.on_step_end)
 
@@ -206,6 +212,7 @@ class JobReporter:
                 seconds=time.time() - self._started,
                 stages=stages,
                 peak_bytes=_peak_bytes(engine.whole.device),
+                steps=self._done - self._before,
             ),
         )
 
