@@ -246,15 +246,20 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     weights = 0
     if mode.offload.uses_host_memory:
         weights = models.transformer_weights + models.vae_weights(encoder=shape.encodes)
-    text = 0
-    if options.t5_on_cpu or mode.offload.layers or options.warm in ("cpu", "host"):
-        layer = models.t5_layer_bytes(shape.itemsize, int8=options.t5_int8)
-        text = models.t5_other_weights * shape.itemsize + models.t5_layers * layer
+    text = text_on_host(shape, mode, models, options)
     # T5 has given its memory back before the others are loaded, unless the engine is warm.
     waiting = weights * shape.itemsize
     kept = max(waiting, text) if options.warm is None else waiting + text
     noise = 3 * 4 * 4 * shape.batch * frames * height * width
     return int(_PROCESS + kept + noise)
+
+
+def text_on_host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) -> int:
+    """Bytes of T5 in host memory, on the leading rank alone."""
+    if not (options.t5_on_cpu or mode.offload.layers or options.warm in ("cpu", "host")):
+        return 0
+    layer = models.t5_layer_bytes(shape.itemsize, int8=options.t5_int8)
+    return models.t5_other_weights * shape.itemsize + models.t5_layers * layer
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.planner.devices import GB
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
-from opensora_sp.planner.plan import RESOLUTIONS, Options, Plan, TextPlace, make_plan
+from opensora_sp.planner.plan import RESOLUTIONS, Options, Plan, TextPlace, make_plan, text_on_host
 from opensora_sp.request import sizes
 from opensora_sp.request.memory_modes import MEMORY_MODES, MemoryMode, memory_mode
 
@@ -149,7 +149,9 @@ def shortfall(engine: WarmEngine, shape: Shape, models: ModelSizes, options: Opt
             f"{stage.name} needs {_gb(stage.total)} GB on a rank in memory mode {engine.mode}, of "
             f"{_gb(room.memory)} GB that tensors can have"
         )
-    needed = _host(engine, plan, models, options)
+    # Every rank has weights that wait, the leading one T5 as well.
+    text = text_on_host(shape, plan.mode, models, plan.options)
+    needed = engine.ranks * plan.host - (engine.ranks - 1) * text
     # On a CPU that is the memory that was looked at above.
     if room.device != "cpu" and room.host is not None and needed > room.host:
         return (
@@ -157,12 +159,6 @@ def shortfall(engine: WarmEngine, shape: Shape, models: ModelSizes, options: Opt
             f"{_gb(room.host)} GB that are free"
         )
     return None
-
-
-def _host(engine: WarmEngine, plan: Plan, models: ModelSizes, options: Options) -> float:
-    """Host memory of the node: every rank has weights that wait, the leading one T5 as well."""
-    others = warm_plan(replace(engine, text="reload"), plan.shape, models, options)
-    return plan.host + (engine.ranks - 1) * others.host
 
 
 def _gb(size: float) -> str:

@@ -6,8 +6,8 @@ relative errors are small, with a, b ≥ 0; one shape alone gives b.
 
     seconds = steps · denoise(FLOPs of a step) + decode(FLOPs) + the median of everything else
 
-A shape that was made already takes the median of its last jobs. Before the first job has ended
-nothing is known. Models that are loaded for the first job are not counted.
+Writing the file counts with decoding. A shape that was made already takes the median of its last
+jobs. Before the first job has ended nothing is known. What the first job loads is not counted.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Estimator:
         cost, stages = spec.shown.get("cost"), result.stages
         if not isinstance(cost, Mapping) or cost.get("engine") != self._engine:
             return
-        denoise, decode = stages.get("denoise", 0.0), stages.get("decode", 0.0)
+        denoise = stages.get("denoise", 0.0)
+        decode = stages.get("decode", 0.0) + stages.get("write", 0.0)
         if result.error is not None or result.steps != cost["steps"] or denoise <= 0 or decode <= 0:
             return
         load = stages.get("load", 0.0)

@@ -21,7 +21,9 @@ pytest.importorskip("dbos")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("api") / "save").start()
+    # Little memory, so that what does not fit is not large.
+    flags = ("--device-memory", "1200MB", "--warmup", "embedded")
+    one = Server(tmp_path_factory.mktemp("api") / "save", *flags).start()
     try:
         yield one
     finally:
@@ -145,6 +147,10 @@ BAD: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "a strategy without files": (
         {"prompt": "a", "mask_strategy": "0,7"}, 400, None, "0,7"),
     "an unknown camera": ({"prompt": "a", "watermark": "maybe"}, 400, "watermark", "maybe"),
+    "more than the engine has": (
+        {"prompt": "a", "size": "426x240", "num_frames": 408}, 400, "num_frames", "at this size"),
+    "a size beyond the engine": (
+        {"prompt": "a", "size": "1280x720", "num_frames": 17}, 400, "size", "426x240 at this"),
     "a priority beyond": ({"prompt": "a", "priority": 0}, 400, "priority", "from 1 to 1000"),
 }  # fmt: skip
 
@@ -188,6 +194,47 @@ def test_what_is_not_there_is_said_as_the_api_says_it(
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
+def test_an_estimate_says_what_a_job_needs_and_queues_nothing(server: Server) -> None:
+    fields = {"prompt": "a", "size": "48x32", **SMALL}
+    assert server.wait(server.create())["status"] == "completed"
+    before = server.jobs()
+    status, known = server.call("POST", "/v1/videos/estimate", fields)
+    assert status == 200
+    assert known["fits"]
+    assert (known["size"], known["num_frames"], known["seconds"]) == ("48x32", 17, "0.708333")
+    assert 10 < known["peak_memory_mb"] < 50
+    assert known["tflop"] > 0
+    assert known["estimated_s"] > 0
+    assert known["queue_s"] == 0
+    _, longer = server.call("POST", "/v1/videos/estimate", fields | {"num_inference_steps": 2000})
+    assert longer["estimated_s"] > known["estimated_s"]
+    assert longer["tflop"] > 10 * known["tflop"]
+    _, large = server.call("POST", "/v1/videos/estimate", fields | {"size": "1280x720"})
+    assert not large["fits"]
+    assert large["reason"].startswith("size 1280x720 with num_frames 17 does not fit: ")
+    for wrong in ({}, {"prompt": "a", "size": "large"}, {"prompt": "a", "promt": "b"}):
+        for_a_job = server.call("POST", "/v1/videos", wrong)
+        assert server.call("POST", "/v1/videos/estimate", wrong) == for_a_job
+    status, with_file = _upload(server, "input_reference", picture(), "/v1/videos/estimate")
+    assert status == 200
+    assert with_file["fits"]
+    assert server.jobs() == before
+
+
+def test_a_queued_video_says_when_it_is_done(server: Server) -> None:
+    assert server.wait(server.create())["status"] == "completed"
+    slow, waiting = server.create(num_inference_steps=100_000), server.create()
+    end = time.monotonic() + 60
+    while (video := server.call("GET", f"/v1/videos/{waiting}")[1])["eta_s"] is None:
+        assert time.monotonic() < end
+        assert video["status"] == "queued"
+        time.sleep(0.1)
+    fields = {"prompt": "a", "size": "48x32", **SMALL}
+    assert server.call("POST", "/v1/videos/estimate", fields)[1]["queue_s"] > 10
+    for one in (slow, waiting):
+        assert server.call("DELETE", f"/v1/videos/{one}")[0] == 200
+
+
 def test_files_that_are_no_pictures_are_refused_and_nothing_stays(server: Server) -> None:
     before = server.jobs()
     for content, words in (
@@ -205,7 +252,9 @@ def test_files_that_are_no_pictures_are_refused_and_nothing_stays(server: Server
     assert server.jobs() == before
 
 
-def _upload(server: Server, field: str, content: bytes) -> tuple[int, Any]:
+def _upload(
+    server: Server, field: str, content: bytes, path: str = "/v1/videos"
+) -> tuple[int, Any]:
     parts = [("prompt", None, b"a ball"), ("size", None, b"48x32"), (field, "../x", content)]
     body = b""
     for name, file, value in parts:
@@ -213,7 +262,7 @@ def _upload(server: Server, field: str, content: bytes) -> tuple[int, Any]:
         head = f'--edge\r\ncontent-disposition: form-data; name="{name}"{more}\r\n\r\n'
         body += head.encode() + value + b"\r\n"
     request = urllib.request.Request(
-        f"{server.url}/v1/videos",
+        server.url + path,
         data=body + b"--edge--\r\n",
         headers={"content-type": "multipart/form-data; boundary=edge"},
     )
