@@ -108,6 +108,8 @@ def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) ->
             return
         _run(engine, replace(job, engine=engine.settings), reporter)
     except Cancelled:
+        if whole.leads:
+            store.delete(job_id)  # what was written while the gateway removed it
         return
     except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
         reporter.failed(str(error))
