@@ -64,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
         help="NAME:TOKEN a line; needed where --host is not this machine alone",
     )  # fmt: skip
     parser.add_argument(
+        "--serves", default="", metavar="NAMES",
+        help="configurations that --memory auto and T5's place are chosen for: 720p-16s,480p-2s "
+        "(default: the largest trained size, 720p-16s; the embedded model's own)",
+    )  # fmt: skip
+    parser.add_argument(
         "--warmup", default="", metavar="NAMES",
         help="make one step of these configurations before jobs are taken: 720p-16s,480p-2s",
     )  # fmt: skip
@@ -78,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
 def _settings(words: Sequence[str]) -> ServiceSettings:
     """What was asked for, checked before anything is started. Raises UserError."""
     from opensora_sp.server.durable import sqlite_url
+    from opensora_sp.server.served import check_names, engine_of_settings
     from opensora_sp.server.settings import (
         LOCAL_HOSTS,
         GroupSettings,
@@ -101,6 +107,9 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
             f"--host {found.host} lets other machines in, which needs --token-file FILE; "
             "--host 127.0.0.1 serves this machine alone"
         )
+    serves, warmup = _names(found.serves), _names(found.warmup)
+    check_names("--serves", serves)
+    check_names("--warmup", warmup)
     tokens = {} if found.token_file is None else read_tokens(found.token_file)
     _require_engine_flags(engine)
     require_packages()
@@ -108,12 +117,18 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         save_dir=found.save_dir.resolve(),
         queue=sqlite_url(found.save_dir),
         arguments=tuple(engine),
-        warmup=tuple(name for name in found.warmup.split(",") if name),
+        warmup=warmup,
         ranks=found.nproc,
         batch_jobs=found.batch_jobs,
+        serves=serves,
     )
-    group.first_job()
+    engine_of_settings(group, group.first_job())
     return ServiceSettings(found.host, found.port, group, tokens, read_limits(found.limit))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _require_engine_flags(words: Sequence[str]) -> None:

@@ -48,13 +48,15 @@ class TextStage:
     """T5 of one process, and the embeddings it has made.
 
     models: whose session, settings and device it shares. cache: a directory in which embeddings
-    are kept between runs; None keeps them in memory only.
+    are kept between runs; None keeps them in memory only. stays: T5 stays loaded from one call to
+    the next, whatever the memory mode does with it.
     """
 
     models: ModelSet
     cache: Path | None = None
     check_finite: CheckFinite = "steps"
     show_progress: bool = False
+    stays: bool = False
     _encoder: TextEncoder | None = None
     _captions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _ahead: set[tuple[str, int]] = field(default_factory=set)
@@ -74,7 +76,7 @@ class TextStage:
             session.control.together(
                 lambda: self._encode_missing(captions, max_length), leading_only=True
             )
-        if not self.models.runtime.offload.text_encoder_stays:
+        if not (self.stays or self.models.runtime.offload.text_encoder_stays):
             self.release_encoder()
 
     def scatter(self, wanted: Sequence[Sequence[str]], max_length: int) -> None:
@@ -166,19 +168,21 @@ class TextStage:
         return Text(list(flat.split(lengths)), masks)
 
     def _load_encoder(self, max_length: int) -> TextEncoder:
+        self.models.to_device(None)  # with model offload: the model of the job before makes room
         if self._encoder is None or self._encoder.max_length != max_length:
             with self.models.clock.stage("load"):
                 from opensora_sp.models.text_encoder import TextEncoder
 
                 self._encoder = None
-                self.models.to_device(None)
-                on_cpu = self.models.runtime.text_encoder == "cpu"
+                runtime = self.models.runtime
+                on_cpu = runtime.text_encoder == "cpu"
+                layers = runtime.offload.layers or runtime.text_encoder == "host"
                 self._encoder = TextEncoder.load(
                     self.models.checkpoints.t5,
                     dtype=self.models.dtype,
                     device=torch.device("cpu") if on_cpu else self.models.session.device,
                     max_length=max_length,
-                    offload_layers=self.models.runtime.offload.layers and not on_cpu,
-                    eight_bits=self.models.runtime.text_weights == "int8",
+                    offload_layers=layers and not on_cpu,
+                    eight_bits=runtime.text_weights == "int8",
                 )
         return self._encoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.text_cache import default_directory
 from opensora_sp.engine.timing import Clock
 from opensora_sp.engine.weight_digests import model_digests
-from opensora_sp.jobs.memory_mode import choose_memory
+from opensora_sp.jobs.memory_mode import choose_memory, choose_warm
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.nodes import crossing_note
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.parallel.watchdog.stages import Limits
+from opensora_sp.planner.peaks import Shape
+from opensora_sp.planner.warm import WarmEngine
 from opensora_sp.request.request import EngineSettings, Job, Request
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.setting import field_names
@@ -36,7 +38,8 @@ class Engine:
     """What stays open between jobs, on one rank.
 
     whole: the session of all ranks. replicas: groups of ranks that make different videos.
-    pipeline: the models of this rank's replica. digests: of the weights, by model.
+    pipeline: the models of this rank's replica. digests: of the weights, by model. warm: what was
+    chosen for the sizes that it serves; None where it was opened for one job.
     """
 
     settings: EngineSettings
@@ -44,6 +47,7 @@ class Engine:
     replicas: int
     pipeline: Pipeline
     digests: dict[str, str]
+    warm: WarmEngine | None = None
 
     def require_same(self, settings: EngineSettings) -> None:
         """Raise UserError where a job asks for other models or ranks than are open."""
@@ -61,22 +65,24 @@ class Engine:
 
 
 @contextmanager
-def open_engine(job: Job) -> Iterator[Engine]:
+def open_engine(job: Job, serves: Mapping[str, Shape] | None = None) -> Iterator[Engine]:
     """Open the session and the models that a job asks for; further jobs may use them. Collective.
 
     The job decides what cannot change while the models are loaded: the memory mode, which has to
-    fit its largest batch, and, with replicas, whether its requests are guided. Raises UserError
-    for what a person can mend.
+    fit its largest batch, and, with replicas, whether its requests are guided. serves: shapes by
+    name that further jobs may have; the memory mode has to fit them instead, and T5 stays between
+    jobs where there is room. Raises UserError for what a person can mend.
     """
     with open_engine_session(job.engine) as whole:
         mesh = mesh_of(job, whole.world_size)
         session = whole.split(mesh) if mesh.replicas > 1 else whole
-        pipeline = load_pipeline(job, session, mesh)
+        warm = None if serves is None else choose_warm(job, whole, serves)
+        pipeline = load_pipeline(job, session, mesh, warm=warm)
         digests = whole.control.together(
             lambda: model_digests(pipeline.models.checkpoints), leading_only=True
         )
         digests = whole.control.broadcast_object(digests)
-        yield Engine(job.engine, whole, mesh.replicas, pipeline, digests)
+        yield Engine(job.engine, whole, mesh.replicas, pipeline, digests, warm)
 
 
 @contextmanager
@@ -125,28 +131,30 @@ def load_pipeline(
     *,
     clock: Clock | None = None,
     text_cache: bool = True,
+    warm: WarmEngine | None = None,
 ) -> Pipeline:
     """The pipeline of one replica of the mesh, in a memory mode that fits; collective.
 
-    clock: times the stages. text_cache: keep embeddings where the settings say.
+    clock: times the stages. text_cache: keep embeddings where the settings say. warm: what was
+    chosen for an engine that serves; None chooses for this job.
     """
     settings = job.engine
     # The groups of replicas are made once; without replicas each request gets the mesh it can use.
     fixed = Parallelism(guidance=mesh.guidance, sequence=mesh.sequence)
     asked = Parallelism(guidance=settings.guidance_parallel, sequence=settings.sequence_parallel)
-    return Pipeline.load(
+    pipeline = Pipeline.load(
         settings.checkpoints,
         session=session,
         dtype=settings.dtype,
         weights_from=settings.weights_from,
         runtime=Runtime.of(
-            choose_memory(job, session),
+            choose_memory(job, session) if warm is None else warm.mode,
             serial_guidance=settings.guidance == "serial",
             overlap=settings.overlap,
             chunks=session.backend.chunks,
             check_blocks=settings.check_finite == "blocks",
             vae_decode=settings.vae_decode,
-            text_encoder=settings.t5_device,
+            text_encoder="host" if warm is not None and warm.text == "host" else settings.t5_device,
             text_weights=settings.t5_weights,
         ),
         parallelism=fixed if mesh.replicas > 1 else asked,
@@ -156,6 +164,8 @@ def load_pipeline(
         text_cache=_text_cache(job, leads=session.whole.leads) if text_cache else None,
         clock=clock,
     )
+    pipeline.text.stays = warm is not None and warm.text != "reload"
+    return pipeline
 
 
 def _text_cache(job: Job, *, leads: bool) -> Path | None:

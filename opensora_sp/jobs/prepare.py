@@ -82,13 +82,11 @@ def check_encoder(whole: Session, job: Job, works: Sequence[Work]) -> None:
         )
 
 
-def encode_all_text(
-    pipeline: Pipeline, lists: Sequence[Sequence[Work]], *, keep_encoder: bool = False
-) -> None:
+def encode_all_text(pipeline: Pipeline, lists: Sequence[Sequence[Work]]) -> None:
     """Encode every caption of the job in one go, so that T5's memory is free before denoising.
 
-    lists: of the replicas. keep_encoder: T5 stays loaded, for jobs to come. Collective of all
-    ranks.
+    lists: of the replicas. T5 stays loaded where the pipeline's text stage keeps it. Collective of
+    all ranks.
     """
     captions = [
         [caption for work in works for caption in captions_left(work.tasks, work.start)]
@@ -97,6 +95,6 @@ def encode_all_text(
     first = next(work.tasks[0] for works in lists for work in works)
     length = pipeline.models.max_length(first.request)
     pipeline.text.encode([caption for part in captions for caption in part], length)
-    if not keep_encoder:
+    if not pipeline.text.stays:
         pipeline.text.release_encoder()
     pipeline.text.scatter([list(dict.fromkeys(part)) for part in captions], length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 from opensora_sp.base import geometry
 from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
@@ -24,6 +25,10 @@ _PROCESS = 1.5e9  # Python, torch and their libraries on the host
 MOST_RANKS = 64
 DURATIONS = ("image", "2s", "4s", "8s", "16s")
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
+# Where T5 is between two jobs of a warm engine: on the device; in host memory, from which its
+# layers are copied to the device as they are used; on the CPU, which computes it; or nowhere, and
+# it is loaded again for the next prompt.
+TextPlace = Literal["device", "host", "cpu", "reload"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,16 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of the busiest rank, for one clip of a batch: FLOPs of each stage, and bytes sent."""
+
+    text: float
+    denoise: float
+    decode: float
+    sent: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A shape on a mesh in one memory mode."""
 
@@ -53,14 +68,19 @@ class Plan:
     options: Options
 
     @property
+    def cost(self) -> Cost:
+        """What the busiest rank computes and sends for one batch of videos."""
+        return _cost(self.shape, self.mesh, self.mode, self.models, self.options)
+
+    @property
     def flops(self) -> float:
         """FLOPs of the busiest rank for one batch of videos."""
-        return _cost(self.shape, self.mesh, self.mode, self.models, self.options)[0]
+        return self.cost.text + self.cost.denoise + self.cost.decode
 
     @property
     def sent(self) -> float:
         """Bytes that the busiest rank sends for one batch of videos."""
-        return _cost(self.shape, self.mesh, self.mode, self.models, self.options)[1]
+        return self.cost.sent
 
     @property
     def peak(self) -> int:
@@ -78,7 +98,11 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a person fixed. None leaves it to the plan."""
+    """What a person fixed. None leaves it to the plan.
+
+    warm: where T5 is between the jobs of an engine that keeps its models; None is a run of its own,
+    in which T5 comes first and is gone before the other models are loaded.
+    """
 
     memory: MemoryMode | None = None
     serial_guidance: bool = False
@@ -88,6 +112,7 @@ class Options:
     chunks: int = 2
     guidance: int | None = None
     sequence: int | None = None
+    warm: TextPlace | None = None
 
     def runtime(self, mode: MemoryMode) -> Runtime:
         """The runtime of a mode."""
@@ -166,22 +191,45 @@ def _stages(
     runtime, item, offload = options.runtime(mode), shape.itemsize, mode.offload
     layers = models.depth * models.pair_weights if offload.layers else 0
     transformer = (models.transformer_weights - layers) * item
-    vae = models.vae_weights(encoder=shape.encodes) * item
-    layer = models.t5_layer_bytes(item, int8=options.t5_int8)
-    text = models.t5_other_weights * item + models.t5_layers * layer * (not offload.layers)
+    # A warm engine's VAE keeps the encoder that a job before had a use for.
+    vae = models.vae_weights(encoder=shape.encodes or options.warm is not None) * item
+    resident = transformer * offload.transformer_stays + vae * offload.vae_stays
+    text = _text_stage(item, offload.layers, models, options)
+    kept = _kept_text(text, item, models, options)
     stages = []
-    if not options.t5_on_cpu:
-        passing = layer if offload.layers else 0
-        stages.append(Stage("text", text, text_peak(models, item, passing, options.t5_int8)))
+    if text is not None:
+        # A warm engine has the models of the job before beside T5, and T5 beside them afterwards.
+        beside_text = resident if options.warm is not None else 0
+        stages.append(Stage("text", text.weights + beside_text, text.peak))
     beside = transformer if offload.transformer_stays else 0
     if shape.encodes:
-        stages.append(Stage("references", vae + beside, encoding_peak(shape, runtime, models)))
+        encoding = encoding_peak(shape, runtime, models)
+        stages.append(Stage("references", vae + beside + kept, encoding))
     # A VAE that stays is there from the second video on.
     denoising = denoising_peak(shape, mesh, runtime, models)
-    stages.append(Stage("denoise", transformer + vae * offload.vae_stays, denoising))
+    stages.append(Stage("denoise", transformer + vae * offload.vae_stays + kept, denoising))
     sharing = decoding_ranks(shape, mesh, options)
-    stages.append(Stage("decode", vae + beside, decoding_peak(shape, runtime, models, sharing)))
+    decoding = decoding_peak(shape, runtime, models, sharing)
+    stages.append(Stage("decode", vae + beside + kept, decoding))
     return stages
+
+
+def _text_stage(item: int, layers: bool, models: ModelSizes, options: Options) -> Stage | None:
+    """T5 at work on the device; None where it is computed on the CPU. layers: they are copied."""
+    if options.t5_on_cpu or options.warm == "cpu":
+        return None
+    passes = layers or options.warm == "host"
+    layer = models.t5_layer_bytes(item, int8=options.t5_int8)
+    weights = models.t5_other_weights * item + models.t5_layers * layer * (not passes)
+    peak = text_peak(models, item, layer if passes else 0, options.t5_int8)
+    return Stage("text", weights, peak)
+
+
+def _kept_text(text: Stage | None, item: int, models: ModelSizes, options: Options) -> int:
+    """Bytes of T5 that stay on the device while the other models run."""
+    if text is None or options.warm not in ("device", "host"):
+        return 0
+    return models.t5_other_weights * item if options.warm == "host" else text.weights
 
 
 def decoding_ranks(shape: Shape, mesh: Mesh, options: Options) -> int:
@@ -198,20 +246,24 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     weights = 0
     if mode.offload.uses_host_memory:
         weights = models.transformer_weights + models.vae_weights(encoder=shape.encodes)
-    text = 0
-    if options.t5_on_cpu or mode.offload.layers:
-        layer = models.t5_layer_bytes(shape.itemsize, int8=options.t5_int8)
-        text = models.t5_other_weights * shape.itemsize + models.t5_layers * layer
-    # T5 has given its memory back before the others are loaded.
+    text = text_on_host(shape, mode, models, options)
+    # T5 has given its memory back before the others are loaded, unless the engine is warm.
+    waiting = weights * shape.itemsize
+    kept = max(waiting, text) if options.warm is None else waiting + text
     noise = 3 * 4 * 4 * shape.batch * frames * height * width
-    return int(_PROCESS + max(weights * shape.itemsize, text) + noise)
+    return int(_PROCESS + kept + noise)
+
+
+def text_on_host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) -> int:
+    """Bytes of T5 in host memory, on the leading rank alone."""
+    if not (options.t5_on_cpu or mode.offload.layers or options.warm in ("cpu", "host")):
+        return 0
+    layer = models.t5_layer_bytes(shape.itemsize, int8=options.t5_int8)
+    return models.t5_other_weights * shape.itemsize + models.t5_layers * layer
 
 
 @lru_cache(maxsize=256)
-def _cost(
-    shape: Shape, mesh: Mesh, mode: MemoryMode, models: ModelSizes, options: Options
-) -> tuple[float, float]:
-    """FLOPs and bytes sent by the busiest rank, for one batch of videos."""
+def _cost(shape: Shape, mesh: Mesh, mode: MemoryMode, models: ModelSizes, options: Options) -> Cost:
     runtime = options.runtime(mode)
     frames, height, width = shape.latent
     work = Workload(
@@ -225,17 +277,24 @@ def _cost(
         itemsize=shape.itemsize,
     )
     ranks = range(mesh.size)
-    flops = shape.steps * max(step_flops(work, mesh, rank) for rank in ranks)
+    denoise = shape.steps * max(step_flops(work, mesh, rank) for rank in ranks)
     sent = shape.steps * max(
         sum(size for _, size in step_traffic(work, mesh, rank, runtime).values()) for rank in ranks
     )
-    decoded = decode_flops(shape, decoding_ranks(shape, mesh, options))
     text = 2 * models.t5_layers * models.t5_layer_weights * models.tokens
-    return flops + decoded + text * shape.batch, float(sent)
+    return Cost(
+        text=float(text * shape.batch),
+        denoise=denoise,
+        decode=decode_flops(shape, decoding_ranks(shape, mesh, options), models),
+        sent=float(sent),
+    )
 
 
-def decode_flops(shape: Shape, ranks: int) -> float:
-    """FLOPs of the rank that decodes most of a batch of videos, when `ranks` share it."""
+def decode_flops(shape: Shape, ranks: int, models: ModelSizes) -> float:
+    """FLOPs of the rank that decodes most of a batch of videos, when `ranks` share it.
+
+    Scaled from the published widths: convolutions with their square, attention with the width.
+    """
     lengths = [
         min(shape.micro_frames, shape.num_frames - start)
         for start in range(0, shape.num_frames, shape.micro_frames)
@@ -248,9 +307,10 @@ def decode_flops(shape: Shape, ranks: int) -> float:
         for r in range(ranks)
     ]
     cells = shape.latent[1] * shape.latent[2]
-    frame = cells * (_FRAME_FLOPS + _FRAME_ATTENTION * cells)
+    width, filters = models.vae_widths[0] / 128, models.filters / 128
+    frame = cells * (_FRAME_FLOPS * width**2 + _FRAME_ATTENTION * width * cells)
     busiest = max(
-        count * frame + latents * cells * _LATENT_FLOPS
+        count * frame + latents * cells * _LATENT_FLOPS * filters**2
         for count, latents in zip(decoded_frames(rounds), chunks, strict=True)
     )
     return shape.batch * busiest

@@ -34,7 +34,8 @@ class Runtime:
     offload: which weights wait in host memory; by default none.
     tokens: tokens that a block computes at once, attention included (whole frames or whole
         positions, at least one). None is all of them.
-    text_encoder: T5 runs on the session's device, or on the CPU.
+    text_encoder: T5 runs on the session's device; there too, but with its layers in host memory,
+        from which they are copied one by one; or on the CPU.
     text_weights: T5's matrices in the run's dtype, or in 8 bits. 8 bits change its embeddings.
     vae_frames: frames that the spatial VAE takes at once, where that is fewer than a request's
         micro batch.
@@ -54,7 +55,7 @@ class Runtime:
     vae_decode: Literal["auto", "rank0", "shared"] = "auto"
     offload: Offload = NO_OFFLOAD
     tokens: int | None = None
-    text_encoder: Literal["device", "cpu"] = "device"
+    text_encoder: Literal["device", "host", "cpu"] = "device"
     text_weights: Literal["full", "int8"] = "full"
     vae_frames: int | None = None
     step_cache: NamedPolicy | None = None

@@ -26,7 +26,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora_sp import __version__
-from opensora_sp.server.board import Board, Entry
+from opensora_sp.base.errors import UserError
+from opensora_sp.server.board import Board, Entry, rounded
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
 from opensora_sp.server.images import Intake, add_images
@@ -36,6 +37,7 @@ from opensora_sp.server.protocol import (
     MODEL,
     UPLOADS,
     BadRequest,
+    as_bad_request,
     error_json,
     read_fields,
     read_json,
@@ -343,6 +345,22 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 entry = await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner)
             return answer(entry)
 
+    @app.post("/v1/videos/estimate")
+    async def estimate(request: Request) -> Response:
+        """What a video of these fields needs and how long it takes; nothing is queued."""
+        job_id = gateway.store.new_id()
+        try:
+            fields, uploads = await asyncio.wait_for(
+                _read_body(request, gateway, job_id), limits.body_seconds
+            )
+            return JSONResponse(
+                await run_in_threadpool(_estimate, gateway, job_id, fields, uploads)
+            )
+        except (TimeoutError, asyncio.TimeoutError):
+            return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
+        finally:
+            await run_in_threadpool(gateway.store.delete, job_id)
+
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str) -> Response:
         """One video."""
@@ -534,6 +552,28 @@ def queue_job(
     entry = gateway.board.add(spec)
     gateway.jobs.put(job_id, asked.priority)
     return entry
+
+
+def _estimate(
+    gateway: Gateway, job_id: str, fields: dict[str, Any], uploads: list[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """What a request needs, and how long it and those before it take as far as is known."""
+    asked = read_fields(fields, uploads)
+    outputs, paths = gateway.store.outputs(job_id), [path for _, path, _ in uploads]
+    found = gateway.judge(asked.arguments, paths, outputs, refuse=False)
+    reason, cost = found["reason"], found["cost"]
+    board = gateway.board
+    return {
+        "fits": reason is None,
+        "reason": reason and str(as_bad_request(UserError(reason))),
+        "size": found["size"],
+        "seconds": found["seconds"],
+        "num_frames": found["num_frames"],
+        "peak_memory_mb": cost["peak_memory_mb"],
+        "estimated_s": rounded(board.estimator.seconds(cost)) if reason is None else None,
+        "queue_s": rounded(board.queue_seconds(asked.priority)),
+        "tflop": cost["tflop"],
+    }
 
 
 def remove(gateway: Gateway, entry: Entry) -> None:

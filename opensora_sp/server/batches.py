@@ -17,6 +17,8 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.request.request import EngineSettings, Job
 from opensora_sp.server.durable import QueuedJob, queue_place
 from opensora_sp.server.job_store import JobStore
+from opensora_sp.server.protocol import as_bad_request
+from opensora_sp.server.served import read_facts, why_not
 from opensora_sp.server.settings import GroupSettings
 
 # A job whose engine has ended this often is made alone, so that it cannot end others with it.
@@ -77,9 +79,12 @@ def prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Job | str 
     except KeyError:
         return None
     try:
-        return settings.job(spec.arguments, store.outputs(job_id))
+        job = settings.job(spec.arguments, store.outputs(job_id))
     except UserError as error:
         return str(error)
+    # A job that was queued before anybody knew what the engine has is judged here.
+    short = why_not(job, read_facts(settings))
+    return job if short is None else str(as_bad_request(UserError(short)))
 
 
 def _shape(job: Job) -> Any:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opensora_sp.server.durable import JobQueue, QueuedJob, queue_place
+from opensora_sp.server.estimate import Estimator
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.protocol import video_json
 
@@ -29,13 +30,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """One job. status: queued, in_progress, completed or failed."""
+    """One job. status: queued, in_progress, completed or failed.
+
+    place: how many jobs are before it. eta_s: seconds until it has ended, None where unknown.
+    """
 
     spec: JobSpec
     status: str
     progress: JobProgress | None = None
     result: JobResult | None = None
     place: int | None = None
+    eta_s: float | None = None
 
     @property
     def live(self) -> bool:
@@ -46,8 +51,9 @@ class Entry:
 class Board:
     """All jobs. Reading never waits for the disk; `look` brings it in step with the queue."""
 
-    def __init__(self, store: JobStore, jobs: JobQueue) -> None:
+    def __init__(self, store: JobStore, jobs: JobQueue, engine: str = "") -> None:
         self._store, self._jobs = store, jobs
+        self.estimator = Estimator(engine)
         self._entries: dict[str, Entry] = {}
         # (created_at, id) of every job, oldest first.
         self._order: list[tuple[float, str]] = []
@@ -79,6 +85,9 @@ class Board:
             if result is None and spec.id not in known:
                 self._jobs.put(spec.id, spec.priority)
             self._put(self._entry(spec, known.get(spec.id), result))
+        ended = [(e.spec, e.result) for e in self._entries.values() if e.result is not None]
+        for spec, result in sorted(ended, key=lambda pair: pair[1].finished_at):
+            self.estimator.learn(spec, result)
         self.look()
 
     def start(self) -> None:
@@ -164,6 +173,7 @@ class Board:
             entry.progress,
             entry.result,
             place=entry.place,
+            eta_s=entry.eta_s,
         )
 
     def body(self, entry: Entry) -> bytes:
@@ -176,6 +186,18 @@ class Board:
             if self._entries.get(entry.spec.id) is entry:
                 self._bodies[entry.spec.id] = (entry, body)
         return body
+
+    def queue_seconds(self, priority: int) -> float | None:
+        """Seconds until every job that a new one would wait for has ended; None where unknown."""
+        with self._lock:
+            before = [
+                entry
+                for entry in self._entries.values()
+                if entry.live and (entry.progress or entry.spec.priority <= priority)
+            ]
+        left = [self.estimator.left(entry) for entry in before]
+        known = [seconds for seconds in left if seconds is not None]
+        return sum(known) if len(known) == len(left) else None
 
     def look(self) -> None:
         """Bring every job that has not ended in step with the queue and the store."""
@@ -205,6 +227,8 @@ class Board:
         for job_id in self._store.together():  # those behind the first are queued as they are made
             if job_id in by_id:
                 by_id[job_id] = replace(by_id[job_id], status="in_progress")
+        waiting = [entry for entry in watched if entry.spec.id in places]
+        etas = self.estimator.etas(sorted(waiting, key=lambda entry: places[entry.spec.id]))
         for entry in watched:
             job_id = entry.spec.id
             job = by_id.get(job_id)
@@ -212,7 +236,8 @@ class Board:
                 # Only one that was taken can have ended: the others' folders are not looked into.
                 result = self._store.result(job_id) if job.status == "in_progress" else None
                 found = self._entry(entry.spec, job, result)
-                self._keep(entry, replace(found, place=places[job_id]))
+                eta = None if found.progress is not None else etas.get(job_id)
+                self._keep(entry, replace(found, place=places[job_id], eta_s=rounded(eta)))
                 continue
             # Not live any more: it ended between the two looks, or the queue gave it up. One that
             # has just been added may not be in the queue yet.
@@ -252,6 +277,9 @@ class Board:
             if not entry.live:
                 self._changed = True  # those behind it move up
 
+        if entry.result is not None and before.result is None:
+            self.estimator.learn(entry.spec, entry.result)
+
     def _put(self, entry: Entry) -> None:
         with self._lock:
             self._entries[entry.spec.id] = entry
@@ -277,3 +305,10 @@ class Board:
 
 def _key(entry: Entry) -> tuple[float, str]:
     return entry.spec.created_at, entry.spec.id
+
+
+def rounded(seconds: float | None) -> float | None:
+    """As exact as it is known: a client is not told of every quarter of a second."""
+    if seconds is None:
+        return None
+    return float(round(seconds)) if seconds >= 10 else round(seconds, 1)

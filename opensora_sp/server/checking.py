@@ -20,6 +20,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.request import reference_paths
 from opensora_sp.server.protocol import UPLOADS, BadRequest, as_bad_request
+from opensora_sp.server.served import cost_of, plan_request, why_not
 from opensora_sp.server.settings import GroupSettings
 
 SECONDS = 20.0
@@ -27,25 +28,38 @@ MEMORY_BYTES = 4 << 30
 
 
 def judge(
-    engine: GroupSettings, arguments: Sequence[str], uploads: Sequence[str], outputs: Path
+    engine: GroupSettings,
+    arguments: Sequence[str],
+    uploads: Sequence[str],
+    outputs: Path,
+    refuse: bool = True,
 ) -> dict[str, Any]:
-    """What is told again of a request that is right: its size, length and seed.
+    """What is told again of a request that is right: its size, length and seed; and its cost.
 
-    Raises UserError for what the command line would refuse, in its words.
+    Raises UserError for what the command line would refuse, in its words, and for what does not
+    fit the engine. refuse False: that comes back as "reason", None where it fits.
     """
-    request = engine.job(arguments, outputs).tasks[0].request
+    job = engine.job(arguments, outputs)
+    request = job.tasks[0].request
     for path in reference_paths(request):
         if path not in uploads:
             raise UserError("--prompt names a file or an address: send the file with the request")
+    plan, warm = plan_request(engine, job)
+    by_name = not any(word.startswith("--image-size") for word in arguments)
+    reason = why_not(job, warm, by_name=by_name)
+    if refuse and reason is not None:
+        raise UserError(reason)
     height, width = request.decoded_size
     repeated = dropped_frames(request) if request.loop > 1 else 0
     frames = request.num_frames + (request.loop - 1) * (request.num_frames - repeated)
-    return {
+    found: dict[str, Any] = {
         "size": f"{width}x{height}",
         "seconds": f"{frames / request.save_fps:g}",
         "num_frames": frames,
         "seed": request.seed,
+        "cost": cost_of(engine, job, plan),
     }
+    return found if refuse else found | {"reason": reason}
 
 
 def _bounded() -> None:
@@ -83,7 +97,12 @@ class Judge:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def __call__(
-        self, arguments: Sequence[str], uploads: Sequence[str], outputs: Path
+        self,
+        arguments: Sequence[str],
+        uploads: Sequence[str],
+        outputs: Path,
+        *,
+        refuse: bool = True,
     ) -> dict[str, Any]:
         """What `judge` finds. Raises BadRequest where it refuses, fails or takes too long."""
         with self._lock:
@@ -93,7 +112,7 @@ class Judge:
                 )
             try:
                 found = self._pool.submit(
-                    _judge_safely, self._engine, list(arguments), list(uploads), outputs
+                    _judge_safely, self._engine, list(arguments), list(uploads), outputs, refuse
                 ).result(timeout=SECONDS)
             except concurrent.futures.TimeoutError:
                 self._replace()

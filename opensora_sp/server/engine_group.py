@@ -28,6 +28,7 @@ from opensora_sp.server.batches import gather, joined
 from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
+from opensora_sp.server.served import served_shapes, write_facts
 from opensora_sp.server.settings import GroupSettings
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
     from opensora_sp.jobs.open import open_engine
 
     store = JobStore(settings.save_dir)
-    with _only_engine(settings.save_dir), open_engine(first) as engine:
+    serves = served_shapes(settings, first)
+    with _only_engine(settings.save_dir), open_engine(first, serves) as engine:
         leads = engine.whole.leads
+        if leads and engine.warm is not None:
+            write_facts(settings.save_dir, engine.warm, settings.digest())
         worker = (
             Worker(settings.queue, executor=f"engine-{settings.save_dir.name}") if leads else None
         )
@@ -173,9 +177,7 @@ def _run(engine: Any, job: Any, reporters: Sequence[JobReporter]) -> None:
     if not works:
         return
     check_encoder(engine.whole, job, works)
-    # Where T5 is in host memory it takes nothing from the others.
-    on_cpu = engine.whole.device.type == "cpu" or engine.settings.t5_device == "cpu"
-    encode_all_text(engine.pipeline, deal(works, 1), keep_encoder=on_cpu)
+    encode_all_text(engine.pipeline, deal(works, 1))
     for work in works:
         told = [of[task.output] for task in work.tasks]
 
@@ -243,6 +245,7 @@ class JobReporter:
                 seconds=time.time() - self._started,
                 stages=stages,
                 peak_bytes=_peak_bytes(engine.whole.device),
+                steps=self._done - self._before,
             ),
         )
 

@@ -64,7 +64,10 @@ class JobProgress:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended. error: one line, or None; file: the output's name in outputs/."""
+    """How a job ended. error: one line, or None; file: the output's name in outputs/.
+
+    steps: denoising steps that `seconds` and `stages` are of: fewer than it has where it went on.
+    """
 
     finished_at: float
     file: str | None = None
@@ -73,6 +76,7 @@ class JobResult:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    steps: int = 0
 
 
 class JobStore:

@@ -279,10 +279,11 @@ def video_json(
     result: JobResult | None,
     *,
     place: int | None = None,
+    eta_s: float | None = None,
 ) -> dict[str, Any]:
     """A job as the API's Video. status: queued, in_progress, completed or failed.
 
-    place: how many jobs are before it.
+    place: how many jobs are before it. eta_s: seconds until a queued one has ended.
     """
     percent = progress.percent if progress is not None and status == "in_progress" else 0
     error = None
@@ -316,7 +317,7 @@ def video_json(
         else round(result.peak_bytes / 1e6, 1),
     }
     if status == "queued":
-        video["queue_position"] = place
+        video |= {"queue_position": place, "eta_s": eta_s}
     if status == "in_progress" and progress is not None:
         video |= {
             "stage": progress.stage,

@@ -128,13 +128,15 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     from opensora_sp.server.checking import Judge
     from opensora_sp.server.durable import JobQueue
     from opensora_sp.server.job_store import JobStore
+    from opensora_sp.server.served import facts_path
 
     group = settings.group
     refusal = f"--save-dir {group.save_dir}: another server uses it; end it or give another one"
     with only_one(group.save_dir / "gateway.lock", refusal):
         store, jobs = JobStore(group.save_dir), JobQueue(group.queue)
-        board = Board(store, jobs)
+        board = Board(store, jobs, group.digest())
         board.load()
+        facts_path(group.save_dir).unlink(missing_ok=True)  # another engine may have written it
         engine = EngineProcess(group)
         gateway = Gateway(
             store=store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ class GroupSettings:
     """How the engine's group of ranks is run.
 
     arguments: the engine's own flags. batch_jobs: the most jobs that are made together.
+    serves, warmup: names of configurations that it is opened for, and that it makes a step of.
     """
 
     save_dir: Path
@@ -31,6 +33,12 @@ class GroupSettings:
     warmup: tuple[str, ...] = ()
     ranks: int = 1
     batch_jobs: int = 1
+    serves: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """Short and equal for engines that take equally long for a job on one machine."""
+        text = json.dumps([self.arguments, self.warmup, self.ranks, self.serves, self.batch_jobs])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """For the command line of a rank; `from_json` reads it."""
@@ -40,7 +48,7 @@ class GroupSettings:
     def from_json(cls, text: str) -> GroupSettings:
         """What `to_json` wrote."""
         found = json.loads(text)
-        lists = {name: tuple(found[name]) for name in ("arguments", "warmup")}
+        lists = {name: tuple(found[name]) for name in ("arguments", "warmup", "serves")}
         return cls(**found | lists | {"save_dir": Path(found["save_dir"])})
 
     def job(self, arguments: Sequence[str], outputs: Path) -> Job:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,9 @@ pytest.importorskip("dbos")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("api") / "save").start()
+    # Little memory, so that what does not fit is not large.
+    flags = ("--device-memory", "1200MB", "--warmup", "embedded")
+    one = Server(tmp_path_factory.mktemp("api") / "save", *flags).start()
     try:
         yield one
     finally:
@@ -114,6 +119,83 @@ def test_a_running_job_is_cancelled_and_the_next_one_is_made(server: Server, cli
     assert server.call("GET", f"/v1/videos/{slow}")[0] == 404
     assert server.wait(server.create(), 30)["status"] == "completed"
     server.gone(slow)
+
+
+def test_an_estimate_says_what_a_job_needs_and_queues_nothing(server: Server) -> None:
+    fields = {"prompt": "a", "size": "48x32", **SMALL}
+    assert server.wait(server.create())["status"] == "completed"
+    before = server.jobs()
+    status, known = server.call("POST", "/v1/videos/estimate", fields)
+    assert status == 200
+    assert known["fits"]
+    assert (known["size"], known["num_frames"], known["seconds"]) == ("48x32", 17, "0.708333")
+    assert 10 < known["peak_memory_mb"] < 50
+    assert known["tflop"] > 0
+    assert known["estimated_s"] > 0
+    assert known["queue_s"] == 0
+    _, longer = server.call("POST", "/v1/videos/estimate", fields | {"num_inference_steps": 2000})
+    assert longer["estimated_s"] > known["estimated_s"]
+    assert longer["tflop"] > 10 * known["tflop"]
+    _, large = server.call("POST", "/v1/videos/estimate", fields | {"size": "1280x720"})
+    assert not large["fits"]
+    assert large["reason"].startswith("size 1280x720 with num_frames 17 does not fit: ")
+    for wrong in ({}, {"prompt": "a", "size": "large"}, {"prompt": "a", "promt": "b"}):
+        for_a_job = server.call("POST", "/v1/videos", wrong)
+        assert server.call("POST", "/v1/videos/estimate", wrong) == for_a_job
+    status, with_file = _upload(server, "input_reference", picture(), "/v1/videos/estimate")
+    assert status == 200
+    assert with_file["fits"]
+    assert server.jobs() == before
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "param", "words"),
+    [("426x240", 408, "num_frames", "at this size"), ("1280x720", 17, "size", "426x240 at this")],
+)
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does(
+    size: str, frames: int, param: str, words: str, server: Server
+) -> None:
+    before = server.jobs()
+    asked = {"prompt": "a", "size": size, "num_frames": frames}
+    status, answer = server.call("POST", "/v1/videos", asked)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert words in answer["error"]["message"]
+    assert server.jobs() == before
+
+
+def test_a_queued_video_says_when_it_is_done(server: Server) -> None:
+    assert server.wait(server.create())["status"] == "completed"
+    slow, waiting = server.create(num_inference_steps=100_000), server.create()
+    end = time.monotonic() + 60
+    while (video := server.call("GET", f"/v1/videos/{waiting}")[1])["eta_s"] is None:
+        assert time.monotonic() < end
+        assert video["status"] == "queued"
+        time.sleep(0.1)
+    fields = {"prompt": "a", "size": "48x32", **SMALL}
+    assert server.call("POST", "/v1/videos/estimate", fields)[1]["queue_s"] > 10
+    for one in (slow, waiting):
+        assert server.call("DELETE", f"/v1/videos/{one}")[0] == 200
+
+
+def _upload(
+    server: Server, field: str, content: bytes, path: str = "/v1/videos"
+) -> tuple[int, Any]:
+    parts = [("prompt", None, b"a ball"), ("size", None, b"48x32"), (field, "../x", content)]
+    body = b""
+    for name, file, value in parts:
+        more = f'; filename="{file}"' if file else ""
+        head = f'--edge\r\ncontent-disposition: form-data; name="{name}"{more}\r\n\r\n'
+        body += head.encode() + value + b"\r\n"
+    request = urllib.request.Request(
+        server.url + path,
+        data=body + b"--edge--\r\n",
+        headers={"content-type": "multipart/form-data; boundary=edge"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 def test_the_page_is_whole_and_loads_nothing_from_elsewhere(server: Server) -> None:

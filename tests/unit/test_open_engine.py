@@ -17,9 +17,13 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import log_on_screen
 from opensora_sp.engine import text
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.jobs import open as open_module
+from opensora_sp.jobs.memory_mode import choose_warm
 from opensora_sp.jobs.open import open_engine
 from opensora_sp.jobs.run import run_job
+from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.parallel.session import alone
+from opensora_sp.planner.peaks import Shape
 from opensora_sp.request.request import Job, Request
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
@@ -57,6 +61,41 @@ def test_jobs_through_one_engine_make_what_separate_runs_make(tmp_path: Path) ->
         made = files(tmp_path / f"own-{number}")
         assert len(made) == len(job.tasks)
         assert files(tmp_path / f"one-{number}") == made
+
+
+def test_an_engine_that_serves_keeps_t5_where_it_was_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[bool] = []
+    load = TextEncoder.load
+    place: Any = ""
+
+    def counted(*given: Any, **named: Any) -> TextEncoder:
+        loaded.append(named["offload_layers"])
+        return load(*given, **named)
+
+    monkeypatch.setattr(TextEncoder, "load", counted)
+    monkeypatch.setattr(
+        open_module, "choose_warm", lambda *given: replace(choose_warm(*given), text=place)
+    )
+    serves = {"small": Shape(height=32, width=48, num_frames=1, dtype="fp32")}
+    made = []
+    # The mode, where T5 is between jobs, and of each time that it is loaded: layer by layer or not.
+    for memory, place, loads in (
+        ("speed", "reload", [False, False]),
+        ("speed", "device", [False]),
+        ("balanced", "host", [True]),  # that mode alone would give T5 back after each job
+    ):
+        folder = tmp_path / place
+        jobs = [job_of(folder / p, "--prompt", p, *IMAGE, "--memory", memory) for p in "ab"]
+        with open_engine(jobs[0], serves) as engine:
+            for job in jobs:
+                assert run_job(engine, job) == 0
+            assert engine.pipeline.text.stays == (place != "reload")
+        assert loaded == loads
+        loaded.clear()
+        made.append([job.tasks[0].output.read_bytes() for job in jobs])
+    assert made[0] == made[1] == made[2]
 
 
 def test_a_job_for_other_models_than_are_open_is_refused(tmp_path: Path) -> None:
