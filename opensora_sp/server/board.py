@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,13 +37,19 @@ class Entry:
 
 
 class Board:
-    """All jobs. Reading never waits for the disk; `look` brings it in step with the queue."""
+    """All jobs. Reading never waits for the disk; `look` brings it in step with the queue.
+
+    kept_seconds: how long ended jobs are kept; 0 for ever.
+    """
 
     def __init__(self, store: JobStore, jobs: JobQueue) -> None:
         self._store, self._jobs = store, jobs
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
+        # Called with every job that completes or fails, in the thread that looks.
+        self.on_end: list[Callable[[Entry], None]] = []
+        self.kept_seconds = 0.0
 
     def load(self) -> None:
         """Read every job; one that was written but never queued is queued now."""
@@ -111,6 +118,7 @@ class Board:
             entry.progress,
             entry.result,
             place=entry.place,
+            kept_seconds=self.kept_seconds,
         )
 
     def look(self) -> None:
@@ -158,6 +166,9 @@ class Board:
             if entry.spec.id not in self._entries:
                 return
             self._entries[entry.spec.id] = entry
+        if before.live and not entry.live:
+            for tell in self.on_end:
+                tell(entry)
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_SECONDS):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,20 +14,26 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
+log = logging.getLogger(__name__)
 # Names of this machine alone: a server that listens there needs no token.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-_PACKAGES = ("dbos", "fastapi", "multipart", "uvicorn", "jinja2")
+_PACKAGES = ("dbos", "fastapi", "multipart", "uvicorn", "jinja2", "prometheus_client")
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """How the engine's group of ranks is run. arguments: the engine's own flags."""
+    """How the engine's group of ranks is run. arguments: the engine's own flags.
+
+    log_format, log_level: as for `Operations`.
+    """
 
     save_dir: Path
     queue: str
     arguments: tuple[str, ...]
     warmup: tuple[str, ...] = ()
     ranks: int = 1
+    log_format: str = "text"
+    log_level: str = "info"
 
     def to_json(self) -> str:
         """For the command line of a rank; `from_json` reads it."""
@@ -55,6 +63,24 @@ class GroupSettings:
         return self.job(["--prompt=warm up"], self.save_dir / "warmup")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """How a server is run.
+
+    log_format: text or json. log_level: debug, info or warning. log_prompts: whether prompts may be
+    logged. drain: what SIGTERM does with the job that is made, save or finish; drain_seconds: how
+    long finishing may take. keep_days, keep_gb: what is kept of ended jobs, 0 for no limit.
+    """
+
+    log_format: str = "text"
+    log_level: str = "info"
+    log_prompts: bool = False
+    drain: str = "save"
+    drain_seconds: float = 600.0
+    keep_days: float = 0.0
+    keep_gb: float = 0.0
+
+
 @dataclass(frozen=True)
 class ServiceSettings:
     """A server. tokens: token → its owner's name; empty lets everybody in."""
@@ -63,6 +89,7 @@ class ServiceSettings:
     port: int
     group: GroupSettings
     tokens: Mapping[str, str] = field(default_factory=dict)
+    operations: Operations = field(default_factory=Operations)
 
 
 def require_packages() -> None:
@@ -73,11 +100,19 @@ def require_packages() -> None:
 
 
 def read_tokens(path: Path) -> dict[str, str]:
-    """Tokens of a file, one a line, NAME:TOKEN or TOKEN. Raises UserError."""
+    """Tokens of a file, one a line, NAME:TOKEN or TOKEN, with their owners' names.
+
+    Lines of one name are one owner. A token without a name is an owner of its own, whatever line it
+    is in. Raises UserError. Warns of a file that every user may read.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--token-file {path}: {error.strerror}") from None
+        others = path.stat().st_mode & 0o007
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"--token-file {path}: {why}") from None
+    if others:
+        log.warning("--token-file %s can be read by every user: chmod 600 %s", path, path)
     tokens: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -85,7 +120,10 @@ def read_tokens(path: Path) -> dict[str, str]:
             continue
         name, colon, token = line.partition(":")
         if not colon:
-            name, token = f"token {number}", line
+            name, token = f"token {hashlib.sha256(line.encode()).hexdigest()[:8]}", line
+        name, token = name.strip(), token.strip()
+        if not name:
+            raise UserError(f"--token-file {path}: line {number} has no name before its colon")
         if len(token) < 16:
             raise UserError(
                 f"--token-file {path}: the token in line {number} has {len(token)} characters; "
