@@ -22,7 +22,6 @@ from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job
 from opensora_sp.server.beat import Beat
 from opensora_sp.server.checking import without_paths
-from opensora_sp.server.costs import Costs
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
 from opensora_sp.server.logs import about_job
@@ -104,6 +103,8 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
 
 def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) -> None:
     """Make one job, or write down in a line why it could not be made. Collective."""
+    from opensora_sp.server.costs import Costs
+
     whole = engine.whole
     reporter = JobReporter(store, job_id, whole.leads)
     costs = Costs(whole)
