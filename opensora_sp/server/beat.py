@@ -118,6 +118,11 @@ def beat_path(save_dir: Path) -> Path:
     return save_dir / "engine.json"
 
 
+def drain_path(save_dir: Path) -> Path:
+    """A file that is there while the engine is to take no further job."""
+    return save_dir / "drain"
+
+
 def read_beat(save_dir: Path) -> Sign | None:
     """The engine's last sign of life; None where there is none."""
     try:

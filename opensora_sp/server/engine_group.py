@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job
-from opensora_sp.server.beat import Beat
+from opensora_sp.server.beat import Beat, drain_path
 from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
@@ -57,7 +57,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 log.info("the engine is ready: %d ranks", engine.whole.world_size)
             engine.whole.control.barrier()
             while True:
-                job_id = worker.next(TICK_SECONDS) if worker is not None else None
+                job_id = _next_job(worker, settings) if worker is not None else None
                 job_id = engine.whole.control.meet(job_id)
                 if job_id is None:
                     continue
@@ -70,6 +70,14 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 beat.close()
             if worker is not None:
                 worker.close()
+
+
+def _next_job(worker: Worker, settings: GroupSettings) -> str | None:
+    """The next job, or None after a while without one. A server that is stopped begins none."""
+    if drain_path(settings.save_dir).exists():
+        time.sleep(TICK_SECONDS)
+        return None
+    return worker.next(TICK_SECONDS)
 
 
 @contextmanager

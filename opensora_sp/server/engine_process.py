@@ -15,7 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from opensora_sp.base.deadlines import HEARTBEAT_S
-from opensora_sp.server.beat import BEAT_SECONDS, SILENT_SECONDS, Sign, beat_path, read_beat, stuck
+from opensora_sp.server.beat import (
+    BEAT_SECONDS,
+    SILENT_SECONDS,
+    Sign,
+    beat_path,
+    drain_path,
+    read_beat,
+    stuck,
+)
 from opensora_sp.server.logs import relay
 from opensora_sp.server.restarts import Restarts
 from opensora_sp.server.settings import GroupSettings
@@ -74,6 +82,10 @@ class EngineProcess:
         reason = stuck(sign, time.monotonic() - seen)
         return Health("failed" if reason else sign.state, reason or "", restarts)
 
+    def take_no_more(self) -> None:
+        """Let it finish the job that it makes, and begin no other."""
+        drain_path(self._settings.save_dir).touch()
+
     def stop(self) -> None:
         """Let it save what it is making, and end it. A second call changes nothing."""
         self._ending.set()
@@ -112,7 +124,8 @@ class EngineProcess:
             self._ending.wait(wait)
 
     def _start(self) -> None:
-        beat_path(self._settings.save_dir).unlink(missing_ok=True)
+        for left in (beat_path, drain_path):
+            left(self._settings.save_dir).unlink(missing_ok=True)
         self._seen = (None, time.monotonic())
         as_json = self._settings.log_format == "json"
         self._process = subprocess.Popen(

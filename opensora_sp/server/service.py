@@ -157,6 +157,7 @@ def _drain(settings: ServiceSettings, gateway: Gateway, engine: EngineProcess) -
     operations = settings.operations
     if operations.drain == "finish":
         log.info("stopping: the job that is made may take %g s more", operations.drain_seconds)
+        engine.take_no_more()
         end = time.monotonic() + operations.drain_seconds
         while time.monotonic() < end and gateway.board.counts()["in_progress"]:
             time.sleep(0.05)

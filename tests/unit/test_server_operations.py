@@ -422,6 +422,7 @@ def test_the_metrics_count_and_no_label_holds_what_a_client_chose(shared: Bench)
     shared.call("DELETE", f"/v1/videos/{shared.job('bob')}", BOB)
     shared.call("GET", f"/v1/videos/{waits}", ANN)
     shared.call("GET", "/nowhere/secret", ANN)
+    shared.call("GET", "/static/secret", ANN)
     shared.client.request("SECRET", "/v1/videos")
     assert shared.call("GET", "/metrics").status_code == 401
     text = shared.call("GET", "/metrics", BOB).text
