@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import on_any_screen
+from opensora_sp.base.value_types import shown
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.parser import RefusingParser
 
 if TYPE_CHECKING:
-    from opensora_sp.server.settings import ServiceSettings
+    from opensora_sp.server.settings import Operations, ServiceSettings
 
 MOST_BATCH_JOBS = 64
 
@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(words)
         from opensora_sp.server.service import serve
 
-        logging.getLogger("opensora_sp.server").setLevel(logging.INFO)
         return serve(settings, lambda text: print(text, file=sys.stderr, flush=True))
     except UserError as error:
         return refuse(error, same_everywhere=True)
@@ -77,12 +76,73 @@ def parser() -> argparse.ArgumentParser:
         help="what clients may ask for at most, one each: queued=1000, queued_each=200 (with one "
         "token), body_bytes=536870912, body_seconds=120, connections=4000 ...",
     )  # fmt: skip
+    _add_operations(parser)
     return parser
+
+
+def _add_operations(parser: argparse.ArgumentParser) -> None:
+    """Flags for those who run the server."""
+    parser.add_argument(
+        "--log-format", default="text", metavar="FORMAT",
+        help="text (default), or json: one object a line on standard error",
+    )  # fmt: skip
+    parser.add_argument(
+        "--log-level", default="info", metavar="LEVEL",
+        help="debug (with every request), info (default) or warning",
+    )  # fmt: skip
+    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
+    parser.add_argument(
+        "--drain", default="save", metavar="HOW",
+        help="what SIGTERM does with the job that is made: save it (default) or finish it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drain-seconds", default="600", metavar="S",
+        help="with --drain finish: how long it may take before it is saved (default 600)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-days", default="0", metavar="D",
+        help="remove jobs that ended so many days ago (default 0: never)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-gb", default="0", metavar="G",
+        help="remove the oldest ended jobs beyond so many GB of all (default 0: never)",
+    )  # fmt: skip
+
+
+def _operations(found: argparse.Namespace) -> Operations:
+    """How the server is to be run. Raises UserError."""
+    from opensora_sp.server.logs import FORMATS, LEVELS
+    from opensora_sp.server.settings import Operations
+
+    def one_of(flag: str, value: str, allowed: Sequence[str]) -> str:
+        if value not in allowed:
+            raise UserError(f"{flag} {shown(value)} is not one of {', '.join(allowed)}")
+        return value
+
+    def number(flag: str, text: str, most: float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:  # also refuses nan
+            raise UserError(f"{flag} {shown(text)} is not a number from 0 to {most:g}")
+        return value
+
+    return Operations(
+        log_format=one_of("--log-format", found.log_format, FORMATS),
+        log_level=one_of("--log-level", found.log_level, LEVELS),
+        log_prompts=found.log_prompts,
+        drain=one_of("--drain", found.drain, ("save", "finish")),
+        drain_seconds=number("--drain-seconds", found.drain_seconds, 86_400),
+        keep_days=number("--keep-days", found.keep_days, 36_500),
+        keep_gb=number("--keep-gb", found.keep_gb, 1e6),
+    )
 
 
 def _settings(words: Sequence[str]) -> ServiceSettings:
     """What was asked for, checked before anything is started. Raises UserError."""
     from opensora_sp.server.durable import sqlite_url
+    from opensora_sp.server.logs import set_level, write_json
     from opensora_sp.server.served import check_names, engine_of_settings
     from opensora_sp.server.settings import (
         LOCAL_HOSTS,
@@ -94,6 +154,10 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
     )
 
     found, engine = parser().parse_known_args(list(words))
+    operations = _operations(found)
+    set_level(operations.log_level)
+    if operations.log_format == "json":
+        write_json()  # from here on, what is refused is logged so too
     if not 0 < found.port < 65536:
         raise UserError(f"--port {found.port} is not a port from 1 to 65535")
     if not 0 < found.nproc <= 64:
@@ -121,9 +185,14 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         ranks=found.nproc,
         batch_jobs=found.batch_jobs,
         serves=serves,
+        log_format=operations.log_format,
+        log_level=operations.log_level,
     )
     engine_of_settings(group, group.first_job())
-    return ServiceSettings(found.host, found.port, group, tokens, read_limits(found.limit))
+    limits = read_limits(found.limit)
+    return ServiceSettings(
+        found.host, found.port, group, tokens, limits=limits, operations=operations
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:

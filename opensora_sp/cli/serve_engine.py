@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.launcher import read_launch
 from opensora_sp.base.screen import on_any_screen
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.program import Prepared, run_prepared
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 from opensora_sp.parallel.watchdog.signals import leave
 from opensora_sp.server.engine_group import serve_jobs
+from opensora_sp.server.logs import set_level, write_json
 from opensora_sp.server.settings import GroupSettings
 
 
@@ -24,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             UserError("opensora-sp serve starts this; it is no command"), same_everywhere=True
         )
     settings = GroupSettings.from_json(words[1])
+    set_level(settings.log_level)
+    if settings.log_format == "json":
+        write_json(read_launch().rank)
     watch_launcher()
     try:
         job = settings.first_job()

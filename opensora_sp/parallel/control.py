@@ -7,6 +7,7 @@ may wait here for the leading rank while it loads, encodes or writes.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from opensora_sp.base.deadlines import DEADLINES
 from opensora_sp.base.errors import PromptFault, SharedFault, SharedPromptFault, UserError
 from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark
 from opensora_sp.parallel.watchdog.signals import handled_signals
@@ -25,6 +27,23 @@ T = TypeVar("T")
 SAVE_GRACE_S = 25.0
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How the ranks stand, as one of them knows: for whoever watches the run from outside.
+
+    stage: what this rank does. still: seconds since all ranks last met, or since this rank began
+    its stage or came further in it, whichever was later. limit: how long that may be. quiet:
+    seconds since the last sign of life of `quiet_rank`, the longest of all peers; None without
+    peers.
+    """
+
+    stage: str
+    still: float
+    limit: float
+    quiet_rank: int | None = None
+    quiet: float = 0.0
+
+
 @dataclass
 class ControlPlane:
     """How the ranks of one session agree with each other.
@@ -32,7 +51,8 @@ class ControlPlane:
     rank, world_size: this rank and the ranks of the session. first: what the whole world calls the
     session's rank 0; ranks of a session are consecutive in the world. side: the gloo group of the
     session, None for a rank without peers. watchdog: None before the session is open. mark: set
-    while this rank waits for the others here.
+    while this rank waits for the others here. met: when all ranks of the session last met, on
+    `time.monotonic`.
     """
 
     rank: int = 0
@@ -41,6 +61,7 @@ class ControlPlane:
     side: Any = None
     watchdog: Watchdog | None = None
     mark: CollectiveMark = field(default_factory=CollectiveMark)
+    met: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -89,11 +110,33 @@ class ControlPlane:
     def all_gather_object(self, value: T) -> list[T]:
         """Every rank's picklable value on every rank, in rank order. Collective."""
         if self.side is None:
+            self.met = time.monotonic()
             return [value]
         values: list[Any] = [None] * self.world_size
         with self.mark.inside("all_gather_object"):
             dist.all_gather_object(values, value, group=self.side)
+        self.met = time.monotonic()
         return values
+
+    def meet(self, value: T | None) -> T | None:
+        """Rank 0's picklable value on every rank; it returns when all ranks have come. Collective.
+
+        A broadcast may return on its source before anybody has taken it, so it proves nothing.
+        """
+        return self.all_gather_object(value)[0]
+
+    def standing(self) -> Standing:
+        """How the ranks stand now. Any thread may ask.
+
+        A stage without a deadline of its own may take as long as loading may.
+        """
+        watchdog, since = self.watchdog, self.met
+        if watchdog is None:
+            return Standing("between stages", time.monotonic() - since, DEADLINES["load"])
+        stage, began, limit = watchdog.stage_now()
+        still = time.monotonic() - max(since, began or since)
+        rank, quiet = watchdog.quietest()
+        return Standing(stage, max(0.0, still), limit, rank, quiet)
 
     def together(self, work: Callable[[], T], *, leading_only: bool = False) -> T | None:
         """Run work on every rank, or on the leading one while the others wait; its result.
@@ -125,3 +168,4 @@ class ControlPlane:
         if self.side is not None:
             with self.mark.inside("barrier"):
                 dist.barrier(group=self.side)
+        self.met = time.monotonic()

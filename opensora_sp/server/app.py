@@ -27,11 +27,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.screen import one_line
 from opensora_sp.server.board import Board, Entry, rounded
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.engine_process import Health
 from opensora_sp.server.images import Intake, add_images
 from opensora_sp.server.job_store import JobSpec, JobStore
+from opensora_sp.server.metrics import Metrics
+from opensora_sp.server.operations import add_operations
 from opensora_sp.server.page import add_page
 from opensora_sp.server.protocol import (
     MODEL,
@@ -51,6 +55,9 @@ POLL_AFTER_MS, MOST_POLL_AFTER_MS = 500, 5000
 MOST_TEXT_BYTES, _MOST_TEXT = 1 << 20, "1 MiB"
 # Without a token: the page has no job in it, and asks for the token itself.
 OPEN = ("/", "/health", "/ready")
+# The owner of this name sees and deletes everybody's jobs.
+ADMIN = "admin"
+RETRY_AFTER_SECONDS = 30
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -80,21 +87,31 @@ class Arriving:
 class Gateway:
     """What the routes share.
 
-    tokens: token → its owner's name; empty lets everybody in. engine_state: "ready", "starting",
-    "stopped" or what is wrong with it.
+    tokens: token → its owner's name; empty lets everybody in. health: of the engine. log_prompts:
+    whether prompts may be logged.
     """
 
     store: JobStore
     jobs: JobQueue
     board: Board
     judge: Judge
-    engine_state: Callable[[], str]
+    health: Callable[[], Health]
+    metrics: Metrics
     tokens: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     hosts: Sequence[str] = ()
     embedded: bool = True
     draining: bool = False
     arriving: Arriving = field(default_factory=Arriving)
+    log_prompts: bool = False
+
+    def engine_state(self) -> str:
+        """The engine's state, with the reason where it has failed."""
+        return str(self.health())
+
+    def sees(self, owner: str, entry: Entry) -> bool:
+        """Whether a token's owner may know of a job: it is his, or he is `ADMIN`."""
+        return not self.tokens or owner in (ADMIN, entry.spec.owner)
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -112,10 +129,12 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_fault)
-    _add_operations(app, gateway)
+    _add_models(app)
     _add_videos(app, gateway)
     add_images(app, _intake(gateway))
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
+    # Last: what counts requests stands outside of the guard.
+    add_operations(app, gateway.health, lambda: gateway.draining, gateway.metrics)
     return app
 
 
@@ -266,21 +285,14 @@ def _owner(tokens: Mapping[str, str], request: Request) -> str | None:
     return found
 
 
-def _add_operations(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health", include_in_schema=False)
-    async def health() -> Response:
-        """Live: the gateway answers and its engine is not given up."""
-        state = gateway.engine_state()
-        return JSONResponse(
-            {"status": state, "version": __version__}, 503 if state.startswith("failed") else 200
-        )
+def refuse_draining() -> JSONResponse:
+    """The answer to whoever brings a job while the server is being stopped."""
+    answer = refusal(503, "the server is being stopped and takes no new jobs")
+    answer.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+    return answer
 
-    @app.get("/ready", include_in_schema=False)
-    async def ready() -> Response:
-        """Ready: jobs are taken and made now."""
-        state = "draining" if gateway.draining else gateway.engine_state()
-        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
+def _add_models(app: FastAPI) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         """The one model."""
@@ -292,7 +304,7 @@ def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | N
     """Why so many new jobs are not taken now; None where they are."""
     limits = gateway.limits
     if gateway.draining:
-        return refusal(503, "the server is being stopped and takes no new jobs")
+        return refuse_draining()
     arriving = gateway.arriving
     if gateway.board.counts()["queued"] + arriving.total + count > limits.queued:
         return refusal(429, f"{limits.queued} jobs are queued already: try again later")
@@ -308,9 +320,10 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     # which deletes and downloads need too.
     judging = asyncio.Semaphore(4)
 
-    def entry_of(video_id: str) -> Entry:
+    def entry_of(video_id: str, request: Request) -> Entry:
         entry = board.get(video_id)
-        if entry is None:
+        # Somebody else's is not there: a client cannot find out which ids are taken.
+        if entry is None or not gateway.sees(request.state.owner, entry):
             raise HTTPException(404, f"there is no video {video_id[:64]!r}")
         return entry
 
@@ -362,21 +375,29 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             await run_in_threadpool(gateway.store.delete, job_id)
 
     @app.get("/v1/videos/{video_id}")
-    async def retrieve(video_id: str) -> Response:
+    async def retrieve(video_id: str, request: Request) -> Response:
         """One video."""
-        return answer(entry_of(video_id))
+        return answer(entry_of(video_id, request))
 
     @app.get("/v1/videos")
-    async def listed(after: str | None = None, limit: int = 20, order: str = "desc") -> Response:
+    async def listed(
+        request: Request, after: str | None = None, limit: int = 20, order: str = "desc"
+    ) -> Response:
         """Videos, newest first or oldest first, a page at a time."""
         if not 1 <= limit <= 100:
             raise BadRequest(f"limit {limit} is not a whole number from 1 to 100", "limit")
         if order not in ("asc", "desc"):
             raise BadRequest(f"order {order[:20]!r} is not asc or desc", "order")
+        owner = request.state.owner
         last = None if after is None else board.get(after)
-        if after is not None and last is None:
+        if after is not None and (last is None or not gateway.sees(owner, last)):
             raise BadRequest(f"after {after[:64]!r} is not one of the videos", "after")
-        page, more = board.page(last, limit, newest_first=order == "desc")
+        page, more = board.page(
+            last,
+            limit,
+            newest_first=order == "desc",
+            shows=lambda entry: gateway.sees(owner, entry),
+        )
         ends = {
             "first_id": page[0].spec.id if page else None,
             "last_id": page[-1].spec.id if page else None,
@@ -386,20 +407,20 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         return Response(head + b"]," + json.dumps(ends).encode()[1:], media_type="application/json")
 
     @app.delete("/v1/videos/{video_id}")
-    async def delete(video_id: str) -> Response:
+    async def delete(video_id: str, request: Request) -> Response:
         """Delete a video; one that is queued or being made is stopped first."""
-        entry = entry_of(video_id)
+        entry = entry_of(video_id, request)
         await run_in_threadpool(remove, gateway, entry)
         return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
     @app.get("/v1/videos/{video_id}/content")
-    async def content(video_id: str, variant: str = "video") -> Response:
+    async def content(video_id: str, request: Request, variant: str = "video") -> Response:
         """The file: variant video, thumbnail or spritesheet."""
         if variant not in ("video", "thumbnail", "spritesheet"):
             raise BadRequest(
                 f"variant {variant[:40]!r} is not video, thumbnail or spritesheet", "variant"
             )
-        entry = entry_of(video_id)
+        entry = entry_of(video_id, request)
         output = gateway.store.output(video_id)
         if entry.status != "completed" or output is None:
             raise HTTPException(404, f"{video_id} is {entry.status}: it has no {variant} yet")
@@ -415,9 +436,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         )
 
     @app.get("/v1/videos/{video_id}/events", include_in_schema=False)
-    async def events(video_id: str) -> Response:
+    async def events(video_id: str, request: Request) -> Response:
         """Every change of a job as server-sent events, until it has ended."""
-        entry_of(video_id)
+        entry_of(video_id, request)
         return StreamingResponse(_events(board, video_id), media_type="text/event-stream")
 
 
@@ -551,6 +572,8 @@ def queue_job(
     gateway.store.put_spec(spec)
     entry = gateway.board.add(spec)
     gateway.jobs.put(job_id, asked.priority)
+    prompt = f": {one_line(asked.shown['prompt'])}" if gateway.log_prompts else ""
+    log.info("%s is queued%s", job_id, prompt, extra={"job": job_id})
     return entry
 
 
@@ -584,5 +607,8 @@ def remove(gateway: Gateway, entry: Entry) -> None:
         gateway.jobs.cancel(job_id)
     gateway.board.remove(job_id)
     gateway.store.delete(job_id)
-    if not entry.live:
+    if entry.live:
+        gateway.metrics.job_cancelled()
+        log.info("%s is deleted before it ended", job_id, extra={"job": job_id})
+    else:
         gateway.jobs.forget(job_id)

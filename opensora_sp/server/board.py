@@ -49,7 +49,10 @@ class Entry:
 
 
 class Board:
-    """All jobs. Reading never waits for the disk; `look` brings it in step with the queue."""
+    """All jobs. Reading never waits for the disk; `look` brings it in step with the queue.
+
+    kept_seconds: how long ended jobs are kept; 0 for ever.
+    """
 
     def __init__(self, store: JobStore, jobs: JobQueue, engine: str = "") -> None:
         self._store, self._jobs = store, jobs
@@ -65,6 +68,9 @@ class Board:
         self._changed = True
         self._taken: set[str] = set()
         self._whole_look = 0.0
+        # Called with every job that completes or fails, in the thread that looks.
+        self.on_end: list[Callable[[Entry], None]] = []
+        self.kept_seconds = 0.0
 
     def load(self) -> None:
         """Read every job; one that was written but never queued is queued now."""
@@ -174,6 +180,7 @@ class Board:
             entry.result,
             place=entry.place,
             eta_s=entry.eta_s,
+            kept_seconds=self.kept_seconds,
         )
 
     def body(self, entry: Entry) -> bytes:
@@ -279,6 +286,10 @@ class Board:
 
         if entry.result is not None and before.result is None:
             self.estimator.learn(entry.spec, entry.result)
+
+        if before.live and not entry.live:
+            for tell in self.on_end:
+                tell(entry)
 
     def _put(self, entry: Entry) -> None:
         with self._lock:

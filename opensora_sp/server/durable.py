@@ -104,6 +104,15 @@ class JobQueue:
         )
         return {status.workflow_id: _as_job(status) for status in found}
 
+    def ended_before(self, moment: float) -> list[str]:
+        """Ids of all jobs that the queue knows and nothing changed since `moment`, s since 1970.
+
+        They have ended or were cancelled.
+        """
+        ended = [raw for raw, status in _STATUS.items() if status in ("ended", "cancelled")]
+        found = self._client.list_workflows(status=ended, load_input=False, load_output=False)
+        return [one.workflow_id for one in found if (one.updated_at or 0) / 1000 < moment]
+
     def forget(self, job_id: str) -> None:
         """Remove every trace of a job that has ended."""
         self._client.delete_workflow(job_id)

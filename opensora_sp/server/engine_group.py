@@ -8,26 +8,24 @@ collective.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
-import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job, Task
 from opensora_sp.server.batches import gather, joined
+from opensora_sp.server.beat import Beat, drain_path
 from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
+from opensora_sp.server.logs import about_job
 from opensora_sp.server.served import served_shapes, write_facts
 from opensora_sp.server.settings import GroupSettings
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from opensora_sp.engine.progress import Position
 
 TICK_SECONDS = 1.0
-BEAT_SECONDS = 1.0
 # The least time between two notes of a job's progress: a note is a small file.
 NOTE_SECONDS = 0.3
 LOCK_SECONDS = 60.0
@@ -55,20 +52,22 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
         worker = (
             Worker(settings.queue, executor=f"engine-{settings.save_dir.name}") if leads else None
         )
-        beat = Beat(settings.save_dir) if leads else None
+        beat = Beat(settings.save_dir, engine.whole.control) if leads else None
         try:
             for size in settings.warmup:
                 _warm_up(engine, settings, size)
             if worker is not None and beat is not None:
                 worker.start()
                 beat.state = "ready"
+                log.info("the engine is ready: %d ranks", engine.whole.world_size)
             engine.whole.control.barrier()
             while True:
-                job_id = worker.next(TICK_SECONDS) if worker is not None else None
-                job_id = engine.whole.control.broadcast_object(job_id)
+                job_id = _next_job(worker, settings) if worker is not None else None
+                job_id = engine.whole.control.meet(job_id)
                 if job_id is None:
                     continue
-                _make(engine, settings, store, worker, job_id)
+                with _making(beat, job_id):
+                    _make(engine, settings, store, worker, job_id)
                 if worker is not None:
                     worker.done()
         finally:
@@ -76,6 +75,27 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 beat.close()
             if worker is not None:
                 worker.close()
+
+
+def _next_job(worker: Worker, settings: GroupSettings) -> str | None:
+    """The next job, or None after a while without one. A server that is stopped begins none."""
+    if drain_path(settings.save_dir).exists():
+        time.sleep(TICK_SECONDS)
+        return None
+    return worker.next(TICK_SECONDS)
+
+
+@contextmanager
+def _making(beat: Beat | None, job_id: str) -> Iterator[None]:
+    """A job is made in this block, as the sign of life and the log say."""
+    if beat is not None:
+        beat.idle = False
+    try:
+        with about_job(job_id):
+            yield
+    finally:
+        if beat is not None:
+            beat.idle = True
 
 
 def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
@@ -165,6 +185,7 @@ def _run(engine: Any, job: Any, reporters: Sequence[JobReporter]) -> None:
     from opensora_sp.jobs.prepare import check_encoder, encode_all_text, unfinished
     from opensora_sp.jobs.run import make_batch
     from opensora_sp.jobs.schedule import deal
+    from opensora_sp.server.costs import Costs
 
     of = dict(zip((task.output for task in job.tasks), reporters, strict=True))
     job, works = unfinished(job, engine.whole, engine.digests)
@@ -185,9 +206,12 @@ def _run(engine: Any, job: Any, reporters: Sequence[JobReporter]) -> None:
             asked = [one.on_step_end(step, t, latents) for one in told]  # each is told of the step
             return any(asked)
 
+        costs = Costs(engine.whole)
         make_batch(engine, job, work, None, on_step_end=on_step_end)
-        for task in work.tasks:
-            of[task.output].completed(task, engine)
+        peaks, bytes_sent = costs.of_all_ranks()
+        for place, task in enumerate(work.tasks):
+            # What a batch sent is counted once, with the first of it.
+            of[task.output].completed(task, engine, peaks, bytes_sent if place == 0 else None)
 
 
 class JobReporter:
@@ -231,8 +255,14 @@ class JobReporter:
                 ),
             )
 
-    def completed(self, task: Task, engine: Any) -> None:
-        """Its output is there."""
+    def completed(
+        self,
+        task: Task,
+        engine: Any,
+        peaks: Sequence[int | None] = (),
+        bytes_sent: Mapping[str, int] | None = None,
+    ) -> None:
+        """Its output is there. peaks, bytes_sent: as for `JobResult`."""
         if not self._leads:
             return
         clock = engine.pipeline.models.clock
@@ -244,8 +274,11 @@ class JobReporter:
                 file=task.output.name,
                 seconds=time.time() - self._started,
                 stages=stages,
-                peak_bytes=_peak_bytes(engine.whole.device),
-                steps=self._done - self._before,
+                peak_bytes=peaks[0] if peaks and engine.whole.device.type != "cpu" else None,
+                peaks=peaks,
+                bytes_sent=dict(bytes_sent or {}),
+                steps=self._steps,
+                steps_made=self._done - self._before,
             ),
         )
 
@@ -262,64 +295,6 @@ class JobReporter:
         self._store.put_progress(
             self._id, JobProgress(stage, self._done, self._steps, eta, self._started)
         )
-
-
-def _peak_bytes(device: Any) -> int | None:
-    import torch
-
-    module = getattr(torch, device.type, None)
-    if device.type == "cpu" or not hasattr(module, "max_memory_allocated"):
-        return None
-    return int(module.max_memory_allocated())  # type: ignore[union-attr]
-
-
-class Beat:
-    """Rank 0's sign of life for the gateway, a file that a thread writes every second."""
-
-    def __init__(self, save_dir: Path) -> None:
-        self.state = "starting"
-        self._path, self._end = beat_path(save_dir), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """No more signs; the file goes."""
-        self._end.set()
-        self._thread.join(5)
-        self._path.unlink(missing_ok=True)
-
-    def _run(self) -> None:
-        while True:
-            beat = asdict(Sign(os.getpid(), self.state, time.time()))
-            try:
-                with atomic_output(self._path) as temporary:
-                    temporary.write_text(json.dumps(beat), encoding="ascii")
-            except UserError as error:
-                log.warning(f"the engine's sign of life is not written: {error}")
-            if self._end.wait(BEAT_SECONDS):
-                return
-
-
-def beat_path(save_dir: Path) -> Path:
-    """The file of an engine's sign of life."""
-    return save_dir / "engine.json"
-
-
-@dataclass(frozen=True)
-class Sign:
-    """A sign of life. state: starting or ready; at: seconds since 1970."""
-
-    pid: int
-    state: str
-    at: float
-
-
-def read_beat(save_dir: Path) -> Sign | None:
-    """The engine's last sign of life; None where there is none."""
-    try:
-        return Sign(**json.loads(beat_path(save_dir).read_text(encoding="ascii")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 @contextmanager

@@ -112,7 +112,12 @@ class Estimator:
             return
         denoise = stages.get("denoise", 0.0)
         decode = stages.get("decode", 0.0) + stages.get("write", 0.0)
-        if result.error is not None or result.steps != cost["steps"] or denoise <= 0 or decode <= 0:
+        if (
+            result.error is not None
+            or result.steps_made != cost["steps"]
+            or denoise <= 0
+            or decode <= 0
+        ):
             return
         load = stages.get("load", 0.0)
         name = str(cost["shape"])

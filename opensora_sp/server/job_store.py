@@ -14,11 +14,12 @@ writes the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ class JobProgress:
 class JobResult:
     """How a job ended. error: one line, or None; file: the output's name in outputs/.
 
-    steps: denoising steps that `seconds` and `stages` are of: fewer than it has where it went on.
+    stages: seconds on rank 0. peak_bytes: of rank 0's device, None on a CPU. peaks: of every rank,
+    of its device, or of its process where the device counts none. steps, steps_made: denoising
+    steps of the job, and those made since the engine was started last. bytes_sent: by collective,
+    over all ranks.
     """
 
     finished_at: float
@@ -76,7 +80,10 @@ class JobResult:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    peaks: Sequence[int | None] = ()
+    bytes_sent: dict[str, int] = field(default_factory=dict)
     steps: int = 0
+    steps_made: int = 0
 
 
 class JobStore:
@@ -172,6 +179,24 @@ class JobStore:
         folder = self.folder(job_id)
         (folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def size(self, job_id: str) -> int:
+        """Bytes of everything in a job's folder."""
+        total = 0
+        for path in self.folder(job_id).rglob("*"):
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                if path.is_file():
+                    total += path.stat().st_size
+        return total
+
+    def orphans(self, older: float) -> Iterator[str]:
+        """Folders without a job.json in which nothing was written since `older`, s since 1970."""
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if not _ID.fullmatch(path.name) or (path / "job.json").exists():
+                continue
+            with contextlib.suppress(OSError):
+                if max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < older:
+                    yield path.name
 
     def output(self, job_id: str) -> Path | None:
         """The finished output; None where there is none."""

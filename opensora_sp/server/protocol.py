@@ -280,10 +280,12 @@ def video_json(
     *,
     place: int | None = None,
     eta_s: float | None = None,
+    kept_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """A job as the API's Video. status: queued, in_progress, completed or failed.
 
-    place: how many jobs are before it. eta_s: seconds until a queued one has ended.
+    place: how many jobs are before it. eta_s: seconds until a queued one has ended. kept_seconds:
+    how long ended jobs are kept; 0 for ever.
     """
     percent = progress.percent if progress is not None and status == "in_progress" else 0
     error = None
@@ -301,7 +303,9 @@ def video_json(
         "progress": 100 if status == "completed" else percent,
         "created_at": int(spec.created_at),
         "completed_at": finished if status == "completed" else None,
-        "expires_at": None,
+        "expires_at": None
+        if result is None or not kept_seconds
+        else int(result.finished_at + kept_seconds),
         "prompt": spec.shown.get("prompt", ""),
         "seconds": spec.shown.get("seconds", ""),
         "size": spec.shown.get("size", ""),

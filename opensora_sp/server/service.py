@@ -1,162 +1,104 @@
-"""`opensora-sp serve`: the gateway here, the engine as a child, started again when it ends."""
+"""`opensora-sp serve`: the gateway here, the engine as a child, and how both end in order."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.server.engine_group import BEAT_SECONDS, beat_path, only_one, read_beat
-from opensora_sp.server.settings import LOCAL_HOSTS, GroupSettings, ServiceSettings
+from opensora_sp.server.engine_group import only_one
+from opensora_sp.server.engine_process import EngineProcess
+from opensora_sp.server.logs import hidden, hide_in_lines, quieten_libraries
+from opensora_sp.server.settings import LOCAL_HOSTS, ServiceSettings
 
 if TYPE_CHECKING:
     from opensora_sp.server.app import Gateway
+    from opensora_sp.server.board import Board, Entry
 
-# An engine that has ended is started again after this time, doubled each time up to the second.
-RESTART_SECONDS, MOST_RESTART_SECONDS = 0.5, 30.0
-# Without a sign of life for this long it counts as stuck.
-SILENT_SECONDS = 30.0
-# After so many ends in a row, each before it was ready or within a minute, it is given up.
-MOST_ENDS = 10
-END_SECONDS = 60.0
+# Lines about a job may still come for this long after it has ended.
+LINES_SECONDS = 60.0
 log = logging.getLogger(__name__)
-
-
-class EngineProcess:
-    """The engine's processes, watched by a thread."""
-
-    def __init__(self, settings: GroupSettings) -> None:
-        self._settings = settings
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ending = threading.Event()
-        self._failed: str | None = None
-        self._thread = threading.Thread(target=self._watch, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Start it, and again whenever it ends."""
-        self._thread.start()
-
-    def state(self) -> str:
-        """ready, starting, stopped, or "failed: ..." with the reason."""
-        if self._failed is not None:
-            return f"failed: {self._failed}"
-        if self._ending.is_set():
-            return "stopped"
-        beat = read_beat(self._settings.save_dir)
-        if beat is None:
-            return "starting"
-        if time.time() - beat.at > SILENT_SECONDS:
-            return "failed: the engine gives no sign of life"
-        return beat.state
-
-    def stop(self) -> None:
-        """Let it save what it is making, and end it."""
-        self._ending.set()
-        if self._process is not None and self._process.poll() is None:
-            _signal_group(self._process, signal.SIGTERM)
-            try:
-                self._process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                _signal_group(self._process, signal.SIGKILL)
-        self._thread.join(5)
-
-    def _watch(self) -> None:
-        wait, ends = RESTART_SECONDS, 0
-        while not self._ending.is_set():
-            started = time.monotonic()
-            beat_path(self._settings.save_dir).unlink(missing_ok=True)
-            self._process = subprocess.Popen(
-                command(self._settings),
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-                stdin=subprocess.DEVNULL,
-            )
-            was_ready = False
-            while (code := self._process.poll()) is None:
-                beat = read_beat(self._settings.save_dir)
-                was_ready = was_ready or (beat is not None and beat.state == "ready")
-                time.sleep(BEAT_SECONDS / 2)
-            if self._ending.is_set():
-                return
-            lasted = time.monotonic() - started
-            ends = 0 if was_ready and lasted > 60 else ends + 1
-            wait = RESTART_SECONDS if ends <= 1 else min(MOST_RESTART_SECONDS, wait * 2)
-            if (code == 2 and not was_ready) or ends >= MOST_ENDS:
-                self._failed = f"the engine ended with exit code {code}; its messages say why"
-                log.error("%s", self._failed)
-                return
-            log.warning(
-                "the engine ended with exit code %s; it is started again in %.1f s", code, wait
-            )
-            self._ending.wait(wait)
-
-
-def command(settings: GroupSettings) -> list[str]:
-    """The engine's command line: torchrun for several ranks, plain python for one."""
-    module = ["-m", "opensora_sp.cli.serve_engine", "--settings", settings.to_json()]
-    if settings.ranks == 1:
-        return [sys.executable, *module]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*run, "--nproc_per_node", str(settings.ranks), *module]
-
-
-def _end_with_parent() -> None:
-    """In the child: the kernel ends it when the gateway is killed."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
 
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     """Run the server until it is asked to end. say: told where it answers, once it does."""
-    from opensora_sp.server.app import Gateway
+    from opensora_sp.server.app import Gateway, remove
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Judge
     from opensora_sp.server.durable import JobQueue
     from opensora_sp.server.job_store import JobStore
+    from opensora_sp.server.metrics import Metrics
+    from opensora_sp.server.retention import Kept, Retention
     from opensora_sp.server.served import facts_path
 
-    group = settings.group
+    group, operations = settings.group, settings.operations
     refusal = f"--save-dir {group.save_dir}: another server uses it; end it or give another one"
     with only_one(group.save_dir / "gateway.lock", refusal):
         store, jobs = JobStore(group.save_dir), JobQueue(group.queue)
         board = Board(store, jobs, group.digest())
         board.load()
         facts_path(group.save_dir).unlink(missing_ok=True)  # another engine may have written it
-        engine = EngineProcess(group)
+        engine = EngineProcess(group, lambda: metrics.completed)
+        metrics = Metrics(board, engine.health)
+        kept = Kept(operations.keep_days, operations.keep_gb)
+        board.kept_seconds = kept.seconds
+        board.on_end += [metrics.job_ended, partial(_log_end, log_prompts=operations.log_prompts)]
+        if not operations.log_prompts:
+            hide_in_lines(partial(_without_prompts, board))
         gateway = Gateway(
             store=store,
             jobs=jobs,
             board=board,
             judge=Judge(group),
-            engine_state=engine.state,
+            health=engine.health,
+            metrics=metrics,
             tokens=settings.tokens,
             limits=settings.limits,
             hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
             embedded=not any("ckpt" in word for word in group.arguments),
+            log_prompts=operations.log_prompts,
         )
+        retention = Retention(store, jobs, board, kept, partial(remove, gateway))
         with _bound(settings) as listening:
             engine.start()
+            retention.start()
             try:
-                _answer(settings, gateway, listening, say)
+                _answer(settings, gateway, engine, listening, say)
             finally:
                 engine.stop()
+                retention.close()
                 jobs.close()
     return 0
+
+
+def _log_end(entry: Entry, *, log_prompts: bool) -> None:
+    """Say how a job ended; why it failed may quote its prompt."""
+    job_id, result = entry.spec.id, entry.result
+    assert result is not None
+    extra = {"job": job_id}
+    if entry.status == "completed":
+        log.info("%s is completed in %.1f s", job_id, result.seconds, extra=extra)
+    else:
+        why = f": {result.error}" if log_prompts else ""
+        log.info("%s has failed (%s)%s", job_id, result.error_code, why, extra=extra)
+
+
+def _without_prompts(board: Board, text: str) -> str:
+    """A line without the prompts of the jobs that it may be about."""
+    recent = time.time() - LINES_SECONDS
+    prompts = [
+        str(entry.spec.shown.get("prompt", ""))
+        for entry in board.all()
+        if entry.live or (entry.result is not None and entry.result.finished_at > recent)
+    ]
+    return hidden(text, prompts)
 
 
 def _bound(settings: ServiceSettings) -> socket.socket:
@@ -173,10 +115,11 @@ def _bound(settings: ServiceSettings) -> socket.socket:
 def _answer(
     settings: ServiceSettings,
     gateway: Gateway,
+    engine: EngineProcess,
     listening: socket.socket,
     say: Callable[[str], None],
 ) -> None:
-    """Answer until Ctrl-C or SIGTERM comes."""
+    """Answer until Ctrl-C or SIGTERM comes and the engine has ended over it."""
     import uvicorn
 
     from opensora_sp.server.app import build_app
@@ -192,18 +135,38 @@ def _answer(
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+    if settings.operations.log_format == "json":
+        quieten_libraries()  # uvicorn has just set up its own handlers
     server = uvicorn.Server(config)
     # uvicorn would raise the signal again when it has ended, and the engine would not be stopped.
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 
-    def stop(number: int, _frame: Any) -> None:
-        gateway.draining = True
+    def drain() -> None:
+        _drain(settings, gateway, engine)
         server.should_exit = True
+
+    def stop(number: int, _frame: Any) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+        gateway.draining = True
+        # Clients are answered meanwhile: what is there can be fetched, and new jobs are refused.
+        threading.Thread(target=drain, name="drain", daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(f"serving on http://{host}:{settings.port} (the API: /openapi.json)")
     server.run(sockets=[listening])
+
+
+def _drain(settings: ServiceSettings, gateway: Gateway, engine: EngineProcess) -> None:
+    """Wait for the job that is made, where that was asked for, and end the engine."""
+    operations = settings.operations
+    if operations.drain == "finish":
+        log.info("stopping: the job that is made may take %g s more", operations.drain_seconds)
+        engine.take_no_more()
+        end = time.monotonic() + operations.drain_seconds
+        while time.monotonic() < end and gateway.board.counts()["in_progress"]:
+            time.sleep(0.05)
+    log.info("stopping: the engine saves what it has not finished and ends")
+    engine.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +15,10 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
+log = logging.getLogger(__name__)
 # Names of this machine alone: a server that listens there needs no token.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-_PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2")
+_PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2", "prometheus_client")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class GroupSettings:
 
     arguments: the engine's own flags. batch_jobs: the most jobs that are made together.
     serves, warmup: names of configurations that it is opened for, and that it makes a step of.
+    log_format, log_level: as for `Operations`.
     """
 
     save_dir: Path
@@ -34,6 +37,8 @@ class GroupSettings:
     ranks: int = 1
     batch_jobs: int = 1
     serves: tuple[str, ...] = ()
+    log_format: str = "text"
+    log_level: str = "info"
 
     def digest(self) -> str:
         """Short and equal for engines that take equally long for a job on one machine."""
@@ -88,6 +93,24 @@ class Limits:
     image_seconds: float = 600.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """How a server is run.
+
+    log_format: text or json. log_level: debug, info or warning. log_prompts: whether prompts may be
+    logged. drain: what SIGTERM does with the job that is made, save or finish; drain_seconds: how
+    long finishing may take. keep_days, keep_gb: what is kept of ended jobs, 0 for no limit.
+    """
+
+    log_format: str = "text"
+    log_level: str = "info"
+    log_prompts: bool = False
+    drain: str = "save"
+    drain_seconds: float = 600.0
+    keep_days: float = 0.0
+    keep_gb: float = 0.0
+
+
 @dataclass(frozen=True)
 class ServiceSettings:
     """A server. tokens: token → its owner's name; empty lets everybody in."""
@@ -97,6 +120,7 @@ class ServiceSettings:
     group: GroupSettings
     tokens: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    operations: Operations = field(default_factory=Operations)
 
 
 def require_packages() -> None:
@@ -124,11 +148,19 @@ def read_limits(words: Sequence[str]) -> Limits:
 
 
 def read_tokens(path: Path) -> dict[str, str]:
-    """Tokens of a file, one a line, NAME:TOKEN or TOKEN. Raises UserError."""
+    """Tokens of a file, one a line, NAME:TOKEN or TOKEN, with their owners' names.
+
+    Lines of one name are one owner. A token without a name is an owner of its own, whatever line it
+    is in. Raises UserError. Warns of a file that every user may read.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--token-file {path}: {error.strerror}") from None
+        others = path.stat().st_mode & 0o007
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"--token-file {path}: {why}") from None
+    if others:
+        log.warning("--token-file %s can be read by every user: chmod 600 %s", path, path)
     tokens: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -136,7 +168,10 @@ def read_tokens(path: Path) -> dict[str, str]:
             continue
         name, colon, token = line.partition(":")
         if not colon:
-            name, token = f"token {number}", line
+            name, token = f"token {hashlib.sha256(line.encode()).hexdigest()[:8]}", line
+        name, token = name.strip(), token.strip()
+        if not name:
+            raise UserError(f"--token-file {path}: line {number} has no name before its colon")
         if len(token) < 16:
             raise UserError(
                 f"--token-file {path}: the token in line {number} has {len(token)} characters; "

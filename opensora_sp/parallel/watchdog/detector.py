@@ -132,6 +132,22 @@ class FailureDetector:
         limit = f"{late.limit:g}"
         return self.own_fault(f"{done} for more than {limit} s (--deadlines {late.kind}={limit})")
 
+    def stage_now(self) -> tuple[str, float | None, float]:
+        """The stage that this rank is in, since when on the detector's clock, and its limit in s.
+
+        A stage without a deadline has that of loading: nothing that it waits for may take longer.
+        """
+        since, kind = self.stages.now()
+        return self.stages.where, since, self._limits.deadlines[kind or "load"]
+
+    def quietest(self) -> tuple[int | None, float]:
+        """The peer that is silent the longest, and for how many seconds; None without peers."""
+        heard = [(since, rank) for rank, (_, since) in list(self._heard.items())]
+        if not heard:
+            return None, 0.0
+        since, rank = min(heard)
+        return rank, max(0.0, self._now() - since)
+
     def signalled(self, number: int) -> None:
         """A person or the launcher has asked this process to stop; only the first time counts."""
         if self._signalled is None:

@@ -78,6 +78,12 @@ class Stages:
         """The innermost stage, as a person reads it."""
         return next((str(stage) for stage in self._stack[-1:]), "between stages")
 
+    def now(self) -> tuple[float | None, str | None]:
+        """When the innermost stage began or last came further, and its kind of deadline, if any."""
+        for stage in self._stack[-1:]:
+            return stage.since, kind_of_stage(stage.name)
+        return None, None
+
     def late(self, deadlines: Mapping[str, float]) -> Late | None:
         """The innermost stage, if it has taken longer than its kind may."""
         for stage in self._stack[-1:]:

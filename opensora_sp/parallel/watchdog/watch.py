@@ -132,6 +132,18 @@ class Watchdog:
         self._detector.stages.progress(detail)
         self._detector.show()
 
+    def stage_now(self) -> tuple[str, float | None, float]:
+        """The stage that this rank is in, when it began or last came further, and its limit.
+
+        When: on the clock of `time.monotonic`, None between stages. The limit is in seconds. Any
+        thread may ask.
+        """
+        return self._detector.stage_now()
+
+    def quietest(self) -> tuple[int | None, float]:
+        """The peer that is silent the longest, and for how many seconds; None without peers."""
+        return self._detector.quietest()
+
     def failed(self, error: BaseException) -> JobEnded:
         """An exception leaves this rank's main thread: tell everybody, and what to end with.
 
