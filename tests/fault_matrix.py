@@ -197,9 +197,10 @@ def _judge(cell: Cell, outcome: Outcome, outputs: Path, max_restarts: int) -> No
     found = sorted(path.name for path in outputs.iterdir()) if outputs.exists() else []
     wrong += [f"{path.name} is left" for path in outputs.rglob("*.tmp")]
     wrong += [f"{n} does not play" for n in found if n.endswith(".mp4") and not _plays(outputs / n)]
+    name = "benchmark" if POINTS[cell.point].program == "benchmark" else "sample"
     if max_restarts and [n for n in found if n.endswith(".mp4")] != [
-        "sample_0000.mp4",
-        "sample_0001.mp4",
+        f"{name}_0000.mp4",
+        f"{name}_0001.mp4",
     ]:
         wrong.append(f"after the restart there is {found}")
 

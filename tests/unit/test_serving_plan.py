@@ -216,7 +216,7 @@ def made(job: JobSpec, *, load: float = 0.0, steps: int | None = None) -> JobRes
     stages = {"denoise": denoise, "decode": cost["decode"] * 1e-12, "write": 0.1, "load": load}
     seconds = sum(stages.values()) + 0.4
     steps = cost["steps"] if steps is None else steps
-    return JobResult(finished_at=0.0, file="x", seconds=seconds, stages=stages, steps=steps)
+    return JobResult(finished_at=0.0, file="x", seconds=seconds, stages=stages, steps_made=steps)
 
 
 def test_times_of_shapes_that_were_never_made_follow_from_those_that_were() -> None:
