@@ -24,15 +24,18 @@ from opensora_sp import __version__
 from opensora_sp.server.board import Board, Entry
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.earlier import files_of_earlier_jobs
 from opensora_sp.server.job_store import JobSpec, JobStore
+from opensora_sp.server.live import Feed
 from opensora_sp.server.page import add_page
+from opensora_sp.server.page_routes import LOGIN, add_page_routes, sees
 from opensora_sp.server.protocol import MODEL, UPLOADS, BadRequest, error_json, read_fields
 from opensora_sp.server.uploads import picture_or_video, save_upload
 
 log = logging.getLogger(__name__)
 POLL_AFTER_MS = 500
 # Without a token: the page has no job in it, and asks for the token itself.
-OPEN = ("/", "/health", "/ready")
+OPEN = ("/", "/health", "/ready", LOGIN)
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -83,6 +86,8 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_operations(app, gateway)
     _add_videos(app, gateway)
+    feed = Feed(gateway.board, gateway.engine_state, lambda: gateway.draining)
+    add_page_routes(app, gateway.store, gateway.board, gateway.tokens, feed)
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
     return app
 
@@ -374,6 +379,9 @@ def _queue(
 ) -> Entry:
     """Judge the request, write the job down, queue it: in this order, so that none is lost."""
     try:
+        uploads = files_of_earlier_jobs(
+            gateway.store, gateway.board, sees(gateway.tokens, owner), job_id, fields, uploads
+        )
         asked = read_fields(fields, uploads)
         outputs = gateway.store.outputs(job_id)
         shown = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)

@@ -28,9 +28,11 @@ from opensora_sp.server.checking import without_paths
 from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
 from opensora_sp.server.settings import GroupSettings
+from opensora_sp.server.step_previews import StepPreviews, fitted_colours
 
 if TYPE_CHECKING:
     from opensora_sp.jobs.schedule import Work
+    from opensora_sp.models.latent_colours import LatentColours
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 1.0
@@ -54,6 +56,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
         try:
             for size in settings.warmup:
                 _warm_up(engine, settings, size)
+            colours = fitted_colours(engine, first.tasks[0].request)
             if worker is not None and beat is not None:
                 worker.start()
                 beat.state = "ready"
@@ -63,7 +66,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 job_id = engine.whole.control.broadcast_object(job_id)
                 if job_id is None:
                     continue
-                _make(engine, settings, store, job_id)
+                _make(engine, settings, store, job_id, colours)
                 if worker is not None:
                     worker.done()
         finally:
@@ -89,10 +92,20 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) -> None:
-    """Make one job, or write down in a line why it could not be made. Collective."""
+def _make(
+    engine: Any,
+    settings: GroupSettings,
+    store: JobStore,
+    job_id: str,
+    colours: LatentColours | None,
+) -> None:
+    """Make one job, or write down in a line why it could not be made. Collective.
+
+    colours: for its previews, on rank 0.
+    """
     whole = engine.whole
     reporter = JobReporter(store, job_id, whole.leads)
+    previews = StepPreviews([store.preview(job_id)], colours, reporter.previewed)
     try:
         job = whole.control.broadcast_object(
             _prepare(settings, store, job_id) if whole.leads else None
@@ -101,7 +114,7 @@ def _make(engine: Any, settings: GroupSettings, store: JobStore, job_id: str) ->
             raise SharedFault(job)
         if job is None:  # deleted, or made already when the queue gave it out again
             return
-        _run(engine, replace(job, engine=engine.settings), reporter)
+        _run(engine, replace(job, engine=engine.settings), reporter, previews)
     except Cancelled:
         return
     except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
@@ -132,7 +145,7 @@ def _prepare(settings: GroupSettings, store: JobStore, job_id: str) -> Any:
         return str(error)
 
 
-def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
+def _run(engine: Any, job: Any, reporter: JobReporter, previews: StepPreviews) -> None:
     from opensora_sp.jobs.prepare import check_encoder, encode_all_text, unfinished
     from opensora_sp.jobs.run import make_batch
     from opensora_sp.jobs.schedule import deal
@@ -147,7 +160,7 @@ def _run(engine: Any, job: Any, reporter: JobReporter) -> None:
     on_cpu = engine.whole.device.type == "cpu" or engine.settings.t5_device == "cpu"
     encode_all_text(engine.pipeline, deal(works, 1), keep_encoder=on_cpu)
     for work in works:
-        make_batch(engine, job, work, None, on_step_end=reporter.on_step_end)
+        make_batch(engine, job, work, None, on_step_end=reporter.on_step_end, previews=previews)
 
 
 class JobReporter:
@@ -157,7 +170,7 @@ class JobReporter:
         self._store, self._id, self._leads = store, job_id, leads
         self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
         self._first: float | None = None
-        self._before = 0
+        self._before, self._preview = 0, 0
 
     def begin(self, job: Job, works: Sequence[Work]) -> None:
         """The job is made from here on: from the beginning, or from where it was saved."""
@@ -169,7 +182,10 @@ class JobReporter:
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
-        """After every step: note how far it is; True where the job is to be stopped."""
+        """After every step: note how far it is; True where the job is to be stopped.
+
+        latents is None: the engine gathers them for previews alone, and only when one is due.
+        """
         if not self._leads:
             return False
         self._done += 1
@@ -178,6 +194,11 @@ class JobReporter:
         last = self._done >= self._steps
         self._note("decoding" if last else "denoising", force=last)
         return self._store.cancel_asked(self._id)
+
+    def previewed(self) -> None:
+        """A preview of the last step is there."""
+        self._preview = self._done
+        self._note("decoding" if self._done >= self._steps else "denoising", force=True)
 
     def failed(self, reason: str, code: str = "invalid_request") -> None:
         """It cannot be made, for a reason in one line."""
@@ -220,7 +241,7 @@ class JobReporter:
             pace = (moment - self._first) / (made - 1)
             eta = round(pace * max(0, self._steps - self._done), 1)
         self._store.put_progress(
-            self._id, JobProgress(stage, self._done, self._steps, eta, self._started)
+            self._id, JobProgress(stage, self._done, self._steps, eta, self._started, self._preview)
         )
 
 
