@@ -76,11 +76,11 @@ class Feed:
             now, said = self._entries(), self._state()
             self._compare(before, now)
             if said != state:
-                self._tell(event("state", said), lambda _: True)
+                self._tell(event("state", said))
             before, state = now, said
         if self._ending():
-            self._tell(event("state", "draining"), lambda _: True)
-            self._tell(None, lambda _: True)
+            self._tell(event("state", "draining"))
+            self._tell(None)
 
     def _entries(self) -> dict[str, Entry]:
         return {entry.spec.id: entry for entry in self._board.all()}
@@ -88,16 +88,13 @@ class Feed:
     def _compare(self, before: Mapping[str, Entry], now: Mapping[str, Entry]) -> None:
         for job_id, entry in now.items():
             if before.get(job_id) is not entry:
-                told = event("video", self._board.video(entry))
-                self._tell(told, lambda one, entry=entry: one.sees(entry))
+                self._tell(event("video", self._board.video(entry)), entry)
         for job_id in before.keys() - now.keys():
-            entry = before[job_id]
-            told = event("deleted", {"id": job_id})
-            self._tell(told, lambda one, entry=entry: one.sees(entry))
+            self._tell(event("deleted", {"id": job_id}), before[job_id])
 
-    def _tell(self, told: str | None, wants: Callable[[Listener], bool]) -> None:
+    def _tell(self, told: str | None, about: Entry | None = None) -> None:
         for listener in list(self._listeners):
-            if wants(listener):
+            if about is None or listener.sees(about):
                 listener.tell(told)
 
 
