@@ -52,8 +52,7 @@ class LinearVAE:
     weight = torch.tensor([[0.2, 0, 0], [0, 0.1, 0], [0, 0, 0.3], [0.1, 0.1, 0]])
 
     def decode(self, z: Tensor, frames: int) -> Tensor:
-        assert sink.frames is not None
-    cells = torch.einsum("bcthw,cr->brthw", z, self.weight) + 0.1
+        cells = torch.einsum("bcthw,cr->brthw", z, self.weight) + 0.1
         return cells.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
 
 
