@@ -99,11 +99,17 @@ def test_a_run_shows_estimates_that_resemble_the_video_and_gathers_no_other_late
     torch.testing.assert_close(last, latents)  # after the last step nothing is left to estimate
 
     colours = LatentColours.fit(pipeline.models.vae(request))
-    shown = colours(last[0])[-1].float()
+    # Half way the estimate resembles the video already, which the noisy latents do not.
+    assert all(alike(colours, one, sink) > 0.6 for one in watcher.shown)
+
+
+def alike(colours: LatentColours, latents: Tensor | None, sink: Collector) -> float:
+    """How well the colours of the last latent frame go with those of the last frame, up to 1."""
+    assert latents is not None
+    shown = colours(latents[0])[-1].float()
     assert sink.frames is not None
     cells = torch.as_tensor(sink.frames[-1]).float().reshape(4, 8, 6, 8, 3).mean((1, 3))
-    alike = torch.corrcoef(torch.stack([shown.flatten(), cells.flatten()]))[0, 1]
-    assert alike > 0.8
+    return float(torch.corrcoef(torch.stack([shown.flatten(), cells.flatten()]))[0, 1])
 
 
 def test_a_strip_is_written_at_most_every_second_and_only_on_rank_0(tmp_path: Path) -> None:
