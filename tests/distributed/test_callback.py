@@ -109,6 +109,8 @@ def test_two_ranks_estimate_what_one_estimates() -> None:
     for mine, theirs in zip(leading, expected, strict=True):
         assert len(mine) == len(theirs) == 2
         for one, two in zip(mine, theirs, strict=True):
+            assert one is not None
+            assert two is not None
             assert float((one - two).abs().max() / two.abs().max()) < 1e-4
 
 

@@ -130,3 +130,24 @@ def test_a_strip_is_written_at_most_every_second_and_only_on_rank_0(tmp_path: Pa
     other = StepPreviews(files, None, lambda: pytest.fail("it wrote"))
     assert not other.due()
     other.show(None)
+
+
+def test_previews_rest_a_second_and_fifty_times_what_the_last_one_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = [100.0]
+    monkeypatch.setattr("opensora_sp.server.step_previews.time.monotonic", lambda: moment[0])
+    colours = LatentColours(torch.zeros(4, 3), torch.zeros(3))
+    took = [0.0]
+
+    def seen() -> None:
+        moment[0] += took[0]
+
+    previews = StepPreviews([tmp_path / "a.webp"], colours, seen)
+    for took[0], rest in ((0.0, 1.0), (0.1, 5.0)):
+        began = moment[0]
+        previews.show(torch.zeros(1, 4, 1, 6, 10))
+        moment[0] = began + rest - 0.01
+        assert not previews.due()
+        moment[0] = began + rest + 0.01
+        assert previews.due()
