@@ -54,6 +54,15 @@ pip_install() { # DIR ARGUMENT...; one more try when the network failed
     die "pip could not install the dependencies into $dir (its messages stand above)"
 }
 
+# The page is tested in a real browser. Playwright's own would come from outside the registries.
+ensure_chromium() {
+    [[ ! -x /usr/bin/chromium && "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0
+    say "setup: installing chromium, once, for the tests of the page"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } \
+        >/dev/null 2>&1 </dev/null ||
+        say "setup: chromium could not be installed: the tests of the page are skipped"
+}
+
 requirements_of() { # STACK DIR; fills the array REQUIREMENTS
     case "$1" in
         current)

@@ -15,6 +15,7 @@ from opensora_sp.base import faults
 from opensora_sp.base.errors import Cancelled, UserError
 from opensora_sp.base.finite import require_finite
 from opensora_sp.base.value_types import shown
+from opensora_sp.engine.clean_estimate import CleanEstimate, Previews
 from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.engine.guidance import Conditions
@@ -69,10 +70,13 @@ def generate(
     on_step_end: StepEnd | None = None,
     keep_latents: bool = True,
     progress: Progress | None = None,
+    previews: Previews | None = None,
 ) -> Result:
     """Generate requests of one shape together. Every rank calls this with the same arguments.
 
-    noise, step_noise, on_step_end: as for `Pipeline.generate`.
+    noise, step_noise, on_step_end: as for `Pipeline.generate`. previews: with
+    on_step_end, is shown the estimate of the clean latents when it asks for it. on_step_end is then
+    given None for the latents, so that they are not gathered after every step.
     keep_latents: return the latents; without, memory does not grow with the number of clips.
     progress: saves the state on the way, and knows what is there already.
     """
@@ -117,6 +121,7 @@ def generate(
                     step_noise,
                     on_step_end,
                     reused,
+                    previews,
                 )
                 progress.finish(clip, latents, last=clip + 1 == first.loop)
             repeated = dropped_frames(first) if clip else 0
@@ -171,11 +176,13 @@ def denoise(
     step_noise: Callable[[int], Tensor] | None = None,
     on_step_end: StepEnd | None = None,
     reused: list[list[int]] | None = None,
+    previews: Previews | None = None,
 ) -> Tensor | None:
     """Denoise a clip from `start` on: latents [B,4,T,H,W] on the leading rank.
 
     Sharded in between. start.mask [B,T]: which frames of start.z are kept, see `sample`.
     progress: told of every step. reused: the steps that a step cache reused are added to it.
+    on_step_end, previews: as for `generate`.
     """
     options, progress = options or GenerateOptions(), progress or Progress()
     request = requests[0]
@@ -220,17 +227,23 @@ def denoise(
             session.control.progress(f"step {step + 1} of {len(times)}")
             progress.watch(clip, step, start.mask, lambda: denoiser.gather(z))
         if on_step_end is not None:
-            _call(session, on_step_end, done, times[done], denoiser.gather(z))
+            latents = denoiser.gather(z) if previews is None else None
+            due = _call(session, on_step_end, done, times[done], latents, previews)
+            if previews is not None and due:
+                following = times[step] if step < len(times) else 0.0
+                previews.show(denoiser.gather(estimate.clean(z, following)))
 
     show = options.show_progress and session.whole.leads
     with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
         with clock.part("prepare"):
             velocity = denoiser.prepare(conditions, on_velocity)
+            estimate = CleanEstimate(velocity)
             z = denoiser.shard(start.z)
         step_ended = clock.steps(session.ledger)
         session.control.progress(f"step {step + 1} of {len(times)}")
         with progress.stoppable():
-            z = sample(z, times, velocity, start.mask, noise_at, on_step, start.step)
+            asked = velocity if previews is None else estimate
+            z = sample(z, times, asked, start.mask, noise_at, on_step, start.step)
         check(z, "the denoised latents")
         if reused is not None:
             reused.append(velocity.cached.reused)
@@ -239,11 +252,23 @@ def denoise(
 
 
 def _call(
-    session: Session, on_step_end: StepEnd, step: int, t: float, latents: Tensor | None
-) -> None:
-    """The caller's function on every rank; all ranks end when one of them asks for it."""
-    if any(session.control.all_gather_object(on_step_end(step, t, latents) is True)):
+    session: Session,
+    on_step_end: StepEnd,
+    step: int,
+    t: float,
+    latents: Tensor | None,
+    previews: Previews | None,
+) -> bool:
+    """The caller's function on every rank; all ranks end when one of them asks for it.
+
+    Returns whether a preview is due, the same on every rank.
+    """
+    ends = on_step_end(step, t, latents) is True
+    due = previews is not None and previews.due()
+    answers = session.control.all_gather_object((ends, due))
+    if any(ended for ended, _ in answers):
         raise Cancelled(f"the callback ended the generation after step {step + 1}")
+    return any(wanted for _, wanted in answers)
 
 
 def _agree(models: ModelSet, requests: Sequence[Request], text: Text, start: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.engine.clean_estimate import Previews
 from opensora_sp.engine.generate import GenerateOptions, StepEnd, check_batch, generate
 from opensora_sp.engine.loading import WeightsFrom, transformer_config
 from opensora_sp.engine.model_set import DTYPES, ModelSet, Parallelism
@@ -196,11 +197,13 @@ class Pipeline:
         on_step_end: StepEnd | None = None,
         keep_latents: bool = True,
         progress: Progress | None = None,
+        previews: Previews | None = None,
     ) -> Result:
         """Generate requests of one size into one sink each; what they say was checked before.
 
         keep_latents: return the latents; without, memory does not grow with the number of clips.
-        progress: saves the state on the way, and knows what is there already. The others as for
+        progress: saves the state on the way, and knows what is there already. previews: sees the
+        video while it is denoised; on_step_end is then given no latents. The others as for
         `generate`.
         """
         return generate(
@@ -214,6 +217,7 @@ class Pipeline:
             on_step_end=on_step_end,
             keep_latents=keep_latents,
             progress=progress,
+            previews=previews,
         )
 
     @staticmethod

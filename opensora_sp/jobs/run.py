@@ -15,6 +15,7 @@ from dataclasses import replace
 from opensora_sp.base import faults
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import result, warn_once
+from opensora_sp.engine.clean_estimate import Previews
 from opensora_sp.engine.generate import StepEnd
 from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
 from opensora_sp.jobs.notes import Failure, report, say_captions, say_what_begins
@@ -79,11 +80,12 @@ def make_batch(
     work: Work,
     sheet: RunSheet | None,
     on_step_end: StepEnd | None = None,
+    previews: Previews | None = None,
 ) -> None:
     """Make the outputs of one batch, from where they stand, and save its state on the way.
 
-    on_step_end: as for `Pipeline.generate`. Raises SharedPromptFault where one of its prompts is at
-    fault, and Cancelled where on_step_end ends it.
+    on_step_end, previews: as for `Pipeline.generate_to`. Raises SharedPromptFault where one of its
+    prompts is at fault, and Cancelled where on_step_end ends it.
     """
     started = time.perf_counter()
     pipeline, leads = engine.pipeline, engine.pipeline.session.leads
@@ -120,7 +122,12 @@ def make_batch(
     with open_outputs(pipeline, job, work.tasks, sheet) as sinks:
         try:
             pipeline.generate_to(
-                requests, sinks, keep_latents=False, progress=progress, on_step_end=on_step_end
+                requests,
+                sinks,
+                keep_latents=False,
+                progress=progress,
+                on_step_end=on_step_end,
+                previews=previews,
             )
         except Cancelled:
             if len(requests) > 1:  # one of them may be unwanted: the others go on from this step

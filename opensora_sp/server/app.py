@@ -31,12 +31,16 @@ from opensora_sp.base.screen import one_line
 from opensora_sp.server.board import Board, Entry, rounded
 from opensora_sp.server.checking import Judge
 from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.earlier import files_of_earlier_jobs
 from opensora_sp.server.engine_process import Health
 from opensora_sp.server.images import Intake, add_images
 from opensora_sp.server.job_store import JobSpec, JobStore
+from opensora_sp.server.live import Feed
 from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.operations import add_operations
+from opensora_sp.server.owners import sees
 from opensora_sp.server.page import add_page
+from opensora_sp.server.page_routes import LOGIN, add_page_routes
 from opensora_sp.server.protocol import (
     MODEL,
     UPLOADS,
@@ -54,9 +58,7 @@ POLL_AFTER_MS, MOST_POLL_AFTER_MS = 500, 5000
 # The longest text: a body of JSON, a form without files, a field of a form with files.
 MOST_TEXT_BYTES, _MOST_TEXT = 1 << 20, "1 MiB"
 # Without a token: the page has no job in it, and asks for the token itself.
-OPEN = ("/", "/health", "/ready")
-# The owner of this name sees and deletes everybody's jobs.
-ADMIN = "admin"
+OPEN = ("/", "/health", "/ready", LOGIN)
 RETRY_AFTER_SECONDS = 30
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
@@ -110,8 +112,8 @@ class Gateway:
         return str(self.health())
 
     def sees(self, owner: str, entry: Entry) -> bool:
-        """Whether a token's owner may know of a job: it is his, or he is `ADMIN`."""
-        return not self.tokens or owner in (ADMIN, entry.spec.owner)
+        """Whether a token's owner may know of a job: see `sees`."""
+        return sees(self.tokens, owner)(entry)
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -132,6 +134,8 @@ def build_app(gateway: Gateway) -> FastAPI:
     _add_models(app)
     _add_videos(app, gateway)
     add_images(app, _intake(gateway))
+    feed = Feed(gateway.board, gateway.engine_state, lambda: gateway.draining)
+    add_page_routes(app, gateway.store, gateway.board, gateway.tokens, feed)
     add_page(app, embedded=gateway.embedded, asks_token=bool(gateway.tokens))
     # Last: what counts requests stands outside of the guard.
     add_operations(app, gateway.health, lambda: gateway.draining, gateway.metrics)
@@ -367,7 +371,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 _read_body(request, gateway, job_id), limits.body_seconds
             )
             return JSONResponse(
-                await run_in_threadpool(_estimate, gateway, job_id, fields, uploads)
+                await run_in_threadpool(
+                    _estimate, gateway, job_id, fields, uploads, request.state.owner
+                )
             )
         except (TimeoutError, asyncio.TimeoutError):
             return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
@@ -551,6 +557,9 @@ def queue_job(
 ) -> Entry:
     """Judge the request, write the job down, queue it: in this order, so that none is lost."""
     try:
+        uploads = files_of_earlier_jobs(
+            gateway.store, gateway.board, sees(gateway.tokens, owner), job_id, fields, uploads
+        )
         asked = read_fields(fields, uploads)
         outputs = gateway.store.outputs(job_id)
         shown = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)
@@ -578,9 +587,15 @@ def queue_job(
 
 
 def _estimate(
-    gateway: Gateway, job_id: str, fields: dict[str, Any], uploads: list[tuple[str, str, str]]
+    gateway: Gateway,
+    job_id: str,
+    fields: dict[str, Any],
+    uploads: list[tuple[str, str, str]],
+    owner: str,
 ) -> dict[str, Any]:
     """What a request needs, and how long it and those before it take as far as is known."""
+    may_see = sees(gateway.tokens, owner)
+    uploads = files_of_earlier_jobs(gateway.store, gateway.board, may_see, job_id, fields, uploads)
     asked = read_fields(fields, uploads)
     outputs, paths = gateway.store.outputs(job_id), [path for _, path, _ in uploads]
     found = gateway.judge(asked.arguments, paths, outputs, refuse=False)

@@ -28,9 +28,11 @@ from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
 from opensora_sp.server.logs import about_job
 from opensora_sp.server.served import served_shapes, write_facts
 from opensora_sp.server.settings import GroupSettings
+from opensora_sp.server.step_previews import StepPreviews, fitted_colours
 
 if TYPE_CHECKING:
     from opensora_sp.engine.progress import Position
+    from opensora_sp.models.latent_colours import LatentColours
 
 TICK_SECONDS = 1.0
 # The least time between two notes of a job's progress: a note is a small file.
@@ -56,6 +58,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
         try:
             for size in settings.warmup:
                 _warm_up(engine, settings, size)
+            colours = fitted_colours(engine, first.tasks[0].request)
             if worker is not None and beat is not None:
                 worker.start()
                 beat.state = "ready"
@@ -67,7 +70,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 if job_id is None:
                     continue
                 with _making(beat, job_id):
-                    _make(engine, settings, store, worker, job_id)
+                    _make(engine, settings, store, worker, job_id, colours)
                 if worker is not None:
                     worker.done()
         finally:
@@ -115,9 +118,17 @@ def _warm_up(engine: Any, settings: GroupSettings, config: str) -> None:
 
 
 def _make(
-    engine: Any, settings: GroupSettings, store: JobStore, worker: Worker | None, job_id: str
+    engine: Any,
+    settings: GroupSettings,
+    store: JobStore,
+    worker: Worker | None,
+    job_id: str,
+    colours: LatentColours | None,
 ) -> None:
-    """Make a job, with those behind it that have its shape where the server allows. Collective."""
+    """Make a job, with those behind it that have its shape where the server allows. Collective.
+
+    colours: for previews, on rank 0.
+    """
     control = engine.whole.control
     found: dict[str, Any] | None = None
     if worker is not None:
@@ -129,13 +140,17 @@ def _make(
     if any(isinstance(job, str) for job in found.values()):  # it stands alone then
         reporters[job_id].failed(found[job_id])
     else:
-        _make_together(engine, store, found, reporters)
+        _make_together(engine, store, found, reporters, colours)
     if worker is not None:
         store.put_together(())
 
 
 def _make_together(
-    engine: Any, store: JobStore, jobs: dict[str, Job], reporters: dict[str, JobReporter]
+    engine: Any,
+    store: JobStore,
+    jobs: dict[str, Job],
+    reporters: dict[str, JobReporter],
+    colours: LatentColours | None,
 ) -> None:
     """Make jobs of one shape, or write down in a line why one could not be made. Collective.
 
@@ -146,7 +161,8 @@ def _make_together(
     while jobs:
         alone = len(jobs) == 1
         try:
-            _run(engine, joined(jobs.values(), engine.settings), [reporters[i] for i in jobs])
+            told = [reporters[job_id] for job_id in jobs]
+            _run(engine, joined(jobs.values(), engine.settings), told, colours)
         except Cancelled:
             pass
         except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
@@ -155,7 +171,7 @@ def _make_together(
                 return
             log.warning("%d jobs made together failed, each is made alone: %s", len(jobs), error)
             for job_id, job in _left(whole, store, jobs).items():
-                _make_together(engine, store, {job_id: job}, reporters)
+                _make_together(engine, store, {job_id: job}, reporters, colours)
             return
         except UserError as error:  # this rank alone: the others may wait for it for ever
             # Where one was deleted while it was written, its folder is gone and no other is hurt.
@@ -180,7 +196,9 @@ def _left(whole: Any, store: JobStore, jobs: dict[str, Job]) -> dict[str, Job]:
     return {job_id: jobs[job_id] for job_id in whole.control.broadcast_object(left)}
 
 
-def _run(engine: Any, job: Any, reporters: Sequence[JobReporter]) -> None:
+def _run(
+    engine: Any, job: Any, reporters: Sequence[JobReporter], colours: LatentColours | None
+) -> None:
     """Make every task of the job; reporters: of the tasks, in their order."""
     from opensora_sp.jobs.prepare import check_encoder, encode_all_text, unfinished
     from opensora_sp.jobs.run import make_batch
@@ -206,8 +224,13 @@ def _run(engine: Any, job: Any, reporters: Sequence[JobReporter]) -> None:
             asked = [one.on_step_end(step, t, latents) for one in told]  # each is told of the step
             return any(asked)
 
+        def seen(told: Any = told) -> None:
+            for one in told:
+                one.previewed()
+
+        previews = StepPreviews([one.preview_file for one in told], colours, seen)
         costs = Costs(engine.whole)
-        make_batch(engine, job, work, None, on_step_end=on_step_end)
+        make_batch(engine, job, work, None, on_step_end=on_step_end, previews=previews)
         peaks, bytes_sent = costs.of_all_ranks()
         for place, task in enumerate(work.tasks):
             # What a batch sent is counted once, with the first of it.
@@ -221,7 +244,12 @@ class JobReporter:
         self._store, self._id, self._leads = store, job_id, leads
         self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
         self._first: float | None = None
-        self._before = 0
+        self._before, self._preview = 0, 0
+
+    @property
+    def preview_file(self) -> Path:
+        """Where its preview is written."""
+        return self._store.preview(self._id)
 
     def begin(self, job: Job, start: Position | None) -> None:
         """The job is made from here on: from where it was saved. None: its output is there."""
@@ -232,7 +260,10 @@ class JobReporter:
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
-        """After every step: note how far it is; True where the job is to be stopped."""
+        """After every step: note how far it is; True where the job is to be stopped.
+
+        latents is None: the engine gathers them for previews alone, and only when one is due.
+        """
         if not self._leads:
             return False
         self._done += 1
@@ -241,6 +272,11 @@ class JobReporter:
         last = self._done >= self._steps
         self._note("decoding" if last else "denoising", force=last)
         return self._store.cancel_asked(self._id)
+
+    def previewed(self) -> None:
+        """A preview of the last step is there."""
+        self._preview = self._done
+        self._note("decoding" if self._done >= self._steps else "denoising", force=True)
 
     def failed(self, reason: str, code: str = "invalid_request") -> None:
         """It cannot be made, for a reason in one line."""
@@ -293,7 +329,7 @@ class JobReporter:
             pace = (moment - self._first) / (made - 1)
             eta = round(pace * max(0, self._steps - self._done), 1)
         self._store.put_progress(
-            self._id, JobProgress(stage, self._done, self._steps, eta, self._started)
+            self._id, JobProgress(stage, self._done, self._steps, eta, self._started, self._preview)
         )
 
 

@@ -4,6 +4,7 @@
     SAVE/jobs/ID/uploads/         files that came with it, under names of our own
     SAVE/jobs/ID/outputs/         the output, its record and its saved states, as infer writes them
     SAVE/jobs/ID/progress.json    how far it is, while it is made
+    SAVE/jobs/ID/preview.webp     what it will look like, while it is denoised
     SAVE/jobs/ID/result.json      how it ended: the output's name and timings, or the error
     SAVE/jobs/ID/cancel           somebody wants it to stop
     SAVE/jobs/together.json       the jobs that are made together now, where they are several
@@ -49,13 +50,17 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job is. step counts over all clips; eta_s: None where it is not known yet."""
+    """How far a job is. step counts over all clips; eta_s: None where it is not known yet.
+
+    preview: the step that the preview shows, 0 where there is none.
+    """
 
     stage: str
     step: int = 0
     steps: int = 0
     eta_s: float | None = None
     started_at: float = 0.0
+    preview: int = 0
 
     @property
     def percent(self) -> int:
@@ -110,6 +115,10 @@ class JobStore:
         """Where its output is written."""
         return self.folder(job_id) / "outputs"
 
+    def preview(self, job_id: str) -> Path:
+        """Where its preview lies while it is denoised."""
+        return self.folder(job_id) / "preview.webp"
+
     def ids(self) -> Iterator[str]:
         """Every job that was ever asked for and not deleted; in no order."""
         if self.root.is_dir():
@@ -140,8 +149,9 @@ class JobStore:
         return None if found is None else JobProgress(**found)
 
     def put_result(self, job_id: str, result: JobResult) -> None:
-        """Write how it ended."""
+        """Write how it ended; the preview goes."""
         self._put(job_id, "result.json", asdict(result))
+        self.preview(job_id).unlink(missing_ok=True)
 
     def result(self, job_id: str) -> JobResult | None:
         """How it ended; None while it has not."""

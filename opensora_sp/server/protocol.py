@@ -63,6 +63,8 @@ UPLOADS: Mapping[str, str] = {
     "reference": "reference_path",  # several, numbered from 0, for mask_strategy
 }
 OWN_FIELDS = ("prompt", "model", "seconds", "size", "priority", "n", "response_format", "user")
+# Ids of earlier jobs: earlier.py makes their files uploads of the new one.
+EARLIER_FIELDS = ("extend_video_id", "files_of_video_id")
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*")
 _SECONDS = re.compile(r"\s*(\d{1,4}(?:\.\d{1,6})?)\s*s?\s*")
 _MOST_TEXT = 20_000
@@ -122,7 +124,19 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
     priority = _whole(
         100 if fields.get("priority") in (None, "") else fields["priority"], "priority", 1, 1000
     )
-    return Asked(tuple(arguments), {"model": model, "prompt": prompt}, priority)
+    told = {"model": model, "prompt": prompt, "settings": _settings(fields)}
+    told["files"] = [(field, path.rpartition("/")[2]) for field, path, _ in uploads]
+    if fields.get("extend_video_id"):
+        told["remixed_from_video_id"] = fields["extend_video_id"]
+    return Asked(tuple(arguments), told, priority)
+
+
+def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for beside the prompt, to be asked for again."""
+    names = {"seconds", "size", *ALIASES, *REQUEST_FIELDS}
+    return {
+        name: value for name, value in fields.items() if name in names and value not in (None, "")
+    }
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
@@ -166,7 +180,7 @@ def _refuse_no_text(fields: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown(fields: Mapping[str, Any]) -> None:
-    known = {*OWN_FIELDS, *ALIASES, *REQUEST_FIELDS, *UPLOADS}
+    known = {*OWN_FIELDS, *EARLIER_FIELDS, *ALIASES, *REQUEST_FIELDS, *UPLOADS}
     for name in fields:
         if name not in known:
             raise BadRequest(
@@ -309,10 +323,12 @@ def video_json(
         "prompt": spec.shown.get("prompt", ""),
         "seconds": spec.shown.get("seconds", ""),
         "size": spec.shown.get("size", ""),
-        "remixed_from_video_id": None,
+        "remixed_from_video_id": spec.shown.get("remixed_from_video_id"),
         "error": error,
         "seed": spec.shown.get("seed"),
         "num_frames": spec.shown.get("num_frames"),
+        "settings": spec.shown.get("settings", {}),
+        "files": [field for field, _ in spec.shown.get("files", [])],
         "file_name": None if result is None else result.file,
         "inference_time_s": None if result is None else round(result.seconds, 3),
         "stage_durations": {} if result is None else result.stages,
@@ -328,6 +344,7 @@ def video_json(
             "step": progress.step,
             "steps": progress.steps,
             "eta_s": progress.eta_s,
+            "preview": progress.preview,
         }
     return video
 

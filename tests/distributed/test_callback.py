@@ -10,6 +10,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from opensora_sp import Cancelled, Pipeline, Request, Session, open_session
+from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 
 # Odd sides, so that the two ranks hold parts of different length.
@@ -36,6 +37,38 @@ def watched(session: Session, request: Request) -> tuple[list[Any], Tensor | Non
 def watched_on_ranks(rank: int, world: int, init_file: str) -> Any:
     with open_session("cpu") as session:
         return [watched(session, request)[0] for request in (REQUEST, SHARED)]
+
+
+class Estimates:
+    """Wants the estimate after every second step, by rank 0's count alone."""
+
+    def __init__(self, leads: bool) -> None:
+        self.leads, self.asked = leads, 0
+        self.shown: list[Tensor | None] = []
+
+    def due(self) -> bool:
+        self.asked += 1
+        return self.leads and self.asked % 2 == 0
+
+    def show(self, latents: Tensor | None) -> None:
+        self.shown.append(latents)
+
+
+def estimated(session: Session) -> list[list[Tensor | None]]:
+    pipeline = Pipeline.load(session=session, dtype="fp32")
+    found = []
+    for request in (REQUEST, SHARED):
+        estimates = Estimates(session.leads)
+        pipeline.generate_to(
+            [request], [Collector()], on_step_end=lambda *_: None, previews=estimates
+        )
+        found.append(estimates.shown)
+    return found
+
+
+def estimated_on_ranks(rank: int, world: int, init_file: str) -> Any:
+    with open_session("cpu") as session:
+        return estimated(session)
 
 
 def cancelled_on_ranks(rank: int, world: int, init_file: str, who: int) -> Any:
@@ -67,6 +100,18 @@ def test_two_ranks_show_the_steps_of_one() -> None:
         assert all(latents is None for _, _, latents in other[number])
         for (_, _, mine), (_, _, theirs) in zip(leading[number], alone_seen, strict=True):
             assert float((mine - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+def test_two_ranks_estimate_what_one_estimates() -> None:
+    leading, other = run_ranks(estimated_on_ranks, 2)
+    expected = estimated(alone("cpu"))
+    assert other == [[None, None]] * 2
+    for mine, theirs in zip(leading, expected, strict=True):
+        assert len(mine) == len(theirs) == 2
+        for one, two in zip(mine, theirs, strict=True):
+            assert one is not None
+            assert two is not None
+            assert float((one - two).abs().max() / two.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("who", [0, 1])
