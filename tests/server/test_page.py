@@ -256,11 +256,15 @@ def test_the_keyboard_alone_sends_plays_and_deletes(page: Any, made: str) -> Non
     video = api(page, "a ball of the keyboard")
     assert video["settings"]["num_frames"] == "17"
     tab_to(f"[data-id={video['id']}] button:last-child")
+    question = page.locator("#confirm")
     page.keyboard.press("Enter")
+    question.wait_for()
     page.keyboard.press("Escape")
+    question.wait_for(state="hidden")
     assert one.count() == 1
     assert page.evaluate("document.activeElement.textContent") == "Delete"
     page.keyboard.press("Enter")
+    question.wait_for()
     page.keyboard.press("Shift+Tab")  # it asks with the focus on what keeps the video
     page.keyboard.press("Enter")
     one.wait_for(state="detached")
