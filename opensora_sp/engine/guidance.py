@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.geometry import PATCH
-from opensora_sp.engine.blocks import Pending, Reshard, Stream, _by_tokens, run_blocks
+from opensora_sp.engine.blocks import Pending, Reshard, Stream, run_blocks
 from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
 from opensora_sp.models.stdit3 import (
@@ -23,6 +23,7 @@ from opensora_sp.models.stdit3 import (
     real_cells,
     unpatchify,
 )
+from opensora_sp.models.step_kernels import by_tokens
 from opensora_sp.request.runtime import Runtime
 
 
@@ -154,7 +155,7 @@ class Velocity:
                 layers=self._layers,
             )
             outputs = self.cached.run(together, streams, blocks)
-            mine += [_by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
+            mine += [by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
             del streams, blocks, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:
