@@ -48,9 +48,11 @@ REQUESTS = [
     (240, 426, 51, 1, "bf16", Mesh(), SMALL),
     (720, 1280, 1, 1, "bf16", Mesh(), BALANCED),
 ]
+# All of them are large enough to be folded by default.
+PLAIN = [(*request[:6], replace(request[6], step_kernels="plain")) for request in REQUESTS]
 
 
-@pytest.mark.parametrize("request_", REQUESTS)
+@pytest.mark.parametrize("request_", [*REQUESTS, *PLAIN])
 def test_denoising_peaks_are_those_that_are_counted(
     request_: tuple[int, int, int, int, str, Mesh, Runtime],
 ) -> None:

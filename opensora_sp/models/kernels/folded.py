@@ -88,9 +88,14 @@ def rotation_matrices(rotary: tuple[Tensor, Tensor]) -> Tensor:
     Channels 2i and 2i+1 turn by the angle of frequency i.
     """
     cos, sin = rotary
-    rows = [torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)]  # even rows, odd rows
-    pairs = torch.stack(rows, dim=-2)  # [T,D/2,2,2]
-    return torch.stack([torch.block_diag(*frame) for frame in pairs])
+    frames, half = cos.shape
+    matrices = cos.new_zeros(frames, half, 2, half, 2)  # row pair, of the pair; column likewise
+    pairs = matrices.diagonal(dim1=1, dim2=3)  # a view [T,2,2,D/2]
+    pairs[:, 0, 0] = cos
+    pairs[:, 0, 1] = sin
+    pairs[:, 1, 0] = -sin
+    pairs[:, 1, 1] = cos
+    return matrices.view(frames, 2 * half, 2 * half)
 
 
 def turn(x: Tensor, matrices: Tensor) -> Tensor:
