@@ -14,7 +14,8 @@ from opensora_sp.request.request import Request
 
 Chosen = Literal["plain", "folded"]
 
-# Tokens of a step, of both guidance branches; measured at the published width: docs/speed.md.
+# Tokens of a step, of both guidance branches; measured at the published width:
+# docs/decisions/0011-folded-step.md.
 FOLD_FROM = 4096
 
 
