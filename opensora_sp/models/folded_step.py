@@ -32,7 +32,7 @@ from opensora_sp.models.tiling import ranges, tiles
 
 # Each group is another set of folded weights. A step of one video has two at most: the frames that
 # it generates, and those that it keeps.
-_MOST_GROUPS = 2
+_MOST_FOLDS = 2
 
 
 @dataclass
@@ -154,7 +154,7 @@ class FoldedStep:
 
 def _folds(groups: FrameGroups | None) -> bool:
     """Whether a step with these groups is computed from folded weights."""
-    return groups is not None and len(groups.rows) <= _MOST_GROUPS and not torch.is_grad_enabled()
+    return groups is not None and len(groups.rows) <= _MOST_FOLDS and not torch.is_grad_enabled()
 
 
 def _by_group(groups: FrameGroups, x: Tensor, t: slice) -> list[tuple[int, slice, int]]:

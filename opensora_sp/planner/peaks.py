@@ -85,11 +85,12 @@ def denoising_peak(
     folded = _is_folded(shape, runtime)
     part = _at_once(count * patches, shape.batch, runtime.tokens) * row
     rest = (1 + (1 if folded else 2) * models.mlp_ratio) * part
-    along_time = _FOLDED_ALONG_TIME if folded else _ALONG_TIME[item]
-    along = along_time * _at_once(patches * count, count, runtime.tokens) * row
+    along = _ALONG_TIME[item] * _at_once(patches * count, count, runtime.tokens) * row
     one_part = runtime.tokens is None or count * patches <= runtime.tokens
     norm = float(_NORM * x if one_part else x + (_NORM + 1) * part)
-    if folded:
+    if folded:  # sample by sample, and the norm of all at once
+        rest /= shape.batch
+        along = _FOLDED_ALONG_TIME * _at_once(patches * frames, frames, runtime.tokens) * row
         norm = float(x)
     attend_values = _FOLDED_ATTEND if folded else _ATTEND[item]
 

@@ -79,7 +79,7 @@ def test_a_model_without_head_norms() -> None:
 def test_what_is_not_folded_is_plain_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_transformer()
     exact = through_blocks(model, PlainStep(), MASK)
-    monkeypatch.setattr(folded_step, "_MOST_GROUPS", 1)
+    monkeypatch.setattr(folded_step, "_MOST_FOLDS", 1)
     assert torch.equal(through_blocks(model, FoldedStep(), MASK), exact)
     assert not torch.equal(through_blocks(model, FoldedStep(), None), exact)
     # Gradients need the weights themselves.
