@@ -90,6 +90,12 @@ def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
             else "fp32 (default) runs every part of the suite; others only the transformer's, by "
             "relative RMS",
         )
+        parser.add_argument(
+            "--step-kernels",
+            choices=("auto", "plain", "folded"),
+            default="auto",
+            help="as for generate (default auto: by size, and a suite's cases are small)",
+        )
     if only in (None, "verify"):
         parser.add_argument(
             "--reference",
@@ -202,6 +208,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
     from opensora_sp.engine.model_set import Parallelism
     from opensora_sp.engine.pipeline import Pipeline
     from opensora_sp.request.embedded import embedded_checkpoints
+    from opensora_sp.request.runtime import Runtime
     from opensora_sp.verification.parity import check_parity, project, report
 
     checkpoints = embedded_checkpoints()
@@ -216,6 +223,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
             sequence=arguments.sequence_parallel,
         ),
         transformer_only=True,
+        runtime=Runtime(step_kernels=arguments.step_kernels),
     )
     parity = check_parity(pipeline, request, most_seconds=arguments.most_seconds)
     if parity is not None:
@@ -230,11 +238,13 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
 
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
     from opensora_sp.engine.model_set import DTYPES as TORCH_DTYPES
+    from opensora_sp.request.runtime import Runtime
     from opensora_sp.verification.conformance import EMBEDDED_SUITE, run_suite
     from opensora_sp.verification.suite import table
 
     suite = arguments.reference or EMBEDDED_SUITE
-    checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype]))
+    runtime = Runtime(step_kernels=arguments.step_kernels)
+    checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype], runtime))
     failed = sum(check.failed for check in checks)
     held = sum(check.ok for check in checks)
     if session.leads:

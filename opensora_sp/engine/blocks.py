@@ -19,7 +19,7 @@ from opensora_sp.models.stdit3 import (
     StepTables,
     TemporalBlock,
 )
-from opensora_sp.models.tiling import ranges, tiles
+from opensora_sp.models.step_kernels import PlainStep, StepKernels
 from opensora_sp.parallel.overlap import OverlapChunk, cut
 from opensora_sp.request.runtime import Runtime
 
@@ -55,6 +55,10 @@ class Reshard(Protocol):
         """Whole frames [F_local,S,C] → [B,t,S_local,C], every frame of the chunk."""
         ...
 
+    def held(self, chunk: OverlapChunk, batch: int) -> slice:
+        """Which frames of the chunk's B·t, flattened, this rank holds as whole frames."""
+        ...
+
 
 # Looks at the streams after the first pair of blocks; True ends the loop there.
 AfterFirst = Callable[[list[Stream]], bool]
@@ -82,6 +86,10 @@ class Local:
         """[B·t,S,C] → [B,t,S,C]."""
         return Ready(attended.unflatten(0, (batch, -1)))
 
+    def held(self, chunk: OverlapChunk, batch: int) -> slice:
+        """All of them."""
+        return slice(0, batch * (chunk.stop - chunk.start))
+
 
 class Blocking:
     """Waits for every exchange at once: what switching overlap off means."""
@@ -97,26 +105,30 @@ class Blocking:
         """As the inner one, arrived."""
         return Ready(self.inner.to_patches(attended, chunk, batch).wait())
 
+    def held(self, chunk: OverlapChunk, batch: int) -> slice:
+        """As the inner one."""
+        return self.inner.held(chunk, batch)
+
 
 class _Attention:
     """The spatial attention of all streams, in three phases that the loop interleaves."""
 
-    def __init__(self, streams: list[Stream], reshard: Reshard, runtime: Runtime) -> None:
-        self.streams = streams
+    def __init__(
+        self, streams: list[Stream], reshard: Reshard, runtime: Runtime, kernels: StepKernels
+    ) -> None:
+        self.streams, self.kernels = streams, kernels
         self.reshard = reshard if runtime.overlap else Blocking(reshard)
         self.chunks = cut([(s.x.shape[0], s.x.shape[1]) for s in streams], runtime.chunks)
-        self.tokens = runtime.tokens
 
     def send(self, block: SpatialBlock, s: int) -> list[Pending]:
         """Start stream s on its way to frame sharding."""
         stream = self.streams[s]
         return [
             self.reshard.to_frames(
-                _by_tokens(
-                    block.attn_in,
+                self.kernels.attn_in(
+                    block,
                     stream.x[:, p.start : p.stop],
                     stream.tables.frames(p.start, p.stop),
-                    self.tokens,
                 ),
                 p,
             )
@@ -125,17 +137,16 @@ class _Attention:
 
     def attend(self, block: SpatialBlock, s: int, arriving: list[Pending]) -> list[Pending]:
         """Attend within whole frames as they arrive and start them on their way back."""
-        batch = self.streams[s].x.shape[0]
+        stream = self.streams[s]
+        batch = stream.x.shape[0]
         leaving = []
-        for chunk, pending in zip(self.chunks[s], arriving, strict=True):
-            h = pending.wait()  # whole frames [F,S,C]; nobody else's, so it is overwritten
-            parts = list(ranges(h.shape[0], h.shape[1], self.tokens))
-            if len(parts) <= 1 or torch.is_grad_enabled():
-                h = block.attend(h)
-            else:
-                for frames in parts:
-                    h[frames] = block.attend(h[frames])
-            leaving.append(self.reshard.to_patches(h, chunk, batch))
+        for p, pending in zip(self.chunks[s], arriving, strict=True):
+            groups = stream.tables.frames(p.start, p.stop).groups
+            if groups is not None:
+                groups = groups.held(self.reshard.held(p, batch), p.stop - p.start)
+            h = pending.wait()  # whole frames [F,S,C]; nobody else's, so they are overwritten
+            h = self.kernels.attend(block, h, groups)
+            leaving.append(self.reshard.to_patches(h, p, batch))
         return leaving
 
     def finish(
@@ -145,48 +156,18 @@ class _Attention:
         stream = self.streams[s]
         parts = []
         for p, pending in zip(self.chunks[s], returning, strict=True):
-            x, attended = stream.x[:, p.start : p.stop], pending.wait()
-            tables = stream.tables.frames(p.start, p.stop)
-            if torch.is_grad_enabled():
-                parts.append(block.rest(x, attended, tables, text))
-                continue
-            for t, c in tiles(x.shape, self.tokens):
-                some = tables.frames(t.start, t.stop)
-                block.rest(x[:, t, c], attended[:, t, c], some, text, in_place=True)
-        if not parts:
-            return stream.x
+            x, tables = stream.x[:, p.start : p.stop], stream.tables.frames(p.start, p.stop)
+            parts.append(self.kernels.rest(block, x, pending.wait(), tables, text))
+        if not torch.is_grad_enabled():
+            return stream.x  # where it lies
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def along_time(
         self, block: TemporalBlock, s: int, text: Sequence[KeyValue], rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """The temporal block → x [B,T,S_local,C]; local, some positions at a time."""
-        x, tables = self.streams[s].x, self.streams[s].tables
-        if torch.is_grad_enabled():
-            return block(x, tables, text, rotary)
-        for c in ranges(x.shape[2], x.shape[0] * x.shape[1], self.tokens):
-            block(x[:, :, c], tables, text, rotary, in_place=True)
-        return x
-
-
-def _by_tokens(
-    compute: Callable[[Tensor, StepTables], Tensor],
-    x: Tensor,
-    tables: StepTables,
-    tokens: int | None,
-) -> Tensor:
-    """compute(x [B,T,S,C], tables) → [B,T,S,c], as many tokens at a time as there is room for."""
-    parts = list(tiles(x.shape, tokens))
-    if len(parts) <= 1 or torch.is_grad_enabled():
-        return compute(x, tables)
-    whole: Tensor | None = None
-    for t, c in parts:
-        some = compute(x[:, t, c], tables.frames(t.start, t.stop))
-        if whole is None:
-            whole = some.new_empty((*x.shape[:3], some.shape[-1]))
-        whole[:, t, c] = some
-    assert whole is not None
-    return whole
+        """The temporal block → x [B,T,S_local,C]; local."""
+        stream = self.streams[s]
+        return self.kernels.along_time(block, stream.x, stream.tables, text, rotary)
 
 
 def run_blocks(
@@ -198,6 +179,7 @@ def run_blocks(
     equal_inputs: bool = False,
     layers: LayerOffload | None = None,
     after_first: AfterFirst | None = None,
+    kernels: StepKernels | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
 
@@ -205,13 +187,15 @@ def run_blocks(
     differ in their text only), so the first spatial attention may be computed once for all.
     layers: the model's blocks, where they are not all on its device.
     after_first: called after the first pair; must give the same answer on every rank.
+    kernels: how a block's segments are computed; by default as `PlainStep`.
 
     The collectives run in the order of this code, which is the same on every rank. Without
     gradients each stream's x is updated where it lies, so streams must not share it.
     """
     runtime = runtime or Runtime()
     rotary = model.rotary(streams[0].x.shape[1])
-    attention = _Attention(streams, reshard, runtime)
+    kernels = kernels or PlainStep(runtime.tokens)
+    attention = _Attention(streams, reshard, runtime, kernels)
     everyone = list(range(len(streams)))
     arriving: dict[int, list[Pending]] = {}
 

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.geometry import PATCH
-from opensora_sp.engine.blocks import Pending, Reshard, Stream, _by_tokens, run_blocks
+from opensora_sp.engine.blocks import Pending, Reshard, Stream, run_blocks
 from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
+from opensora_sp.models.folded_step import FoldedStep
 from opensora_sp.models.stdit3 import (
     STDiT3,
     patchify,
     real_cells,
     unpatchify,
 )
+from opensora_sp.models.step_kernels import PlainStep, StepKernels, by_tokens
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_kernels import chosen_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,15 @@ class Denoiser:
         rows, columns = (-(-side // PATCH) for side in self.size)
         return self.model.positions((rows, columns), height, width)[self.sharding.patches]
 
+    def step_kernels(self, frames: int, *, guided: bool) -> StepKernels:
+        """The kernels of one step of T frames: the same on every rank of the video."""
+        rows, columns = (-(-side // PATCH) for side in self.size)
+        chosen = chosen_kernels(
+            self.runtime.step_kernels, frames=frames, patches=rows * columns, guided=guided
+        )
+        step = FoldedStep if chosen == "folded" else PlainStep
+        return step(self.runtime.tokens)
+
     def prepare(
         self, conditions: Conditions, on_velocity: Callable[[Tensor, float], None] | None = None
     ) -> Velocity:
@@ -113,6 +125,7 @@ class Velocity:
         self._positions = denoiser.positions(conditions.height, conditions.width)
         self._fps, self._cfg_scale = conditions.fps, conditions.cfg_scale
         self._layers = denoiser.layers
+        self._denoiser = denoiser
         guided = conditions.cfg_scale != 1
         self._branches = sharding.branches if guided else (0,)
         self._swap = sharding.swap if guided else None
@@ -134,7 +147,10 @@ class Velocity:
         """
         model, runtime, batch = self._model, self._runtime, z.shape[0]
         fps = torch.full((batch,), float(self._fps))
-        tables = model.tables(torch.full((batch,), t), fps, generate)
+        tables = model.tables(torch.full((batch,), t), fps, generate).grouped(
+            [[True]] * batch if generate is None else generate.tolist()
+        )
+        kernels = self._denoiser.step_kernels(z.shape[1], guided=self._cfg_scale != 1)
         self.cached.begin_step(t, generate)
         mine: list[Tensor] = []
         # Branches that advance together share what is equal in both; serial ones need less memory.
@@ -152,9 +168,10 @@ class Velocity:
                 runtime,
                 equal_inputs=len(streams) > 1,
                 layers=self._layers,
+                kernels=kernels,
             )
             outputs = self.cached.run(together, streams, blocks)
-            mine += [_by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
+            mine += [by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
             del streams, blocks, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:

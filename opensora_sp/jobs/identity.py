@@ -21,6 +21,7 @@ from opensora_sp.base.redaction import address_identity
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task, reference_paths
 from opensora_sp.request.setting import Setting, settings_of
+from opensora_sp.request.step_kernels import kernels_of
 
 Identity = dict[str, Any]
 
@@ -56,6 +57,10 @@ def _lossless(output: _Output) -> bool:
     return output.settings.lossless and not output.task.request.is_image
 
 
+def _step_kernels(output: _Output) -> str:
+    return kernels_of(output.task.request, output.engine.step_kernels)
+
+
 # The settings that an identity does not hold as they are: by field, the entry made of them.
 _MADE_OF: Mapping[str, tuple[str, Callable[[_Output], Any]]] = {
     "reference_path": ("references", _references),
@@ -63,7 +68,10 @@ _MADE_OF: Mapping[str, tuple[str, Callable[[_Output], Any]]] = {
     "llm_refine": ("refined by", _refiner),
     "prompt_generator": ("refined by", _refiner),
     "lossless": ("lossless", _lossless),
+    "step_kernels": ("step kernels", _step_kernels),
 }
+# Entries made of settings that came later, and what was in effect before.
+_BEFORE: Mapping[str, Any] = {"step kernels": "plain"}
 
 
 def _deciding(cls: type[Any]) -> Iterator[Setting]:
@@ -138,7 +146,8 @@ def difference(before: Identity, now: Identity) -> str | None:
     A setting that `before` does not know came later: until then its default was in effect.
     """
     new = _flat(now)
-    defaults = {name: value for name, value in _defaults().items() if name in new}
+    known = {**_defaults(), **_BEFORE}
+    defaults = {name: value for name, value in known.items() if name in new}
     old = defaults | _flat(without_addresses(before))
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in old or name not in new or old[name] != new[name]:

@@ -156,6 +156,7 @@ def load_pipeline(
             vae_decode=settings.vae_decode,
             text_encoder="host" if warm is not None and warm.text == "host" else settings.t5_device,
             text_weights=settings.t5_weights,
+            step_kernels=settings.step_kernels,
         ),
         parallelism=fixed if mesh.replicas > 1 else asked,
         show_progress=job.settings.verbose > 0,

@@ -8,8 +8,8 @@ column); see `patchify`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.models.configs import DIT, checked, read_dit
+from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.reference import modulated_norm
 from opensora_sp.models.layers import (
     CrossAttention,
@@ -86,16 +87,23 @@ class StepTables:
     """What one step's time and frame rate mean for all blocks; made once a step.
 
     t [B,T or 1,C] drives the head, blocks [B,T or 1,6,C] every block.
+    groups: which frames have equal rows; None where nobody said.
     """
 
     t: Tensor
     blocks: Tensor
+    groups: FrameGroups | None = None
+
+    def grouped(self, keys: Sequence[Sequence[Hashable]]) -> StepTables:
+        """The same tables, with groups: rows are equal where these keys [B][T or 1] are."""
+        return replace(self, groups=FrameGroups.of_frames(self.blocks, keys))
 
     def frames(self, start: int, stop: int) -> StepTables:
         """The tables of frames start..stop; tables shared by all frames stay as they are."""
         if self.t.shape[1] == 1:
             return self
-        return StepTables(self.t[:, start:stop], self.blocks[:, start:stop])
+        groups = None if self.groups is None else self.groups.frames(start, stop)
+        return StepTables(self.t[:, start:stop], self.blocks[:, start:stop], groups)
 
 
 def patchify(z: Tensor) -> Tensor:

@@ -152,6 +152,11 @@ class Exchange:
             lambda received: received.view(batch, frames, local, channels),
         )
 
+    def held(self, chunk: OverlapChunk, batch: int) -> slice:
+        """Which frames of the chunk's B·t, flattened, `to_frames` brings to this rank."""
+        shares = self.layout.frame_split(batch * (chunk.stop - chunk.start), chunk.before)
+        return slice(*bounds(shares)[self.comm.rank])
+
 
 def swap_branches(comm: Comm, mine: Tensor) -> Transfer:
     """CFG pair: send this branch's velocity to the other rank and receive the other branch's."""

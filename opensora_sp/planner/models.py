@@ -64,6 +64,11 @@ class ModelSizes:
         return 2 * (6 * c + attention + crossed + 2 * c * hidden + hidden + c)
 
     @property
+    def folded_weights(self) -> int:
+        """Weights that a folded step keeps of a pair of blocks: qkv, proj and both of the MLP."""
+        return int(2 * (4 + 2 * self.mlp_ratio) * self.channels**2)
+
+    @property
     def transformer_weights(self) -> int:
         """All weights of the transformer."""
         c = self.channels

@@ -13,6 +13,7 @@ from opensora_sp.parallel.layout import Layout, share
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_kernels import FOLD_FROM, chosen_kernels
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Values that a block makes on its way, per token and channel. Half precision needs more: norms of
@@ -20,6 +21,8 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 _ATTEND = {2: 10.03, 4: 6.02}
 _ALONG_TIME = {2: 13.0, 4: 10.0}
 _NORM = 2
+# The same with folded step kernels, which write over what they have read.
+_FOLDED_ATTEND, _FOLDED_ALONG_TIME = 4.06, 6.06
 # Of the VAEs, per pixel (in units of the last upsampled width) and per latent cell.
 _PIXEL_WIDTHS, _PIXEL_MORE = 3, 8
 _TEMPORAL_CELL, _TEMPORAL_MORE = 6160, 512
@@ -79,39 +82,71 @@ def denoising_peak(
     x = count * patches * c * item
 
     row = c * item
+    folded = _is_folded(shape, runtime)
     part = _at_once(count * patches, shape.batch, runtime.tokens) * row
-    rest = (1 + 2 * models.mlp_ratio) * part
+    rest = (1 + (1 if folded else 2) * models.mlp_ratio) * part
     along = _ALONG_TIME[item] * _at_once(patches * count, count, runtime.tokens) * row
     one_part = runtime.tokens is None or count * patches <= runtime.tokens
     norm = float(_NORM * x if one_part else x + (_NORM + 1) * part)
+    if folded:  # sample by sample, and the norm of all at once
+        rest /= shape.batch
+        along = _FOLDED_ALONG_TIME * _at_once(patches * frames, frames, runtime.tokens) * row
+        norm = float(x)
+    attend_values = _FOLDED_ATTEND if folded else _ATTEND[item]
 
     if mesh.sequence == 1:
-        attend = _attending(count, layout.patch_count, row, runtime.tokens, item)
+        attend = _attending(count, layout.patch_count, row, runtime.tokens, attend_values)
         most = max(
             2 * together * x + max(attend, rest),
             (2 * together - 1) * x + max(along, norm),
         )
     else:
-        parts = _Parts(x, together, rest, along, norm)
+        parts = _Parts(x, together, rest, along, norm, attend_values)
         most = _with_exchange(layout, shape, mesh, runtime, models, rank, parts)
+    if folded and runtime.step_kernels == "auto":
+        # Or a video that is just too small to be folded would seem to need more than a larger one.
+        most = max(most, _largest_plain(shape, together, row))
     kept = 2 * models.depth * shape.batch * models.tokens * 2 * c * item * branches
     kept += patches * c * item  # positions
     kept += (
         count * patches * (64 + 64 * (branches > together) + 32 * branches)
     )  # latents, velocities
     passing = 3 * models.pair_weights * item if runtime.offload.layers else 0
+    if folded:  # a pair of blocks, for each group of frames: kept ones are another
+        passing += models.folded_weights * item * (2 if shape.encodes else 1)
     return int(most + kept + passing)
+
+
+def _is_folded(shape: Shape, runtime: Runtime) -> bool:
+    """Whether a step of this shape is computed from folded weights."""
+    frames, height, width = shape.latent
+    patches = Layout(frames=frames, size=(height, width), ranks=1).patch_count
+    chosen = chosen_kernels(
+        runtime.step_kernels, frames=frames, patches=patches, guided=shape.guided
+    )
+    return chosen == "folded"
+
+
+def _largest_plain(shape: Shape, together: int, row: int) -> float:
+    """What the largest video needs on one rank whose kernels are still plain."""
+    x = FOLD_FROM // (2 if shape.guided else 1) * shape.batch * row
+    item = shape.itemsize
+    return x * max(2 * together + _ATTEND[item], 2 * together - 1 + _ALONG_TIME[item])
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Bytes of one CFG branch: X; branches together; the most that each step of a block makes."""
+    """Bytes of one CFG branch: X; branches together; the most that each step of a block makes.
+
+    attend_values: values a token and channel that spatial attention makes.
+    """
 
     x: int
     together: int
     rest: float
     along: float
     norm: float
+    attend_values: float
 
 
 def _with_exchange(
@@ -133,7 +168,9 @@ def _with_exchange(
     mine = max(share(count, mesh.sequence, sequence, start) for start in before)
     whole = mine * layout.patch_count * row  # this rank's frames, complete
     chunk_whole = -(-mine // chunks) * layout.patch_count * row
-    attend = _attending(-(-mine // chunks), layout.patch_count, row, runtime.tokens, shape.itemsize)
+    attend = _attending(
+        -(-mine // chunks), layout.patch_count, row, runtime.tokens, parts.attend_values
+    )
     waiting = (1 - 1 / chunks) * (x + whole)
     own = max(
         waiting + max(2 * chunk_whole + x / chunks, chunk_whole + attend),
@@ -143,9 +180,9 @@ def _with_exchange(
     return together * x + (together - 1) * (x + whole) + own
 
 
-def _attending(frames: int, patches: int, row: int, tokens: int | None, item: int) -> float:
+def _attending(frames: int, patches: int, row: int, tokens: int | None, values: float) -> float:
     """What spatial attention makes beside its input, of `frames` whole frames."""
-    return _ATTEND[item] * _at_once(frames * patches, patches, tokens) * row
+    return values * _at_once(frames * patches, patches, tokens) * row
 
 
 def _at_once(total: int, least: int, tokens: int | None) -> int:

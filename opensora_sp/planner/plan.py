@@ -15,6 +15,7 @@ from opensora_sp.planner.devices import usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak, encoding_peak, text_peak
 from opensora_sp.request import sizes
+from opensora_sp.request.engine_settings import StepKernels
 from opensora_sp.request.memory_modes import MEMORY_MODES, SMALLEST, MemoryMode
 from opensora_sp.request.runtime import Runtime
 
@@ -109,6 +110,7 @@ class Options:
     vae_decode: str = "auto"
     t5_on_cpu: bool = False
     t5_int8: bool = False
+    step_kernels: StepKernels = "auto"
     chunks: int = 2
     guidance: int | None = None
     sequence: int | None = None
@@ -116,7 +118,12 @@ class Options:
 
     def runtime(self, mode: MemoryMode) -> Runtime:
         """The runtime of a mode."""
-        return Runtime.of(mode, serial_guidance=self.serial_guidance, chunks=self.chunks)
+        return Runtime.of(
+            mode,
+            serial_guidance=self.serial_guidance,
+            chunks=self.chunks,
+            step_kernels=self.step_kernels,
+        )
 
 
 def make_plan(

@@ -47,6 +47,7 @@ def options_of(settings: EngineSettings) -> Options:
         vae_decode="rank0" if settings.weights_from == "rank0" else settings.vae_decode,
         t5_on_cpu=settings.t5_device == "cpu",
         t5_int8=settings.t5_weights == "int8",
+        step_kernels=settings.step_kernels,
         guidance=settings.guidance_parallel,
         sequence=settings.sequence_parallel,
     )

@@ -33,6 +33,7 @@ CheckFinite = Literal["off", "steps", "blocks"]
 Guidance = Literal["auto", "together", "serial"]
 T5Device = Literal["device", "cpu"]
 T5Weights = Literal["full", "int8"]
+StepKernels = Literal["auto", "plain", "folded"]
 VaeDecode = Literal["auto", "rank0", "shared"]
 WeightsFrom = Literal["disk", "rank0"]
 
@@ -246,6 +247,15 @@ class EngineSettings(Declared):
         "int8: the text encoder's matrices take half the memory and a little accuracy",
         changes="content",
         stored_as="text weights",
+    )
+    step_kernels: StepKernels = setting(
+        "--step-kernels",
+        choice(*get_args(StepKernels)),
+        "auto",
+        "folded: a step's modulation is in its weights, which saves memory traffic on all but "
+        "small videos (auto)",
+        changes="content",
+        stored_as="step kernels",
     )
     device_memory: str | None = setting(
         "--device-memory",

@@ -11,6 +11,7 @@ from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.parallel.session import Session
+from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification import leading, sharded
 from opensora_sp.verification.suite import Check, skipped
 
@@ -41,12 +42,15 @@ LEADING_PARTS = {
 }
 
 
-def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Check]:
+def run_suite(
+    suite: Path, session: Session, dtype: torch.dtype, runtime: Runtime | None = None
+) -> Iterator[Check]:
     """Run every part of a suite. Yields checks on rank 0 only, but every rank has to iterate.
 
     The transformer and sampler parts run on all ranks. The other parts run on rank 0 while the
     other ranks wait. With another dtype than float32 the sampler, T5 and VAE parts are skipped,
-    because their limits are for float32. Raises UserError where the directory holds no suite.
+    because their limits are for float32. runtime: how the transformer is computed.
+    Raises UserError where the directory holds no suite.
     """
     if not any(
         access.is_file(suite / files[0]) for files in (SHARDED_PARTS | LEADING_PARTS).values()
@@ -64,7 +68,7 @@ def run_suite(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Che
                 runs = exact or part not in ("t5", "vae3d")
                 yield from _part(suite, part, LEADING_PARTS[part], check, runs, float32_only)
         session.control.barrier()
-        for part, check in _sharded(suite, session, dtype).items():
+        for part, check in _sharded(suite, session, dtype, runtime or Runtime()).items():
             runs = exact or part != "sampler"
             checks = _part(suite, part, SHARDED_PARTS[part], check, runs, float32_only)
             yield from (c for c in checks if session.leads)
@@ -100,10 +104,10 @@ def _leading(suite: Path, session: Session) -> dict[str, Callable[[], Iterator[C
 
 
 def _sharded(
-    suite: Path, session: Session, dtype: torch.dtype
+    suite: Path, session: Session, dtype: torch.dtype, runtime: Runtime
 ) -> dict[str, Callable[[], Iterator[Check]]]:
     return {
-        "dit": lambda: sharded.forward_checks(suite, session, dtype),
-        "dit_bf16": lambda: sharded.bf16_checks(suite, session),
-        "sampler": lambda: sharded.sampler_checks(suite, session),
+        "dit": lambda: sharded.forward_checks(suite, session, dtype, runtime),
+        "dit_bf16": lambda: sharded.bf16_checks(suite, session, runtime),
+        "sampler": lambda: sharded.sampler_checks(suite, session, runtime),
     }

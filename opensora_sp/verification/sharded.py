@@ -15,10 +15,11 @@ from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.loading import load_transformer
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.sampling import sample, timesteps
-from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, unpatchify
+from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, StepTables, unpatchify
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, legal_meshes
 from opensora_sp.parallel.session import MeshComms, Session
+from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.suite import Check, load_cases, load_json, max_error, relative_rms
 
 Case = Mapping[str, Tensor]
@@ -31,8 +32,10 @@ TIMESTEP_LIMIT = 1e-3
 class Transformer:
     """The suite's transformer on the session's ranks."""
 
-    def __init__(self, directory: Path, session: Session, dtype: torch.dtype) -> None:
-        self.session = session
+    def __init__(
+        self, directory: Path, session: Session, dtype: torch.dtype, runtime: Runtime
+    ) -> None:
+        self.session, self.runtime = session, runtime
         self.model: STDiT3 = load_transformer(
             directory, STDiT3Config.load(directory), dtype, session.device
         )
@@ -43,7 +46,7 @@ class Transformer:
         if mesh not in self._comms:
             self._comms[mesh] = self.session.build(mesh)
         layout = Layout(frames=z.shape[2], size=(z.shape[3], z.shape[4]), ranks=mesh.sequence)
-        return parallelize(self.model, self._comms[mesh], layout)
+        return parallelize(self.model, self._comms[mesh], layout, self.runtime)
 
     def forward(self, case: Case) -> Tensor | None:
         """The raw output of a case's forward: float32 [B,8,T,H,W] on rank 0, None elsewhere.
@@ -65,7 +68,8 @@ class Transformer:
             streams.append(
                 Stream(
                     x=model.embed(denoiser.shard(x[part]), positions),
-                    tables=model.tables(
+                    tables=_tables(
+                        model,
                         case["timestep"][part],
                         fps[part],
                         None if frame_mask is None else frame_mask[part],
@@ -73,7 +77,8 @@ class Transformer:
                     text=model.text_kv(tokens),
                 )
             )
-        outs = run_blocks(model, streams, denoiser.sharding.reshard)
+        kernels = denoiser.step_kernels(x.shape[2], guided=True)
+        outs = run_blocks(model, streams, denoiser.sharding.reshard, kernels=kernels)
         raw = [
             model.head(out, stream.tables, model.config.out_channels)
             for out, stream in zip(outs, streams, strict=True)
@@ -82,9 +87,24 @@ class Transformer:
         return None if whole is None else unpatchify(whole, denoiser.size).float().cpu()
 
 
-def forward_checks(suite: Path, session: Session, dtype: torch.dtype) -> Iterator[Check]:
+def _tables(model: STDiT3, t: Tensor, fps: Tensor, frame_mask: Tensor | None) -> StepTables:
+    """A case's tables, with the groups of frames that have one time and one frame rate."""
+    samples = list(zip(t.tolist(), fps.tolist(), strict=True))
+    if frame_mask is None:
+        return model.tables(t, fps).grouped([[sample] for sample in samples])
+    still = [(0.0, rate) for _, rate in samples]
+    keys = [
+        [now if generated else kept for generated in row]
+        for now, kept, row in zip(samples, still, frame_mask.tolist(), strict=True)
+    ]
+    return model.tables(t, fps, frame_mask).grouped(keys)
+
+
+def forward_checks(
+    suite: Path, session: Session, dtype: torch.dtype, runtime: Runtime
+) -> Iterator[Check]:
     """dit/cases. In another dtype than float32 the error is the relative RMS."""
-    transformer = Transformer(suite / "dit", session, dtype)
+    transformer = Transformer(suite / "dit", session, dtype, runtime)
     exact = dtype == torch.float32
     limit = FORWARD_LIMIT if exact else _half_precision_limit(suite)
     for name, case in load_cases(suite / "dit" / "cases.safetensors").items():
@@ -99,9 +119,9 @@ def forward_checks(suite: Path, session: Session, dtype: torch.dtype) -> Iterato
         yield Check("dit", name, error, limit, "" if exact else f"relative RMS in {dtype}")
 
 
-def bf16_checks(suite: Path, session: Session) -> Iterator[Check]:
+def bf16_checks(suite: Path, session: Session, runtime: Runtime) -> Iterator[Check]:
     """dit/cases_bf16: a run in bf16, compared with Open-Sora 1.2's results in bf16."""
-    transformer = Transformer(suite / "dit", session, torch.bfloat16)
+    transformer = Transformer(suite / "dit", session, torch.bfloat16, runtime)
     for name, case in load_cases(suite / "dit" / "cases_bf16.safetensors").items():
         out = transformer.forward(case)
         if out is not None:
@@ -109,9 +129,9 @@ def bf16_checks(suite: Path, session: Session) -> Iterator[Check]:
             yield Check("dit_bf16", name, relative_rms(actual, expected), BF16_LIMIT)
 
 
-def sampler_checks(suite: Path, session: Session) -> Iterator[Check]:
+def sampler_checks(suite: Path, session: Session, runtime: Runtime) -> Iterator[Check]:
     """sampler/cases: whole runs, on every mesh of one replica that these ranks allow."""
-    transformer = Transformer(suite / "dit", session, torch.float32)
+    transformer = Transformer(suite / "dit", session, torch.float32, runtime)
     settings = load_json(suite / "sampler" / "cases.json")
     meshes = [mesh for mesh in legal_meshes(session.world_size, guided=True) if mesh.replicas == 1]
     for name, case in load_cases(suite / "sampler" / "cases.safetensors").items():

@@ -12,12 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from opensora_sp.cli.verify import main
 from opensora_sp.parallel.session import open_session
+from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.conformance import run_suite
 from opensora_sp.verification.suite import Check
 
+PLAIN, FOLDED = Runtime(step_kernels="plain"), Runtime(step_kernels="folded")
 
-def test_everything_holds_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--device", "cpu"]) == 0
+
+@pytest.mark.parametrize("kernels", ["plain", "folded"])
+def test_everything_holds_on_one_rank(kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--step-kernels", kernels]) == 0
     out = capsys.readouterr().out
     for case in ("dit/odd ", "dit_bf16/bf16a", "sampler/odd_i2v ", "vae3d/ragged20.decode"):
         assert case in out
@@ -26,9 +30,11 @@ def test_everything_holds_on_one_rank(capsys: pytest.CaptureFixture[str]) -> Non
     assert ", 0 failed, 0 skipped" in out
 
 
-def sharded_checks(rank: int, world: int, init_file: str, suite: Path) -> list[Check]:
+def sharded_checks(
+    rank: int, world: int, init_file: str, suite: Path, runtime: Runtime
+) -> list[Check]:
     with open_session("cpu") as session:
-        return list(run_suite(suite, session, torch.float32))
+        return list(run_suite(suite, session, torch.float32, runtime))
 
 
 @pytest.fixture
@@ -41,9 +47,13 @@ def transformer_suite(suite_dir: Path, tmp_path: Path) -> Path:
 
 # Guidance groups alone, the sequence alone in uneven parts, and both. Every number of ranks is in
 # tests/distributed/test_denoiser.py.
-@pytest.mark.parametrize("world", [2, 3, 8])
-def test_transformer_and_sampler_hold_on_ranks(world: int, transformer_suite: Path) -> None:
-    results = run_ranks(sharded_checks, world, transformer_suite)
+@pytest.mark.parametrize(
+    ("world", "runtime"), [(2, PLAIN), (3, PLAIN), (8, PLAIN), (2, FOLDED), (3, FOLDED)]
+)
+def test_transformer_and_sampler_hold_on_ranks(
+    world: int, runtime: Runtime, transformer_suite: Path
+) -> None:
+    results = run_ranks(sharded_checks, world, transformer_suite, runtime)
     assert results[1:] == [[]] * (world - 1)
     ran = [check for check in results[0] if check.error is not None]
     assert {check.part for check in ran} == {"dit", "dit_bf16", "sampler"}

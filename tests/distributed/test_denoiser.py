@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -99,7 +101,9 @@ def compare(
                 assert (got is None) == (rank != 0)
                 if got is not None:
                     single = Layout(frames=frames, size=size, ranks=1)
-                    alone = parallelize(model, None, single)
+                    alone = parallelize(
+                        model, None, single, Runtime(step_kernels=runtime.step_kernels)
+                    )
                     want = few_steps(alone, (frames, size), masked=masked, batch=batch)
                     assert want is not None
                     errors[f"{mesh} {frames} {size}"] = relative(got, want)
@@ -107,11 +111,15 @@ def compare(
 
 
 def _runtimes(mesh: Mesh) -> list[Runtime]:
+    """Ways to compute, each in its turn with plain and with folded step kernels."""
     if mesh.sequence == 1:
-        return [Runtime()]
-    if mesh.guidance == 2:
-        return [Runtime(chunks=2), Runtime(overlap=False)]
-    return [Runtime(), Runtime(serial_guidance=True, chunks=3), Runtime(share_first=False)]
+        ways = [Runtime()]
+    elif mesh.guidance == 2:
+        ways = [Runtime(chunks=2), Runtime(overlap=False)]
+    else:
+        ways = [Runtime(), Runtime(serial_guidance=True, chunks=3), Runtime(share_first=False)]
+    kernels: tuple[Literal["plain", "folded"], ...] = ("plain", "folded")
+    return [replace(way, step_kernels=each) for each in kernels for way in ways]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ def test_heavy_operations_round_once() -> None:
         out = F.linear(x, w)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, exact.bfloat16())
+    residual = normal(4, 8, seed=4).bfloat16()
+    exact += residual.float()
+    with Float32Arithmetic():
+        residual.addmm_(x, w.t())
+    assert torch.equal(residual, exact.bfloat16())
 
 
 def test_float32_and_integers_are_left_alone() -> None:

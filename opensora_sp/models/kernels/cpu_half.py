@@ -35,6 +35,7 @@ _HEAVY = frozenset(
         torch.bmm,
         Tensor.matmul,
         Tensor.__matmul__,
+        Tensor.addmm_,
     }
 )
 
@@ -56,7 +57,9 @@ class Float32Arithmetic(TorchFunctionMode):
             return func(*args, **kwargs)
         wide = [_widen(value) for value in args]
         named = {name: _widen(value) for name, value in kwargs.items()}
-        return func(*wide, **named).to(first.dtype)
+        made = func(*wide, **named)
+        # What adds into its first argument added into the widened copy of it.
+        return first.copy_(made) if func is Tensor.addmm_ else made.to(first.dtype)
 
 
 def _is_half(value: Any) -> bool:

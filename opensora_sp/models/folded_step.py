@@ -1,0 +1,231 @@
+"""The folded step: a step's modulation and gates are in the weights, not in passes over the tokens.
+
+It is equal to `PlainStep` in algebra and differs in rounding. It is for inference, and for steps
+with few groups of frames; everything else is handed to the plain one. Every operation is one that
+all backends have, except where `opensora_sp.models.kernels.folded` has a better one for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensora_sp.models.folded_weights import FoldBuffers, FoldedWeights, fold
+from opensora_sp.models.frame_groups import FrameGroups
+from opensora_sp.models.kernels.folded import (
+    accumulate_,
+    head_norm,
+    head_norm_,
+    linear_gelu,
+    rotation_matrices,
+    turn,
+)
+from opensora_sp.models.kernels.reference import attend
+from opensora_sp.models.layers import KeyValue
+from opensora_sp.models.stdit3 import Block, SpatialBlock, StepTables, TemporalBlock
+from opensora_sp.models.step_kernels import PlainStep
+from opensora_sp.models.tiling import ranges, tiles
+
+# Each group is another set of folded weights. A step of one video has two at most: the frames that
+# it generates, and those that it keeps.
+_MOST_FOLDS = 2
+
+
+@dataclass
+class _Folded:
+    """One block's weights, folded for the groups of one step's tables."""
+
+    block: Block
+    rows: Tensor
+    weights: list[FoldedWeights]
+
+
+class FoldedStep:
+    """The segments of one step's blocks from folded weights. tokens: as for `PlainStep`.
+
+    One spatial and one temporal block are folded at a time, when the first of their segments runs:
+    with layer offload their weights are on the device then. The memory is used again for the next.
+    """
+
+    def __init__(self, tokens: int | None = None) -> None:
+        self.tokens, self._plain = tokens, PlainStep(tokens)
+        self._folded: dict[type[Block], _Folded] = {}
+        self._buffers: dict[tuple[type[Block], int], FoldBuffers] = {}
+        self._turns: tuple[Tensor, Tensor] | None = None  # rotary cosines and their matrices
+
+    def attn_in(self, block: SpatialBlock, x: Tensor, tables: StepTables) -> Tensor:
+        """LayerNorm alone."""
+        if not _folds(tables.groups):
+            return self._plain.attn_in(block, x, tables)
+        return _layer_norm(x)
+
+    def attend(self, block: SpatialBlock, h: Tensor, groups: FrameGroups | None) -> Tensor:
+        """Some frames of one group at a time, written over their input."""
+        if groups is None or not _folds(groups):
+            return self._plain.attend(block, h, groups)
+        if h.numel() == 0:
+            return h
+        weights = self._weights(block, groups)
+        parts = [
+            (slice(run.start + part.start, run.start + part.stop), group)
+            for run, group in groups.runs(0, h.shape[0])
+            for part in ranges(run.stop - run.start, h.shape[1], self.tokens)
+        ]
+        if len(parts) == 1:
+            return _within_frames(block, h, weights[parts[0][1]])
+        for frames, group in parts:
+            h[frames] = _within_frames(block, h[frames], weights[group])
+        return h
+
+    def rest(
+        self,
+        block: Block,
+        x: Tensor,
+        attended: Tensor,
+        tables: StepTables,
+        text: Sequence[KeyValue],
+    ) -> Tensor:
+        """Tile by tile, each sample and each group of frames by itself."""
+        if tables.groups is None or not _folds(tables.groups):
+            return self._plain.rest(block, x, attended, tables, text)
+        weights = self._weights(block, tables.groups)
+        for t, c in tiles(x.shape, self.tokens):
+            for b, frames, group in _by_group(tables.groups, x, t):
+                part = x[b, frames, c]
+                accumulate_(part, attended[b, frames, c], weights[group].proj)
+                _after_attention(block, part, weights[group], text[b])
+        return x
+
+    def along_time(
+        self,
+        block: TemporalBlock,
+        x: Tensor,
+        tables: StepTables,
+        text: Sequence[KeyValue],
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The attention in tiles of positions, what follows it in tiles of frames."""
+        if tables.groups is None or not _folds(tables.groups):
+            return self._plain.along_time(block, x, tables, text, rotary)
+        weights = self._weights(block, tables.groups)
+        matrices = self._matrices(block, rotary)
+        for b in range(x.shape[0]):
+            runs = list(tables.groups.runs(b, x.shape[1]))
+            for c in ranges(x.shape[2], x.shape[1], self.tokens):
+                tile = x[b, :, c]
+                attended = _along_time(block, tile, runs, weights, matrices)
+                for frames, group in runs:
+                    accumulate_(tile[frames], attended[frames], weights[group].proj)
+        for t, c in tiles(x.shape, self.tokens):
+            for b, frames, group in _by_group(tables.groups, x, t):
+                _after_attention(block, x[b, frames, c], weights[group], text[b])
+        return x
+
+    def _weights(self, block: Block, groups: FrameGroups) -> list[FoldedWeights]:
+        """A block's weights folded for each group; made when another block or step had its turn."""
+        kind = type(block)
+        made = self._folded.get(kind)
+        if made is None or made.block is not block or made.rows is not groups.rows:
+            weights = []
+            for group, row in enumerate(groups.rows):
+                if (kind, group) not in self._buffers:
+                    self._buffers[kind, group] = FoldBuffers(block)
+                weights.append(fold(block, row, self._buffers[kind, group]))
+            made = self._folded[kind] = _Folded(block, groups.rows, weights)
+        return made.weights
+
+    def _matrices(
+        self, block: TemporalBlock, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Norm weight and rotation of each frame as one matrix, for queries and for keys."""
+        if self._turns is None or self._turns[0] is not rotary[0]:
+            self._turns = (rotary[0], rotation_matrices(rotary))
+        q_weight, k_weight = _norm_weights(block)
+        turns, dtype = self._turns[1], block.attn.qkv.weight.dtype
+        if q_weight is None or k_weight is None:
+            return turns.to(dtype), turns.to(dtype)
+        q, k = (turns * weight.float()[:, None] for weight in (q_weight, k_weight))
+        return q.to(dtype), k.to(dtype)
+
+
+def _folds(groups: FrameGroups | None) -> bool:
+    """Whether a step with these groups is computed from folded weights."""
+    return groups is not None and len(groups.rows) <= _MOST_FOLDS and not torch.is_grad_enabled()
+
+
+def _by_group(groups: FrameGroups, x: Tensor, t: slice) -> list[tuple[int, slice, int]]:
+    """(sample, frames, group) of the frames t of x [B,T,S,C]; none where x is empty."""
+    if x.numel() == 0:
+        return []
+    part = groups.frames(t.start, t.stop)
+    return [
+        (b, slice(t.start + run.start, t.start + run.stop), group)
+        for b in range(x.shape[0])
+        for run, group in part.runs(b, t.stop - t.start)
+    ]
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def _norm_weights(block: Block) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of the queries' and the keys' norm; None in a model without these norms."""
+    return (
+        getattr(block.attn.q_norm, "weight", None),
+        getattr(block.attn.k_norm, "weight", None),
+    )
+
+
+def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights) -> Tensor:
+    """Every patch attends to its frame: normed h [F,S,C] → [F,S,C], before the projection."""
+    qkv = F.linear(h, folded.qkv, folded.qkv_bias).unflatten(-1, (3, block.attn.heads, -1))
+    q, k, v = qkv.unbind(-3)  # views [F,S,H,D] of one tensor
+    q_weight, k_weight = _norm_weights(block)
+    if q_weight is not None and k_weight is not None:
+        # Only the product of a query and a key counts, so the query has both weights.
+        q, k = head_norm_(q, q_weight * k_weight), head_norm_(k)
+    return attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+
+
+def _along_time(
+    block: TemporalBlock,
+    x: Tensor,
+    runs: Sequence[tuple[slice, int]],
+    weights: Sequence[FoldedWeights],
+    matrices: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected."""
+    if x.numel() == 0:
+        return x
+    h = _layer_norm(x)
+    parts = [F.linear(h[run], weights[group].qkv, weights[group].qkv_bias) for run, group in runs]
+    del h
+    qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
+    del parts
+    q, k, v = qkv.unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)  # views [T,S,H,D]
+    del qkv
+    normed = _norm_weights(block)[0] is not None
+    q = turn(head_norm(q) if normed else q.contiguous(), matrices[0])
+    k = turn(head_norm(k) if normed else k.contiguous(), matrices[1])
+    out = attend(*(part.permute(1, 2, 0, 3) for part in (q, k, v)))  # [S,H,T,D]
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _after_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
+    """Cross-attention and MLP, added into x [F,S,C], to which proj was added without its bias."""
+    cross, mlp_in = block.cross_attn, folded.before_mlp
+    q = F.linear(x, cross.q_linear.weight, folded.cross_q_bias)
+    q = q.unflatten(-1, (cross.heads, -1)).flatten(0, 1).transpose(0, 1)[None]  # [1,H,F·S,D]
+    seen = attend(q, *text)[0].transpose(0, 1).flatten(1).view(x.shape)
+    del q
+    accumulate_(x, seen, cross.proj.weight)
+    del seen
+    x += mlp_in
+    hidden = linear_gelu(_layer_norm(x), folded.fc1, folded.fc1_bias)
+    accumulate_(x, hidden, folded.fc2)
+    x += folded.fc2_bias

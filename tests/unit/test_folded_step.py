@@ -1,0 +1,147 @@
+"""The folded step computes what the plain one does: in float32 exactly, in bf16 as closely."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TINY, normal, tiny_transformer
+from torch import Tensor
+
+from opensora_sp.engine.blocks import Local, Stream, run_blocks
+from opensora_sp.models import folded_step
+from opensora_sp.models.folded_step import FoldedStep
+from opensora_sp.models.frame_groups import FrameGroups
+from opensora_sp.models.kernels.folded import accumulate_, head_norm, linear_gelu
+from opensora_sp.models.kernels.reference import rms_norm
+from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, StepTables
+from opensora_sp.models.step_kernels import PlainStep, StepKernels
+from opensora_sp.request.request import Request
+from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_kernels import kernels_of
+
+PUBLISHED_PAIR = STDiT3Config(depth=1, model_max_length=12, caption_channels=16)
+MASK = torch.tensor([[False, True, True, False, True], [True, True, False, False, True]])
+
+
+def tables(model: STDiT3, batch: int, mask: Tensor | None) -> StepTables:
+    made = model.tables(torch.full((batch,), 500.0), torch.full((batch,), 24.0), mask)
+    return made.grouped([[True]] * batch if mask is None else mask.tolist())
+
+
+def through_blocks(
+    model: STDiT3, kernels: StepKernels, mask: Tensor | None, batch: int = 2, patches: int = 12
+) -> Tensor:
+    """Two streams with other text, 5 frames; the second's x in float32."""
+    x = normal(batch, 5, patches, model.config.hidden_size).to(model.dtype)
+    step = tables(model, batch, mask)
+    streams = []
+    for seed in (3, 4):
+        words = [normal(3 + 4 * i, model.config.caption_channels, seed=seed) for i in range(batch)]
+        text = model.text_kv([each.to(model.dtype) for each in words])
+        streams.append(Stream(x.clone(), step, text))
+    runtime = Runtime(tokens=getattr(kernels, "tokens", None))
+    with torch.no_grad():
+        return run_blocks(model, streams, Local(), runtime, kernels=kernels)[1].float()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+# A frame has 12 patches: parts of a frame, two frames of one sample, everything.
+@pytest.mark.parametrize(
+    ("config", "mask", "tokens"),
+    [
+        *((TINY, mask, tokens) for mask in (None, MASK) for tokens in (5, 24, None)),
+        (PUBLISHED_PAIR, MASK, None),
+    ],
+)
+def test_folded_is_plain(config: STDiT3Config, mask: Tensor | None, tokens: int | None) -> None:
+    model = tiny_transformer(config)
+    exact = through_blocks(model, PlainStep(), mask)
+    folded = through_blocks(model, FoldedStep(tokens), mask)
+    assert not torch.equal(folded, exact)  # or nothing was folded
+    assert float((folded - exact).abs().max() / exact.abs().max()) <= 1e-5
+    frequencies = model.rope.freqs
+    model.bfloat16()
+    model.rope.freqs = frequencies
+    plain = distance(through_blocks(model, PlainStep(tokens), mask), exact)
+    assert 0 < distance(through_blocks(model, FoldedStep(tokens), mask), exact) <= 1.5 * plain
+
+
+def test_a_model_without_head_norms() -> None:
+    model = tiny_transformer(replace(TINY, qk_norm=False))
+    exact = through_blocks(model, PlainStep(), None)
+    assert distance(through_blocks(model, FoldedStep(), None), exact) <= 1e-6
+
+
+def test_what_is_not_folded_is_plain_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_transformer()
+    exact = through_blocks(model, PlainStep(), MASK)
+    monkeypatch.setattr(folded_step, "_MOST_FOLDS", 1)
+    assert torch.equal(through_blocks(model, FoldedStep(), MASK), exact)
+    assert not torch.equal(through_blocks(model, FoldedStep(), None), exact)
+    # Gradients need the weights themselves.
+    x = normal(1, 2, 3, TINY.hidden_size)
+    with torch.enable_grad():
+        step = tables(model, 1, None)
+        kernels = (FoldedStep(), PlainStep())
+        folded, plain = (each.attn_in(model.pairs[0][0], x, step) for each in kernels)
+    assert torch.equal(folded, plain)
+
+
+def test_each_step_and_each_block_is_folded_anew() -> None:
+    model = tiny_transformer(replace(TINY, depth=1))  # or another block comes between the steps
+    kernels = FoldedStep()
+    first = through_blocks(model, kernels, None)
+    again = through_blocks(model, kernels, MASK)  # another step in the same memory
+    assert not torch.equal(first, again)
+    assert torch.equal(through_blocks(model, kernels, None), first)
+
+
+def test_groups_of_frames() -> None:
+    table = normal(2, 5, 6, 4)
+    groups = FrameGroups.of_frames(table, MASK.tolist())
+    assert torch.equal(groups.rows, torch.stack([table[0, 0], table[0, 1]]))
+    assert list(groups.runs(0, 5)) == [
+        (slice(0, 1), 0),
+        (slice(1, 3), 1),
+        (slice(3, 4), 0),
+        (slice(4, 5), 1),
+    ]
+    assert list(groups.frames(1, 4).runs(1, 3)) == [(slice(0, 1), 1), (slice(1, 3), 0)]
+    # Frames 3 and 4 of the first sample, 0 and 1 of the second.
+    assert groups.held(slice(3, 7), 5).of == ((0, 1, 1, 1),)
+    one = FrameGroups.of_frames(table[:, :1], [[True], [True]])
+    assert list(one.runs(1, 5)) == [(slice(0, 5), 0)]
+    assert one.held(slice(3, 7), 5).of == ((0, 0, 0, 0),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_operations(dtype: torch.dtype) -> None:
+    x, a, w = normal(3, 9, 8).to(dtype), normal(3, 4, 6, seed=3).to(dtype), normal(8, 6).to(dtype)
+    wide = x.double()
+    wide[:, 2:6] += a.double() @ w.double().t()
+    accumulate_(x[:, 2:6], a, w)  # some positions of all frames; the others stay
+    limit = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert distance(x.double(), wide) < limit
+    bias = normal(8, seed=5).to(dtype)
+    expected = F.gelu(F.linear(a.double(), w.double(), bias.double()), approximate="tanh")
+    assert distance(linear_gelu(a, w, bias).double(), expected) < limit
+    heads = (100 * normal(3, 4, 3, 2, 8)).to(dtype).unbind(-3)[1]  # strided, as in a qkv product
+    expected = rms_norm(heads.double(), torch.ones(8).double())
+    assert distance(head_norm(heads).double(), expected) < limit
+
+
+def test_auto_is_chosen_by_the_whole_video() -> None:
+    def chosen(**more: object) -> str:
+        return kernels_of(Request(prompt="p", **more), "auto")  # type: ignore[arg-type]
+
+    assert chosen() == "folded"
+    assert chosen(height=144, width=256, num_frames=51) == "folded"
+    assert chosen(height=144, width=256, num_frames=51, cfg_scale=1.0) == "plain"
+    assert chosen(num_frames=1) == "plain"
+    assert kernels_of(Request(prompt="p", num_frames=1), "folded") == "folded"
