@@ -147,6 +147,7 @@ def load_pipeline(
             check_blocks=settings.check_finite == "blocks",
             vae_decode=settings.vae_decode,
             text_encoder=settings.t5_device,
+            attention=settings.attention,
             text_weights=settings.t5_weights,
         ),
         parallelism=fixed if mesh.replicas > 1 else asked,

@@ -23,6 +23,7 @@ from opensora_sp.base.value_types import (
     text,
 )
 from opensora_sp.media.fetch import Remote
+from opensora_sp.models.kernels.attention import AUTO, KERNELS
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.request.setting import Declared, a_path, field_names, setting
@@ -141,6 +142,14 @@ class EngineSettings(Declared):
         "compile the model",
         changes="nothing",
         feature="compile",
+    )
+    attention: str = setting(
+        "--attention",
+        choice(AUTO, *KERNELS),
+        AUTO,
+        "attention kernel; auto: on accelerators the fastest that is right, measured before the "
+        "first step",
+        changes="content",
     )
     timeout: float = setting(
         "--timeout",

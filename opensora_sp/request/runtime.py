@@ -38,6 +38,7 @@ class Runtime:
     text_weights: T5's matrices in the run's dtype, or in 8 bits. 8 bits change its embeddings.
     vae_frames: frames that the spatial VAE takes at once, where that is fewer than a request's
         micro batch.
+    attention: the attention kernel's name, or "auto": the fastest that is right on the device.
     step_cache: the policy that decides at which steps the blocks' last residual is reused; None
         computes every step. A policy changes the result, so what it makes is never saved for a
         later run to go on from.
@@ -57,6 +58,7 @@ class Runtime:
     text_encoder: Literal["device", "cpu"] = "device"
     text_weights: Literal["full", "int8"] = "full"
     vae_frames: int | None = None
+    attention: str = "auto"
     step_cache: NamedPolicy | None = None
     mode: MemoryMode | None = None
 

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_sp.models.kernels.active import active
+from opensora_sp.models.kernels.attention import run
+
 # F.rms_norm came after torch 2.3; where it exists it may be one fused kernel.
 _fused_rms_norm = getattr(F, "rms_norm", None)
 
@@ -37,7 +40,10 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√D)·v on [N,H,length,D]; a batch or query of length 0 gives that shape back."""
+    """softmax(q·kᵀ/√D)·v on [N,H,length,D]; a batch or query of length 0 gives that shape back.
+
+    By the kernel that was chosen for these lengths: see `opensora_sp.models.kernels.attention`.
+    """
     if q.numel() == 0:
         return torch.empty_like(q)
-    return F.scaled_dot_product_attention(q, k, v)
+    return run(active().choice(q.shape[2], k.shape[2], q.shape[3]), q, k, v)
