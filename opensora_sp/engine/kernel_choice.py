@@ -21,6 +21,7 @@ from opensora_sp.models.kernels.attention import (
     check_attention,
     refusal,
 )
+from opensora_sp.models.kernels.fused import fused_kernels
 from opensora_sp.models.kernels.probe import NAMES, Shape, candidates, fastest, probe, works
 from opensora_sp.request.request import Request
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from opensora_sp.engine.model_set import ModelSet
     from opensora_sp.models.stdit3 import STDiT3Config
 
+PLAIN = "plain torch"
 _log = logging.getLogger(__name__)
 
 
@@ -49,14 +51,37 @@ def kernels_asked_for(
     return Kernels(anywhere=choice)
 
 
+def choose_kernels(
+    models: ModelSet, requests: Sequence[Request], text_lengths: Sequence[int]
+) -> bool:
+    """Choose what these requests need and no earlier one did; whether there was any. Collective.
+
+    text_lengths: tokens of each request's text. The choices are kept in `models.kernels`.
+    """
+    if models.session.device.type == "cpu":
+        return False
+    fused = choose_fused(models)
+    return choose_attention(models, requests, text_lengths) or fused
+
+
+def choose_fused(models: ModelSet) -> bool:
+    """Decide on fused kernels, once a pipeline: all ranks use them or none does. Collective."""
+    session, kernels, config = models.session, models.kernels, models.config
+    if kernels.fused_why is not None:
+        return False
+    module, why = None, "plain torch, as asked for"
+    if models.runtime.fused_kernels != "off":
+        module, why = fused_kernels(session.device, models.dtype, config.num_heads, _width(config))
+    troubles = session.control.all_gather_object(why if module is None else None)
+    trouble = next((said for said in troubles if said is not None), None)
+    kernels.fused, kernels.fused_why = (module, why) if trouble is None else (None, trouble)
+    return True
+
+
 def choose_attention(
     models: ModelSet, requests: Sequence[Request], text_lengths: Sequence[int]
 ) -> bool:
-    """Choose the attention kernels that these requests need and no earlier one did. Collective.
-
-    text_lengths: tokens of each request's text. The choices are kept in `models.kernels`.
-    Returns whether there were any to choose.
-    """
+    """The attention part of `choose_kernels`: whether there were any to choose. Collective."""
     session, kernels = models.session, models.kernels
     if models.runtime.attention != AUTO or session.device.type == "cpu":
         return False
@@ -112,7 +137,8 @@ def described_attention(models: ModelSet) -> dict[str, str]:
 def say(models: ModelSet) -> None:
     """Say on rank 0 which kernels were chosen."""
     parts = described_attention(models).items()
-    _log.info("attention: %s", "; ".join(f"{kind}: {choice}" for kind, choice in parts))
+    said = "; ".join(f"{kind}: {choice}" for kind, choice in parts)
+    _log.info("attention: %s; norms: %s", said, models.kernels.fused_why or PLAIN)
 
 
 def _width(config: STDiT3Config) -> int:

@@ -103,7 +103,8 @@ class Pipeline:
         _require_kind("parallelism", parallelism, Parallelism, "Parallelism(sequence=2)")
         text_cache = None if text_cache is None else a_path("text_cache", text_cache)
         runtime = runtime or Runtime()
-        settings_of(EngineSettings)["attention"].check(runtime.attention)
+        for name in ("attention", "fused_kernels"):
+            settings_of(EngineSettings)[name].check(getattr(runtime, name))
         policy_of(runtime)
         session = alone() if session is None else session
         _require_open(session)

@@ -148,6 +148,7 @@ def load_pipeline(
             vae_decode=settings.vae_decode,
             text_encoder=settings.t5_device,
             attention=settings.attention,
+            fused_kernels=settings.fused_kernels,
             text_weights=settings.t5_weights,
         ),
         parallelism=fixed if mesh.replicas > 1 else asked,

@@ -31,6 +31,7 @@ from opensora_sp.request.setting import Declared, a_path, field_names, setting
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 CheckFinite = Literal["off", "steps", "blocks"]
+FusedKernels = Literal["auto", "off"]
 Guidance = Literal["auto", "together", "serial"]
 T5Device = Literal["device", "cpu"]
 T5Weights = Literal["full", "int8"]
@@ -149,6 +150,13 @@ class EngineSettings(Declared):
         AUTO,
         "attention kernel; auto: on accelerators the fastest that is right, measured before the "
         "first step",
+        changes="content",
+    )
+    fused_kernels: FusedKernels = setting(
+        "--fused-kernels",
+        choice(*get_args(FusedKernels)),
+        "auto",
+        "auto: norms in one kernel each where Triton is there and gives plain torch's numbers",
         changes="content",
     )
     timeout: float = setting(

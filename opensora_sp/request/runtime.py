@@ -39,6 +39,7 @@ class Runtime:
     vae_frames: frames that the spatial VAE takes at once, where that is fewer than a request's
         micro batch.
     attention: the attention kernel's name, or "auto": the fastest that is right on the device.
+    fused_kernels: "auto" uses fused kernels where the device has them, "off" plain torch.
     step_cache: the policy that decides at which steps the blocks' last residual is reused; None
         computes every step. A policy changes the result, so what it makes is never saved for a
         later run to go on from.
@@ -59,6 +60,7 @@ class Runtime:
     text_weights: Literal["full", "int8"] = "full"
     vae_frames: int | None = None
     attention: str = "auto"
+    fused_kernels: Literal["auto", "off"] = "auto"
     step_cache: NamedPolicy | None = None
     mode: MemoryMode | None = None
 

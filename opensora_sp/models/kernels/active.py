@@ -43,13 +43,14 @@ class Kernels:
     """What one pipeline's models call.
 
     attention: the choice for each kind of attention; `anywhere` is that of all others.
-    fused: the module with fused kernels, None for plain torch. fused_why: what decided that.
+    fused: the module with fused kernels, None for plain torch. fused_why: what decided that,
+    None before it was decided.
     """
 
     anywhere: Choice | None = None
     attention: dict[Lengths, Choice] = field(default_factory=dict)
     fused: ModuleType | None = None
-    fused_why: str = "plain torch"
+    fused_why: str | None = None
 
     def choice(self, queries: int, keys: int, width: int) -> Choice:
         """The choice for q of so many queries, k and v of so many keys, and heads of a width."""

@@ -39,6 +39,38 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of queries and keys [...,H,D], then `rotate` where a table is given."""
+    q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
+    return (q, k) if rotary is None else (rotate(q, rotary), rotate(k, rotary))
+
+
+def residual_norm_(
+    x: Tensor,
+    *,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """x += added + bias where it lies; then LayerNorm, modulated where shift and scale are given.
+
+    Shapes as for `modulated_norm`; added as x, bias [C].
+    """
+    for more in (added, bias):
+        if more is not None:
+            x.add_(more)
+    if shift is None or scale is None:
+        return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    return modulated_norm(x, shift, scale)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ/√D)·v on [N,H,length,D]; a batch or query of length 0 gives that shape back.
 

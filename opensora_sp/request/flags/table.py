@@ -46,7 +46,7 @@ _ORDER: dict[str, str] = {
     """,
     "Memory and speed": """
         memory device_memory no_plan t5_device t5_weights batch_size micro_batch_size
-        micro_frame_size attention enable_compile flash_attn layernorm_kernel qk_norm
+        micro_frame_size attention fused_kernels enable_compile flash_attn layernorm_kernel qk_norm
     """,
     "Benchmark (opensora-sp benchmark only)": """
         warmup_count eval_count benchmark_save_path baseline peak_tflops measure_peak profile
