@@ -88,6 +88,22 @@ checksum_of_requirements() { # PYTHON
         "$1" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
+# Triton is optional and large: 286 MB to fetch, 1 GB on disk. Without a GPU only the tests of its
+# kernels need it, and they are skipped where it cannot be had.
+ensure_triton() { # NAME; NAME is a virtual environment that is there
+    local dir="$ROOT/$1" said
+    [[ "$(uname -s)" == Linux && ! -e "$dir/no-triton" ]] || return 0
+    if "$dir/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("triton"))'; then
+        return 0
+    fi
+    say "setup: installing triton, once; without it the tests of its kernels are skipped"
+    if ! said="$("$dir/bin/python" -m pip install -q --disable-pip-version-check --no-deps \
+        --retries 1 --timeout 20 'triton>=3.0' 2>&1 </dev/null)"; then
+        say "setup: no triton (${said##*$'\n'}); remove $1/no-triton to try again"
+        touch "$dir/no-triton"
+    fi
+}
+
 ensure_venv() { # NAME STACK (current or gcu2.3); returns with ROOT/NAME/bin ready to use
     local dir="$ROOT/$1" stack="$2" versions python identity checksum
     case "$stack" in

@@ -26,6 +26,7 @@ from opensora_sp.benchmark.report.build import run_record
 from opensora_sp.benchmark.report.page import write_page
 from opensora_sp.benchmark.report.table import report_lines
 from opensora_sp.benchmark.weights import describe_weights
+from opensora_sp.engine.kernel_choice import PLAIN, described_attention
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
 from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_session, tidy
@@ -250,6 +251,8 @@ def _describe(
         live.peak = {"per_rank": given, "source": "given"}
     if not session.leads:
         return
+    live.facts["run"]["attention"] = described_attention(pipeline.models)
+    live.facts["run"]["fused_kernels"] = pipeline.models.kernels.fused_why or PLAIN
     length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop

@@ -19,6 +19,7 @@ from opensora_sp.engine.clean_estimate import CleanEstimate, Previews
 from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.engine.guidance import Conditions
+from opensora_sp.engine.kernel_choice import choose_kernels, say
 from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.progress import Progress, ResumePoint
@@ -236,6 +237,8 @@ def denoise(
     show = options.show_progress and session.whole.leads
     with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
         with clock.part("prepare"):
+            if choose_kernels(models, requests, [len(t) for t in text.tokens]) and show:
+                say(models)
             velocity = denoiser.prepare(conditions, on_velocity)
             estimate = CleanEstimate(velocity)
             z = denoiser.shard(start.z)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from opensora_sp.engine.loading import (
 )
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.timing import Clock
+from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.offload import ModelOffload
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
@@ -47,7 +49,8 @@ class Parallelism:
 class ModelSet:
     """The transformer and the VAE of one process. Each loads at its first use.
 
-    clock: times the loading and whatever is computed with the models.
+    clock: times the loading and whatever is computed with the models. kernels: what the
+    transformer calls; the attention kernels in it are chosen before a video's first step.
     """
 
     session: Session
@@ -58,6 +61,7 @@ class ModelSet:
     clock: Clock
     config: STDiT3Config
     weights_from: WeightsFrom = "disk"
+    kernels: Kernels = field(default_factory=Kernels)
     _transformer: STDiT3 | None = None
     _vae: VideoVAE | None = None
     _offload: ModelOffload | None = None
@@ -173,9 +177,11 @@ class ModelSet:
             self._offload = ModelOffload(self.session.device)
         self._offload.to_device(module)
 
-    def arithmetic(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
         """The context that these models run in."""
-        return arithmetic(self.session.device, self.dtype)
+        with arithmetic(self.session.device, self.dtype), using(self.kernels):
+            yield
 
     def max_length(self, request: Request) -> int:
         """Text tokens a request is padded to: what it asks for, at most what the model knows."""

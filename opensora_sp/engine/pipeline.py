@@ -21,6 +21,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import Previews
 from opensora_sp.engine.generate import GenerateOptions, StepEnd, check_batch, generate
+from opensora_sp.engine.kernel_choice import kernels_asked_for
 from opensora_sp.engine.loading import WeightsFrom, transformer_config
 from opensora_sp.engine.model_set import DTYPES, ModelSet, Parallelism
 from opensora_sp.engine.progress import Progress
@@ -103,10 +104,17 @@ class Pipeline:
         _require_kind("parallelism", parallelism, Parallelism, "Parallelism(sequence=2)")
         text_cache = None if text_cache is None else a_path("text_cache", text_cache)
         runtime = runtime or Runtime()
+        for name in ("attention", "fused_kernels"):
+            settings_of(EngineSettings)[name].check(getattr(runtime, name))
         policy_of(runtime)
         session = alone() if session is None else session
         _require_open(session)
         checkpoints = checkpoints or embedded_checkpoints()
+        config = transformer_config(session, checkpoints.dit, weights_from)
+        kernels = session.control.together(
+            lambda: kernels_asked_for(runtime.attention, config, DTYPES[dtype], session.device)
+        )
+        assert kernels is not None
         models = ModelSet(
             session=session,
             checkpoints=checkpoints,
@@ -114,8 +122,9 @@ class Pipeline:
             runtime=runtime,
             parallelism=parallelism or Parallelism(),
             clock=clock or Clock(session.device, session.control.stage),
-            config=transformer_config(session, checkpoints.dit, weights_from),
+            config=config,
             weights_from=weights_from,
+            kernels=kernels,
         )
         models.check(transformer_only=transformer_only)
         text = TextStage(

@@ -155,6 +155,8 @@ def load_pipeline(
             check_blocks=settings.check_finite == "blocks",
             vae_decode=settings.vae_decode,
             text_encoder="host" if warm is not None and warm.text == "host" else settings.t5_device,
+            attention=settings.attention,
+            fused_kernels=settings.fused_kernels,
             text_weights=settings.t5_weights,
             step_kernels=settings.step_kernels,
         ),

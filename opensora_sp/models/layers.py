@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora_sp.models.kernels.fused import norm_rotary
 from opensora_sp.models.kernels.reference import attend, rms_norm, rotate
 
 MAX_PERIOD = 10_000.0
@@ -85,10 +86,16 @@ class SelfAttention(nn.Module):
         self.k_norm: nn.Module = RMSNorm(width) if qk_norm else nn.Identity()
         self.proj = nn.Linear(channels, channels)
 
-    def _qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [..., C] → q, k, v [..., H, D], q and k normed."""
+    def _qkv(
+        self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [..., C] → q, k, v [..., H, D], q and k normed, and turned where rotary is given."""
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.q_norm(q), self.k_norm(k), v
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            q, k = norm_rotary(q, k, self.q_norm.weight, self.k_norm.weight, rotary)
+        elif rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
 
     def within_frames(self, h: Tensor) -> Tensor:
         """Every patch of a frame attends to its frame: [F,S,C] → [F,S,C], before the projection."""
@@ -98,8 +105,7 @@ class SelfAttention(nn.Module):
     def along_time(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Every position attends to itself in all frames: [B,T,S,C] → [B,T,S,C]."""
         batch, frames, patches, channels = h.shape
-        q, k, v = self._qkv(h)  # [B,T,S,H,D]
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = self._qkv(h, rotary)  # [B,T,S,H,D]
         q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in (q, k, v))  # [B·S,H,T,D]
         out = attend(q, k, v).unflatten(0, (batch, patches))  # [B,S,H,T,D]
         return out.permute(0, 3, 1, 2, 4).reshape(batch, frames, patches, channels)

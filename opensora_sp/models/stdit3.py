@@ -22,7 +22,7 @@ from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.models.configs import DIT, checked, read_dit
 from opensora_sp.models.frame_groups import FrameGroups
-from opensora_sp.models.kernels.reference import modulated_norm
+from opensora_sp.models.kernels.fused import modulated_norm, residual_norm_
 from opensora_sp.models.layers import (
     CrossAttention,
     KeyValue,
@@ -162,9 +162,13 @@ class Block(nn.Module):
         _, _, gate, shift, scale, mlp_gate = self._modulation(tables)
         x = add(x, gate, self.attn.proj(attended))
         crossed = self.cross_attn(x, text)
-        x = x.add_(crossed) if in_place else x + crossed
+        if in_place:
+            h = residual_norm_(x, added=crossed, shift=shift, scale=scale)
+        else:
+            x = x + crossed
+            h = modulated_norm(x, shift, scale)
         del crossed
-        return add(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
+        return add(x, mlp_gate, self.mlp(h))
 
 
 class SpatialBlock(Block):

@@ -23,6 +23,7 @@ from opensora_sp.base.value_types import (
     text,
 )
 from opensora_sp.media.fetch import Remote
+from opensora_sp.models.kernels.attention import AUTO, KERNELS
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.request.setting import Declared, a_path, field_names, setting
@@ -30,6 +31,7 @@ from opensora_sp.request.setting import Declared, a_path, field_names, setting
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
 CheckFinite = Literal["off", "steps", "blocks"]
+FusedKernels = Literal["auto", "off"]
 Guidance = Literal["auto", "together", "serial"]
 T5Device = Literal["device", "cpu"]
 T5Weights = Literal["full", "int8"]
@@ -142,6 +144,21 @@ class EngineSettings(Declared):
         "compile the model",
         changes="nothing",
         feature="compile",
+    )
+    attention: str = setting(
+        "--attention",
+        choice(AUTO, *KERNELS),
+        AUTO,
+        "attention kernel; auto: on accelerators the fastest that is right, measured before the "
+        "first step",
+        changes="content",
+    )
+    fused_kernels: FusedKernels = setting(
+        "--fused-kernels",
+        choice(*get_args(FusedKernels)),
+        "auto",
+        "auto: norms in one kernel each where Triton is there and gives plain torch's numbers",
+        changes="content",
     )
     timeout: float = setting(
         "--timeout",

@@ -41,6 +41,8 @@ class Runtime:
         micro batch.
     step_kernels: plain ones, folded ones, or by a video's size; see
         `opensora_sp.request.step_kernels`. They round differently.
+    attention: the attention kernel's name, or "auto": the fastest that is right on the device.
+    fused_kernels: "auto" uses fused kernels where the device has them, "off" plain torch.
     step_cache: the policy that decides at which steps the blocks' last residual is reused; None
         computes every step. A policy changes the result, so what it makes is never saved for a
         later run to go on from.
@@ -61,6 +63,8 @@ class Runtime:
     text_weights: Literal["full", "int8"] = "full"
     vae_frames: int | None = None
     step_kernels: Literal["auto", "plain", "folded"] = "auto"
+    attention: str = "auto"
+    fused_kernels: Literal["auto", "off"] = "auto"
     step_cache: NamedPolicy | None = None
     mode: MemoryMode | None = None
 

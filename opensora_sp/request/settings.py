@@ -19,6 +19,7 @@ from opensora_sp.base.errors import PromptFault, UserError
 from opensora_sp.base.redaction import is_address, redacted
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import Remote
+from opensora_sp.models.kernels.attention import check_attention
 from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.request import sizes
@@ -294,6 +295,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         notes.append("no --ckpt-path flags: the small embedded model is used")
     save_dir = check_save_dir(values["save_dir"])
     engine = EngineSettings(checkpoints=checkpoints, **from_flags(EngineSettings, values))
+    check_attention(engine.attention, engine.device, engine.dtype)
     settings = JobSettings(**from_flags(JobSettings, values) | {"save_dir": save_dir})
     tasks = _tasks(requests, settings)
     for task in tasks:

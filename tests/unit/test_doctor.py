@@ -47,10 +47,12 @@ def test_a_wrong_operation_is_found(
     monkeypatch.setattr(F, operation, broken)
     cases = [case for case in CASES if case.name == name]
     monkeypatch.setattr("opensora_sp.verification.doctor.operations.CASES", (*cases, CASES[0]))
-    bad, good, whole = check_operations(CPU)
+    bad, good, kernels, norms, whole = check_operations(CPU)
     assert (bad.name, bad.state) == (name, "FAILED")
     assert all(kind in bad.found for kind in ("fp32", "fp16", "bf16"))
     assert good.state == whole.state == "ok"
+    assert kernels.found.startswith("not math" if name == "attention, 72 wide" else "math fp32")
+    assert norms.found == "plain torch: there are no fused kernels for cpu"
 
 
 def test_a_missing_encoder_fails_the_command(

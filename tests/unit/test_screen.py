@@ -208,7 +208,7 @@ def test_a_path_is_printed_so_that_it_opens(tmp_path: Path) -> None:
 # Standard error of a run as it was when every line was printed and none was logged.
 FIRST_RUN = """\
 note: 32x48 (height x width) is not in the size table: the model was not trained on it
-note: --flash-attn has no effect: torch picks the fastest attention of the device
+note: --flash-attn has no effect: --attention chooses the kernel
 note: no --ckpt-path flags: the small embedded model is used
 note: CPU threads of a rank: 1
 1 frames of 32x48 as 1x4x6 latents (6 patches a frame), 1 steps, torch.float32 on 1 x cpu \
@@ -225,7 +225,7 @@ done in N s
 """
 SECOND_RUN = """\
 note: 32x48 (height x width) is not in the size table: the model was not trained on it
-note: --flash-attn has no effect: torch picks the fastest attention of the device
+note: --flash-attn has no effect: --attention chooses the kernel
 note: no --ckpt-path flags: the small embedded model is used
 note: CPU threads of a rank: 1
 note: sample_0000.png is there already and is another request's, so this one becomes \

@@ -281,7 +281,7 @@ FOREIGN: tuple[Foreign, ...] = (
         why="a run goes on where it was, and finished outputs are skipped, without any flag",
     ),
     _same(
-        "--flash-attn",
+        "--attention",
         "use-flash-attn",
         "enable-flash-attn",
         "flash-attention",
@@ -294,7 +294,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "sdpa",
         "attn-backend",
         "attention-type",
-        why="it changes nothing: torch picks the attention kernel",
+        why="without it the fastest attention kernel of the device is chosen",
     ),
     _same("--layernorm-kernel", "enable-layernorm-kernel", "use-fused-layernorm"),
     _same(

@@ -144,9 +144,9 @@ ACCEPTED = (
         "--flash-attn",
         boolean(),
         False,
-        "accepted; torch picks the attention kernel",
+        "accepted; see --attention",
         changes="nothing",
-        note="--flash-attn has no effect: torch picks the fastest attention of the device",
+        note="--flash-attn has no effect: --attention chooses the kernel",
     ),
     _flag(
         "--layernorm-kernel",

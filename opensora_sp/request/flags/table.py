@@ -45,8 +45,9 @@ _ORDER: dict[str, str] = {
         vae_decode timeout heartbeat_timeout deadlines check_finite
     """,
     "Memory and speed": """
-        memory device_memory no_plan t5_device t5_weights step_kernels batch_size
-        micro_batch_size micro_frame_size enable_compile flash_attn layernorm_kernel qk_norm
+        memory device_memory no_plan t5_device t5_weights step_kernels attention fused_kernels
+        batch_size micro_batch_size micro_frame_size enable_compile flash_attn layernorm_kernel
+        qk_norm
     """,
     "Benchmark (opensora-sp benchmark only)": """
         warmup_count eval_count benchmark_save_path baseline peak_tflops measure_peak profile

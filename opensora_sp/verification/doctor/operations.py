@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_sp.models.kernels.attention import DEFAULT, KERNELS, Choice
 from opensora_sp.models.kernels.cpu_half import arithmetic
+from opensora_sp.models.kernels.fused import fused_kernels
+from opensora_sp.models.kernels.probe import works
 from opensora_sp.models.kernels.reference import attend, modulated_norm, rms_norm, rotate
 from opensora_sp.models.layers import rotary_tables, sinusoid
 from opensora_sp.verification.doctor.check_result import CheckResult, attempt, failed, passed
@@ -141,6 +144,8 @@ def check_operations(device: torch.device) -> list[CheckResult]:
     for number, case in enumerate(CASES):
         inputs = [_draw(shape, 100 * number + i) for i, shape in enumerate(case.shapes)]
         results.append(attempt(AREA, case.name, partial(_check, case, inputs, device)))
+    results.append(attempt(AREA, "attention kernels", partial(_check_attention_kernels, device)))
+    results.append(attempt(AREA, "fused norms", partial(_check_fused, device)))
     results.append(attempt(AREA, "whole numbers", partial(_check_whole_numbers, device)))
     return results
 
@@ -185,6 +190,28 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
     return float((actual.cpu().double() - expected).norm() / expected.norm())
+
+
+def _check_attention_kernels(device: torch.device) -> CheckResult:
+    """The attention kernels that --attention may name here, beside the default."""
+    good, bad = [], []
+    for row in KERNELS.values():
+        for dtype, short in _SHORT.items():
+            if row.name == DEFAULT or row.objection(device.type, short) is not None:
+                continue
+            trouble = works(Choice(row.name, row.widths(_WIDTH)[0]), dtype, device, _WIDTH)
+            if trouble is None:
+                good.append(f"{row.name} {short}")
+            else:
+                bad.append(f"not {row.name} {short}: {trouble}")
+    # One that does not work is never chosen by "auto", so it fails nothing.
+    return passed(AREA, "attention kernels", "; ".join(good + bad))
+
+
+def _check_fused(device: torch.device) -> CheckResult:
+    """Whether norms are computed by fused kernels here. Where they are not, plain torch is used."""
+    found = (fused_kernels(device, dtype, _HEADS, _WIDTH)[1] for dtype in _SHORT)
+    return passed(AREA, "fused norms", "; ".join(dict.fromkeys(found)))
 
 
 def _check_whole_numbers(device: torch.device) -> CheckResult:
