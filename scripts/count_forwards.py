@@ -7,7 +7,10 @@ and exits with 1 where they differ. It needs no device and no memory, and takes 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -24,7 +27,7 @@ from opensora_sp.request.runtime import Runtime  # noqa: E402
 PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- counts, by scripts/count_forwards.py -->", "<!-- end of counts -->"
 SIZE = ForwardSize(frames=120, size=(90, 160), pixels=(720, 1280))
-REFERENCE, PROGRAM = "Open-Sora 1.2, flash-attn and xformers on", "this program"
+REFERENCE = "Open-Sora 1.2"
 PARTS_OF_ATTENTION = ("spatial attention", "temporal attention")
 
 
@@ -37,11 +40,18 @@ def oracle_table(size: ForwardSize = SIZE) -> Table:
 
 
 def program_table(
-    runtime: Runtime, fused: frozenset[str] = FUSED, size: ForwardSize = SIZE
+    runtime: Runtime,
+    fused: frozenset[str] = FUSED,
+    size: ForwardSize = SIZE,
+    *,
+    cuda: bool = False,
 ) -> Table:
-    """The program's own code."""
+    """The program's own code. cuda: the forms of its operations that CUDA has."""
     forward = guided_forward(size, runtime)
-    with Counter(device=META, fused=fused) as counter:
+    with (
+        Counter(device=META, fused=fused) as counter,
+        patch("opensora_sp.models.kernels.folded.on_cuda", lambda _: cuda),
+    ):
         forward()
     return _table(counter, size)
 
@@ -60,36 +70,43 @@ def summary(name: str, table: Table) -> tuple[str, ...]:
     )
 
 
-def by_part(oracle: Table, program: Table) -> list[tuple[str, ...]]:
-    """The second table: X a pair of each part, in both."""
-    theirs, ours = (
-        {name: size for name, _, size in table.by("part")} for table in (oracle, program)
-    )
-    ours["self-attention"] = sum(ours.pop(part) for part in PARTS_OF_ATTENTION)
-    lines = sorted(theirs | ours, key=lambda part: -max(theirs.get(part, 0), ours.get(part, 0)))
-    cells = [
-        (part, *(f"{oracle.x_per_pair(each.get(part, 0)):.1f}" for each in (theirs, ours)))
-        for part in lines
-    ]
-    return [("part", REFERENCE, PROGRAM), *(line for line in cells if line[1:] != ("0.0", "0.0"))]
+def by_part(tables: Mapping[str, Table]) -> list[tuple[str, ...]]:
+    """The second table: X a pair of each part."""
+    columns = []
+    for table in tables.values():
+        parts = {name: table.x_per_pair(size) for name, _, size in table.by("part")}
+        spatial, temporal = (parts.pop(part, 0.0) for part in PARTS_OF_ATTENTION)
+        parts["self-attention"] = parts.get("self-attention", 0.0) + spatial + temporal
+        columns.append(parts)
+    names = {name for parts in columns for name in parts}
+    order = sorted(names, key=lambda name: (-max(p.get(name, 0.0) for p in columns), name))
+    cells = [(name, *(f"{p.get(name, 0.0):.1f}" for p in columns)) for name in order]
+    return [("part", *tables), *(row for row in cells if set(row[1:]) != {"0.0"})]
 
 
-def tables() -> str:
+def tables(size: ForwardSize = SIZE) -> str:
     """Both tables of the page."""
-    oracle, program = oracle_table(), program_table(Runtime())
+    apart = frozenset({ATTENTION})  # rms_norm as its parts
+    plain, folded = Runtime(step_kernels="plain"), Runtime(step_kernels="folded")
+    oracle = oracle_table(size)
+    on_cuda = program_table(folded, size=size, cuda=True)
+    everywhere = program_table(folded, apart, size)
     lines = [
         ("one guided forward", "kernels", "X a pair", "TB"),
         summary(REFERENCE, oracle),
+        summary("plain, rms_norm as its parts", program_table(plain, apart, size)),
+        summary("plain, rms_norm as one kernel", program_table(plain, size=size)),
+        summary("folded, operations that every device has", everywhere),
+        summary("folded, operations of CUDA", on_cuda),
         summary(
-            f"{PROGRAM}, rms_norm as its parts", program_table(Runtime(), frozenset({ATTENTION}))
-        ),
-        summary(f"{PROGRAM}, rms_norm as one kernel", program),
-        summary(
-            f"{PROGRAM}, the same in the tiles of `--memory speed`",
-            program_table(Runtime.of("speed")),
+            "the same in the tiles of `--memory speed`",
+            program_table(
+                replace(Runtime.of("speed"), step_kernels="folded"), size=size, cuda=True
+            ),
         ),
     ]
-    return f"{markdown(lines)}\n\n{markdown(by_part(oracle, program))}"
+    parts = {REFERENCE: oracle, "folded, every device": everywhere, "folded, CUDA": on_cuda}
+    return f"{markdown(lines)}\n\n{markdown(by_part(parts))}"
 
 
 def main() -> int:

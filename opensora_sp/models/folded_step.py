@@ -218,14 +218,21 @@ def _along_time(
 
 def _after_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
     """Cross-attention and MLP, added into x [F,S,C], to which proj was added without its bias."""
-    cross, mlp_in = block.cross_attn, folded.before_mlp
+    _cross_attention(block, x, folded, text)
+    _mlp(x, folded)
+
+
+def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
+    cross = block.cross_attn
     q = F.linear(x, cross.q_linear.weight, folded.cross_q_bias)
     q = q.unflatten(-1, (cross.heads, -1)).flatten(0, 1).transpose(0, 1)[None]  # [1,H,F·S,D]
     seen = attend(q, *text)[0].transpose(0, 1).flatten(1).view(x.shape)
     del q
     accumulate_(x, seen, cross.proj.weight)
-    del seen
-    x += mlp_in
+
+
+def _mlp(x: Tensor, folded: FoldedWeights) -> None:
+    x += folded.before_mlp
     hidden = linear_gelu(_layer_norm(x), folded.fc1, folded.fc1_bias)
     accumulate_(x, hidden, folded.fc2)
     x += folded.fc2_bias

@@ -233,10 +233,9 @@ def test_the_page_on_speed_says_what_is_counted_at_720p_and_16_seconds() -> None
     assert 250 < oracle.x_per_pair(oracle.bytes) < 265
     lines = [count_forwards.summary(count_forwards.REFERENCE, oracle)]
     if hasattr(F, "rms_norm"):
-        program = count_forwards.program_table(Runtime())
-        assert program.bytes < 2 / 3 * oracle.bytes
-        name = f"{count_forwards.PROGRAM}, rms_norm as one kernel"
-        lines.append(count_forwards.summary(name, program))
+        folded = count_forwards.program_table(Runtime(step_kernels="folded"), cuda=True)
+        assert folded.bytes < 5e12
+        lines.append(count_forwards.summary("folded, operations of CUDA", folded))
     for line in lines:
         assert "| " + " | ".join(line) + " |" in page
 

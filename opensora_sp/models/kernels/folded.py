@@ -18,6 +18,11 @@ from opensora_sp.models.kernels.cpu_half import computes_natively
 _fused_rms_norm = getattr(torch.ops.aten, "_fused_rms_norm", None)
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether the forms that CUDA has are used; whoever counts them without one replaces this."""
+    return x.device.type == "cuda"
+
+
 def accumulate_(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     """x += a·weightᵀ as one product that adds into x: x [F,S,C], a [F,S,K], weight [C,K].
 
@@ -25,7 +30,7 @@ def accumulate_(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     """
     if x.is_contiguous():
         x.view(-1, x.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), weight.t())
-    elif x.device.type == "cuda":
+    elif on_cuda(x):
         x.baddbmm_(a, weight.t().expand(x.shape[0], -1, -1))
     else:  # without the copies that a batched product makes here
         for frame, part in zip(x, a, strict=True):
@@ -38,7 +43,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     The sources of the two fused forms are torch's own; both compute the tanh form.
     """
-    if x.device.type == "cuda":
+    if on_cuda(x):
         # Its CPU kernel computes the erf form.
         rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
@@ -60,7 +65,7 @@ def _has_onednn_gelu(x: Tensor) -> bool:
 
 def head_norm_(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Root-mean-square norm of each head, x [...,H,D] → the same shape; x may be overwritten."""
-    if x.device.type == "cuda" and _fused_rms_norm is not None:
+    if on_cuda(x) and _fused_rms_norm is not None:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     x.mul_(_rms_factor(x, eps))
     return x if weight is None else x.mul_(weight)
@@ -68,7 +73,7 @@ def head_norm_(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Te
 
 def head_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """As `head_norm_` without a weight, into a new tensor that is contiguous."""
-    if x.device.type == "cuda" and _fused_rms_norm is not None:
+    if on_cuda(x) and _fused_rms_norm is not None:
         return F.rms_norm(x, (x.shape[-1],), None, eps).contiguous()
     return torch.mul(x, _rms_factor(x, eps)).contiguous()
 
