@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opensora_sp.base import faults
 from opensora_sp.base.errors import Cancelled, UserError
-from opensora_sp.base.finite import require_finite
+from opensora_sp.base.finite import FiniteChecks
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
@@ -204,9 +204,15 @@ def denoise(
     clock, session = models.clock, models.session
     step = start.step
 
+    finite = FiniteChecks(_HINTS.get(options.check_finite, ""))
+
     def check(tensor: Tensor, what: str) -> None:
         if options.check_finite != "off":
-            require_finite(tensor, what, hint=_HINTS[options.check_finite])
+            finite.add(tensor, what)
+
+    def gather(z: Tensor) -> Tensor | None:
+        finite.settle()  # what leaves the loop, to be saved or looked at, is known to be sound
+        return denoiser.gather(z)
 
     def on_velocity(velocity: Tensor, t: float) -> None:
         check(velocity, f"the velocity of step {step + 1} (t = {t:.1f})")
@@ -218,9 +224,9 @@ def denoise(
         step_ended(done)
         if step < len(times):
             session.control.progress(f"step {step + 1} of {len(times)}")
-            progress.watch(clip, step, start.mask, lambda: denoiser.gather(z))
+            progress.watch(clip, step, start.mask, lambda: gather(z))
         if on_step_end is not None:
-            _call(session, on_step_end, done, times[done], denoiser.gather(z))
+            _call(session, on_step_end, done, times[done], gather(z))
 
     show = options.show_progress and session.whole.leads
     with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
@@ -235,7 +241,7 @@ def denoise(
         if reused is not None:
             reused.append(velocity.cached.reused)
         with clock.part("gather"):
-            return denoiser.gather(z)
+            return gather(z)
 
 
 def _call(
