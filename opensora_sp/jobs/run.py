@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from opensora_sp.base import faults
 from opensora_sp.base.errors import SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import result, warn_once
 from opensora_sp.engine.generate import StepEnd
+from opensora_sp.engine.timing import Clock
+from opensora_sp.jobs.finishing import Finishing
 from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
 from opensora_sp.jobs.notes import Failure, report, say_captions, say_what_begins
 from opensora_sp.jobs.open import Engine, show_progress, tidy
@@ -53,14 +55,15 @@ def run_job(engine: Engine, job: Job) -> int:
         say_captions(pipeline, job, [work for works in lists for work in works])
         encode_all_text(pipeline, lists)
         sheet = RunSheet() if job.settings.sheet and session.leads else None
-        with _every_replica(whole):
+        finishing = Finishing(pipeline.models.clock)
+        with _every_replica(whole), _settled(finishing, pipeline.models.clock):
             for work in lists[session.replica]:
                 if session is not whole:
                     with session.control.stage("replica work"):
                         faults.reach("replica-work")
                 while work.tasks:
                     try:
-                        make_batch(engine, job, work, sheet)
+                        make_batch(engine, job, work, sheet, finishing=finishing)
                         break
                     except SharedPromptFault as fault:  # the batch is made without that prompt
                         bad = work.tasks[fault.place]
@@ -79,11 +82,13 @@ def make_batch(
     work: Work,
     sheet: RunSheet | None,
     on_step_end: StepEnd | None = None,
+    finishing: Finishing | None = None,
 ) -> None:
     """Make the outputs of one batch, from where they stand, and save its state on the way.
 
-    on_step_end: as for `Pipeline.generate`. Raises SharedPromptFault where one of its prompts is at
-    fault, and Cancelled where on_step_end ends it.
+    on_step_end: as for `Pipeline.generate`. finishing: completes the outputs after this returns,
+    and raises here what failed of the batch before; without, they are complete by then. Raises
+    SharedPromptFault where one of its prompts is at fault, and Cancelled where on_step_end ends it.
     """
     started = time.perf_counter()
     pipeline, leads = engine.pipeline, engine.pipeline.session.leads
@@ -113,17 +118,35 @@ def make_batch(
         every=job.settings.save_every,
         stops=True,
         on_latents=lambda: note_stage("latents saved"),
+        on_step=None if finishing is None else finishing.check,
     )
+
+    def complete() -> None:
+        note_stage("done")
+        _finish(job, work, files, sheet, time.perf_counter() - started)
+
     if not work.denoised:
         note_stage("denoising")
     requests = [task.request for task in work.tasks]
-    with open_outputs(pipeline, job, work.tasks, sheet) as sinks:
+    with open_outputs(
+        pipeline, job, work.tasks, sheet, finishing=finishing, done=complete
+    ) as sinks:
         pipeline.generate_to(
             requests, sinks, keep_latents=False, progress=progress, on_step_end=on_step_end
         )
-    note_stage("done")
-    if leads:
-        _finish(job, work, files, sheet, time.perf_counter() - started)
+
+
+@contextmanager
+def _settled(finishing: Finishing, clock: Clock) -> Iterator[None]:
+    """Leave the block when its last batch is complete. An error of the block comes first."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            finishing.settle()
+        raise
+    with clock.stage("write"):
+        finishing.settle()
 
 
 @contextmanager
