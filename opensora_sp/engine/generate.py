@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opensora_sp.base import faults
 from opensora_sp.base.errors import Cancelled, UserError
-from opensora_sp.base.finite import require_finite
+from opensora_sp.base.finite import FiniteChecks
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import CleanEstimate, Previews
 from opensora_sp.engine.clips import ConditioningFrames
@@ -212,9 +212,15 @@ def denoise(
     clock, session = models.clock, models.session
     step = start.step
 
+    finite = FiniteChecks(_HINTS.get(options.check_finite, ""))
+
     def check(tensor: Tensor, what: str) -> None:
         if options.check_finite != "off":
-            require_finite(tensor, what, hint=_HINTS[options.check_finite])
+            finite.add(tensor, what)
+
+    def gather(z: Tensor) -> Tensor | None:
+        finite.settle()  # what leaves the loop, to be saved or looked at, is known to be sound
+        return denoiser.gather(z)
 
     def on_velocity(velocity: Tensor, t: float) -> None:
         check(velocity, f"the velocity of step {step + 1} (t = {t:.1f})")
@@ -226,13 +232,13 @@ def denoise(
         step_ended(done)
         if step < len(times):
             session.control.progress(f"step {step + 1} of {len(times)}")
-            progress.watch(clip, step, start.mask, lambda: denoiser.gather(z))
+            progress.watch(clip, step, start.mask, lambda: gather(z))
         if on_step_end is not None:
-            latents = denoiser.gather(z) if previews is None else None
+            latents = gather(z) if previews is None else None
             due = _call(session, on_step_end, done, times[done], latents, previews)
             if previews is not None and due:
                 following = times[step] if step < len(times) else 0.0
-                previews.show(denoiser.gather(estimate.clean(z, following)))
+                previews.show(gather(estimate.clean(z, following)))
 
     show = options.show_progress and session.whole.leads
     with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
@@ -251,7 +257,7 @@ def denoise(
         if reused is not None:
             reused.append(velocity.cached.reused)
         with clock.part("gather"):
-            return denoiser.gather(z)
+            return gather(z)
 
 
 def _call(

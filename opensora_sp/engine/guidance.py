@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.geometry import PATCH
+from opensora_sp.base.transfer import to_device
 from opensora_sp.engine.blocks import Pending, Reshard, Stream, run_blocks
 from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
@@ -78,7 +79,8 @@ class Denoiser:
 
     def shard(self, z: Tensor) -> Tensor:
         """Latents [B,4,T,H,W] → this rank's patches [B,T,S_local,16] on the model's device."""
-        return patchify(z)[:, :, self.sharding.patches].contiguous().to(self.model.device)
+        mine = patchify(z)[:, :, self.sharding.patches].contiguous()
+        return to_device(mine, self.model.device)
 
     def gather(self, patches: Tensor) -> Tensor | None:
         """Patches [B,T,S_local,16] → latents [B,4,T,H,W] on the leading rank, None elsewhere."""
@@ -146,8 +148,10 @@ class Velocity:
         they would drift into the picture at the next step.
         """
         model, runtime, batch = self._model, self._runtime, z.shape[0]
-        fps = torch.full((batch,), float(self._fps))
-        tables = model.tables(torch.full((batch,), t), fps, generate).grouped(
+        # Made where they are used: a copy from the host would wait for the device at every step.
+        fps = torch.full((batch,), float(self._fps), device=model.device)
+        time = torch.full((batch,), t, device=model.device)
+        tables = model.tables(time, fps, generate).grouped(
             [[True]] * batch if generate is None else generate.tolist()
         )
         kernels = self._denoiser.step_kernels(z.shape[1], guided=self._cfg_scale != 1)

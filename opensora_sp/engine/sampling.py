@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from opensora_sp.base.transfer import to_device
+
 TRAINING_TIMESTEPS = 1000.0
 
 # velocity(z, t, generate): generate is bool [B,T] or None when no frame is kept.
@@ -105,4 +107,4 @@ def _masked_step(
 
 def _over_frames(mask: Tensor, z: Tensor) -> Tensor:
     """A [B,T] mask, moved to z's device and shaped to broadcast over [B,T,...]."""
-    return mask.to(z.device).reshape(*mask.shape, *([1] * (z.ndim - 2)))
+    return to_device(mask, z.device).reshape(*mask.shape, *([1] * (z.ndim - 2)))

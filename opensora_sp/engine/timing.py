@@ -95,7 +95,8 @@ class Clock:
     """Seconds per stage, summed over the times it ran, in the order they first ran.
 
     around(name): a context that each stage also runs in. failed_in: the innermost stage that an
-    exception left first, None as long as all went well.
+    exception left first, None as long as all went well. beside: seconds of other threads, by what
+    they did; the run did not stand still for them.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Clock:
         self.device = device
         self._around = around or (lambda name: nullcontext())
         self.seconds: dict[str, float] = {}
+        self.beside: dict[str, float] = {}
         self.recording: Recording | None = None
         self._watch: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self.failed_in: str | None = None
@@ -130,6 +132,10 @@ class Clock:
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
                 if recording is not None:
                     recording.end(started)
+
+    def note_beside(self, name: str, seconds: float) -> None:
+        """Add the seconds of another thread."""
+        self.beside[name] = self.beside.get(name, 0.0) + seconds
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp import __version__
 from opensora_sp.base.screen import result
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.jobs.finishing import Finishing
 from opensora_sp.jobs.sheet_sink import RunSheet
+from opensora_sp.media.background import HELD_CHUNKS, Background, BackgroundSink
 from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
@@ -33,21 +35,46 @@ PACKAGES = ("torch", "transformers", "diffusers", "av")
 
 @contextmanager
 def open_outputs(
-    pipeline: Pipeline, job: Job, batch: Sequence[Task], sheet: RunSheet | None = None
+    pipeline: Pipeline,
+    job: Job,
+    batch: Sequence[Task],
+    sheet: RunSheet | None = None,
+    *,
+    finishing: Finishing | None = None,
+    done: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Sink]]:
     """A sink for each task of a batch. On the leading rank it is the task's file.
 
-    The files appear when the block ends well. Opening and finishing them is the stage "write".
+    A thread writes the frames. When the block ends well it completes the files, which then appear,
+    and calls done, on the leading rank only. finishing: lets that go on after the block; without,
+    the block ends when all is done. The batch before is complete when the first frames come.
+    Waiting for the thread, and opening the files, is the stage "write".
     """
     if not pipeline.session.leads:
         yield [Collector() for _ in batch]
         return
+    clock = pipeline.models.clock
     with ExitStack() as stack:
-        with pipeline.models.clock.stage("write"):
+        with clock.stage("write"):
             sinks = [stack.enter_context(open_output(pipeline, job, t, sheet)) for t in batch]
-        yield sinks
-        with pipeline.models.clock.stage("write"):
-            stack.close()
+        background = Background(held_bytes(batch[0].request, len(batch)))
+        own = Finishing(clock)
+        before = (finishing or own).settle  # or two batches' frames would wait
+        try:
+            yield [BackgroundSink(sink, background, before) for sink in sinks]
+        except BaseException:
+            background.abandon()
+            raise
+        (finishing or own).begin(background, stack.pop_all(), done)
+    with clock.stage("write"):
+        own.settle()
+
+
+def held_bytes(request: Request, batch: int) -> int:
+    """Bytes of decoded frames that may wait to be written: two chunks of every video."""
+    height, width = request.decoded_size
+    frames = min(request.micro_frame_size or request.num_frames, request.num_frames)
+    return HELD_CHUNKS * batch * frames * height * width * 3
 
 
 @contextmanager
@@ -167,6 +194,7 @@ def write_run_sheet(
     spent = pipeline.models.clock.seconds.items()
     timings = {"whole run": time.perf_counter() - started}
     timings |= {name: s - before.get(name, 0.0) for name, s in spent if s != before.get(name)}
+    timings |= pipeline.models.clock.beside
     path = _sheet_path(job)
     joined.write(path, describe(pipeline, job, job.tasks[0].request), timings)
     result(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from opensora_sp.base import faults
@@ -17,6 +17,8 @@ from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, U
 from opensora_sp.base.screen import result, warn_once
 from opensora_sp.engine.clean_estimate import Previews
 from opensora_sp.engine.generate import StepEnd
+from opensora_sp.engine.timing import Clock
+from opensora_sp.jobs.finishing import Finishing
 from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
 from opensora_sp.jobs.notes import Failure, report, say_captions, say_what_begins
 from opensora_sp.jobs.open import Engine, show_progress, tidy
@@ -54,14 +56,15 @@ def run_job(engine: Engine, job: Job) -> int:
         say_captions(pipeline, job, [work for works in lists for work in works])
         encode_all_text(pipeline, lists)
         sheet = RunSheet() if job.settings.sheet and session.leads else None
-        with _every_replica(whole):
+        finishing = Finishing(pipeline.models.clock)
+        with _every_replica(whole), _settled(finishing, pipeline.models.clock):
             for work in lists[session.replica]:
                 if session is not whole:
                     with session.control.stage("replica work"):
                         faults.reach("replica-work")
                 while work.tasks:
                     try:
-                        make_batch(engine, job, work, sheet)
+                        make_batch(engine, job, work, sheet, finishing=finishing)
                         break
                     except SharedPromptFault as fault:  # the batch is made without that prompt
                         bad = work.tasks[fault.place]
@@ -81,11 +84,14 @@ def make_batch(
     sheet: RunSheet | None,
     on_step_end: StepEnd | None = None,
     previews: Previews | None = None,
+    finishing: Finishing | None = None,
 ) -> None:
     """Make the outputs of one batch, from where they stand, and save its state on the way.
 
-    on_step_end, previews: as for `Pipeline.generate_to`. Raises SharedPromptFault where one of its
-    prompts is at fault, and Cancelled where on_step_end ends it.
+    on_step_end, previews: as for `Pipeline.generate_to`. finishing: completes the outputs after
+    this returns, and raises here what failed of the batch before; without, they are complete by
+    then. Raises SharedPromptFault where one of its prompts is at fault, and Cancelled where
+    on_step_end ends it.
     """
     started = time.perf_counter()
     pipeline, leads = engine.pipeline, engine.pipeline.session.leads
@@ -115,11 +121,19 @@ def make_batch(
         every=job.settings.save_every,
         stops=True,
         on_latents=lambda: note_stage("latents saved"),
+        on_step=None if finishing is None else finishing.check,
     )
+
+    def complete() -> None:
+        note_stage("done")
+        _finish(job, work, files, sheet, time.perf_counter() - started)
+
     if not work.denoised:
         note_stage("denoising")
     requests = [task.request for task in work.tasks]
-    with open_outputs(pipeline, job, work.tasks, sheet) as sinks:
+    with open_outputs(
+        pipeline, job, work.tasks, sheet, finishing=finishing, done=complete
+    ) as sinks:
         try:
             pipeline.generate_to(
                 requests,
@@ -133,9 +147,19 @@ def make_batch(
             if len(requests) > 1:  # one of them may be unwanted: the others go on from this step
                 progress.save_now()
             raise
-    note_stage("done")
-    if leads:
-        _finish(job, work, files, sheet, time.perf_counter() - started)
+
+
+@contextmanager
+def _settled(finishing: Finishing, clock: Clock) -> Iterator[None]:
+    """Leave the block when its last batch is complete. An error of the block comes first."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            finishing.settle()
+        raise
+    with clock.stage("write"):
+        finishing.settle()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class SavedProgress(Progress):
     """The saved state of a batch: one `StateFiles` for each request, all at the same position.
 
     every: steps between two saves; 0 saves finished clips only. stops: save the last step on Ctrl-C
-    or SIGTERM. on_latents: called when the last clip is denoised.
+    or SIGTERM. on_latents: called when the last clip is denoised. on_step: called after every step.
     """
 
     saves = True
@@ -42,9 +42,11 @@ class SavedProgress(Progress):
         every: int = 0,
         stops: bool = False,
         on_latents: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
         self._session, self._files, self._start = session, files, start
         self._every, self._stops, self._on_latents = every, stops, on_latents
+        self._on_step = on_step
         self._asked: list[int] = []  # signals that came during the steps
         self._mask: Tensor | None = None
         self._unsaved: tuple[Position, Gather] | None = None
@@ -97,6 +99,8 @@ class SavedProgress(Progress):
     def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
         """Called after `step` steps of a clip: save the state if it is due. Collective."""
         self._mask, self._unsaved = mask, (Position(clip, step), gather)
+        if self._on_step is not None:
+            self._on_step()
         asked = self._all_asked()
         if asked or (self._every and step % self._every == 0):
             self.save_now()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora_sp.base.transfer import to_device
 from opensora_sp.models.kernels.fused import norm_rotary
 from opensora_sp.models.kernels.reference import attend, rms_norm, rotate
 
@@ -25,7 +26,7 @@ def sinusoid(values: Tensor, width: int = SINUSOID_WIDTH) -> Tensor:
     """values [N], float32 → [N, width]: cosines, then sines, of period 2π to 2π·10000."""
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float32) / half
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents).to(values.device)
+    frequencies = to_device(torch.exp(-math.log(MAX_PERIOD) * exponents), values.device)
     angles = values.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -57,7 +58,7 @@ def position_table(
 
 def rotary_tables(frequencies: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of frame index × frequency: two [T, D/2] in float32."""
-    index = torch.arange(frames, dtype=torch.float32).to(frequencies.device)
+    index = to_device(torch.arange(frames, dtype=torch.float32), frequencies.device)
     angles = index[:, None] * frequencies.float()[None]
     return angles.cos(), angles.sin()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.geometry import PATCH
+from opensora_sp.base.transfer import to_device
 from opensora_sp.models.configs import DIT, checked, read_dit
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.fused import modulated_norm, residual_norm_
@@ -315,7 +316,7 @@ class STDiT3(nn.Module):
         now = now[:, None]
         if frame_mask is not None:
             still = self.t_embedder(torch.zeros_like(t).to(self.device), self.dtype) + rate
-            chosen = frame_mask.to(self.device)[..., None]
+            chosen = to_device(frame_mask, self.device)[..., None]
             now = torch.where(chosen, now, still[:, None])  # [B,T,C]
         return StepTables(now, self.t_block(now).unflatten(-1, (6, -1)))
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from opensora_sp.base import geometry
+from opensora_sp.media.background import HELD_CHUNKS
 from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.planner.cost import Workload, step_flops, step_traffic
@@ -248,7 +249,7 @@ def decoding_ranks(shape: Shape, mesh: Mesh, options: Options) -> int:
 
 
 def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) -> int:
-    """Host memory of the leading rank: weights that wait there, noise, the process itself."""
+    """Host memory of the leading rank: weights that wait there, noise, frames, the process."""
     frames, height, width = shape.latent
     weights = 0
     if mode.offload.uses_host_memory:
@@ -258,7 +259,9 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     waiting = weights * shape.itemsize
     kept = max(waiting, text) if options.warm is None else waiting + text
     noise = 3 * 4 * 4 * shape.batch * frames * height * width
-    return int(_PROCESS + kept + noise)
+    chunk = min(shape.micro_frames or shape.num_frames, shape.num_frames)
+    written = HELD_CHUNKS * shape.batch * chunk * shape.pixels * 3
+    return int(_PROCESS + kept + noise + written)
 
 
 def text_on_host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) -> int:

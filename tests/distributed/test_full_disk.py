@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
-import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,19 +22,32 @@ from opensora_sp.media import writer as media
 
 FLAGS = ["--prompt", "one", "two", "--num-frames", "17", "--num-sampling-steps", "3"]
 FLAGS += ["--save-every", "1", "--text-cache", "off"]
+WRITING = threading.RLock()
 
 
 @contextmanager
 def full(size: int) -> Iterator[None]:
-    """Every write of this process beyond `size` bytes of a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    """Every write of this process beyond `size` bytes of a file fails, as on a full disk.
+
+    Outputs are written in a thread of their own: other writers of the process wait meanwhile.
+    """
+    with WRITING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores the signal SIGXFSZ
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def one_at_a_time(write: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, not while another thread finds its disk full."""
+
+    def alone(*arguments: Any, **named: Any) -> Any:
+        with WRITING:
+            return write(*arguments, **named)
+
+    return alone
 
 
 def on_full_disk(
@@ -52,6 +65,8 @@ def on_full_disk(
 
         return limited
 
+    setattr(jobs, "write_record", one_at_a_time(manifest.write_record))  # noqa: B010
+    StateFiles._write = one_at_a_time(StateFiles._write)  # type: ignore[method-assign]
     if what == "states":
         StateFiles._write = without_room(StateFiles._write, 1000)  # type: ignore[method-assign]
     elif what == "records":

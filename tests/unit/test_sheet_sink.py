@@ -179,7 +179,7 @@ def test_a_list_keeps_no_output_alive(
     make(job_of(tmp_path, *argv, "--prompt", *"abcdef"))
     batches = 3 if "--batch-size" in argv else 6
     assert len(alive) == batches
-    assert alive[1:] == [alive[0]] * (batches - 1)  # as after the first output, whatever came since
-    assert alive[0] <= 6 // batches
+    # Of the batch that is completed, and of the next, which has begun.
+    assert max(alive) <= 2 * (6 // batches)
     assert frames_held == [0] * batches
     assert len(articles((tmp_path / "sheet.html").read_text())) == 6
