@@ -103,6 +103,6 @@ def repeat(
 def release(device: torch.device) -> None:
     """Give memory that nothing uses back to the device."""
     gc.collect()
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if device.type not in ("cpu", "meta") and hasattr(module, "empty_cache"):
         module.empty_cache()

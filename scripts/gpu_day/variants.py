@@ -78,7 +78,7 @@ class Scene:
 
 
 def variants(scene: Scene) -> dict[str, Callable[[], Step]]:
-    """Each variant's name → what makes its step. It raises NotInThisVersionError where there is none."""
+    """Each variant's name → what makes its step, or raises NotInThisVersionError."""
     made = {
         "plain": lambda: program_step(scene, step_kernels="plain"),
         "folded": lambda: program_step(scene, step_kernels="folded", needs="step_kernels"),
