@@ -101,6 +101,16 @@ VAE3D_CONFIG: dict[str, Any] = {
 }
 
 
+def standard_deviation(name: str, shape: tuple[int, ...]) -> float:
+    """Of a random weight that is neither a norm's nor a table."""
+    std = 0.02 if len(shape) == 1 else math.sqrt(shape[0] / math.prod(shape))
+    if name == "shared.weight":
+        return 1.0
+    if name.endswith("SelfAttention.q.weight"):
+        std /= math.sqrt(T5_CONFIG["d_kv"])  # T5 does not scale its attention scores
+    return std
+
+
 def make_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """One random weight, drawn from the seed and its own name: order and neighbours do not matter.
 
@@ -112,11 +122,7 @@ def make_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return 10000.0 ** (-torch.arange(shape[0], dtype=torch.float32) / shape[0])
     if len(shape) == 1 and name.endswith(".weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
-    std = 0.02 if len(shape) == 1 else math.sqrt(shape[0] / math.prod(shape))
-    if name == "shared.weight":
-        std = 1.0
-    elif name.endswith("SelfAttention.q.weight"):
-        std /= math.sqrt(T5_CONFIG["d_kv"])  # T5 does not scale its attention scores
+    std = standard_deviation(name, shape)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     # In half precision at once: the float32 draw of the largest weight is freed before the next.

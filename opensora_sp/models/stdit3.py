@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_sp.base.errors import CheckpointError
@@ -111,13 +110,15 @@ def patchify(z: Tensor) -> Tensor:
     """Latents [B,4,T,H,W] → patch form [B,T,S,16]; odd sides are zero-padded at the end."""
     height, width = z.shape[-2:]
     z = F.pad(z, (0, width % PATCH, 0, height % PATCH))
-    return rearrange(z, "b c t (h p) (w q) -> b t (h w) (c p q)", p=PATCH, q=PATCH)
+    z = z.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # [B,4,T,h,P,w,P]
+    return z.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
 
 
 def unpatchify(patches: Tensor, size: tuple[int, int]) -> Tensor:
     """Patch form [B,T,S,C·4] → [B,C,T,H,W], cropped to `size` = (H, W)."""
     rows = -(-size[0] // PATCH)
-    z = rearrange(patches, "b t (h w) (c p q) -> b c t (h p) (w q)", h=rows, p=PATCH, q=PATCH)
+    z = patches.unflatten(3, (-1, PATCH, PATCH)).unflatten(2, (rows, -1))  # [B,T,h,w,C,P,P]
+    z = z.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
     return z[..., : size[0], : size[1]]
 
 

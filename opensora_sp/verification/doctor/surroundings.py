@@ -42,7 +42,6 @@ OLDEST = {
     "numpy": (1,),
     "sentencepiece": (0, 2),
     "protobuf": (4,),
-    "einops": (0, 8),
     "ftfy": (6, 1),
     "beautifulsoup4": (4, 12),
     "pyyaml": (6,),
