@@ -24,6 +24,7 @@ PARTS: Mapping[str, str] = {
     "STDiT3.rotary": "rotary embedding",
     "rotate": "rotary embedding",
     "RMSNorm.forward": "query and key norm",
+    "rms_norm": "query and key norm",
     "modulated_norm": "norm and modulation",
     "Block._modulation": "norm and modulation",
     "SelfAttention.within_frames": "spatial attention",
