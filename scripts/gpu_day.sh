@@ -52,5 +52,6 @@ PY
 )"
 [[ -z "$missing" ]] || say "missing here: $missing; the rows of the VAE or T5 are left out"
 
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Threads that spin at barriers would wait for peers without a core, on a CPU that others use too.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 exec "$python" -m scripts.gpu_day "$@"

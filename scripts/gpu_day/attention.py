@@ -110,7 +110,7 @@ def _by_backend(backend: str, wide: int, q: Tensor, k: Tensor, v: Tensor) -> Ten
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     width = q.shape[-1]
-    padded = (F.pad(x, (0, wide - width)) for x in (q, k, v))
+    q, k, v = (F.pad(x, (0, wide - width)) for x in (q, k, v))
     with sdpa_kernel([getattr(SDPBackend, backend)]):
-        out = F.scaled_dot_product_attention(*padded, scale=1 / math.sqrt(width))
+        out = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(width))
     return out[..., :width]

@@ -21,7 +21,7 @@ from scripts.gpu_day.day import Day, Task
 from scripts.gpu_day.page import PARTS
 from scripts.gpu_day.rows import SCHEMA, Results, Row, left_out
 from scripts.gpu_day.timing import Budget
-from scripts.gpu_day.variants import ORACLE
+from scripts.gpu_day.variants import ORACLE, Scene
 
 DAY = Day(
     sizes=replace(sizes.reduced(), rounds=1, steps=[sizes.reduced().largest] * 2),
@@ -81,7 +81,7 @@ def test_a_task_that_fails_says_why_and_the_day_goes_on(
     def missing(*_: Any) -> Any:
         raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 
-    monkeypatch.setattr(steps.Scene, "of", out_of_memory)
+    monkeypatch.setattr(Scene, "of", out_of_memory)
     monkeypatch.setattr(stages, "random_vae", missing)
     code, report = run_main(monkeypatch, tmp_path)
     assert (code, report["status"]) == (1, "ok")
