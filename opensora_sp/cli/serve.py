@@ -188,7 +188,10 @@ def _settings(words: Sequence[str]) -> ServiceSettings:
         log_format=operations.log_format,
         log_level=operations.log_level,
     )
-    engine_of_settings(group, group.first_job())
+    first = group.first_job()
+    if (first.engine.replicas or 1) != 1:
+        raise UserError("--replicas belongs to generate: a server makes each video on all ranks")
+    engine_of_settings(group, first)
     limits = read_limits(found.limit)
     return ServiceSettings(
         found.host, found.port, group, tokens, limits=limits, operations=operations

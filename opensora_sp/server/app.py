@@ -365,19 +365,26 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/videos/estimate")
     async def estimate(request: Request) -> Response:
         """What a video of these fields needs and how long it takes; nothing is queued."""
+        arriving, length = gateway.arriving, _length(request)
+        if arriving.bytes + length > limits.bytes_at_once:
+            return refusal(429, "too many files are being sent just now: try again later")
         job_id = gateway.store.new_id()
+        arriving.bytes += length
         try:
             fields, uploads = await asyncio.wait_for(
                 _read_body(request, gateway, job_id), limits.body_seconds
             )
-            return JSONResponse(
-                await run_in_threadpool(
+            async with judging:
+                found = await run_in_threadpool(
                     _estimate, gateway, job_id, fields, uploads, request.state.owner
                 )
-            )
+            return JSONResponse(found)
         except (TimeoutError, asyncio.TimeoutError):
             return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
+        except ClientDisconnect:
+            return refusal(400, "the connection was closed before the body was whole")
         finally:
+            arriving.bytes -= length
             await run_in_threadpool(gateway.store.delete, job_id)
 
     @app.get("/v1/videos/{video_id}")
@@ -580,7 +587,12 @@ def queue_job(
     )
     gateway.store.put_spec(spec)
     entry = gateway.board.add(spec)
-    gateway.jobs.put(job_id, asked.priority)
+    try:
+        gateway.jobs.put(job_id, asked.priority)
+    except BaseException:  # the client is told that it failed: nothing of it stays
+        gateway.board.remove(job_id)
+        gateway.store.delete(job_id)
+        raise
     prompt = f": {one_line(asked.shown['prompt'])}" if gateway.log_prompts else ""
     log.info("%s is queued%s", job_id, prompt, extra={"job": job_id})
     return entry
@@ -620,8 +632,13 @@ def remove(gateway: Gateway, entry: Entry) -> None:
     if entry.live:
         gateway.store.ask_to_cancel(job_id)
         gateway.jobs.cancel(job_id)
-    gateway.board.remove(job_id)
-    gateway.store.delete(job_id)
+    now = gateway.board.get(job_id) or entry
+    if not gateway.board.remove(job_id):
+        return  # somebody else deletes it just now
+    if now.status == "in_progress":
+        gateway.store.forget(job_id)  # the engine writes there: it removes what is left
+    else:
+        gateway.store.delete(job_id)
     if entry.live:
         gateway.metrics.job_cancelled()
         log.info("%s is deleted before it ended", job_id, extra={"job": job_id})

@@ -53,6 +53,8 @@ def gather(
             continue
         if isinstance(other, str) or _shape(other) != _shape(job):
             break
+        if why_not(other, read_facts(settings), batch=len(found) + 1) is not None:
+            break
         found[job_id] = other
     return found
 

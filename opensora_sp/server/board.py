@@ -110,16 +110,17 @@ class Board:
         self._put(entry)
         return entry
 
-    def remove(self, job_id: str) -> None:
-        """A job is gone."""
+    def remove(self, job_id: str) -> bool:
+        """A job is gone. False where it was gone before."""
         with self._lock:
             entry = self._entries.pop(job_id, None)
             self._bodies.pop(job_id, None)
             if entry is None:
-                return
+                return False
             self._count(entry, -1)
             del self._order[bisect.bisect_left(self._order, _key(entry))]
             self._changed = True
+            return True
 
     def get(self, job_id: str) -> Entry | None:
         """One job."""
@@ -215,7 +216,8 @@ class Board:
                 entry = self._entries.get(job_id)
                 if entry is not None and entry.live:
                     found = self._entry(entry.spec, job, self._store.result(job_id))
-                    self._keep(entry, replace(found, place=entry.place))
+                    eta = entry.eta_s if found.status == "queued" else None
+                    self._keep(entry, replace(found, place=entry.place, eta_s=eta))
             return
         self._changed, self._taken, self._whole_look = False, set(taken), time.monotonic()
         self._look_at_all()
@@ -240,8 +242,9 @@ class Board:
             job_id = entry.spec.id
             job = by_id.get(job_id)
             if job is not None:
-                # Only one that was taken can have ended: the others' folders are not looked into.
-                result = self._store.result(job_id) if job.status == "in_progress" else None
+                # Only one that was begun can have ended: the others' folders are not looked into.
+                begun = job.status == "in_progress" or entry.progress is not None
+                result = self._store.result(job_id) if begun else None
                 found = self._entry(entry.spec, job, result)
                 eta = None if found.progress is not None else etas.get(job_id)
                 self._keep(entry, replace(found, place=places[job_id], eta_s=rounded(eta)))

@@ -168,6 +168,7 @@ def _make_together(
         except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
             if alone:
                 reporters[next(iter(jobs))].failed(str(error))
+                _left(whole, store, jobs)  # nothing of it stays where it was deleted meanwhile
                 return
             log.warning("%d jobs made together failed, each is made alone: %s", len(jobs), error)
             for job_id, job in _left(whole, store, jobs).items():

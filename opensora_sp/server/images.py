@@ -124,13 +124,13 @@ def add_images(app: FastAPI, intake: Intake) -> None:
             outcome = await _wait(request, intake, ids)
         finally:
             if outcome != "ended":
-                _remove_all(intake, ids)
+                await run_in_threadpool(_remove_all, intake, ids)
         if outcome != "ended":
             return _not_made(intake, outcome)
         entries = [intake.board.get(job_id) for job_id in ids]
         for entry in entries:
             if entry is None or entry.result is None or entry.result.error is not None:
-                _remove_all(intake, ids)
+                await run_in_threadpool(_remove_all, intake, ids)
                 return _failed(intake, entry)
         made = [entry for entry in entries if entry is not None]
         data = await run_in_threadpool(_data, intake, made, form, str(request.base_url))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.atomic import atomic_output
+from opensora_sp.base.errors import UserError
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
 _LARGEST_FILE = 4 << 20
@@ -177,12 +178,17 @@ class JobStore:
 
     def ask_to_cancel(self, job_id: str) -> None:
         """The engine stops at the next step of this job."""
-        (self.folder(job_id) / "cancel").touch()
+        with contextlib.suppress(FileNotFoundError):  # it is deleted already
+            (self.folder(job_id) / "cancel").touch()
 
     def cancel_asked(self, job_id: str) -> bool:
         """Whether somebody wants it to stop; also where it was deleted meanwhile."""
         folder = self.folder(job_id)
         return (folder / "cancel").exists() or not (folder / "job.json").exists()
+
+    def forget(self, job_id: str) -> None:
+        """Make a job gone whose folder the engine writes to; the engine removes the folder."""
+        (self.folder(job_id) / "job.json").unlink(missing_ok=True)
 
     def delete(self, job_id: str) -> None:
         """Remove everything of a job; job.json first, so that a half-deleted one is gone."""
@@ -220,8 +226,12 @@ class JobStore:
         folder = self.folder(job_id)
         if not folder.is_dir():
             return  # deleted meanwhile: nothing is to come back
-        with atomic_output(folder / name) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            with atomic_output(folder / name) as temporary:
+                temporary.write_text(json.dumps(content), encoding="utf-8")
+        except (OSError, UserError):
+            if (folder / "job.json").exists() or name == "job.json":
+                raise  # else it was deleted while this was written
 
     def _get(self, job_id: str, name: str) -> dict[str, Any] | None:
         path = self.folder(job_id) / name

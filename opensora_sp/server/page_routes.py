@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from opensora_sp.server.live import Feed
 from opensora_sp.server.owners import sees
 
 LOGIN = "/login"
-_LONGEST_LOGIN = 4096
+_LONGEST_LOGIN, _LOGIN_SECONDS = 4096, 20.0
 _COOKIE_SECONDS = 30 * 24 * 3600
 
 
@@ -50,8 +51,12 @@ def add_page_routes(
     @app.post(LOGIN, include_in_schema=False)
     async def login(request: Request) -> Response:
         """Keep a token in a cookie, which scripts cannot read and other sites cannot send."""
-        token = await _token_of(request)
-        if not any(hmac.compare_digest(known.encode(), token.encode()) for known in tokens):
+        try:
+            token = await asyncio.wait_for(_token_of(request), _LOGIN_SECONDS)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+            raise HTTPException(400, "the token did not arrive in time") from None
+        given = token.encode("utf-8", "replace")
+        if not any(hmac.compare_digest(known.encode(), given) for known in tokens):
             return JSONResponse({"error": {"message": "this token is not known"}}, 401)
         answer = JSONResponse({"ok": True})
         answer.set_cookie(

@@ -67,7 +67,9 @@ def served_shapes(group: GroupSettings, first: Job) -> dict[str, Shape]:
     return {
         name: replace(
             shape_of(
-                replace(request, height=height, width=width, num_frames=frames), first.engine, 1
+                replace(request, height=height, width=width, num_frames=frames),
+                first.engine,
+                group.batch_jobs,
             ),
             encodes=True,
         )
@@ -131,16 +133,18 @@ def _parts(request: Request, settings: EngineSettings) -> tuple[Shape, ModelSize
     return shape_of(request, settings, 1), sizes_of(settings.checkpoints), options_of(settings)
 
 
-def why_not(job: Job, warm: WarmEngine | None, *, by_name: bool = False) -> str | None:
+def why_not(
+    job: Job, warm: WarmEngine | None, *, by_name: bool = False, batch: int = 1
+) -> str | None:
     """Why a job does not fit and the nearest that does, in one line with flags; None if it fits.
 
-    by_name: the client gave its size as a resolution. The first flag is the one at fault: the
-    number of frames where fewer of them fit, else the size.
+    by_name: the client gave its size as a resolution. batch: so many of it together. The first
+    flag is the one at fault: the number of frames where fewer of them fit, else the size.
     """
-    parts = _parts(job.tasks[0].request, job.engine)
+    shape, models, options = _parts(job.tasks[0].request, job.engine)
+    parts = replace(shape, batch=batch), models, options
     if warm is None or warm.tries or (short := shortfall(warm, *parts)) is None:
         return None
-    shape = parts[0]
     frames, size = fewer_frames(warm, *parts), smaller_size(warm, *parts)
     ways = []
     if frames is not None:

@@ -166,7 +166,11 @@ def _drain(settings: ServiceSettings, gateway: Gateway, engine: EngineProcess) -
         log.info("stopping: the job that is made may take %g s more", operations.drain_seconds)
         engine.take_no_more()
         end = time.monotonic() + operations.drain_seconds
+        before = engine.health().restarts
         while time.monotonic() < end and gateway.board.counts()["in_progress"]:
+            now = engine.health()
+            if now.state == "failed" or now.restarts != before:
+                break  # what it was making is saved: the next server goes on with it
             time.sleep(0.05)
     log.info("stopping: the engine saves what it has not finished and ends")
     engine.stop()

@@ -32,7 +32,14 @@ from opensora_sp.server.checking import judge
 from opensora_sp.server.estimate import Estimator, fit
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.protocol import as_bad_request
-from opensora_sp.server.served import facts_path, read_facts, served_shapes, write_facts
+from opensora_sp.server.served import (
+    facts_path,
+    plan_request,
+    read_facts,
+    served_shapes,
+    why_not,
+    write_facts,
+)
 from opensora_sp.server.settings import GroupSettings
 
 MODELS, FREE = ModelSizes(), Options()
@@ -173,6 +180,21 @@ def test_a_request_is_judged_by_what_the_engine_has(tmp_path: Path) -> None:
     assert read_facts(settings) is None
 
 
+def test_a_batch_is_planned_for_as_many_as_it_has(tmp_path: Path) -> None:
+    settings = group(tmp_path, batch_jobs=4)
+    job = settings.job(["--prompt=a", "--image-size", "96", "160"], tmp_path / "outputs")
+    assert {shape.batch for shape in served_shapes(settings, settings.first_job()).values()} == {4}
+    needed = plan_request(replace(settings, batch_jobs=1), job)[0].peak
+    warm = WarmEngine(
+        room=Room(device="cpu", by_rank=(2.0 * needed,), host=None),
+        ranks=1,
+        mode=MODES[-1],
+        text="device",
+    )
+    assert why_not(job, warm) is None
+    assert "does not fit" in (why_not(job, warm, batch=100) or "")
+
+
 def test_the_sizes_that_are_served(tmp_path: Path) -> None:
     def sizes(**more: Any) -> set[tuple[int, int, int]]:
         one = group(tmp_path, **more)
@@ -193,6 +215,7 @@ def test_a_server_refuses_at_its_start_what_it_cannot_serve(
         (["--warmup", "720p-3s"], "--warmup '720p-3s' is not one of 144p-16s, "),
         (["--serves", "480p-2s,base"], "--serves 'base' is not one of 144p-16s, "),
         (["--serves", "720p-16s", "--device-memory", "1100MB"], "--serves 720p-16s does not fit"),
+        (["--replicas", "2", "--nproc", "2"], "--replicas belongs to generate"),
         (["--device-memory", "much"], "--device-memory 'much' is neither a size"),
     ):
         assert main([*flags, "--save-dir", str(tmp_path / "save")]) == 2
