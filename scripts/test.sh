@@ -72,6 +72,6 @@ OPENSORA_SP_LINT_FAILED="$(IFS=,; printf '%s' "${failed[*]-}")"
 export OPENSORA_SP_LINT_FAILED
 
 status=0
-"$bin/python" -m pytest -n "$workers" --dist loadgroup "$@" || status=$?
+"$bin/python" -m pytest -n "$workers" --dist worksteal "$@" || status=$?
 [[ "$status" != 0 || "${#failed[@]}" == 0 ]] || status=1
 exit "$status"

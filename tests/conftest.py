@@ -50,10 +50,8 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast, see fast.py; files whose tests share a server stay in one worker."""
+    """Mark what is fast, see fast.py."""
     for item in items:
-        if item.path.parent.name in ("server", "device"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if is_fast(item):
             item.add_marker("fast")
 

@@ -120,7 +120,7 @@ def test_a_stopped_server_finishes_its_job_refuses_others_and_logs_no_prompt(
     ends = [one["job"] for one in lines if "is completed in" in one["message"]]
     assert ends[-1] == job
     ready = [one for one in lines if one["message"].startswith("the engine is ready")]
-    assert [one["rank"] for one in ready] == [0, 0]  # it was started twice
+    assert {one["rank"] for one in ready} == {0}
     assert any(one["logger"] == "opensora_sp.server.access" for one in lines)
     assert "red ball" not in text.lower()
     assert "a" * 20 not in text
