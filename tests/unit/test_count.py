@@ -21,6 +21,8 @@ from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.suite import load_cases
 from scripts import count_forwards
 
+pytestmark = pytest.mark.slow
+
 A, B = torch.zeros(6, 8), torch.ones(6, 8)  # 192 bytes each
 ROW = torch.ones(8)  # 32 bytes
 SIX = torch.ones(6)

@@ -22,6 +22,8 @@ from opensora_sp.request.request import Request
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.step_kernels import kernels_of
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED_PAIR = STDiT3Config(depth=1, model_max_length=12, caption_channels=16)
 MASK = torch.tensor([[False, True, True, False, True], [True, True, False, False, True]])
 

@@ -23,6 +23,8 @@ from scripts.gpu_day.rows import SCHEMA, Results, Row, left_out
 from scripts.gpu_day.timing import Budget
 from scripts.gpu_day.variants import ORACLE, Scene
 
+pytestmark = pytest.mark.slow
+
 DAY = Day(
     sizes=replace(sizes.reduced(), rounds=1, steps=[sizes.reduced().largest] * 2),
     device=torch.device("cpu"),

@@ -23,6 +23,8 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.models.kernels import fused, reference
 from opensora_sp.request.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
