@@ -115,7 +115,8 @@ def serving(ranks: int, *flags: str) -> Iterator[Server]:
 def warm(asked: argparse.Namespace) -> dict[str, Any]:
     """Jobs one by one, jobs in a row, and the same through the Python API."""
     shape = {"size": "160x96", "num_frames": 51, "num_inference_steps": 10}
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # One thread, as the server of the tests has.
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     loop = [sys.executable, "-c", LOOP, str(asked.count), "160", "96", "51", "10"]
     done = subprocess.run(loop, env=environ, capture_output=True, text=True, check=True)
     in_loop = json.loads(done.stdout.splitlines()[-1])
