@@ -52,7 +52,7 @@ from opensora_sp.request.setting import FEATURES, Setting, from_flags
 Values = dict[str, Any]
 
 _TYPED = ("image", "last_image", "extend", "edit")
-_PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
+PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
 
 
 _LEFT_OUT = "# left out of the addresses below: user, password and query; put them in again\n"
@@ -321,7 +321,7 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     shared = from_flags(Request, values) | {"height": height, "width": width}
     remote: Remote = "private" if values["allow_private"] else True
     remote = values["allow_remote"] and remote
-    conditions = {key: _per_prompt(values, key, len(prompts)) for key in _PER_PROMPT}
+    conditions = {key: per_prompt(values, key, len(prompts)) for key in PER_PROMPT}
     requests: list[Request] = []
     failed: list[str] = []
     notes = list(file.notes)
@@ -357,8 +357,8 @@ def _prompts(values: Values) -> PromptFile:
     if values["prompt_path"] is None:
         raise UserError('--prompt or --prompt-path is needed, such as --prompt "a red ball"')
     file = read_prompt_file(values["prompt_path"], values["start_index"], values["end_index"])
-    flags = [f"--{key.replace('_', '-')}" for key in (*_PER_PROMPT, *_TYPED) if values[key]]
-    if flags and any(key in entry.own for entry in file.entries for key in _PER_PROMPT):
+    flags = [f"--{key.replace('_', '-')}" for key in (*PER_PROMPT, *_TYPED) if values[key]]
+    if flags and any(key in entry.own for entry in file.entries for key in PER_PROMPT):
         raise UserError(
             f"--prompt-path {shown(values['prompt_path'])} has references of its own: leave "
             f"{' and '.join(flags)} out, or take them out of the file"
@@ -377,8 +377,11 @@ def _split_json(raw: str, flags: Mapping[str, str]) -> PromptJson:
     return parse_prompt_json(raw, **flags)
 
 
-def _per_prompt(values: Values, key: str, count: int) -> list[str]:
-    """The entries of a flag that takes one for each of `count` prompts; none is ""."""
+def per_prompt(values: Values, key: str, count: int) -> list[str]:
+    """The entries of a flag that takes one for each of `count` prompts; none is "".
+
+    Raises UserError for another number of entries.
+    """
     entries: list[str] | None = values[key]
     if entries is None:
         return [""] * count

@@ -72,16 +72,25 @@ class Arriving:
     bytes: int = 0
 
     @contextlib.contextmanager
-    def counted(self, owner: str, length: int) -> Iterator[None]:
-        """Count one of an owner while it arrives."""
+    def job(self, owner: str) -> Iterator[None]:
+        """Count a job of an owner while it arrives."""
         self.jobs[owner] += 1
         self.total += 1
-        self.bytes += length
         try:
             yield
         finally:
             self.jobs[owner] -= 1
             self.total -= 1
+
+    @contextlib.contextmanager
+    def body(self, length: int, most: int) -> Iterator[None]:
+        """Count a body while it arrives. Raises HTTPException where all are more than `most`."""
+        if self.bytes + length > most:
+            raise HTTPException(429, "too many files are being sent just now: try again later")
+        self.bytes += length
+        try:
+            yield
+        finally:
             self.bytes -= length
 
 
@@ -341,20 +350,10 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         owner, arriving = request.state.owner, gateway.arriving
         if (full := refuse_new(gateway, owner)) is not None:
             return full
-        if arriving.bytes + _length(request) > limits.bytes_at_once:
-            return refusal(429, "too many files are being sent just now: try again later")
         job_id = gateway.store.new_id()
-        with arriving.counted(owner, _length(request)):
+        with arriving.job(owner), arriving.body(_length(request), limits.bytes_at_once):
             try:
-                fields, uploads = await asyncio.wait_for(
-                    _read_body(request, gateway, job_id), limits.body_seconds
-                )
-            except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-                await run_in_threadpool(gateway.store.delete, job_id)
-                return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
-            except ClientDisconnect:
-                await run_in_threadpool(gateway.store.delete, job_id)
-                return refusal(400, "the connection was closed before the body was whole")
+                fields, uploads = await _received(request, gateway, job_id)
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
@@ -365,27 +364,16 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/videos/estimate")
     async def estimate(request: Request) -> Response:
         """What a video of these fields needs and how long it takes; nothing is queued."""
-        arriving, length = gateway.arriving, _length(request)
-        if arriving.bytes + length > limits.bytes_at_once:
-            return refusal(429, "too many files are being sent just now: try again later")
-        job_id = gateway.store.new_id()
-        arriving.bytes += length
-        try:
-            fields, uploads = await asyncio.wait_for(
-                _read_body(request, gateway, job_id), limits.body_seconds
-            )
-            async with judging:
-                found = await run_in_threadpool(
-                    _estimate, gateway, job_id, fields, uploads, request.state.owner
-                )
-            return JSONResponse(found)
-        except (TimeoutError, asyncio.TimeoutError):
-            return refusal(400, f"the body did not arrive within {limits.body_seconds:.0f} s")
-        except ClientDisconnect:
-            return refusal(400, "the connection was closed before the body was whole")
-        finally:
-            arriving.bytes -= length
-            await run_in_threadpool(gateway.store.delete, job_id)
+        owner, job_id = request.state.owner, gateway.store.new_id()
+        with gateway.arriving.body(_length(request), limits.bytes_at_once):
+            try:
+                fields, uploads = await _received(request, gateway, job_id)
+                async with judging:
+                    return JSONResponse(
+                        await run_in_threadpool(_estimate, gateway, job_id, fields, uploads, owner)
+                    )
+            finally:
+                await run_in_threadpool(gateway.store.delete, job_id)
 
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str, request: Request) -> Response:
@@ -508,6 +496,19 @@ async def _read_json(request: Request) -> dict[str, Any]:
                 413, f"a body of JSON is at most {_MOST_TEXT}; send files as a form"
             )
     return read_json(raw)
+
+
+async def _received(
+    request: Request, gateway: Gateway, job_id: str
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """As `_read_body`. Raises HTTPException where the body does not arrive, or not in time."""
+    seconds = gateway.limits.body_seconds
+    try:
+        return await asyncio.wait_for(_read_body(request, gateway, job_id), seconds)
+    except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+        raise HTTPException(400, f"the body did not arrive within {seconds:.0f} s") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the connection was closed before the body was whole") from None
 
 
 async def _read_body(

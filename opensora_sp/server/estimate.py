@@ -137,10 +137,8 @@ class Estimator:
 
     def seconds(self, cost: Mapping[str, Any] | None) -> float | None:
         """Seconds of a job of this cost; None where nothing was measured yet."""
-        if cost is None or cost.get("engine") != self._engine:
-            return None
         with self._lock:
-            if not self._shapes:
+            if cost is None or not self._measured(cost):
                 return None
             known = self._shapes.get(str(cost["shape"]))
             if known is not None:
@@ -153,10 +151,8 @@ class Estimator:
 
     def decode_seconds(self, cost: Mapping[str, Any] | None) -> float | None:
         """Of that, the seconds from the last step on."""
-        if cost is None or cost.get("engine") != self._engine:
-            return None
         with self._lock:
-            if not self._shapes:
+            if cost is None or not self._measured(cost):
                 return None
             known = self._shapes.get(str(cost["shape"]))
             if known is not None:
@@ -186,6 +182,10 @@ class Estimator:
             until += left
             found[job.spec.id] = until
         return found
+
+    def _measured(self, cost: Mapping[str, Any]) -> bool:
+        """Whether anything is known of the engine that a job is for."""
+        return cost.get("engine") == self._engine and bool(self._shapes)
 
     def _load(self) -> float:
         """What each job loads: not what the first one of an engine does."""

@@ -12,17 +12,22 @@ from opensora_sp.base.value_types import shown
 from opensora_sp.cli.client.connection import Form
 from opensora_sp.request.config_file import Raw, read_config
 from opensora_sp.request.prompt_files import Entry, read_prompt_file
-from opensora_sp.request.settings import CommandLine, parse_command_line, resolve
+from opensora_sp.request.settings import (
+    PER_PROMPT,
+    CommandLine,
+    parse_command_line,
+    per_prompt,
+    resolve,
+)
 from opensora_sp.server.protocol import REQUEST_FIELDS, flags_by_key
 
 _FILES = ("image", "last_image", "extend", "edit")
-_PER_PROMPT = ("reference_path", "mask_strategy")
 _PROMPTS = ("prompt", "prompt_path", "start_index", "end_index")
 # The keys of the flags that a request may have, in the order of the flag table.
 SUBMITTED = tuple(
     key
     for key in flags_by_key()
-    if key in {*_PROMPTS, *_FILES, *_PER_PROMPT, *REQUEST_FIELDS, "image_size"}
+    if key in {*_PROMPTS, *_FILES, *PER_PROMPT, *REQUEST_FIELDS, "image_size"}
 )
 
 
@@ -53,7 +58,7 @@ def forms_of(words: Sequence[str], more: Mapping[str, str]) -> list[Form]:
         height, width = values["image_size"]
         shared["size"] = f"{width}x{height}"
     entries = _entries(values)
-    columns = {key: _column(key, values[key], len(entries)) for key in _PER_PROMPT}
+    columns = {key: per_prompt(values, key, len(entries)) for key in PER_PROMPT}
     files = [(key, _file(key, values[key])) for key in _FILES if values[key] is not None]
     return [
         _form(entry, {key: column[place] for key, column in columns.items()}, shared, files)
@@ -89,18 +94,6 @@ def _entries(values: Mapping[str, object]) -> Sequence[Entry]:
     assert isinstance(start, int)
     assert end is None or isinstance(end, int)
     return read_prompt_file(str(path), start, end).entries
-
-
-def _column(key: str, entries: Sequence[str] | None, count: int) -> Sequence[str]:
-    """The entries of a flag that takes one for each prompt."""
-    if entries is None:
-        return [""] * count
-    if len(entries) != count:
-        raise UserError(
-            f"--{key.replace('_', '-')} {shown(entries)} has {len(entries)} entries, but there are "
-            f'{count} prompts: give one entry per prompt, "" for none'
-        )
-    return entries
 
 
 def _file(key: str, path: object) -> Path:
