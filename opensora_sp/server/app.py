@@ -4,125 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.server.board import Board, Entry, rounded
-from opensora_sp.server.checking import Judge
-from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.bodies import length_of, read_json_body, received
 from opensora_sp.server.earlier import files_of_earlier_jobs
-from opensora_sp.server.engine_process import Health
+from opensora_sp.server.gateway import Gateway
+from opensora_sp.server.guard import Guard
 from opensora_sp.server.images import Intake, add_images
-from opensora_sp.server.job_store import JobSpec, JobStore
+from opensora_sp.server.job_store import JobSpec
 from opensora_sp.server.live import Feed
-from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.operations import add_operations
 from opensora_sp.server.owners import sees
 from opensora_sp.server.page import add_page
-from opensora_sp.server.page_routes import LOGIN, add_page_routes
+from opensora_sp.server.page_routes import add_page_routes
 from opensora_sp.server.protocol import (
     MODEL,
     UPLOADS,
     BadRequest,
     as_bad_request,
-    error_json,
     read_fields,
-    read_json,
 )
-from opensora_sp.server.settings import Limits
-from opensora_sp.server.uploads import picture_or_video, save_upload
+from opensora_sp.server.refusals import add_refusals, refusal, refuse_draining
 
 log = logging.getLogger(__name__)
 POLL_AFTER_MS, MOST_POLL_AFTER_MS = 500, 5000
-# The longest text: a body of JSON, a form without files, a field of a form with files.
-MOST_TEXT_BYTES, _MOST_TEXT = 1 << 20, "1 MiB"
-# Without a token: the page has no job in it, and asks for the token itself.
-OPEN = ("/", "/health", "/ready", LOGIN)
-RETRY_AFTER_SECONDS = 30
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
-
-
-@dataclass
-class Arriving:
-    """Requests whose body is being read or judged, which no queue counts yet."""
-
-    jobs: Counter[str] = field(default_factory=Counter)
-    total: int = 0
-    bytes: int = 0
-
-    @contextlib.contextmanager
-    def job(self, owner: str) -> Iterator[None]:
-        """Count a job of an owner while it arrives."""
-        self.jobs[owner] += 1
-        self.total += 1
-        try:
-            yield
-        finally:
-            self.jobs[owner] -= 1
-            self.total -= 1
-
-    @contextlib.contextmanager
-    def body(self, length: int, most: int) -> Iterator[None]:
-        """Count a body while it arrives. Raises HTTPException where all are more than `most`."""
-        if self.bytes + length > most:
-            raise HTTPException(429, "too many files are being sent just now: try again later")
-        self.bytes += length
-        try:
-            yield
-        finally:
-            self.bytes -= length
-
-
-@dataclass(kw_only=True)
-class Gateway:
-    """What the routes share.
-
-    tokens: token → its owner's name; empty lets everybody in. health: of the engine. log_prompts:
-    whether prompts may be logged.
-    """
-
-    store: JobStore
-    jobs: JobQueue
-    board: Board
-    judge: Judge
-    health: Callable[[], Health]
-    metrics: Metrics
-    tokens: Mapping[str, str] = field(default_factory=dict)
-    limits: Limits = field(default_factory=Limits)
-    hosts: Sequence[str] = ()
-    embedded: bool = True
-    draining: bool = False
-    arriving: Arriving = field(default_factory=Arriving)
-    log_prompts: bool = False
-
-    def engine_state(self) -> str:
-        """The engine's state, with the reason where it has failed."""
-        return str(self.health())
-
-    def sees(self, owner: str, entry: Entry) -> bool:
-        """Whether a token's owner may know of a job: see `sees`."""
-        return sees(self.tokens, owner)(entry)
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -136,10 +56,7 @@ def build_app(gateway: Gateway) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(Guard, gateway=gateway)
-    app.add_exception_handler(BadRequest, _on_bad_request)
-    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_fault)
+    add_refusals(app)
     _add_models(app)
     _add_videos(app, gateway)
     add_images(app, _intake(gateway))
@@ -162,7 +79,7 @@ def _intake(gateway: Gateway) -> Intake:
         store=gateway.store,
         seconds=gateway.limits.image_seconds,
         stopping=lambda: gateway.draining,
-        read=lambda request: asyncio.wait_for(_read_json(request), gateway.limits.body_seconds),
+        read=lambda request: asyncio.wait_for(read_json_body(request), gateway.limits.body_seconds),
         full=lambda owner, count: refuse_new(gateway, owner, count),
         put=put,
         remove=lambda entry: remove(gateway, entry),
@@ -179,130 +96,6 @@ def _lifespan(gateway: Gateway) -> Callable[[FastAPI], Any]:
         gateway.judge.close()
 
     return lifespan
-
-
-def refusal(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> JSONResponse:
-    """An error as the API shows it; clients are told not to try again by themselves."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse(
-        error_json(message, kind=kind, param=param, code=code),
-        status_code=status,
-        headers={"x-should-retry": "false"},
-    )
-
-
-async def _on_bad_request(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
-    return refusal(400, str(error), param=error.param, code="invalid_value")
-
-
-async def _on_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return refusal(error.status_code, str(error.detail))
-
-
-async def _on_bad_parameter(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    name = str(first["loc"][-1])
-    message = f"{name} {str(first.get('input'))[:40]!r}: {first['msg']}"
-    return refusal(400, message, param=name, code="invalid_value")
-
-
-async def _on_fault(_: Request, error: Exception) -> Response:
-    """A fault of the server's own; uvicorn logs it with its traceback."""
-    return refusal(500, "the server could not answer this; its log says why")
-
-
-# Sent with every answer that does not say otherwise itself.
-_HEADERS = {
-    b"x-content-type-options": b"nosniff",
-    b"referrer-policy": b"no-referrer",
-    b"cross-origin-resource-policy": b"same-origin",
-    b"content-security-policy": (
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-        b"media-src 'self' blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
-        b"frame-ancestors 'none'"
-    ),
-}
-
-
-class Guard:
-    """In front of every route: refuses callers, and adds headers to what is answered.
-
-    Plain ASGI: a middleware of `app.middleware("http")` costs a task and two queues a request.
-    """
-
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app, self._gateway = app, gateway
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = message.setdefault("headers", [])
-                there = {name.lower() for name, _ in headers}
-                headers.extend(pair for pair in _HEADERS.items() if pair[0] not in there)
-            await send(message)
-
-        refused = _refused(self._gateway, Request(scope))
-        await (refused or self._app)(scope, receive, answer)
-
-
-def _refused(gateway: Gateway, request: Request) -> Response | None:
-    """Who may call at all: the right host, the right origin, a token where one is asked for.
-
-    None lets the request in; its owner is then `request.state.owner`.
-    """
-    host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
-    if gateway.hosts and host not in gateway.hosts:
-        return refusal(421, f"this server does not answer for the host {host[:100]!r}")
-    origin = request.headers.get("origin")
-    own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
-    if not own and request.method not in ("GET", "HEAD"):
-        return refusal(403, "requests from pages of other sites are refused")
-    request.state.owner, path = "", request.url.path
-    if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
-        owner = _owner(gateway.tokens, request)
-        if owner is None:
-            answer = refusal(401, "a token is needed: Authorization: Bearer TOKEN")
-            answer.headers["www-authenticate"] = "Bearer"
-            return answer
-        request.state.owner = owner
-    length = request.headers.get("content-length")
-    if length is not None and (
-        not length.isdecimal() or len(length) > 15 or int(length) > gateway.limits.body_bytes
-    ):
-        return refusal(
-            413, f"the body is larger than {gateway.limits.body_bytes >> 20} MiB are taken"
-        )
-    return None
-
-
-def _owner(tokens: Mapping[str, str], request: Request) -> str | None:
-    """Whose token came along; every token is compared in constant time."""
-    given = request.headers.get("authorization", "")
-    scheme, _, token = given.partition(" ")
-    if scheme.lower() != "bearer":
-        token = request.cookies.get("token", "")
-    found = None
-    for known, owner in tokens.items():
-        if hmac.compare_digest(known.encode(), token.strip().encode()):
-            found = owner
-    return found
-
-
-def refuse_draining() -> JSONResponse:
-    """The answer to whoever brings a job while the server is being stopped."""
-    answer = refusal(503, "the server is being stopped and takes no new jobs")
-    answer.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
-    return answer
 
 
 def _add_models(app: FastAPI) -> None:
@@ -351,9 +144,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         if (full := refuse_new(gateway, owner)) is not None:
             return full
         job_id = gateway.store.new_id()
-        with arriving.job(owner), arriving.body(_length(request), limits.bytes_at_once):
+        with arriving.job(owner), arriving.body(length_of(request), limits.bytes_at_once):
             try:
-                fields, uploads = await _received(request, gateway, job_id)
+                fields, uploads = await received(request, gateway, job_id)
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
@@ -365,9 +158,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     async def estimate(request: Request) -> Response:
         """What a video of these fields needs and how long it takes; nothing is queued."""
         owner, job_id = request.state.owner, gateway.store.new_id()
-        with gateway.arriving.body(_length(request), limits.bytes_at_once):
+        with gateway.arriving.body(length_of(request), limits.bytes_at_once):
             try:
-                fields, uploads = await _received(request, gateway, job_id)
+                fields, uploads = await received(request, gateway, job_id)
                 async with judging:
                     return JSONResponse(
                         await run_in_threadpool(_estimate, gateway, job_id, fields, uploads, owner)
@@ -461,99 +254,6 @@ async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
             return
         await asyncio.sleep(0.25)
     yield 'event: deleted\ndata: {"deleted": true}\n\n'
-
-
-class _Tail:
-    """Keeps the last bytes of a body: the form's parser takes one that is cut off for whole."""
-
-    def __init__(self, request: Request) -> None:
-        kind = request.headers.get("content-type", "")
-        self._boundary = parse_options_header(kind)[1].get(b"boundary", b"")
-        self._receive, self._tail = request.receive, b""
-
-    async def receive(self) -> Message:
-        """The next message of the body."""
-        message = await self._receive()
-        self._tail = (self._tail + message.get("body", b""))[-512:]
-        return message
-
-    def has_end(self) -> bool:
-        """Whether the closing boundary came."""
-        return b"--" + self._boundary + b"--" in self._tail
-
-
-def _length(request: Request) -> int:
-    return int(request.headers.get("content-length", 0))
-
-
-async def _read_json(request: Request) -> dict[str, Any]:
-    """The fields of a body of JSON. Raises BadRequest for what is none."""
-    raw = b""
-    async for part in request.stream():
-        raw += part
-        if len(raw) > MOST_TEXT_BYTES:
-            raise HTTPException(
-                413, f"a body of JSON is at most {_MOST_TEXT}; send files as a form"
-            )
-    return read_json(raw)
-
-
-async def _received(
-    request: Request, gateway: Gateway, job_id: str
-) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """As `_read_body`. Raises HTTPException where the body does not arrive, or not in time."""
-    seconds = gateway.limits.body_seconds
-    try:
-        return await asyncio.wait_for(_read_body(request, gateway, job_id), seconds)
-    except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-        raise HTTPException(400, f"the body did not arrive within {seconds:.0f} s") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the connection was closed before the body was whole") from None
-
-
-async def _read_body(
-    request: Request, gateway: Gateway, job_id: str
-) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """Fields, and (field, path, kind) of each file, stored under names of our own."""
-    limits = gateway.limits
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind == "application/json":
-        return await _read_json(request), []
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        raise HTTPException(
-            415, f"content-type {kind[:60]!r}: send multipart/form-data or application/json"
-        )
-    if "content-length" not in request.headers:
-        raise HTTPException(411, "a form needs its content-length")
-    if kind != "multipart/form-data" and _length(request) > MOST_TEXT_BYTES:
-        raise HTTPException(413, f"a form of this kind is at most {_MOST_TEXT}")
-    body = _Tail(request)
-    try:
-        form = await Request(request.scope, body.receive).form(
-            max_files=limits.files, max_fields=limits.fields, max_part_size=MOST_TEXT_BYTES
-        )
-    except (MultiPartException, HTTPException) as error:
-        raise BadRequest(f"the form cannot be read: {getattr(error, 'detail', error)}") from None
-    fields = {}
-    uploads: list[tuple[str, str, str]] = []
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(form.close)
-        if kind == "multipart/form-data" and not body.has_end():
-            raise BadRequest("the form is cut off: its last boundary is missing")
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                if name in fields:
-                    raise BadRequest(f"{name[:60]} came twice: one value is taken", name[:60])
-                fields[name] = value
-                continue
-            if name not in UPLOADS:
-                raise BadRequest(
-                    f"{name[:60]!r} takes no file; files come as {', '.join(UPLOADS)}", name[:60]
-                )
-            folder = gateway.store.uploads(job_id)
-            path = await run_in_threadpool(save_upload, value.file, folder, len(uploads))
-            uploads.append((name, str(path), picture_or_video(path)))
-    return fields, uploads
 
 
 def queue_job(

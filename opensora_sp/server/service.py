@@ -19,8 +19,8 @@ from opensora_sp.server.logs import hidden, hide_in_lines, quieten_libraries
 from opensora_sp.server.settings import LOCAL_HOSTS, ServiceSettings
 
 if TYPE_CHECKING:
-    from opensora_sp.server.app import Gateway
     from opensora_sp.server.board import Board, Entry
+    from opensora_sp.server.gateway import Gateway
 
 # Lines about a job may still come for this long after it has ended.
 LINES_SECONDS = 60.0
@@ -29,10 +29,11 @@ log = logging.getLogger(__name__)
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     """Run the server until it is asked to end. say: told where it answers, once it does."""
-    from opensora_sp.server.app import Gateway, remove
+    from opensora_sp.server.app import remove
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Judge
     from opensora_sp.server.durable import JobQueue
+    from opensora_sp.server.gateway import Gateway
     from opensora_sp.server.job_store import JobStore
     from opensora_sp.server.metrics import Metrics
     from opensora_sp.server.retention import Kept, Retention

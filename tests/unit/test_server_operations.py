@@ -30,11 +30,12 @@ from opensora_sp.parallel.control import ControlPlane
 from opensora_sp.parallel.watchdog.detector import FailureDetector
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.server import engine_process, logs
-from opensora_sp.server.app import Gateway, build_app, remove
+from opensora_sp.server.app import build_app, remove
 from opensora_sp.server.beat import Sign, beat_path, sign_of, stuck
 from opensora_sp.server.board import Board
 from opensora_sp.server.durable import QueuedJob
 from opensora_sp.server.engine_process import EngineProcess, Health
+from opensora_sp.server.gateway import Gateway
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
 from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.restarts import MOST_FRUITLESS, MOST_QUICK, Restarts

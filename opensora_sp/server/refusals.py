@@ -1,0 +1,62 @@
+"""Errors as the API shows them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from opensora_sp.server.protocol import BadRequest, error_json
+
+RETRY_AFTER_SECONDS = 30
+
+
+def add_refusals(app: FastAPI) -> None:
+    """Answer every error of a route in the API's form."""
+    app.add_exception_handler(BadRequest, _on_bad_request)
+    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_fault)
+
+
+def refusal(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    """An error as the API shows it; clients are told not to try again by themselves."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse(
+        error_json(message, kind=kind, param=param, code=code),
+        status_code=status,
+        headers={"x-should-retry": "false"},
+    )
+
+
+async def _on_bad_request(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BadRequest)
+    return refusal(400, str(error), param=error.param, code="invalid_value")
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return refusal(error.status_code, str(error.detail))
+
+
+async def _on_bad_parameter(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    message = f"{name} {str(first.get('input'))[:40]!r}: {first['msg']}"
+    return refusal(400, message, param=name, code="invalid_value")
+
+
+async def _on_fault(_: Request, error: Exception) -> Response:
+    """A fault of the server's own; uvicorn logs it with its traceback."""
+    return refusal(500, "the server could not answer this; its log says why")
+
+
+def refuse_draining() -> JSONResponse:
+    """The answer to whoever brings a job while the server is being stopped."""
+    answer = refusal(503, "the server is being stopped and takes no new jobs")
+    answer.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+    return answer
