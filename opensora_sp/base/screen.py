@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
 from typing import Any, TextIO
 
@@ -52,9 +52,19 @@ def one_line(message: object) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def _between_bars() -> AbstractContextManager[None]:
+    """While something is printed, progress bars leave their line: a thread may print beside one."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        return nullcontext()
+    found: AbstractContextManager[None] = tqdm.tqdm.external_write_mode(file=sys.stderr)
+    return found
+
+
 def note(message: object) -> None:
     """Say on standard error what a person should know and nobody need mend."""
-    print(f"note: {one_line(message)}", file=sys.stderr, flush=True)
+    with _between_bars():
+        print(f"note: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def warn_once(log: logging.Logger, kind: str, message: object) -> None:
@@ -82,7 +92,8 @@ class _OnScreen(logging.Handler):
     """Shows records on standard error as it is when they come: --log-dir takes its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(shown_record(record), file=sys.stderr, flush=True)
+        with _between_bars():
+            print(shown_record(record), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -110,7 +121,8 @@ def result(path: object) -> None:
     with suppress(Exception):
         if sys.stdout.isatty():
             text = printable(text)
-    print(text, flush=True)
+    with _between_bars():
+        print(text, flush=True)
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:

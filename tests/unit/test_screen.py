@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from opensora_sp.base.screen import (
     MOST_SHOWN,
@@ -247,11 +248,28 @@ def test_the_screen_shows_what_it_showed_before_anything_was_logged(tmp_path: Pa
         done = started([*INFER, *more, *words], stdout=subprocess.PIPE)
         assert done.returncode == 0, done.stderr
         text = re.sub(r"done in [0-9.]+ s", "done in N s", done.stderr.decode())
-        return "\n".join(line for line in text.split("\n") if "denoise:" not in line)
+        # As a terminal shows it: a bar goes back to the start of its line, and leaves it to others.
+        kept = [line.split("\r")[-1] for line in text.split("\n")]
+        return "\n".join(line for line in kept if "denoise:" not in line)
 
     assert heard("--prompt", "a red ball", "Ein Ball 一只猫 👍") == FIRST_RUN
     said = SECOND_RUN.replace("{folder}", str(tmp_path / "out"))
     assert heard("--prompt", "a blue ball", "--resume") == said
+
+
+def test_what_a_thread_says_does_not_stand_in_a_progress_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with robust_screen(), tqdm(total=2, desc="denoise") as bar:
+        bar.update()
+        logging.getLogger("opensora_sp.jobs").info("done in 1 s")
+        note("a note")
+        bar.update()
+        result("x.mp4")
+    captured = capsys.readouterr()
+    shown = [line.split("\r")[-1] for line in captured.err.split("\n")]
+    assert {"done in 1 s", "note: a note"} <= set(shown)
+    assert captured.out == "x.mp4\n"
 
 
 @pytest.mark.parametrize("level", ["INFO", "WARNING", "ERROR"])
