@@ -17,6 +17,7 @@ from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import on_any_screen
+from opensora_sp.base.value_types import shown
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.main import COMMANDS
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _script(argv: Sequence[str]) -> str:
     if len(argv) != 1 or argv[0] not in SHELLS:
-        raise UserError(f"completion is for one shell of {', '.join(SHELLS)}: completion bash")
+        raise UserError(
+            f"completion {shown(' '.join(argv))} is not one shell of {', '.join(SHELLS)}: "
+            "opensora-sp completion bash"
+        )
     try:
         import shtab
     except ImportError:
