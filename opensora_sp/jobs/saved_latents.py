@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from opensora_sp.parallel.agreement import checksum
 _FORMAT = "opensora-sp latents 2"
 # In this older format the checksum covers the tensors only.
 _FORMAT_BEFORE = "opensora-sp latents 1"
+# Values of latents that are read for a comparison: those of over two hours of 720p.
+_MOST_VALUES = 2**31
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
@@ -280,6 +283,10 @@ def read_latents(path: Path) -> tuple[dict[str, str], Tensor]:
                 raise UserError(
                     f"{path} holds latents {shape}, but latents are [4, T, H, W]: give those of "
                     "one clip"
+                )
+            if math.prod(shape) > _MOST_VALUES:
+                raise UserError(
+                    f"{path} holds latents {shape}, but at most {_MOST_VALUES} values are read"
                 )
             of_program = about.get("format") in (_FORMAT, _FORMAT_BEFORE)
             names = names if of_program else ["latents"]
