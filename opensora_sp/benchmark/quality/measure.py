@@ -279,7 +279,7 @@ def _what(a: OutputFrames, size: tuple[int, int]) -> str:
     height, width = size
     if a.kind == "picture":
         return f"a picture of {height}x{width}"
-    count = "frames" if a.announced is None else f"{a.announced} frames"
+    count = "a video" if a.announced is None else f"{a.announced} frames"
     rate = "" if a.rate is None else f" at {float(a.rate):.5g} a second"
     return f"{count} of {height}x{width}{rate}"
 

@@ -27,12 +27,13 @@ def opening_lines(comparison: Comparison) -> Iterator[str]:
             yield f"without a partner in {floor_name(comparison, index)}: {named(missing)}"
     if comparison.a.is_folder:
         count = len(pairs.pairs)
-        yield f"{count} pair{'s' * (count > 1)} of equal names"
+        alone = f"1 pair: {pairs.pairs[0].name}, {facts[0].what}"
+        yield f"{count} pairs of equal names" if count > 1 else alone
     else:
         yield facts[0].what
-    for letter, names in (("A", pairs.only_in_a), ("B", pairs.only_in_b)):
-        if names:
-            yield f"only in {letter}, not compared: {named(names)}"
+    for letter, lone in (("A", pairs.only_in_a), ("B", pairs.only_in_b)):
+        if lone:
+            yield f"only in {letter}, not compared: {named(lone)}"
     if others := sorted({*comparison.a.others, *comparison.b.others}):
         yield f"no outputs, not compared: {', '.join(others[:8])}{', …' * (len(others) > 8)}"
     yield from _made_otherwise(comparison)
@@ -148,7 +149,7 @@ def summary_lines(comparison: Comparison, found: Sequence[Compared]) -> Iterator
     heads = ("B", *(floor_name(comparison, i) for i in range(len(comparison.floors))))
     for sort, say in ((FrameQuality, _frame_figure), (LatentQuality, _latent_figure)):
         own = summarize([one.quality for one in found], sort)
-        if own is None:
+        if own is None or (not comparison.floors and own.equal == own.pairs):
             continue
         floors = [
             summarize([one.floors[index] for one in found], sort)
