@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Bytes of frames of one file that are held at once, but at least one frame.
-_HELD = 32 << 20
+_HELD = 8 << 20
 # Containers that keep times in milliseconds give a rate that is a little off.
 _RATE_TOLERANCE = 1e-3
 
