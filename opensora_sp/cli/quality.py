@@ -16,13 +16,18 @@ from opensora_sp.cli.parser import RefusingParser
 
 @on_any_screen
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns 0, or 2 with one line where nothing can be compared."""
+    """Run one command line; returns its exit code.
+
+    0: compared; 2: refused, with one line; 130: Ctrl-C.
+    """
     try:
         asked = parser().parse_args(argv)
         _check(asked)
         _compare(asked)
     except UserError as error:
         return refuse(error, same_everywhere=True)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

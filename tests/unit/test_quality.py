@@ -155,6 +155,7 @@ def test_folders_are_compared_by_name_and_nothing_is_left_out_in_silence(
     # The picture is equal: it is counted, and does not enter the mean.
     assert (frames["pairs"], frames["equal"]) == (2, 1)
     assert frames["psnr_db"]["mean"] == pytest.approx(20 * math.log10(255 / 4))
+    assert frames["ssim"]["mean"] == found["pairs"][0]["quality"]["ssim_mean"] < 1
     assert errors["relative_error"]["worst"] == pytest.approx(0.04, rel=1e-5)
     assert found["floor_summaries"][0]["latents"]["relative_error"]["mean"] == pytest.approx(
         0.01, rel=1e-5
@@ -187,7 +188,10 @@ def test_outputs_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert state["quality"]["relative_error"] == pytest.approx(expected, rel=1e-6)
     assert 0 < expected < 1
     assert 10 < frames["quality"]["psnr_db"] < 50
-    assert "equal" in quality(capsys, tmp_path / "a", tmp_path / "a")
+    assert "the same encoder settings are assumed" in said
+    exact = video(tmp_path / "exact.mp4", clip(9, 32, 48))
+    said = quality(capsys, exact, frames["b"])
+    assert "B alone is encoded with loss (h264 yuv420p)" in said
 
 
 @pytest.mark.parametrize(

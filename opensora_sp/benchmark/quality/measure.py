@@ -30,9 +30,9 @@ _RATE_TOLERANCE = 1e-3
 class Facts:
     """What is known of a pair before it is measured.
 
-    kind: video, picture or latents. what: size and rate in words. loss: how the files lose pixels,
-    in words; None where both keep every pixel. differ_in: settings that the files themselves name,
-    by name, as A and B have them. notes: what a person should know of the files.
+    kind: video, picture or latents. what: size and rate in words. loss: a sentence on the encoders'
+    loss; None where both files keep every pixel. differ_in: settings that the files themselves
+    name, by name, as A and B have them. notes: what a person should know of the files.
     """
 
     kind: str
@@ -290,10 +290,13 @@ def _loss(a: OutputFrames, b: OutputFrames) -> str | None:
     one, two = (each.encoding or "a lossy picture" for each in (a, b))
     if a.exact != b.exact:
         lossy, name = ("B", two) if a.exact else ("A", one)
-        return f"{lossy} alone is encoded with loss ({name})"
+        return f"{lossy} alone is encoded with loss ({name}), whose error the figures hold too"
     if one == two:
-        return f"both are encoded with loss ({one})"
-    return f"both are encoded with loss (A: {one}, B: {two})"
+        return (
+            f"both are encoded with loss ({one}): the figures hold the encoder's error too, and "
+            "the same encoder settings are assumed"
+        )
+    return f"both are encoded with loss (A: {one}, B: {two}), whose errors the figures hold too"
 
 
 def _differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]] | None:

@@ -12,7 +12,6 @@ from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.jobs.records import FOLDER
 
-LATENTS = ".safetensors"
 _FRAMES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"}
     | {".png", ".gif", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".bmp", ".tif", ".tiff"}
@@ -48,7 +47,7 @@ class Pair:
     @property
     def of_latents(self) -> bool:
         """Whether they are latents and not pictures or videos."""
-        return self.a.suffix == LATENTS
+        return _is_latents(self.a)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _folder(path: Path, role: str) -> Side:
     others = []
     for file in _files(path, role):
         suffix = file.suffix.lower()
-        if access.is_file(file) and (suffix in _FRAMES or suffix == LATENTS):
+        if access.is_file(file) and (suffix in _FRAMES or _is_latents(file)):
             items[file.name] = file
         elif file.name != FOLDER:
             others.append(file.name)
@@ -127,7 +126,7 @@ def match(a: Side, b: Side) -> Pairs:
             "names"
         )
     for pair in pairs:
-        if (pair.a.suffix == LATENTS) != (pair.b.suffix == LATENTS):
+        if _is_latents(pair.a) != _is_latents(pair.b):
             raise UserError(
                 f"{pair.a} and {pair.b}: one is saved latents and the other is not; compare "
                 "latents with latents"
@@ -137,6 +136,10 @@ def match(a: Side, b: Side) -> Pairs:
         tuple(name for name in a.items if name not in b.items),
         tuple(name for name in b.items if name not in a.items),
     )
+
+
+def _is_latents(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
 
 
 def named(names: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ def opening_lines(comparison: Comparison) -> Iterator[str]:
         yield f"no outputs, not compared: {', '.join(others[:8])}{', …' * (len(others) > 8)}"
     yield from _made_otherwise(comparison)
     for loss in dict.fromkeys(each.loss for each in facts if each.loss is not None):
-        yield f"{loss}: the figures hold the encoder's error too, and assume equal settings of it."
+        yield f"{loss}."
         yield "For exact figures make both with --lossless, or keep latents (--keep-state)."
     yield ""
 
