@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
 def _check(asked: argparse.Namespace) -> None:
     """What is wrong with the command line itself. Raises UserError."""
     from opensora_sp.media.line_plot import check_plot_path
+    from opensora_sp.request.preflight import check_save_dir
 
     if world_size() > 1:
         raise UserError("quality compares files in one process: run it without torchrun")
@@ -74,6 +75,7 @@ def _check(asked: argparse.Namespace) -> None:
             raise UserError(f"{flag} {path} is a directory: give the name of a file")
         if access.absolute(path) in inputs:
             raise UserError(f"{flag} {path} is one of the compared files: give another name")
+        check_save_dir(str(path.parent), flag)
     if asked.plot is not None:
         check_plot_path(asked.plot, "--plot")
         if asked.out is not None and access.absolute(asked.out) == access.absolute(asked.plot):

@@ -36,11 +36,11 @@ _MOST_SETTINGS = 1 << 20  # characters of the JSON that this program writes into
 class OutputFrames:
     """An open output.
 
-    kind: an animation is a video. encoding: the codec and pixel format of a video, "" for others.
-    exact: whether the file keeps every pixel; H.264 in RGB counts, which is what `--lossless`
-    writes. rate: frames per second, None where unknown. announced: the number of frames by the
-    header, None where it says none. settings: what this program wrote into the file, None for files
-    of others. notes: what a person should know, a sentence each. frames: uint8 [H, W, 3] each, to
+    kind: an animation is a video. encoding: the codec and pixel format of a video; of others the
+    ending of the name. exact: whether the file keeps every pixel; H.264 in RGB counts, which is
+    what `--lossless` writes. rate: frames per second, None where unknown. announced: the number of
+    frames by the header, None where it says none. settings: what this program wrote into the file,
+    None for files of others. notes: what a person should know, a sentence each. frames: uint8 [H, W, 3] each, to
     be taken once; raises UserError for a damaged file.
     """
 
@@ -70,17 +70,17 @@ def open_output_frames(path: Path) -> Iterator[OutputFrames]:
             source = stack.enter_context(_opened(file, path, notes))
         said = tuple(f"{path} {note}" for note in dict.fromkeys(notes))
         if isinstance(source, _Frames):
-            yield _video(source, start, said)
+            yield _video(source, path, start, said)
         else:
-            yield _picture(source, start, said)
+            yield _picture(source, path, start, said)
 
 
-def _picture(image: Image, start: bytes, notes: tuple[str, ...]) -> OutputFrames:
+def _picture(image: Image, path: Path, start: bytes, notes: tuple[str, ...]) -> OutputFrames:
     import numpy as np
 
     return OutputFrames(
         kind="picture",
-        encoding="",
+        encoding=_ending(path),
         exact=start.startswith(_EXACT_PICTURES),
         rate=None,
         announced=1,
@@ -90,8 +90,8 @@ def _picture(image: Image, start: bytes, notes: tuple[str, ...]) -> OutputFrames
     )
 
 
-def _video(source: _Frames, start: bytes, notes: tuple[str, ...]) -> OutputFrames:
-    encoding, exact = "", start.startswith(_EXACT_ANIMATIONS)
+def _video(source: _Frames, path: Path, start: bytes, notes: tuple[str, ...]) -> OutputFrames:
+    encoding, exact = _ending(path), start.startswith(_EXACT_ANIMATIONS)
     announced, settings = None, None
     if source.video_stream is not None:
         container, stream = source.video_stream
@@ -110,6 +110,10 @@ def _video(source: _Frames, start: bytes, notes: tuple[str, ...]) -> OutputFrame
         notes=notes,
         frames=_pictures(source),
     )
+
+
+def _ending(path: Path) -> str:
+    return path.suffix[1:].lower() or "a picture"
 
 
 def _pictures(source: _Frames) -> Iterator[NDArray[np.uint8]]:

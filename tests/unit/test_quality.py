@@ -221,6 +221,7 @@ def test_outputs_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFix
         ("v.mp4 v.mp4 --out folder", "--out folder is a directory"),
         ("v.mp4 p.png --out p.png", "--out p.png is one of the compared files"),
         ("v.mp4 v.mp4 --out q.svg --plot q.svg", "--out and --plot are both q.svg"),
+        ("v.mp4 v.mp4 --out v.mp4/q.json", "v.mp4 is not a directory"),
         ("v.mp4", "required: B"),
     ],
 )

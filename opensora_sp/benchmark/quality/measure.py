@@ -287,7 +287,7 @@ def _what(a: OutputFrames, size: tuple[int, int]) -> str:
 def _loss(a: OutputFrames, b: OutputFrames) -> str | None:
     if a.exact and b.exact:
         return None
-    one, two = (each.encoding or "a lossy picture" for each in (a, b))
+    one, two = (a.encoding, b.encoding)
     if a.exact != b.exact:
         lossy, name = ("B", two) if a.exact else ("A", one)
         return f"{lossy} alone is encoded with loss ({name}), whose error the figures hold too"

@@ -166,6 +166,8 @@ def summary_lines(comparison: Comparison, found: Sequence[Compared]) -> Iterator
             for kind in ("mean", "worst"):
                 cells = (say(key, kind, each) for each in (own, *floors))
                 rows.append((f"{_NAMES[key]}, {kind}", *cells, ""))
+        # Pictures have no motion, and small frames no SSIM.
+        rows = [row for row in rows if set(row[1:-1]) != {_NOTHING}]
         yield ""
         yield from columns(("over the pairs that differ", *heads, ""), rows)
     yield from _verdicts(comparison, found)
