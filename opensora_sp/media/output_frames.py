@@ -40,8 +40,8 @@ class OutputFrames:
     ending of the name. exact: whether the file keeps every pixel; H.264 in RGB counts, which is
     what `--lossless` writes. rate: frames per second, None where unknown. announced: the number of
     frames by the header, None where it says none. settings: what this program wrote into the file,
-    None for files of others. notes: what a person should know, a sentence each. frames: uint8 [H, W, 3] each, to
-    be taken once; raises UserError for a damaged file.
+    None for files of others. notes: what a person should know, a sentence each. frames: uint8
+    [H, W, 3] each, to be taken once; raises UserError for a damaged file.
     """
 
     kind: Kind
