@@ -342,7 +342,7 @@ _LISTS: list[tuple[str, str | bytes, list[str]]] = [
     ("twice.json", '[{"prompt": "a", "prompt": "b"}]', ["twice"]),
     ("deep.json", "[" * 100_000, ["not JSON"]),
     ("digits.json", '[{"prompt": "a", "seed": ' + "1" * 5000 + "}]", ["not JSON"]),
-    ("line.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["line 2 is not JSON"]),
+    ("line.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["line 2 is not readable JSON"]),
     ("seed.jsonl", '{"prompt": "a", "seed": -1}\n', ["line 1: seed -1"]),
     ("json.txt", '[\n"a",\n"b"\n', ["begins as JSON"]),
     ("list.pdf", "%PDF-1.7", ["PDF"]),

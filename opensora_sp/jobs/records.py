@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.base.hashes import sha256
+from opensora_sp.base.outside_json import parse_json
 from opensora_sp.jobs.identity import Identity, digest
 
 FOLDER = ".opensora-sp"
@@ -57,8 +58,7 @@ def read_record(output: Path) -> Record | None:
         return None
     content = access.read_bytes(path, limit=access.RECORD_LIMIT)
     try:
-        text = content.decode("utf-8")
-        found: Any = json.loads(text)
+        found: Any = parse_json(content)
         if found["version"] != _VERSION or found["stage"] not in get_args(Stage):
             return None
         if found["digest"] != digest(found["identity"]):
@@ -70,7 +70,7 @@ def read_record(output: Path) -> Record | None:
             mtime_ns=found["mtime_ns"],
             sha256=found["sha256"],
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -15,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.screen import one_line
 from opensora_sp.base.value_types import shown
 
@@ -158,8 +158,8 @@ class Connection:
     def _object(self, answer: http.client.HTTPResponse) -> dict[str, Any]:
         raw = self._read(answer, _MOST_ANSWER)
         try:
-            found: Any = json.loads(raw)
-        except (ValueError, RecursionError):
+            found: Any = parse_json(raw)
+        except NotJson:
             found = None
         if not isinstance(found, dict):
             raise UserError(
