@@ -158,7 +158,7 @@ def test_comments_and_unread_fields_are_told(tmp_path: Path) -> None:
         ("list.json", '[{"words": "a"}]', "has no field 'prompt'"),
         ("list.json", '[{"prompt": ["a"]}]', "entry 0: prompt"),
         ("list.json", '[{"prompt": "a", "prompt": "b"}]', "twice"),
-        ("list.json", "[" * 100_000, "not readable JSON"),
+        ("list.json", "[" * 100_000, "nested too deeply"),
         ("list.json", '[{"prompt": "a", "seed": ' + "1" * 5000 + "}]", "not readable JSON"),
         ("list.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not readable JSON"),
         ("list.jsonl", '{"prompt": "a", "seed": -1}\n', "line 1: seed -1"),
