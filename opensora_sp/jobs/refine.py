@@ -21,9 +21,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.errors import UserError, printable
 from opensora_sp.base.outside_json import NotJson, parse_json
-from opensora_sp.base.screen import printable
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import reason
 from opensora_sp.request.llm_endpoint import (

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import IO, Any, TextIO
 
+from opensora_sp.base.errors import printable
 from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.redaction import redacted
-from opensora_sp.base.screen import printable
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning")
