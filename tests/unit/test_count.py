@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from opensora_sp.cli.benchmark import main
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.suite import load_cases
-from scripts import count_forwards
+from scripts import count_forwards, measure_step
 
 pytestmark = pytest.mark.slow
 
@@ -269,3 +270,13 @@ def test_the_command_refuses_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_measured_ways_compute_the_same(tmp_path: Path) -> None:
+    words = ["--quick", "--sizes", "144p 17", "--dtypes", "fp32", "--threads", "1"]
+    assert measure_step.main([str(tmp_path / "step.json"), *words]) == 0
+    lines = json.loads((tmp_path / "step.json").read_text())["lines"]
+    found = {line["way"]: line["difference_from_plain"] for line in lines}
+    assert len(found) == 4
+    assert max(error for error in found.values() if error is not None) < 2e-6
+    assert all(line["least"] > 0 for line in lines)
