@@ -19,13 +19,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle_stdit3  # noqa: E402
 
+from opensora_sp.benchmark.count.command import sent  # noqa: E402
 from opensora_sp.benchmark.count.counter import ATTENTION, FUSED, Counter  # noqa: E402
-from opensora_sp.benchmark.count.forward import META, ForwardSize, guided_forward  # noqa: E402
+from opensora_sp.benchmark.count.forward import (  # noqa: E402
+    META,
+    ForwardSize,
+    first_rank,
+    guided_forward,
+)
 from opensora_sp.benchmark.count.table import Table, markdown  # noqa: E402
+from opensora_sp.parallel.mesh import plan_mesh  # noqa: E402
+from opensora_sp.parallel.session import MeshComms  # noqa: E402
 from opensora_sp.request.runtime import Runtime  # noqa: E402
 
 PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- counts, by scripts/count_forwards.py -->", "<!-- end of counts -->"
+RANKS = ("<!-- ranks, by scripts/count_forwards.py -->", "<!-- end of ranks -->")
+# What each collective of a step is called in a table: calls / GB that the rank sends.
+COLLECTIVES = {
+    "patches_to_frames": "to frames",
+    "frames_to_patches": "to patches",
+    "velocity": "velocity",
+}
 SIZE = ForwardSize(frames=120, size=(90, 160), pixels=(720, 1280))
 REFERENCE = "Open-Sora 1.2"
 PARTS_OF_ATTENTION = ("spatial attention", "temporal attention")
@@ -45,9 +60,10 @@ def program_table(
     size: ForwardSize = SIZE,
     *,
     cuda: bool = False,
+    comms: MeshComms | None = None,
 ) -> Table:
     """The program's own code. cuda: the forms of its operations that CUDA has."""
-    forward = guided_forward(size, runtime)
+    forward = guided_forward(size, runtime, comms)
     with (
         Counter(device=META, fused=fused) as counter,
         patch("opensora_sp.models.kernels.folded.on_cuda", lambda _: cuda),
@@ -109,12 +125,41 @@ def tables(size: ForwardSize = SIZE) -> str:
     return f"{markdown(lines)}\n\n{markdown(by_part(parts))}"
 
 
+def rank_line(ranks: int, size: ForwardSize = SIZE) -> tuple[str, ...]:
+    """The first of so many ranks: its mesh, kernels, TB, GB that it sends, by collective."""
+    mesh = plan_mesh(ranks, guided=True)
+    comms = first_rank(mesh)
+    # A lone branch is cut in two, as on an accelerator, to have something to overlap with.
+    runtime = Runtime(step_kernels="folded", chunks=2)
+    table = program_table(runtime, size=size, cuda=True, comms=comms)
+    gone = sent(comms.sequence)
+    kinds = (gone.get(kind, (0, 0)) for kind in COLLECTIVES)
+    return (
+        str(ranks),
+        f"{mesh.guidance} × {mesh.sequence}",
+        f"{table.kernels:,}",
+        f"{table.bytes / 1e12:.2f}",
+        *(f"{calls} / {moved / 1e9:.2f}" if calls else "0" for calls, moved in kinds),
+    )
+
+
+def by_ranks(size: ForwardSize = SIZE) -> str:
+    """The table of one rank's share."""
+    head = ("ranks", "guidance × sequence", "kernels", "TB", *COLLECTIVES.values())
+    return markdown([head, *(rank_line(ranks, size) for ranks in (1, 2, 4, 8))])
+
+
+def written(text: str, marks: tuple[str, str], made: str) -> str:
+    """A page with what is between two marks made anew."""
+    before, rest = text.split(marks[0])
+    return f"{before}{marks[0]}\n\n{made}\n\n{marks[1]}{rest.split(marks[1])[1]}"
+
+
 def main() -> int:
     """Write the page, or check it."""
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    made = f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    made = written(text, (BEGIN, END), tables())
+    made = written(made, RANKS, by_ranks())
     if "--check" in sys.argv[1:]:
         if made != text:
             print(f"{PAGE.name} is not what is counted: run {Path(__file__).name}")
