@@ -10,9 +10,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -27,7 +29,10 @@ from opensora_sp.benchmark.count.forward import (  # noqa: E402
     first_rank,
     guided_forward,
 )
+from opensora_sp.benchmark.count.parts import PARTS  # noqa: E402
 from opensora_sp.benchmark.count.table import Table, markdown  # noqa: E402
+from opensora_sp.benchmark.count.traffic import tensors_in  # noqa: E402
+from opensora_sp.models.kernels.active import Kernels, using  # noqa: E402
 from opensora_sp.parallel.mesh import plan_mesh  # noqa: E402
 from opensora_sp.parallel.session import MeshComms  # noqa: E402
 from opensora_sp.request.runtime import Runtime  # noqa: E402
@@ -54,6 +59,35 @@ def oracle_table(size: ForwardSize = SIZE) -> Table:
     return _table(counter, size)
 
 
+class FusedNorms:
+    """Stands for the device's fused norms: counts what their kernels load and store."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.add = counter.add
+
+    def takes_heads(self, q: Tensor, k: Tensor) -> bool:
+        """As the Triton kernels'."""
+        return q.shape == k.shape and q.stride() == k.stride()
+
+    def norm_rotary_(self, q: Tensor, k: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        """q and k are read and written where they lie."""
+        self.add("norm_rotary", [q, k, *tensors_in(more)], [q, k])
+        return q, k
+
+    def residual_norm_(self, x: Tensor, **more: Tensor | None) -> Tensor:
+        """x and what is added are read once; x is written where something is added."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        adds = any(more.get(name) is not None for name in ("added", "bias"))
+        self.add("residual_norm", [x, *tensors_in(list(more.values()))], [x, out][not adds :])
+        return out
+
+
+PARTS_OF_FUSED = {
+    "FusedNorms.norm_rotary_": "query and key norm",
+    "FusedNorms.residual_norm_": "norm and modulation",
+}
+
+
 def program_table(
     runtime: Runtime,
     fused: frozenset[str] = FUSED,
@@ -61,12 +95,16 @@ def program_table(
     *,
     cuda: bool = False,
     comms: MeshComms | None = None,
+    norms: bool = False,
 ) -> Table:
-    """The program's own code. cuda: the forms of its operations that CUDA has."""
+    """The program's own code. cuda: the forms of its operations that CUDA has; norms: fused."""
     forward = guided_forward(size, runtime, comms)
+    counter = Counter(device=META, fused=fused, parts={**PARTS, **PARTS_OF_FUSED})
+    module: Any = FusedNorms(counter) if norms else None
     with (
-        Counter(device=META, fused=fused) as counter,
+        counter,
         patch("opensora_sp.models.kernels.folded.on_cuda", lambda _: cuda),
+        using(Kernels(fused=module)),
     ):
         forward()
     return _table(counter, size)
@@ -101,11 +139,13 @@ def by_part(tables: Mapping[str, Table]) -> list[tuple[str, ...]]:
 
 
 def tables(size: ForwardSize = SIZE) -> str:
-    """Both tables of the page."""
+    """The page's first two tables."""
     apart = frozenset({ATTENTION})  # rms_norm as its parts
     plain, folded = Runtime(step_kernels="plain"), Runtime(step_kernels="folded")
+    tiled = replace(Runtime.of("speed"), step_kernels="folded")
     oracle = oracle_table(size)
     on_cuda = program_table(folded, size=size, cuda=True)
+    fused = program_table(folded, size=size, cuda=True, norms=True)
     everywhere = program_table(folded, apart, size)
     lines = [
         ("one guided forward", "kernels", "X a pair", "TB"),
@@ -115,13 +155,25 @@ def tables(size: ForwardSize = SIZE) -> str:
         summary("folded, operations that every device has", everywhere),
         summary("folded, operations of CUDA", on_cuda),
         summary(
+            "plain, operations of CUDA and fused norms", program_table(plain, size=size, norms=True)
+        ),
+        summary("folded, operations of CUDA and fused norms", fused),
+        summary(
             "the same in the tiles of `--memory speed`",
             program_table(
-                replace(Runtime.of("speed"), step_kernels="folded"), size=size, cuda=True
+                replace(Runtime.of("speed"), step_kernels="folded"),
+                size=size,
+                cuda=True,
+                norms=True,
             ),
         ),
     ]
-    parts = {REFERENCE: oracle, "folded, every device": everywhere, "folded, CUDA": on_cuda}
+    parts = {
+        REFERENCE: oracle,
+        "folded, every device": everywhere,
+        "folded, CUDA": on_cuda,
+        "folded, CUDA, fused norms": fused,
+    }
     return f"{markdown(lines)}\n\n{markdown(by_part(parts))}"
 
 
@@ -131,7 +183,7 @@ def rank_line(ranks: int, size: ForwardSize = SIZE) -> tuple[str, ...]:
     comms = first_rank(mesh)
     # A lone branch is cut in two, as on an accelerator, to have something to overlap with.
     runtime = Runtime(step_kernels="folded", chunks=2)
-    table = program_table(runtime, size=size, cuda=True, comms=comms)
+    table = program_table(runtime, size=size, cuda=True, comms=comms, norms=True)
     gone = sent(comms.sequence)
     kinds = (gone.get(kind, (0, 0)) for kind in COLLECTIVES)
     return (
