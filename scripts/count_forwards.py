@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ PARTS_OF_FUSED = {
 
 def program_table(
     runtime: Runtime,
-    fused: frozenset[str] = FUSED,
+    fused: AbstractSet[str] = FUSED,
     size: ForwardSize = SIZE,
     *,
     cuda: bool = False,
@@ -160,12 +161,7 @@ def tables(size: ForwardSize = SIZE) -> str:
         summary("folded, operations of CUDA and fused norms", fused),
         summary(
             "the same in the tiles of `--memory speed`",
-            program_table(
-                replace(Runtime.of("speed"), step_kernels="folded"),
-                size=size,
-                cuda=True,
-                norms=True,
-            ),
+            program_table(tiled, size=size, cuda=True, norms=True),
         ),
     ]
     parts = {

@@ -6,7 +6,13 @@ in float32 and bf16, on 1 and 2 threads. All of them take turns: within a round 
 format and number of threads is computed once by each way, so that a machine whose speed drifts
 slows all alike. OUT.json has the seconds of each round, by the clock and of the CPU, and what the
 machine is. The tables are printed too. A round that would not end within --budget seconds is left
-out. --quick is a trial of the command with a narrow model; its seconds mean nothing.
+out.
+
+--alone measures each optimisation of the folded step by itself instead: switched on in a plain
+step, and off in a folded one. It counts kernels and bytes of a whole step too, at 720p 16 s and
+144p 2 s, with the operations that CUDA has and with those that every device has. See scripts/step_switches.py.
+
+--quick is a trial of the command with a narrow model; its seconds mean nothing.
 """
 
 from __future__ import annotations
@@ -34,11 +40,26 @@ let_waiting_threads_sleep()  # as the program's commands do, before torch is loa
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from opensora_sp.benchmark.count.forward import ForwardSize  # noqa: E402
 from opensora_sp.benchmark.count.table import markdown  # noqa: E402
 from opensora_sp.models.kernels.cpu_half import arithmetic  # noqa: E402
 from opensora_sp.models.stdit3 import STDiT3Config  # noqa: E402
 from scripts.gpu_day.facts import commit, machine  # noqa: E402
-from scripts.step_pair import FLOOR, PLAIN, Compute, Pair, size_of, ways  # noqa: E402
+from scripts.step_pair import (  # noqa: E402
+    FLOOR,
+    PLAIN,
+    Compute,
+    Pair,
+    forward_size,
+    size_of,
+    ways,
+)
+from scripts.step_switches import (  # noqa: E402
+    alone_table,
+    counts,
+    every_variant,
+    switched_pair,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PUBLISHED = STDiT3Config(depth=1)
@@ -133,6 +154,35 @@ def table(lines: Sequence[Mapping[str, Any]], what: str) -> str:
     return markdown([("size", "dtype", "threads", *ways), *cells])
 
 
+def switched(pair: Pair) -> dict[str, Compute]:
+    """Every variant that is another computation on a CPU, by its label."""
+    return {
+        variant.label: switched_pair(pair, variant.on)
+        for variant in every_variant()
+        if variant.timed
+    }
+
+
+def count_sizes(config: STDiT3Config) -> dict[str, tuple[ForwardSize, bool]]:
+    """What --alone counts, and whether with CUDA's operations; of a narrow model a short video."""
+    if config is NARROW:
+        return {"144p 17": (forward_size("144p 17", config), True)}
+    large, small = (forward_size(name, STDiT3Config()) for name in ("720p 16s", "144p 2s"))
+    return {
+        "720p 16s": (large, True),
+        "144p 2s": (small, True),
+        "720p 16s, every device": (large, False),
+    }
+
+
+def by_dtype(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The least CPU seconds, by number format and way."""
+    found: dict[str, dict[str, float]] = {}
+    for line in lines:
+        found.setdefault(line["dtype"], {})[line["way"]] = line["least_cpu"]
+    return found
+
+
 def known_size(text: str) -> str:
     """A size such as "144p 2s", for argparse."""
     try:
@@ -153,17 +203,21 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=840, help="seconds for all rounds")
+    parser.add_argument("--alone", action="store_true", help="each optimisation by itself")
     parser.add_argument("--quick", action="store_true", help="one round of a narrow model")
     asked = parser.parse_args(words)
+    if asked.alone:
+        asked.sizes, asked.threads = asked.sizes[:1], asked.threads[:1]
     config, rounds = (NARROW, 1) if asked.quick else (PUBLISHED, asked.rounds)
     cases = []
     for size, dtype in product(asked.sizes, asked.dtypes):
         with torch.no_grad(), arithmetic(CPU, DTYPES[dtype]):
             pair = Pair.of(size, DTYPES[dtype], config)
-            cases.append(Case(pair=pair, dtype=dtype, ways=ways(pair)))
+            found = switched(pair) if asked.alone else ways(pair)
+            cases.append(Case(pair=pair, dtype=dtype, ways=found))
     log = take_turns(cases, asked.threads, rounds, asked.budget)
     lines = [line for case in cases for line in case.figures(asked.threads)]
-    result = {
+    result: dict[str, Any] = {
         "what": f"seconds of a pair of blocks of width {config.hidden_size}, both CFG branches",
         "command": " ".join(["python", *sys.argv]) if words is None else " ".join(words),
         "commit": commit(),
@@ -172,10 +226,14 @@ def main(words: Sequence[str] | None = None) -> int:
         "rounds": log,
         "lines": lines,
     }
+    if asked.alone:
+        result["counts"] = moved = counts(count_sizes(config))
+        print(f"least CPU seconds of {len(log)} rounds\n\n{alone_table(moved, by_dtype(lines))}\n")
+    else:
+        for what in ("least", "median"):
+            print(f"{what} seconds of {len(log)} rounds\n\n{table(lines, what)}\n")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for what in ("least", "median"):
-        print(f"{what} seconds of {len(log)} rounds\n\n{table(lines, what)}\n")
     return 0
 
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracle_stdit3  # noqa: E402
 
 from opensora_sp.base.geometry import latent_shape  # noqa: E402
+from opensora_sp.benchmark.count.forward import ForwardSize  # noqa: E402
 from opensora_sp.engine.blocks import Local, Stream, run_blocks  # noqa: E402
 from opensora_sp.models.folded_step import FoldedStep  # noqa: E402
 from opensora_sp.models.kernels.cpu_half import computes_natively  # noqa: E402
@@ -43,6 +44,19 @@ def size_of(name: str) -> tuple[int, int, int]:
     """(frames, height, width) of a size such as "144p 2s", 9:16. Raises ValueError or UserError."""
     resolution, duration = name.split()
     return resolve_frames(duration), *resolve_size(resolution, "9:16")
+
+
+def forward_size(name: str, config: STDiT3Config) -> ForwardSize:
+    """A guided forward of a size such as "144p 2s", in bf16, to be counted."""
+    video_frames, height, width = size_of(name)
+    frames, *cells = latent_shape(video_frames, height, width)
+    return ForwardSize(
+        frames=frames,
+        size=(cells[0], cells[1]),
+        pixels=(height, width),
+        config=config,
+        text=config.model_max_length,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import oracle_stdit3
 import pytest
@@ -23,7 +23,7 @@ from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.cost import Workload, step_traffic
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.suite import load_cases
-from scripts import count_forwards, measure_step
+from scripts import count_forwards, measure_step, step_switches
 
 pytestmark = pytest.mark.slow
 
@@ -313,11 +313,27 @@ def test_the_command_refuses_in_one_line(
     assert error.count("\n") == 1
 
 
-def test_the_measured_ways_compute_the_same(tmp_path: Path) -> None:
-    words = ["--quick", "--sizes", "144p 17", "--dtypes", "fp32", "--threads", "1"]
+@pytest.mark.parametrize(("mode", "ways"), [([], 4), (["--alone"], 14)])
+def test_the_measured_ways_compute_the_same(mode: list[str], ways: int, tmp_path: Path) -> None:
+    words = ["--quick", "--sizes", "144p 17", "--dtypes", "fp32", "--threads", "1", *mode]
     assert measure_step.main([str(tmp_path / "step.json"), *words]) == 0
     lines = json.loads((tmp_path / "step.json").read_text())["lines"]
     found = {line["way"]: line["difference_from_plain"] for line in lines}
-    assert len(found) == 4
+    assert len(found) == ways
     assert max(error for error in found.values() if error is not None) < 2e-6
     assert all(line["least"] > 0 for line in lines)
+
+
+@pytest.mark.skipif(not hasattr(F, "rms_norm"), reason="this torch has no rms_norm")
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("base", ["plain", "folded"])
+def test_all_switches_are_the_step_that_the_program_has(
+    base: Literal["plain", "folded"], norms: bool
+) -> None:
+    """Both ends of the table of single optimisations are the program's own kernels and bytes."""
+    (variant,) = (v for v in step_switches.every_variant() if v.label == base)
+    on = variant.on | ({step_switches.FUSED_NORMS} if norms else set())
+    runtime = Runtime(step_kernels=base, share_first=step_switches.SHARE_FIRST in on)
+    program = count_forwards.program_table(runtime, size=SIZE, cuda=True, norms=norms)
+    switched = step_switches.count(on, SIZE)
+    assert (switched.kernels, switched.bytes) == (program.kernels, program.bytes)
