@@ -10,7 +10,8 @@ out.
 
 --alone measures each optimisation of the folded step by itself instead: switched on in a plain
 step, and off in a folded one. It counts kernels and bytes of a whole step too, at 720p 16 s and
-144p 2 s, with the operations that CUDA has and with those that every device has. See scripts/step_switches.py.
+144p 2 s, with the operations that CUDA has and with those that every device has. See
+scripts/step_switches.py.
 
 --quick is a trial of the command with a narrow model; its seconds mean nothing.
 """
