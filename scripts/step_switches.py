@@ -8,7 +8,7 @@ frames, without tiles. The program has no such switches, for nobody needs them b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -302,10 +302,25 @@ def counts(sizes: Mapping[str, tuple[ForwardSize, bool]]) -> dict[str, dict[str,
     found: dict[str, dict[str, Any]] = {}
     for variant in every_variant():
         for name, (size, cuda) in sizes.items():
-            table = count(variant.on, size, cuda=cuda)
-            figures = {"kernels": table.kernels, "bytes": table.bytes}
+            figures = whole_step(variant.on, size, cuda=cuda)
             found.setdefault(variant.label, {})[name] = figures
     return found
+
+
+def whole_step(on: frozenset[str], size: ForwardSize, *, cuda: bool) -> dict[str, int]:
+    """Kernels and bytes of all pairs of blocks, from those of one pair and of two.
+
+    All pairs but the first are alike, so this is what counting all of them gives, in less time.
+    """
+    one, two = (
+        count(on, replace(size, config=replace(size.config, depth=depth)), cuda=cuda)
+        for depth in (1, 2)
+    )
+    more = size.config.depth - 1
+    return {
+        "kernels": one.kernels + more * (two.kernels - one.kernels),
+        "bytes": one.bytes + more * (two.bytes - one.bytes),
+    }
 
 
 def alone_table(

@@ -337,3 +337,7 @@ def test_all_switches_are_the_step_that_the_program_has(
     program = count_forwards.program_table(runtime, size=SIZE, cuda=True, norms=norms)
     switched = step_switches.count(on, SIZE)
     assert (switched.kernels, switched.bytes) == (program.kernels, program.bytes)
+    assert step_switches.whole_step(on, SIZE, cuda=True) == {
+        "kernels": program.kernels,
+        "bytes": program.bytes,
+    }
