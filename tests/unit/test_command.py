@@ -249,6 +249,7 @@ def test_bash_completes_commands_flags_and_values(
     assert "--link-gbps" in complete(script, "opensora-sp", "parity", "--")
     assert "--doctor" not in complete(script, "opensora-sp", "doctor", "--")
     assert complete(script, "opensora-sp", "convert", "d") == ["dit"]
+    assert "--floor" in complete(script, "opensora-sp", "quality", "--")
     zsh = said(capsys, "completion", "zsh")[0]
     assert zsh.startswith("#compdef opensora-sp")
 
