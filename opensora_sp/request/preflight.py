@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opensora_sp.base import access
+from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.media.fetch import Remote
 from opensora_sp.models.foreign_checkpoints import how_to_convert
 from opensora_sp.request.conditions import Facts, inspect_reference, strategy_notes
 from opensora_sp.request.mask_strategy import parse_mask_strategy

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora_sp.base import geometry
+from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import PromptFault, UserError
 from opensora_sp.base.redaction import is_address, redacted
 from opensora_sp.base.value_types import shown
-from opensora_sp.media.fetch import Remote
 from opensora_sp.models.kernels.attention import check_attention
 from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.parallel.mesh import plan_mesh
