@@ -31,6 +31,7 @@ from opensora_sp.server.operations import add_operations
 from opensora_sp.server.owners import sees
 from opensora_sp.server.page import add_page
 from opensora_sp.server.page_routes import add_page_routes
+from opensora_sp.server.polls import PATH, Polls, answer
 from opensora_sp.server.protocol import (
     MODEL,
     UPLOADS,
@@ -41,7 +42,6 @@ from opensora_sp.server.protocol import (
 from opensora_sp.server.refusals import add_refusals, refusal, refuse_draining
 
 log = logging.getLogger(__name__)
-POLL_AFTER_MS, MOST_POLL_AFTER_MS = 500, 5000
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -55,7 +55,8 @@ def build_app(gateway: Gateway) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Guard, gateway=gateway)
+    app.add_middleware(Polls, gateway=gateway)
+    app.add_middleware(Guard, gateway=gateway)  # outside of Polls
     add_refusals(app)
     _add_models(app)
     _add_videos(app, gateway)
@@ -133,10 +134,6 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise HTTPException(404, f"there is no video {video_id[:64]!r}")
         return entry
 
-    def answer(entry: Entry) -> Response:
-        headers = {"openai-poll-after-ms": str(poll_after_ms(entry))}
-        return Response(board.body(entry), media_type="application/json", headers=headers)
-
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
         """Queue a video: multipart/form-data, or JSON. `prompt` is needed."""
@@ -152,7 +149,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 raise
             async with judging:
                 entry = await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner)
-            return answer(entry)
+            return answer(gateway, entry)
 
     @app.post("/v1/videos/estimate")
     async def estimate(request: Request) -> Response:
@@ -168,10 +165,10 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             finally:
                 await run_in_threadpool(gateway.store.delete, job_id)
 
-    @app.get("/v1/videos/{video_id}")
+    @app.get(PATH)  # as Polls answers it; here it is described, and refused where it is not there
     async def retrieve(video_id: str, request: Request) -> Response:
         """One video."""
-        return answer(entry_of(video_id, request))
+        return answer(gateway, entry_of(video_id, request))
 
     @app.get("/v1/videos")
     async def listed(
@@ -234,13 +231,6 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         """Every change of a job as server-sent events, until it has ended."""
         entry_of(video_id, request)
         return StreamingResponse(_events(board, video_id), media_type="text/event-stream")
-
-
-def poll_after_ms(entry: Entry) -> int:
-    """When a client is told to ask again: a job that waits behind others changes less soon."""
-    if entry.status != "queued" or not entry.place:
-        return POLL_AFTER_MS
-    return min(MOST_POLL_AFTER_MS, POLL_AFTER_MS * (1 + entry.place))
 
 
 async def _events(board: Board, video_id: str) -> AsyncIterator[str]:
