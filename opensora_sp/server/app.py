@@ -72,16 +72,25 @@ def build_app(gateway: Gateway) -> FastAPI:
 def _intake(gateway: Gateway) -> Intake:
     """What pictures need of the gateway: they go the way of every job."""
 
-    def put(fields: dict[str, Any], owner: str) -> str:
-        return queue_job(gateway, gateway.store.new_id(), fields, [], owner).spec.id
+    async def read(request: Request) -> dict[str, Any]:
+        with gateway.arriving.body(length_of(request), gateway.limits.bytes_at_once):
+            return await asyncio.wait_for(read_json_body(request), gateway.limits.body_seconds)
+
+    async def put(fields: dict[str, Any], owner: str) -> str:
+        job_id = gateway.store.new_id()
+        async with gateway.judging:
+            await run_in_threadpool(queue_job, gateway, job_id, fields, [], owner)
+        return job_id
 
     return Intake(
         board=gateway.board,
         store=gateway.store,
         seconds=gateway.limits.image_seconds,
         stopping=lambda: gateway.draining,
-        read=lambda request: asyncio.wait_for(read_json_body(request), gateway.limits.body_seconds),
+        finishing=lambda: gateway.finishing,
+        read=read,
         full=lambda owner, count: refuse_new(gateway, owner, count),
+        arriving=gateway.arriving.job,
         put=put,
         remove=lambda entry: remove(gateway, entry),
         refuse=refusal,
@@ -123,9 +132,6 @@ def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | N
 
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
-    # One request is judged at a time; those that wait are not to hold every thread of the pool,
-    # which deletes and downloads need too.
-    judging = asyncio.Semaphore(4)
 
     def entry_of(video_id: str, request: Request) -> Entry:
         entry = board.get(video_id)
@@ -147,7 +153,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
-            async with judging:
+            async with gateway.judging:
                 entry = await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner)
             return answer(gateway, entry)
 
@@ -158,7 +164,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         with gateway.arriving.body(length_of(request), limits.bytes_at_once):
             try:
                 fields, uploads = await received(request, gateway, job_id)
-                async with judging:
+                async with gateway.judging:
                     return JSONResponse(
                         await run_in_threadpool(_estimate, gateway, job_id, fields, uploads, owner)
                     )
