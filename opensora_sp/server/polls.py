@@ -1,7 +1,8 @@
 """GET /v1/videos/{id} before any route: what clients ask again and again, answered at little cost.
 
-A route of FastAPI solves the parameters of each request; for this one that takes longer than
-everything else. What is no poll of a job that is there goes on to the routes.
+Finding the route and solving its parameters takes FastAPI almost half of the gateway's time for a
+poll, which on a CPU is taken from the engine. What is no poll of a job that is there goes on to the
+routes.
 """
 
 from __future__ import annotations
