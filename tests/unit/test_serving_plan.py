@@ -8,16 +8,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.cli.serve import main
+from opensora_sp.models.latent_colours import SIDE
 from opensora_sp.planner.devices import GB, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
-from opensora_sp.planner.plan import Options
+from opensora_sp.planner.plan import Options, TextPlace
 from opensora_sp.planner.warm import (
     Room,
     WarmEngine,
@@ -97,6 +98,17 @@ def test_what_stays_is_planned_beside_the_others() -> None:
     # T5 waits on the leading rank alone.
     alone, four = opened(12, LONG), opened(12, LONG, ranks=4, host=20 * GB)
     assert alone.text == four.text == "host"
+
+
+def test_fitting_the_previews_colours_needs_less_than_any_request() -> None:
+    pictures = Shape(height=8 * SIDE, width=8 * SIDE, num_frames=1)
+    for mode in MODES:
+        for place in get_args(TextPlace):
+            engine = replace(opened(80, LONG), mode=mode, text=place)
+            fitting = warm_plan(engine, pictures, MODELS, FREE).stages[-1]
+            assert fitting.name == "decode"
+            for shape in (SHORT, LONG):
+                assert fitting.total < warm_plan(engine, shape, MODELS, FREE).peak
 
 
 def test_the_served_sizes_decide_the_mode() -> None:
