@@ -14,7 +14,8 @@ import hypothesis
 import hypothesis.configuration
 import pytest
 import ranks
-from fast import is_fast
+from fast import TESTS, is_fast
+from order import long_first
 
 # The same examples in every run, so that a failure elsewhere is a failure here; and no deadline,
 # because an example takes as long as the machine's other work lets it.
@@ -50,10 +51,11 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast, see fast.py."""
+    """Mark what is fast, see fast.py, and put long files first, see order.py."""
     for item in items:
         if is_fast(item):
             item.add_marker("fast")
+    items[:] = long_first(items, TESTS)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
