@@ -9,6 +9,7 @@ from typing import Any
 import fast
 import forked
 import pytest
+from order import long_first
 
 
 def start_a_process() -> None:
@@ -39,7 +40,7 @@ def test_what_a_helper_a_fixture_or_an_inner_function_starts_is_found() -> None:
 
 
 def test_files_stay_whole_and_the_fast_ones_come_last(request: pytest.FixtureRequest) -> None:
-    items = request.session.items
+    items = long_first(reversed(request.session.items), fast.TESTS)
     files = [path for path, _ in itertools.groupby(items, key=lambda item: item.path)]
     assert len(files) == len(set(files))
     slow = {item.path for item in items if not item.get_closest_marker("fast")}
