@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from opensora_sp.benchmark.report.files import SCHEMA_FILE, read_report
 from opensora_sp.benchmark.report.schema_check import CHECKED, IGNORED, first_problem
 from opensora_sp.cli.benchmark import main as benchmark
 from opensora_sp.cli.plan import main as plan
+from opensora_sp.models.configs import read_shards
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.models.video_vae import VideoVAE
+from opensora_sp.parallel.watchdog.store import StatusStore
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.requests import EMBEDDED
 from opensora_sp.request.request import Checkpoints
@@ -110,6 +113,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "a list": ("[1]", "not a list"),
     "nothing": ("", "not readable JSON"),
     "not UTF-8": (b"\xff\xfe\x00", "not readable JSON"),
+    "a key twice": ('{"depth": 1, "depth": 2}', "the key 'depth' is there twice"),
     "too large": (" " * (2**20 + 1), "at most"),
 }
 
@@ -125,6 +129,25 @@ def test_files_that_cannot_be_read(kind: str, models: dict[str, Path]) -> None:
             with pytest.raises(CheckpointError, match=said):
                 read()
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("shard", ['"../x.bin"', '"' + "a" * 300 + '"', "[1]", "null", '".hidden"'])
+def test_an_index_that_names_no_neighbour(shard: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.bin.index.json"
+    index.write_text('{"weight_map": {"w": ' + shard + "}}")
+    with pytest.raises(CheckpointError, match="names the shard"):
+        read_shards(index)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"5", b"[]", b'{"rank": "x", "stage": "s", "what": "w"}', b'{"rank": 1}', b"\xff", b"[" * 500],
+)
+def test_an_entry_of_the_store_that_no_rank_wrote(raw: bytes) -> None:
+    """Whoever reaches the port can write there; the watchdog's searches take a ValueError."""
+    store = SimpleNamespace(check=lambda _: True, get=lambda _: raw)
+    with pytest.raises((ValueError, TypeError)):
+        StatusStore(store, 0, 2).fault()
 
 
 def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:

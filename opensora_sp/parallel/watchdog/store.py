@@ -119,11 +119,13 @@ _MOST_BYTES = 1 << 20
 
 
 def _made(kind: type[_Entry], raw: bytes) -> _Entry:
-    """An entry of the store. Raises ValueError or TypeError for one that no rank of a run wrote.
+    """An entry of the store. Raises ValueError or TypeError for one that no rank wrote.
 
     Whoever reaches the store's port can write into it, and what it says is printed and exited with.
     """
     found = parse_json(raw, most_bytes=_MOST_BYTES)
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
     for name, value in found.items():
         if not isinstance(value, _KINDS.get(name, object)):
             raise ValueError(f"{name} is not {_KINDS[name].__name__}")
