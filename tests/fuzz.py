@@ -443,6 +443,25 @@ def documents(folder: Path) -> tuple[list[bytes], Reader]:
     return corpus, read
 
 
+def planted(_: Path) -> tuple[list[bytes], Reader]:
+    """Faults of every kind, to see that they are found: not among `all`."""
+
+    def read(data: bytes) -> None:
+        if data[:1] == b"e":
+            raise IndexError("an exception")
+        if data[:1] == b"q":
+            raise UserError("a line of " + "a" * 5000)
+        if data[:1] == b"m":
+            bytearray(b"x") * (600 << 20)
+        if data[:1] == b"h":
+            while True:
+                pass
+        if data[:1] == b"c":
+            os.abort()
+
+    return [b"a fine case", b"another one"], read
+
+
 TARGETS: dict[str, Callable[[Path], tuple[list[bytes], Reader]]] = {
     one.__name__: one
     for one in (
@@ -488,7 +507,7 @@ class Child:
     def __init__(self, target: str, folder: Path, memory_mb: int) -> None:
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
-        self.corpus, self._read = TARGETS[target](folder)
+        self.corpus, self._read = (TARGETS | {"planted": planted})[target](folder)
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)  # libraries in C write to it
@@ -709,7 +728,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", choices=[*TARGETS, "all"])
+    parser.add_argument("target", choices=[*TARGETS, "all", "planted"])
     parser.add_argument("--seconds", type=float, default=60, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guided", action="store_true", help="by coverage, with Atheris")

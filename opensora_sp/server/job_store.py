@@ -109,7 +109,7 @@ def _made(kind: type[_Kind], found: dict[str, Any]) -> _Kind | None:
     from pydantic import ValidationError
 
     try:
-        return cast(_Kind, _adapter(kind).validate_python(found))
+        return cast(_Kind, _adapter(cast(Any, kind)).validate_python(found))
     except ValidationError:
         return None
 

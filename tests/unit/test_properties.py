@@ -240,7 +240,8 @@ def test_noise_is_of_its_name_alone_in_every_batch(
         assert torch.equal(draw_noise([request], clip, step)[0], one)
         others = [
             draw_noise([request], clip + 1, step),
-            draw_noise([request], clip, 1000 if step is None else None),
+            draw_noise([request], clip, 0 if step is None else step + 1),
+            draw_noise([request], clip, 0 if step is None else None),
             draw_noise([dataclasses.replace(request, seed=request.seed ^ 1)], clip, step),
             draw_noise([dataclasses.replace(request, prompt_index=10**7)], clip, step),
             draw_noise([dataclasses.replace(request, sample_index=100)], clip, step),

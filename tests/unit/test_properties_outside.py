@@ -406,7 +406,7 @@ def state() -> tuple[StateFiles, bytes, bytes, Record]:
 @st.composite
 def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     """Bytes changed, cut, put in, taken out or repeated, at up to three places."""
-    kinds = ["set", "flip", "cut", "insert", "remove", "copy"]
+    kinds = ["set", "flip", "cut", "insert", "remove", "copy", "digit"]
     places = st.floats(0, 1, exclude_max=True)
     steps = draw(
         st.lists(
@@ -427,6 +427,11 @@ def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
                 data[at] ^= 1 << value % 8
             elif kind == "cut":
                 del data[at:]
+            elif kind == "digit":
+                # The beginning of a value that says where a state stands, or what it is.
+                keys = (b'"step":"', b'"clip":"', b'"size": ', b'"checksum":"', b'"latents":')
+                found = data.find(keys[value % len(keys)])
+                data[found + 8 : found + 9] = b"%d" % (value % 10)
             elif kind == "insert":
                 data[at:at] = bytes([value]) * (1 + value % 3)
             elif kind == "remove":
