@@ -143,7 +143,7 @@ _WORDS: list[tuple[list[str], list[str]]] = [
     (["--prompt", f"|0|a|{DIGITS[:4000]}|b"], ["prompt", "not a clip number"]),
     (["--prompt", 'x{"mask_strategy": ' + DIGITS + "}"], ["prompt", "5000 digits"]),
     (["--prompt", 'x{"mask_strategy": ' + "[" * 50_000], ["prompt", "nested too deeply"]),
-    (["--prompt", 'x{"mask_strategy": ' + "[" * 400 + "]" * 400 + "}"], ["must be a string"]),
+    (["--prompt", 'x{"mask_strategy": ' + "[" * 400 + "]" * 400 + "}"], ["nested too deeply"]),
     (["--prompt", "a." * 20_000], ["prompt", "40000 characters", "10000"]),
     (["--prompt", f"|0|a|2|{'aGVsbG8' * 2000}"], ["prompt", "14000 characters"]),
 ]
