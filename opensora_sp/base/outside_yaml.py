@@ -36,7 +36,7 @@ def parse_yaml(text: str, what: str) -> Node | None:
         depth = 0
 
         def compose_node(self, parent: Node | None, index: int) -> Node | None:
-            if self.depth > _DEEPEST:
+            if self.depth >= _DEEPEST:
                 line = self.peek_event().start_mark.line + 1
                 raise UserError(
                     f"{what} is nested too deeply at line {line}: {_DEEPEST} levels are read"

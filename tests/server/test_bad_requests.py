@@ -220,7 +220,7 @@ FIELDS: dict[str, tuple[Any, str | None, str]] = {
     "a field twice": (b'{"prompt": "a", "seed": 1, "seed": 2}', "seed", "came twice"),
     "not a number": (b'{"prompt": "a", "seed": NaN}', None, "NaN is not JSON"),
     "infinity": (b'{"prompt": "a", "fps": -Infinity}', None, "-Infinity is not JSON"),
-    "a number of 9000 digits": (b'{"prompt": "a", "seed": ' + b"9" * 9000 + b"}", None, "9000 digits"),
+    "9000 digits": (b'{"prompt": "a", "seed": ' + b"9" * 9000 + b"}", None, "9000 digits"),
     "no body": (b"", None, "not readable JSON"),
     "a list": ([1, 2], None, "not a JSON object"),
     "a text": (b'"a"', None, "not a JSON object"),

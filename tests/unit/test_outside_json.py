@@ -14,6 +14,7 @@ from reports import draft_of, validator
 
 from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.outside_json import read_object
+from opensora_sp.base.outside_yaml import parse_yaml
 from opensora_sp.benchmark.report.files import SCHEMA_FILE, read_report
 from opensora_sp.benchmark.report.schema_check import CHECKED, IGNORED, first_problem
 from opensora_sp.cli.benchmark import main as benchmark
@@ -148,6 +149,13 @@ def test_an_entry_of_the_store_that_no_rank_wrote(raw: bytes) -> None:
     store = SimpleNamespace(check=lambda _: True, get=lambda _: raw)
     with pytest.raises((ValueError, TypeError)):
         StatusStore(store, 0, 2).fault()
+
+
+def test_yaml_is_read_to_16_levels() -> None:
+    assert parse_yaml("a: " + "[" * 15 + "]" * 15, "x") is not None
+    for text in ("\na: " + "[" * 16 + "]" * 16, "\n" + "[" * 300, "\n" + "- " * 300):
+        with pytest.raises(UserError, match="x is nested too deeply at line 2: 16 levels"):
+            parse_yaml(text, "x")
 
 
 def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
