@@ -390,7 +390,7 @@ SHAPE = (4, 10, 2, 2)
 @cache
 def state() -> tuple[StateFiles, bytes, bytes, Record]:
     """A state with one clip and a step of the second, and the bytes of the step and of a record."""
-    request = Request(prompt="p", height=16, width=16, num_frames=34, loop=3)
+    request = Request(prompt="p", height=16, width=16, num_frames=34, loop=3, steps=100)
     task = Task(request=request, output=folder() / "a.mp4")
     identity = latents_identity(identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"}))
     made = StateFiles(task.output, identity)
