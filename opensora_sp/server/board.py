@@ -33,6 +33,7 @@ class Entry:
     """One job. status: queued, in_progress, completed or failed.
 
     place: how many jobs are before it. eta_s: seconds until it has ended, None where unknown.
+    group: which group makes or made it, where there are several. waits: why none can make it now.
     """
 
     spec: JobSpec
@@ -41,6 +42,8 @@ class Entry:
     result: JobResult | None = None
     place: int | None = None
     eta_s: float | None = None
+    group: str = ""
+    waits: str = ""
 
     @property
     def live(self) -> bool:
