@@ -7,6 +7,7 @@ whoever changed it. It also sees to it that jobs of dead groups are given out ag
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -52,10 +53,13 @@ class GatewayQueue:
 class SharedBoard(Board):
     """All jobs, kept in step with the database. `lost`: why it does not answer now, or None."""
 
+    others = True
+
     def __init__(self, store: JobStore, queue: SharedQueue, engine: str = "") -> None:
         # All that asks the one-machine queue is written anew here.
         super().__init__(store, cast(JobQueue, queue), engine)
         self._queue = queue
+        self._looking = threading.Lock()
         self.groups: Sequence[Group] = ()
         self.lost: str | None = None
         self._since: int | None = None
@@ -84,10 +88,24 @@ class SharedBoard(Board):
         entry = self.get(job_id)
         return None if entry is None else entry.result
 
+    def seek(self, job_id: str) -> Entry | None:
+        """One job, from the database where another gateway has just queued it.
+
+        Raises QueueLost.
+        """
+        try:
+            JobStore.folder(self._store, job_id)
+        except KeyError:
+            return None
+        row = self._queue.row(job_id)
+        if row is not None:
+            with self._looking:
+                self._take_in(row, begins=False)
+        return self.get(job_id)
+
     def add(self, spec: JobSpec) -> Entry:
         """A new job that is written and about to be queued."""
         entry = super().add(spec)
-        self._changed = True
         return entry
 
     def remove(self, job_id: str) -> bool:
@@ -123,6 +141,10 @@ class SharedBoard(Board):
 
     def look(self) -> None:
         """Bring every job in step with the database; give out again what dead groups had."""
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         try:
             self._catch_up()
             now = time.monotonic()

@@ -80,6 +80,10 @@ _BACK = f"""
         'error', '{GIVEN_UP}', 'error_code', 'engine_ended') END,
     deaths = deaths + %(died)s, {_CHANGED}
 """
+_COLUMNS = (
+    "id, state, priority, extract(epoch FROM created_at)::float8, shape, spec, attempt, group_name,"
+    " epoch, result"
+)
 _ALIVE = "g.beat_at > clock_timestamp() - g.lease_s * interval '1 second'"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -308,14 +312,23 @@ class SharedQueue:
             ).fetchone()[0]
             where = "state <> 'gone'" if since is None else "changed >= %s::text::xid8"
             rows = connection.execute(
-                "SELECT id, state, priority, extract(epoch FROM created_at)::float8, shape, spec,"
-                f" attempt, group_name, epoch, result FROM opensora_sp.jobs WHERE {where}",
+                f"SELECT {_COLUMNS} FROM opensora_sp.jobs WHERE {where}",
                 [] if since is None else [str(since)],
             ).fetchall()
             return rows, int(floor)
 
         rows, floor = self.link.run(look)
         return [_row(found) for found in rows], floor
+
+    def row(self, job_id: str) -> Row | None:
+        """One job; None where there is none, or it was deleted."""
+        found = self.link.run(
+            lambda connection: connection.execute(
+                f"SELECT {_COLUMNS} FROM opensora_sp.jobs WHERE id = %s AND state <> 'gone'",
+                [job_id],
+            ).fetchone()
+        )
+        return None if found is None else _row(found)
 
     def groups(self) -> list[Group]:
         """All groups that were heard of within the last day."""
