@@ -53,6 +53,7 @@ COMMANDS: Mapping[str, Command] = {
         "look whether this machine is fit to run the program", "verify", ("--doctor",)
     ),
     "serve": Command("keep the models loaded and make what comes over HTTP", "serve"),
+    "work": Command("make the jobs of a queue that many machines share", "work"),
     "submit": Command("send requests to a server", "client.submit"),
     "jobs": Command("list the jobs of a server", "client.jobs"),
     "cancel": Command("cancel jobs of a server", "client.cancel"),

@@ -33,6 +33,7 @@ from opensora_sp.server.step_previews import StepPreviews, fitted_colours
 if TYPE_CHECKING:
     from opensora_sp.engine.progress import Position
     from opensora_sp.models.latent_colours import LatentColours
+    from opensora_sp.server.group_worker import GroupWorker
 
 TICK_SECONDS = 1.0
 # The least time between two notes of a job's progress: a note is a small file.
@@ -45,16 +46,13 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
     """Open the engine for `first`, then make jobs until a signal comes. On every rank."""
     from opensora_sp.jobs.open import open_engine
 
-    store = JobStore(settings.save_dir)
     serves = served_shapes(settings, first)
-    with _only_engine(settings.save_dir), open_engine(first, serves) as engine:
+    with _only_engine(settings.place), open_engine(first, serves) as engine:
         leads = engine.whole.leads
         if leads and engine.warm is not None:
-            write_facts(settings.save_dir, engine.warm, settings.digest())
-        worker = (
-            Worker(settings.queue, executor=f"engine-{settings.save_dir.name}") if leads else None
-        )
-        beat = Beat(settings.save_dir, engine.whole.control) if leads else None
+            write_facts(settings.place, engine.warm, settings.digest())
+        store, worker = _queue_of(settings, engine)
+        beat = Beat(settings.place, engine.whole.control) if leads else None
         try:
             for size in settings.warmup:
                 _warm_up(engine, settings, size)
@@ -69,10 +67,11 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 job_id = engine.whole.control.meet(job_id)
                 if job_id is None:
                     continue
-                with _making(beat, job_id):
+                with _making(beat, job_id), _making(worker, job_id):
                     _make(engine, settings, store, worker, job_id, colours)
-                if worker is not None:
-                    worker.done()
+                # The ranks meet while rank 0 waits for a database that does not answer.
+                while not engine.whole.control.meet(None if worker is None else worker.done()):
+                    pass
         finally:
             if beat is not None:
                 beat.close()
@@ -80,16 +79,32 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 worker.close()
 
 
-def _next_job(worker: Worker, settings: GroupSettings) -> str | None:
+def _queue_of(settings: GroupSettings, engine: Any) -> tuple[JobStore, Worker | GroupWorker | None]:
+    """Where this rank finds jobs, and what takes them: on rank 0 alone."""
+    whole = engine.whole
+    if not settings.shared:
+        executor = f"engine-{settings.save_dir.name}"
+        return JobStore(settings.save_dir), (
+            Worker(settings.queue, executor) if whole.leads else None
+        )
+    from opensora_sp.server.group_worker import GroupStore, GroupWorker
+
+    store = GroupStore(settings)
+    if not whole.leads:
+        return store, None
+    return store, GroupWorker(settings, store, whole.control, whole.device, engine.warm)
+
+
+def _next_job(worker: Worker | GroupWorker, settings: GroupSettings) -> str | None:
     """The next job, or None after a while without one. A server that is stopped begins none."""
-    if drain_path(settings.save_dir).exists():
+    if drain_path(settings.place).exists():
         time.sleep(TICK_SECONDS)
         return None
     return worker.next(TICK_SECONDS)
 
 
 @contextmanager
-def _making(beat: Beat | None, job_id: str) -> Iterator[None]:
+def _making(beat: Beat | Worker | GroupWorker | None, job_id: str) -> Iterator[None]:
     """A job is made in this block, as the sign of life and the log say."""
     if beat is not None:
         beat.idle = False
@@ -121,7 +136,7 @@ def _make(
     engine: Any,
     settings: GroupSettings,
     store: JobStore,
-    worker: Worker | None,
+    worker: Worker | GroupWorker | None,
     job_id: str,
     colours: LatentColours | None,
 ) -> None:
@@ -134,6 +149,8 @@ def _make(
     if worker is not None:
         behind = worker.behind(job_id) if settings.batch_jobs > 1 else ()
         found = gather(settings, store, job_id, behind, worker.attempts(job_id))
+        if job_id in found:
+            worker.prepare(job_id, found[job_id], engine)
         store.put_together(found)
     found = control.broadcast_object(found)
     reporters = {name: JobReporter(store, name, engine.whole.leads) for name in found}

@@ -51,11 +51,17 @@ class Health:
 class EngineProcess:
     """The engine's processes, watched by a thread.
 
-    completed: how many jobs were completed since the server was started.
+    completed: how many jobs were completed since the server was started. on_end: called whenever
+    the engine has ended, whatever ended it.
     """
 
-    def __init__(self, settings: GroupSettings, completed: Callable[[], int] = lambda: 0) -> None:
-        self._settings, self._completed = settings, completed
+    def __init__(
+        self,
+        settings: GroupSettings,
+        completed: Callable[[], int] = lambda: 0,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings, self._completed, self._on_end = settings, completed, on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
         self._restarts = Restarts()
@@ -82,9 +88,19 @@ class EngineProcess:
         reason = stuck(sign, time.monotonic() - seen)
         return Health("failed" if reason else sign.state, reason or "", restarts)
 
+    @property
+    def given_up(self) -> str | None:
+        """Why it is not started again, in a line; None where it is."""
+        return self._given_up
+
+    def makes_a_job(self) -> bool:
+        """Whether a job is made now, as far as the last sign of life says."""
+        sign = self._seen[0]
+        return sign is not None and not sign.idle
+
     def take_no_more(self) -> None:
         """Let it finish the job that it makes, and begin no other."""
-        drain_path(self._settings.save_dir).touch()
+        drain_path(self._settings.place).touch()
 
     def stop(self) -> None:
         """Let it save what it is making, and end it. A second call changes nothing."""
@@ -103,6 +119,7 @@ class EngineProcess:
             started = time.monotonic()
             self._start()
             was_ready = self._until_it_ends()
+            self._on_end()
             if self._ending.is_set():
                 return
             assert self._process is not None
@@ -125,7 +142,7 @@ class EngineProcess:
 
     def _start(self) -> None:
         for left in (beat_path, drain_path):
-            left(self._settings.save_dir).unlink(missing_ok=True)
+            left(self._settings.place).unlink(missing_ok=True)
         self._seen = (None, time.monotonic())
         as_json = self._settings.log_format == "json"
         self._process = subprocess.Popen(
@@ -133,6 +150,7 @@ class EngineProcess:
             start_new_session=True,
             preexec_fn=_end_with_parent,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, **self._settings.environ()},
             stderr=subprocess.PIPE if as_json else None,
         )
         if self._process.stderr is not None:
@@ -144,7 +162,7 @@ class EngineProcess:
         assert self._process is not None
         was_ready, looks = False, 0
         while self._process.poll() is None:
-            sign = read_beat(self._settings.save_dir)
+            sign = read_beat(self._settings.place)
             if sign is not None and sign != self._seen[0]:
                 self._seen = (sign, time.monotonic())
             was_ready = was_ready or (sign is not None and sign.state == "ready")

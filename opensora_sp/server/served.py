@@ -98,21 +98,21 @@ def engine_of_settings(group: GroupSettings, first: Job) -> WarmEngine | None:
     )
 
 
-def facts_path(save_dir: Path) -> Path:
+def facts_path(place: Path) -> Path:
     """The file of what an engine has."""
-    return save_dir / "engine_facts.json"
+    return place / "engine_facts.json"
 
 
-def write_facts(save_dir: Path, warm: WarmEngine, digest: str) -> None:
+def write_facts(place: Path, warm: WarmEngine, digest: str) -> None:
     """Write what the engine of these settings has. Raises UserError where it cannot be written."""
-    with atomic_output(facts_path(save_dir)) as temporary:
+    with atomic_output(facts_path(place)) as temporary:
         temporary.write_text(json.dumps({"settings": digest} | warm.to_dict()), encoding="ascii")
 
 
 def read_facts(group: GroupSettings) -> WarmEngine | None:
     """What the engine has; None before it has opened, and for a file of other settings."""
     try:
-        found = json.loads(facts_path(group.save_dir).read_text(encoding="ascii"))
+        found = json.loads(facts_path(group.place).read_text(encoding="ascii"))
         return WarmEngine.from_dict(found) if found["settings"] == group.digest() else None
     except (OSError, ValueError, TypeError, KeyError, UserError):
         return None
