@@ -248,6 +248,7 @@ def group_of(
             "parent": secrets.token_hex(8),
             "lease_s": _number("--lease-seconds", found.lease_seconds, 3600, 3),
         }
+        sharing |= _nodes(found)
     elif found.group_name:
         raise UserError("--group-name belongs to --queue: without it there is one group")
     group = GroupSettings(
@@ -255,7 +256,7 @@ def group_of(
         queue=queue,
         arguments=tuple(engine),
         warmup=warmup,
-        ranks=found.nproc,
+        ranks=found.nproc * sharing.get("nodes", 1),
         batch_jobs=batch_jobs,
         serves=serves,
         log_format=operations.log_format,
@@ -267,6 +268,31 @@ def group_of(
         raise UserError("--replicas belongs to generate: a server makes each video on all ranks")
     engine_of_settings(group, first)
     return group
+
+
+def _nodes(found: argparse.Namespace) -> dict[str, Any]:
+    """The nodes of a group, as `work` was told. Raises UserError."""
+    nodes: int = getattr(found, "nnodes", 1)
+    if nodes == 1:
+        return {}
+    if not 1 < nodes <= 64:
+        raise UserError(f"--nnodes {nodes} is not a number of nodes from 1 to 64")
+    if not 0 <= found.node_rank < nodes:
+        raise UserError(
+            f"--node-rank {found.node_rank} is not one of {nodes} nodes: give 0 to {nodes - 1}"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,253}", found.master_addr):
+        raise UserError(
+            f"--master-addr {shown(found.master_addr)} is not the address of node 0, which "
+            f"--nnodes {nodes} needs"
+        )
+    if not 0 < found.master_port <= 65535:
+        raise UserError(f"--master-port {found.master_port} is not a port from 1 to 65535")
+    return {
+        "nodes": nodes,
+        "node": found.node_rank,
+        "master": f"{found.master_addr}:{found.master_port}",
+    }
 
 
 def _group_name(text: str) -> str:

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return say(parser().format_help())
         found, engine = parser().parse_known_args(words)
         operations = operations_of(found)
+        health_port = _port("--health-port", found.health_port)
         group = group_of(found, engine, operations)
         if not group.shared:
             raise UserError(
@@ -32,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         from opensora_sp.server.shared_service import work
 
-        return work(group, operations, lambda text: print(text, file=sys.stderr, flush=True))
+        def tell(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        return work(group, operations, tell, health_port=health_port)
     except UserError as error:
         return refuse(error, same_everywhere=True)
 
@@ -54,8 +58,35 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_queue(parser)
     add_engine(parser)
+    parser.add_argument(
+        "--nnodes", type=int, default=1, metavar="N",
+        help="nodes of this group; the same command runs on each of them (default 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node-rank", type=int, default=0, metavar="N", help="which of them this is; 0 takes jobs"
+    )
+    parser.add_argument(
+        "--master-addr",
+        default="",
+        metavar="HOST",
+        help="with --nnodes: node 0, as others reach it",
+    )
+    parser.add_argument(
+        "--master-port", type=int, default=29500, metavar="PORT",
+        help="with --nnodes: a free port there (default 29500)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--health-port", type=int, default=0, metavar="PORT",
+        help="answer /health and /ready there, on every address (default: nowhere)",
+    )  # fmt: skip
     add_operations(parser)
     return parser
+
+
+def _port(flag: str, port: int) -> int:
+    if not 0 <= port <= 65535:
+        raise UserError(f"{flag} {port} is not a port from 1 to 65535, or 0 for none")
+    return port
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ class EngineProcess:
             return Health("failed", self._given_up, restarts)
         if self._ending.is_set():
             return Health("stopped", "", restarts)
+        if self._settings.node > 0:
+            # Signs of life are rank 0's, which is on another node.
+            return Health("ready" if self._runs() else "starting", "", restarts)
         sign, seen = self._seen
         if sign is None:
             return Health("starting", "", restarts)
@@ -92,6 +95,9 @@ class EngineProcess:
     def given_up(self) -> str | None:
         """Why it is not started again, in a line; None where it is."""
         return self._given_up
+
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def makes_a_job(self) -> bool:
         """Whether a job is made now, as far as the last sign of life says."""
@@ -160,7 +166,7 @@ class EngineProcess:
     def _until_it_ends(self) -> bool:
         """Look at it until it has ended; whether it ever was ready."""
         assert self._process is not None
-        was_ready, looks = False, 0
+        was_ready, looks = self._settings.node > 0, 0
         while self._process.poll() is None:
             sign = read_beat(self._settings.place)
             if sign is not None and sign != self._seen[0]:
@@ -187,12 +193,20 @@ class EngineProcess:
 
 
 def command(settings: GroupSettings) -> list[str]:
-    """The engine's command line: torchrun for several ranks, plain python for one."""
+    """The engine's command line on this node: torchrun for several ranks, plain python for one."""
     module = ["-m", "opensora_sp.cli.serve_engine", "--settings", settings.to_json()]
     if settings.ranks == 1:
         return [sys.executable, *module]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*run, "--nproc_per_node", str(settings.ranks), *module]
+    run = [sys.executable, "-m", "torch.distributed.run"]
+    if settings.nodes == 1:
+        run.append("--standalone")
+    else:
+        # Static: the elastic rendezvous numbers nodes as they come, but node 0 must have rank 0,
+        # whose signs of life and files are looked at there.
+        host, _, port = settings.master.rpartition(":")
+        run += ["--nnodes", str(settings.nodes), "--node_rank", str(settings.node)]
+        run += ["--master_addr", host.strip("[]"), "--master_port", port]
+    return [*run, "--nproc_per_node", str(settings.ranks // settings.nodes), *module]
 
 
 def _end_with_parent() -> None:

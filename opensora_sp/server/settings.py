@@ -35,6 +35,9 @@ class GroupSettings:
     name; parent: a word that is new with every start of the command, so that its engine knows its
     own name again; lease_s: seconds without a sign of life after which the group counts as dead;
     own_dir: the folder of the files that are this machine's alone.
+
+    Of a group of several nodes: nodes: how many; node: which one this is, 0 leads; master:
+    HOST:PORT of node 0, where torchrun's agents meet. ranks counts those of all nodes.
     """
 
     save_dir: Path
@@ -50,6 +53,9 @@ class GroupSettings:
     parent: str = ""
     lease_s: float = 0.0
     own_dir: Path | None = None
+    nodes: int = 1
+    node: int = 0
+    master: str = ""
 
     @property
     def shared(self) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.server.engine_process import EngineProcess, Health
+from opensora_sp.server.health_port import answering_health
 from opensora_sp.server.logs import hide_in_lines
 from opensora_sp.server.queue_url import shown_url
 from opensora_sp.server.restarts import REFUSED
@@ -98,9 +99,17 @@ def serve_shared(
     return 0
 
 
-def work(group: GroupSettings, operations: Operations, say: Callable[[str], None]) -> int:
+def work(
+    group: GroupSettings,
+    operations: Operations,
+    say: Callable[[str], None],
+    *,
+    health_port: int = 0,
+) -> int:
     """Run a group without a gateway until it is asked to end; returns its exit code.
 
+    health_port: where /health and /ready are answered; 0 for nowhere. On a node that does not lead
+    its group only the ranks run. Raises UserError where the port is taken.
     0: it was asked to end; 1: its engine ended too often; 2: its engine refused its flags.
     """
     queue = _open_queue(group, "opensora-sp work")
@@ -114,8 +123,9 @@ def work(group: GroupSettings, operations: Operations, say: Callable[[str], None
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with _engine(group) as engine:
-        say(f"group {group.group_name} works for the queue {shown_url(group.queue)}")
+    with _engine(group) as engine, answering_health(health_port, engine.health):
+        part = f", node {group.node} of {group.nodes}," if group.nodes > 1 else ""
+        say(f"group {group.group_name}{part} works for the queue {shown_url(group.queue)}")
         while not asked.wait(LOOK_SECONDS) and engine.given_up is None:
             pass
         _drain(engine, operations)
@@ -147,6 +157,8 @@ def _engine(group: GroupSettings) -> Iterator[EngineProcess]:
         return completed
 
     def ended() -> None:
+        if group.node > 0:  # node 0 tells the queue
+            return
         # Its ranks are gone: another group need not wait for the end of the lease.
         try:
             if queue.give_back(group.group_name, died=True):
