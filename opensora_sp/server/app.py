@@ -219,6 +219,8 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 f"variant {variant[:40]!r} is not video, thumbnail or spritesheet", "variant"
             )
         entry = await entry_of(video_id, request)
+        if entry.status != "completed" and board.others:  # another gateway may know of it already
+            entry = (await run_in_threadpool(lambda: board.seek(video_id))) or entry
         output = gateway.store.output(video_id)
         if entry.status != "completed" or output is None:
             raise HTTPException(404, f"{video_id} is {entry.status}: it has no {variant} yet")

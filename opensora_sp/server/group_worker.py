@@ -56,6 +56,8 @@ class GroupStore(SharedStore):
         self.made: JobResult | None = None
         # Set by the sign of life: the job is another attempt's, or was deleted.
         self.lost = threading.Event()
+        # Wakes whoever gives the sign of life: a job has begun.
+        self.news = threading.Event()
 
     def begin(self, claim: Claim | None) -> None:
         """Make this job from here on; None: none."""
@@ -69,8 +71,10 @@ class GroupStore(SharedStore):
         return super().spec(job_id)
 
     def put_progress(self, job_id: str, progress: JobProgress) -> None:
-        """Keep it for the next sign of life."""
-        self.told = progress
+        """Keep it for the next sign of life; the first of a job is told at once."""
+        first, self.told = self.told is None, progress
+        if first:
+            self.news.set()
 
     def put_result(self, job_id: str, result: JobResult) -> None:
         """Keep it until it is published; the preview goes."""
@@ -218,6 +222,7 @@ class GroupWorker:
             if self.done():  # why a job ended the engine is the job's result
                 break
         self._end.set()
+        self._store.news.set()
         if self._thread.is_alive():
             self._thread.join(5)
         try:
@@ -328,7 +333,9 @@ class GroupWorker:
             self._store.lost.set()
 
     def _run(self) -> None:
-        while not self._end.wait(BEAT_SECONDS):
+        while not self._end.is_set():
+            self._store.news.wait(BEAT_SECONDS)
+            self._store.news.clear()
             # Ranks that stand still are no living group, though this thread runs.
             if stuck(sign_of(self._control, self.state, idle=self.idle), 0.0) is not None:
                 continue
