@@ -220,7 +220,8 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             )
         entry = await entry_of(video_id, request)
         if entry.status != "completed" and board.others:  # another gateway may know of it already
-            entry = (await run_in_threadpool(lambda: board.seek(video_id))) or entry
+            found = await run_in_threadpool(board.seek, video_id)
+            entry = entry if found is None else found
         output = gateway.store.output(video_id)
         if entry.status != "completed" or output is None:
             raise HTTPException(404, f"{video_id} is {entry.status}: it has no {variant} yet")

@@ -163,7 +163,7 @@ class GroupWorker:
                 claim = self._claim()
                 self._said_lost = False
                 if claim is None:
-                    self._queue.link.wait(min(WAIT_SECONDS, left))
+                    self._wait(end)
                     continue
             except QueueLost as error:
                 self._say_lost(error)
@@ -231,6 +231,13 @@ class GroupWorker:
         except QueueLost as lost:
             self._say_lost(lost)
         self._queue.close()
+
+    def _wait(self, end: float) -> None:
+        """Until there is word of a new job, or that time on `time.monotonic`."""
+        while (left := end - time.monotonic()) > 0:
+            # In short pieces: the sign of life goes through the same connection.
+            if self._queue.link.wait(min(WAIT_SECONDS, left)):
+                return
 
     def _claim(self) -> Claim | None:
         if not holds_token(self._settings.save_dir, self._token):

@@ -87,6 +87,8 @@ _COLUMNS = (
 _ALIVE = "g.beat_at > clock_timestamp() - g.lease_s * interval '1 second'"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# It warns of every rollback that a lost connection makes impossible. We say once that it is lost.
+logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 
 class QueueLost(Exception):  # noqa: N818 (a state that ends by itself)
@@ -165,6 +167,9 @@ class Link:
                 connection = self._opened()
                 with connection.transaction():
                     return work(connection)
+            except (KeyboardInterrupt, SystemExit):
+                self._drop()  # a signal came in the middle of a statement
+                raise
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                 self._drop()
                 raise QueueLost(without_password(one_line(str(error)), self._url)) from None
@@ -176,6 +181,9 @@ class Link:
         with self._lock:
             try:
                 return any(True for _ in self._opened().notifies(timeout=seconds, stop_after=1))
+            except (KeyboardInterrupt, SystemExit):
+                self._drop()
+                raise
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                 self._drop()
                 raise QueueLost(without_password(one_line(str(error)), self._url)) from None

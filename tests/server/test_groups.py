@@ -233,6 +233,9 @@ def test_a_later_attempt_owns_the_output(queue: SharedQueue) -> None:
     assert queue.register("new", "another", {}, 60.0) is None
     assert take("new", new) is None
     assert queue.beat("new", new, state="ready", claim=again) is None
+    row = queue.row(a_job(2).id)
+    assert row is not None
+    assert row.state == "queued"
 
 
 def test_a_job_whose_group_died_five_times_is_given_up(queue: SharedQueue) -> None:
@@ -332,3 +335,8 @@ def test_another_folder_or_a_database_that_does_not_answer_is_refused(
         assert said.count("\n") == 1
         assert PASSWORD not in said
         assert "cr%2Fet" not in said
+    # libpq quotes what it cannot read.
+    assert main([*words[:2], database.url.replace("cr%2F", "cr%zz"), *words[3:]]) == 2
+    said = capsys.readouterr().err
+    assert "se%3Acr" not in said
+    assert said.count("\n") == 1
