@@ -36,6 +36,7 @@ esac
 cd "$ROOT"
 ensure_venv "$venv" "$stack"
 [[ "$stack" != current ]] || ensure_chromium
+[[ "$stack" != current ]] || ensure_postgres
 [[ "$stack" != current ]] || ensure_triton "$venv"
 bin="$ROOT/$venv/bin"
 

@@ -28,6 +28,7 @@ CHANNEL = "opensora_sp"
 # Of all processes that make the tables at once, one does.
 _LOCK = 0x0F5A_22
 _FORM = 1
+_OLDEST = 130_000  # the first with xid8
 GIVEN_UP = "the engine ended too often while it was made; it is given up"
 _TABLES = """
 CREATE SCHEMA IF NOT EXISTS opensora_sp;
@@ -241,7 +242,11 @@ class SharedQueue:
         """Make the tables where they are not there. Raises UserError where that cannot be."""
         import psycopg
 
+        where = f"--queue {shown_url(self._url)}"
+
         def make(connection: Any) -> int:
+            if (version := connection.info.server_version) < _OLDEST:
+                raise UserError(f"{where}: Postgres {version // 10_000} is older than 13")
             if connection.execute("SELECT to_regclass('opensora_sp.jobs')").fetchone()[0] is None:
                 connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
                 connection.execute(_TABLES)
@@ -252,7 +257,6 @@ class SharedQueue:
             found = connection.execute("SELECT form FROM opensora_sp.folder").fetchone()
             return 0 if found is None else int(found[0])
 
-        where = f"--queue {shown_url(self._url)}"
         try:
             form = self.link.run(make)
         except QueueLost as error:
