@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--save-dir", type=Path, default=Path("samples/server"), metavar="DIR",
         help="where jobs, outputs and the queue are kept (default samples/server)",
     )  # fmt: skip
-    add_queue(parser)
+    add_queue(parser, brief=True)
     parser.add_argument(
         "--no-engine", action="store_true",
         help="with --queue: a gateway alone; opensora-sp work makes the videos",
@@ -96,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_queue(parser: argparse.ArgumentParser) -> None:
-    """Flags of a queue that many gateways and groups share."""
+def add_queue(parser: argparse.ArgumentParser, *, brief: bool = False) -> None:
+    """Flags of a queue that many gateways and groups share. brief: the help names --queue alone."""
     parser.add_argument(
         "--queue", metavar="URL",
         help="a Postgres database that many gateways and groups share, with --save-dir a folder "
@@ -106,12 +106,15 @@ def add_queue(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--group-name", default="", metavar="NAME",
-        help="with --queue: what this group is called (default: the machine's name and a number)",
+        help=argparse.SUPPRESS
+        if brief
+        else "what this group is called (default: the machine's name and a number)",
     )  # fmt: skip
     parser.add_argument(
         "--lease-seconds", default="15", metavar="S",
-        help="with --queue: a group without a sign of life for so long loses its job to another "
-        "(default 15)",
+        help=argparse.SUPPRESS
+        if brief
+        else "a group without a sign of life for so long loses its job to another (default 15)",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from opensora_sp.server.shared_store import SharedStore
 SWEEP_SECONDS, TIDY_SECONDS = 1.0, 600.0
 # A job that was deleted here is not shown again by a look that had begun before.
 FORGOTTEN_SECONDS = 60.0
-NO_GROUP = "no group is there to make it"
+NOBODY = "no group is there to make it"
 log = logging.getLogger(__name__)
 
 
@@ -260,7 +260,7 @@ class SharedBoard(Board):
         """Why no living group can make a job, by shape. The groups have judged that themselves."""
         alive = [group for group in self.groups if group.alive]
         if not alive:
-            return dict.fromkeys(shapes, NO_GROUP)
+            return dict.fromkeys(shapes, NOBODY)
         found = {
             shape: f"no group that is there can make it: {alive[0].unfit[shape]}"
             for shape in shapes
