@@ -11,9 +11,13 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Literal
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import LONGEST_PATH, shown
+
+# Which addresses are fetched: False none, True public ones, "private" all.
+Remote = bool | Literal["private"]
 
 # Bytes of a path that are left for the names of records, outputs and temporary files.
 _ROOM_FOR_NAMES = 300

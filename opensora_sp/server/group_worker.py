@@ -189,8 +189,11 @@ class GroupWorker:
         if claim is not None and claim.attempt > 1 and not isinstance(job, str):
             take_over(self._store, job_id, claim.attempt, job, engine)
 
-    def done(self) -> bool:
-        """Publish how the job ended; False where the database does not answer: call again."""
+    def done(self, *, deleted: bool = False) -> bool:
+        """Publish how the job ended; False where the database does not answer: call again.
+
+        deleted: whether it was deleted or is another's, as the folder says; the queue decides.
+        """
         claim, made = self._store.claim, self._store.made
         if claim is None:
             return True

@@ -86,6 +86,8 @@ class Metrics:
             ("route", "method"), buckets=_HTTP_SECONDS,
         )  # fmt: skip
 
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self.registry)
@@ -122,8 +124,15 @@ class Metrics:
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """A request was answered. route: its template."""
-        self._requests.labels(route, method, str(status)).inc()
-        self._request_seconds.labels(route, method).observe(seconds)
+        known = self._answered.get((route, method, status))
+        if known is None:  # looking labels up takes longer than counting
+            known = (
+                self._requests.labels(route, method, str(status)),
+                self._request_seconds.labels(route, method),
+            )
+            self._answered[route, method, status] = known
+        known[0].inc()
+        known[1].observe(seconds)
 
 
 class _Now:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from opensora_sp.planner.warm import (
 )
 from opensora_sp.request import named_configs
 from opensora_sp.request.memory_modes import FASTEST
-from opensora_sp.request.request import EngineSettings, Job, Request
+from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.settings import parse_command_line, resolve, size_of
 from opensora_sp.server.settings import GroupSettings
 
@@ -130,7 +131,13 @@ def plan_request(group: GroupSettings, job: Job) -> tuple[Plan, WarmEngine | Non
 
 
 def _parts(request: Request, settings: EngineSettings) -> tuple[Shape, ModelSizes, Options]:
-    return shape_of(request, settings, 1), sizes_of(settings.checkpoints), options_of(settings)
+    return shape_of(request, settings, 1), _sizes_of(settings.checkpoints), options_of(settings)
+
+
+@cache
+def _sizes_of(checkpoints: Checkpoints | None) -> ModelSizes:
+    """Read once: the engine keeps the models that it has loaded, whatever comes to the files."""
+    return sizes_of(checkpoints)
 
 
 def why_not(

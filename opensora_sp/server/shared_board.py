@@ -251,10 +251,21 @@ class SharedBoard(Board):
             self._keep(entry, replace(found, place=places[row.id], eta_s=rounded(eta)))
 
     def _etas(self, entries: Iterable[Entry]) -> dict[str, float]:
-        """Seconds until each has ended, as if every group could make every job."""
-        groups = max(1, len(self.ready()))
-        found = self.estimator.etas([entry for entry in entries if not entry.waits])
-        return {job_id: seconds / groups for job_id, seconds in found.items()}
+        """Seconds until each has ended, as if every group could make every job.
+
+        entries: those that are made first, then the others in their order.
+        """
+        found: dict[str, float] = {}
+        groups, until = max(1, len(self.ready())), 0.0
+        for entry in entries:
+            left = None if entry.waits else self.estimator.left(entry)
+            if left is None:
+                if entry.waits:
+                    continue
+                break
+            until += left
+            found[entry.spec.id] = left if entry.progress is not None else until / groups
+        return found
 
     def _unmakeable(self, shapes: set[str]) -> dict[str, str]:
         """Why no living group can make a job, by shape. The groups have judged that themselves."""

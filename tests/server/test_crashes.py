@@ -6,8 +6,10 @@ import hashlib
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from serving import Server
@@ -75,6 +77,10 @@ def test_a_stopped_server_goes_on_with_the_job_it_was_making(server: Server, wan
     server.until(job, "in_progress")
     assert server.stop() == 0
     assert not server.engine_pids()
+    # An orderly stop is no attempt: a job that was stopped five times is not given up.
+    with closing(sqlite3.connect(server.save_dir / "queue.sqlite")) as queue:
+        asked = "SELECT status, recovery_attempts FROM workflow_status WHERE workflow_uuid = ?"
+        assert queue.execute(asked, (job,)).fetchall() == [("ENQUEUED", 0)]
     server.start()
     assert digest(server, job) == wanted
     assert server.wait(waiting)["status"] == "completed"

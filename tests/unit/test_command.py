@@ -19,7 +19,10 @@ from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.named_configs import names
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "diffusers", "accelerate", "av", "numpy", "tqdm", "yaml")
+HEAVY = (
+    *("torch", "transformers", "diffusers", "accelerate", "av", "numpy", "tqdm", "yaml"),
+    *("http.client", "ssl", "urllib.request"),
+)
 OLD_NAMES = re.compile(r"launch/|\w+\.py\b|opensora_sp\.")
 PROGRAM_COMMANDS = {about.command: program for program, about in PROGRAMS.items()}
 TINY = ["--device", "cpu", "--dtype", "fp32", "--image-size", "32", "48", "--num-frames", "image"]
