@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         "token), body_bytes=536870912, body_seconds=120, connections=4000 ...",
     )  # fmt: skip
     add_operations(parser)
+    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
     parser.add_argument(
         "--keep-days", default="0", metavar="D",
         help="remove jobs that ended so many days ago (default 0: never)",
@@ -142,7 +143,6 @@ def add_operations(parser: argparse.ArgumentParser) -> None:
         "--log-level", default="info", metavar="LEVEL",
         help="debug (with every request), info (default) or warning",
     )  # fmt: skip
-    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
     parser.add_argument(
         "--drain", default="save", metavar="HOW",
         help="what SIGTERM does with the job that is made: save it (default) or finish it",
@@ -176,7 +176,7 @@ def operations_of(found: argparse.Namespace) -> Operations:
     operations = Operations(
         log_format=one_of("--log-format", found.log_format, FORMATS),
         log_level=one_of("--log-level", found.log_level, LEVELS),
-        log_prompts=found.log_prompts,
+        log_prompts=getattr(found, "log_prompts", False),
         drain=one_of("--drain", found.drain, ("save", "finish")),
         drain_seconds=_number("--drain-seconds", found.drain_seconds, 86_400),
         keep_days=_number("--keep-days", getattr(found, "keep_days", "0"), 36_500),

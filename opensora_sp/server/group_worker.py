@@ -170,9 +170,8 @@ class GroupWorker:
                 time.sleep(min(RETRY_SECONDS, max(0.0, left)))
                 continue
             self._store.begin(claim)
-            if self._is_there(claim):
-                return claim.id
-            self._forget(claim)
+            self._see(claim)
+            return claim.id
         return None
 
     def behind(self, job_id: str) -> Sequence[QueuedJob]:
@@ -281,23 +280,13 @@ class GroupWorker:
         self._unfit[shape] = reason
         return False
 
-    def _is_there(self, claim: Claim) -> bool:
-        """Whether the folder of a job is there; its row may be of one that was never accepted."""
+    def _see(self, claim: Claim) -> None:
+        """Wait a little until the folder of a job is seen here: another machine wrote it."""
         end = time.monotonic() + SEEN_SECONDS
         while not (self._store.folder(claim.id) / "job.json").is_file():
-            if time.monotonic() > end or (self._store.folder(claim.id) / "cancel").exists():
-                return False
+            if time.monotonic() > end or self._store.cancel_asked(claim.id):
+                return  # what it needs and cannot be found is then said by the job itself
             time.sleep(0.1)
-        return True
-
-    def _forget(self, claim: Claim) -> None:
-        log.warning("%s has no folder in %s: it is dropped", claim.id, self._settings.save_dir)
-        try:
-            self._queue.remove(claim.id)
-        except QueueLost as error:
-            self._unsure = True
-            self._say_lost(error)
-        self._store.begin(None)
 
     def _settle(self, claim: Claim, state: str, made: JobResult | None) -> None:
         """Remove what nobody needs any more of a job that this group leaves."""

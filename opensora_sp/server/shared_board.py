@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -32,10 +32,23 @@ class GatewayQueue:
 
     def __init__(self, queue: SharedQueue, store: SharedStore) -> None:
         self._queue, self._store = queue, store
+        # Jobs of which nobody knows whether they are queued: their clients were told that they
+        # are not.
+        self.unsure: set[str] = set()
 
     def put(self, job_id: str, priority: int) -> None:
         """Add a job that is written down."""
-        self._queue.put(self._store.portable(self._store.spec(job_id)))
+        try:
+            self._queue.put(self._store.portable(self._store.spec(job_id)))
+        except QueueLost:
+            self.unsure.add(job_id)
+            raise
+
+    def withdraw_unsure(self) -> None:
+        """Take out what was queued by calls of which the answer was lost. Raises QueueLost."""
+        for job_id in list(self.unsure):
+            self._queue.remove(job_id)
+            self.unsure.discard(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Take it out; a group that makes it hears of it within a second."""
@@ -70,6 +83,8 @@ class SharedBoard(Board):
         self._forgotten: dict[str, float] = {}
         self._swept, self._tidied = 0.0, 0.0
         self._said: set[str] = set()
+        # Called with every look that the database answers.
+        self.on_contact: list[Callable[[], None]] = []
 
     def load(self) -> None:
         """Read every job. Raises QueueLost."""
@@ -151,6 +166,8 @@ class SharedBoard(Board):
             if now - self._swept > SWEEP_SECONDS:
                 self._swept = now
                 self._sweep()
+            for each in self.on_contact:
+                each()
             if now - self._tidied > TIDY_SECONDS:
                 self._tidied = now
                 self._queue.tidy()
