@@ -235,14 +235,14 @@ class SharedQueue:
     """
 
     def __init__(self, url: str, name: str = "opensora-sp", *, listens: bool = False) -> None:
-        self._url = url
+        self.url = url
         self.link = Link(url, name, listens=listens)
 
     def prepare(self) -> None:
         """Make the tables where they are not there. Raises UserError where that cannot be."""
         import psycopg
 
-        where = f"--queue {shown_url(self._url)}"
+        where = f"--queue {shown_url(self.url)}"
 
         def make(connection: Any) -> int:
             if (version := connection.info.server_version) < _OLDEST:
@@ -262,7 +262,7 @@ class SharedQueue:
         except QueueLost as error:
             raise UserError(f"{where}: the database does not answer: {error}") from None
         except psycopg.Error as error:
-            why = without_password(one_line(str(error)), self._url)
+            why = without_password(one_line(str(error)), self.url)
             raise UserError(f"{where}: its tables cannot be made or read: {why}") from None
         if form != _FORM:
             raise UserError(

@@ -7,6 +7,7 @@ import io
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,6 +237,31 @@ def test_a_later_attempt_owns_the_output(queue: SharedQueue) -> None:
     row = queue.row(a_job(2).id)
     assert row is not None
     assert row.state == "queued"
+
+
+def test_groups_that_take_at_once_get_each_job_once_and_in_order(queue: SharedQueue) -> None:
+    for number in range(60):
+        queue.put(a_job(number, priority=1 if number >= 50 else 100))
+
+    def take_all(name: str) -> list[str]:
+        own = SharedQueue(queue.url)
+        epoch = own.register(name, name, {}, 60.0)
+        assert epoch is not None
+        taken = []
+        while (claim := own.claim(name, epoch, [], lambda *_: True)) is not None:
+            taken.append(claim.id)
+            assert own.publish(claim, JobResult(1.0, "video.mp4")) == "ended"
+        own.close()
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(take_all, "abcd"))
+    assert sorted(sum(taken, [])) == [a_job(number).id for number in range(60)]
+    assert all(taken)
+    order = [*range(50, 60), *range(50)]
+    for one in taken:  # each in the order of the queue
+        places = [order.index(int(job.removeprefix("video_"), 16)) for job in one]
+        assert places == sorted(places)
 
 
 def test_a_job_whose_group_died_five_times_is_given_up(queue: SharedQueue) -> None:
