@@ -311,6 +311,9 @@ class Disturber:
                 time.sleep(self._luck.random() * 3)
                 gateway.start()
                 continue
+            for each in self._groups:  # one that was killed too often in a row has given up
+                if each.process is not None and each.process.poll() is not None:
+                    each.start()
             group = self._luck.choice(self._groups)
             ranks = group.ranks_pids()
             if len(ranks) < group.ranks:
