@@ -93,7 +93,6 @@ def serve_shared(
         try:
             answer(settings, gateway, listening, say, partial(_drain, engine, operations))
         finally:
-            _drain(engine, replace(operations, drain="save"))
             retention.close()
             requests.close()
             queue.close()

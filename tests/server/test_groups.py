@@ -163,6 +163,7 @@ def test_groups_go_on_when_the_database_was_away(
     database.start()
     assert pool.digest(job) == wanted.digest
     assert pool.outputs(job) == ["attempts/0001/video_0000.mp4"]
+    assert sorted(path.name for path in pool.save_dir.iterdir()) == ["jobs", "queue-token"]
     logs = [pool.first.log, pool.second.log, *(group.log for group in pool.groups.values())]
     assert not any(PASSWORD in log.read_text() for log in logs)
 
