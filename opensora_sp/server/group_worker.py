@@ -281,7 +281,14 @@ class GroupWorker:
         return False
 
     def _see(self, claim: Claim) -> None:
-        """Wait a little until the folder of a job is seen here: another machine wrote it."""
+        """Wait a little until the folder of a job is seen here: another machine wrote it.
+
+        A job of a list has none until a group takes it.
+        """
+        spec = self._store.local(claim.spec)
+        if spec == claim.spec and not self._store.folder(claim.id).exists():  # without uploads
+            self._store.put_spec(spec)
+            return
         end = time.monotonic() + SEEN_SECONDS
         while not (self._store.folder(claim.id) / "job.json").is_file():
             if time.monotonic() > end or self._store.cancel_asked(claim.id):

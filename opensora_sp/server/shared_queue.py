@@ -285,21 +285,59 @@ class SharedQueue:
 
     def put(self, spec: JobSpec) -> None:
         """Add a job. The same id twice is one job. Its place is by the database's clock."""
-        from psycopg.types.json import Jsonb
+        self.put_many([spec])
 
-        shape = str((spec.shown.get("cost") or {}).get("shape", ""))
+    def put_many(self, specs: Collection[JobSpec]) -> None:
+        """Add jobs in this order, as `put` does."""
+        from psycopg.types.json import Jsonb
 
         def insert(connection: Any) -> None:
             connection.execute(
-                "INSERT INTO opensora_sp.jobs"
-                " (id, state, priority, created_at, shape, spec, changed, changed_at) VALUES"
-                " (%s, 'queued', %s, clock_timestamp(), %s, %s, pg_current_xact_id(),"
-                " clock_timestamp()) ON CONFLICT DO NOTHING",
-                [spec.id, spec.priority, shape, Jsonb(asdict(spec))],
+                "INSERT INTO opensora_sp.jobs AS j"
+                " (id, state, priority, created_at, shape, spec, changed, changed_at)"
+                " SELECT spec->>'id', 'queued', (spec->>'priority')::integer, clock_timestamp(),"
+                "  coalesce(spec#>>'{shown,cost,shape}', ''), spec, pg_current_xact_id(),"
+                "  clock_timestamp() FROM jsonb_array_elements(%s) AS spec"
+                # One that was deleted is wanted again.
+                " ON CONFLICT (id) DO UPDATE SET state = 'queued', result = NULL, deaths = 0,"
+                "  spec = excluded.spec, created_at = excluded.created_at,"
+                "  changed = excluded.changed, changed_at = excluded.changed_at"
+                " WHERE j.state = 'gone'",
+                [Jsonb([asdict(spec) for spec in specs])],
             )
             _tell(connection)
 
         self.link.run(insert)
+
+    def outcomes(
+        self, job_ids: Collection[str]
+    ) -> dict[str, tuple[str, str | None, tuple[int, str] | None]]:
+        """Of each of these jobs that is known: state, error, and attempt and name of its output."""
+        found = self.link.run(
+            lambda connection: connection.execute(
+                "SELECT id, state, result->>'error', attempt, result->>'file'"
+                " FROM opensora_sp.jobs WHERE id = ANY(%s)",
+                [list(job_ids)],
+            ).fetchall()
+        )
+        return {
+            job: (state, error, None if file is None else (attempt, file))
+            for job, state, error, attempt, file in found
+        }
+
+    def make_again(self, job_ids: Collection[str]) -> None:
+        """Queue jobs anew that have failed."""
+
+        def again(connection: Any) -> None:
+            connection.execute(
+                "UPDATE opensora_sp.jobs SET state = 'queued', result = NULL, deaths = 0,"
+                f" {_CHANGED} WHERE id = ANY(%s) AND state = 'ended'"
+                " AND result->>'error' IS NOT NULL",
+                [list(job_ids)],
+            )
+            _tell(connection)
+
+        self.link.run(again)
 
     def remove(self, job_id: str) -> None:
         """Delete a job, whatever it does: whoever makes it hears of that within a second."""

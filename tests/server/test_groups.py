@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -331,6 +333,87 @@ def test_a_group_takes_what_fits_it_and_what_fits_none_waits_with_the_reason(
     queue.remove(claim.id)
     board.look()
     assert board.get(claim.id) is None
+
+
+class StandIn(threading.Thread):
+    """A group that makes nothing, and says so at once.
+
+    interrupt_at: after so many jobs each, this process gets Ctrl-C.
+    """
+
+    def __init__(self, url: str, interrupt_at: tuple[int, ...]) -> None:
+        super().__init__(daemon=True)
+        self._queue, self._interrupt_at = SharedQueue(url), interrupt_at
+        self.made: Counter[str] = Counter()
+        self.most_queued, self.fails = 0, True
+        self.end = threading.Event()
+
+    def run(self) -> None:
+        epoch = self._queue.register("stand-in", "stand-in", {}, 60.0)
+        assert epoch is not None
+        while not self.end.is_set():
+            claim = self._queue.claim("stand-in", epoch, [], lambda *_: True)
+            if claim is None:
+                time.sleep(0.01)
+                continue
+            prompt = claim.spec.shown["prompt"]
+            self.made[prompt] += 1
+            bad = self.fails and prompt.endswith("00")
+            self._queue.publish(claim, JobResult(1.0, "v.mp4", error="it is bad" if bad else None))
+            if sum(self.made.values()) in self._interrupt_at:
+                self.most_queued = max(self.most_queued, self.queued())
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def queued(self) -> int:
+        rows, _ = self._queue.changes(None)
+        return sum(row.state == "queued" for row in rows)
+
+
+def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
+    queue: SharedQueue,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompts = [f"prompt {number}" for number in range(600)]
+    lines = ["# a comment", *prompts[:300], "", *prompts[:50], *prompts[300:]]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    group = StandIn(queue.url, (100, 250))
+    group.start()
+
+    def sent(path: str, *more: str) -> tuple[int, str]:
+        words = ["generate", "--queue", queue.url, "--save-dir", "shared", "--num-frames", "17"]
+        code = main([*words, "--prompt-path", path, "--queued", "50", *more])
+        return code, capsys.readouterr().err
+
+    try:
+        code, said = sent("list.txt")
+        assert (code, "stopped: what is queued is made all the same" in said) == (130, True)
+        assert sent("list.txt")[0] == 130
+        code, said = sent("list.txt")
+        assert code == 1
+        assert "failed: prompt 100: it is bad" in said
+        assert "650 prompts, " in said
+        assert " 5 failed: list.txt.failed.txt lists them" in said
+        assert group.made == Counter(prompts)
+        assert 0 < group.most_queued <= 50
+        # All of it once more makes nothing; what failed is made again where that is asked for.
+        assert sent("list.txt")[0] == 1
+        assert group.made == Counter(prompts)
+        group.fails = False
+        code, said = sent("list.txt.failed.txt", "--retry-failed")
+        assert (code, said.splitlines()[-1]) == (
+            0,
+            "5 prompts, 5 made, 0 were there or stand twice, 0 failed",
+        )
+        assert sum(group.made.values()) == 605
+    finally:
+        group.end.set()
+        group.join(10)
+    # A flag of the groups, and a file that is not there, are refused.
+    assert sent("list.txt", "--dtype", "fp32")[0] == 2
+    assert sent("nothing.txt")[1].startswith("error: --prompt-path 'nothing.txt': No such file")
 
 
 @pytest.mark.parametrize("place", ["serve", "work"])
