@@ -379,7 +379,7 @@ def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
     prompts = [f"prompt {number}" for number in range(600)]
     lines = ["# a comment", *prompts[:300], "", *prompts[:50], *prompts[300:]]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
-    group = StandIn(queue.url, (100, 250))
+    group = StandIn(queue.url, (120, 330))
     group.start()
 
     def sent(path: str, *more: str) -> tuple[int, str]:
