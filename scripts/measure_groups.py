@@ -2,12 +2,15 @@
 
     python scripts/measure_groups.py chaos      docs/benchmarks/groups-chaos.json
     python scripts/measure_groups.py throughput docs/benchmarks/groups-throughput.json
+    python scripts/measure_groups.py list       docs/benchmarks/groups-list.json
 
 chaos       3 groups of 2 ranks and 2 gateways make 120 jobs of the embedded model while ranks,
             groups and gateways are killed at random moments and the database is restarted once:
             bytes, outputs of each job, how long until another attempt began
 throughput  groups that sleep instead of making a video: jobs per second of 1, 2 and 4 groups, and
             what a job, an idle group and a gateway cost the database
+list        generate --queue with 100,000 prompts, a tenth of which stand twice, and a group that
+            makes nothing; interrupted twice: memory of the command, jobs that were made twice
 
 It prints a table and writes OUT.json with the command and the machine. It ends with 1 where what
 must hold does not: a lost job, other bytes, a second output. Times are measured, not judged.
@@ -59,9 +62,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("chaos", "throughput"))
+    parser.add_argument("what", choices=("chaos", "throughput", "list"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--jobs", type=int, help="120 of chaos, 100 for each group of throughput")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="120 of chaos, 100 for each group of throughput, 100000 of list",
+    )
     parser.add_argument("--groups", type=int, default=3, help="of chaos")
     parser.add_argument("--ranks", type=int, default=2, help="of each group of chaos")
     parser.add_argument("--every", type=float, default=20, help="mean seconds between two kills")
@@ -71,7 +78,7 @@ def main() -> int:
         print("error: no Postgres here: apt-get install postgresql", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # asked to end, it ends what it started
-    found = {"chaos": chaos, "throughput": throughput}[asked.what](asked)
+    found = {"chaos": chaos, "throughput": throughput, "list": a_list}[asked.what](asked)
     found = {
         "command": " ".join(["python", *sys.argv]),
         "cpu": cpu_name(),
@@ -412,6 +419,65 @@ def put_many(queue: SharedQueue, count: int) -> None:
         connection.execute("NOTIFY opensora_sp")
 
     queue.link.run(insert)
+
+
+def a_list(asked: argparse.Namespace) -> dict[str, Any]:
+    """A long list, sent three times over: twice interrupted, then to its end."""
+    count = asked.jobs or 100_000
+    with database() as postgres, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "list.txt"
+        with path.open("w", encoding="utf-8") as file:
+            for number in range(count):
+                file.write(f"prompt {number}\n" * (2 if number % 10 == 0 else 1))
+        url = parse_queue_url(postgres.url)
+        queue = SharedQueue(url, "measure")
+        queue.prepare()
+        command = [sys.executable, "-m", "opensora_sp", "generate", "--queue", url]
+        command += ["--save-dir", f"{folder}/shared", "--prompt-path", str(path)]
+        rounds = []
+        with running(url, 1, 0.0):
+            for share in (0.2, 0.6, 1.1):
+                rounds.append(sent_list(command, queue, int(count * share), folder))
+                print(rounds[-1], file=sys.stderr, flush=True)
+        attempts = Counter(row.attempt for row in queue.changes(None)[0])
+        queue.close()
+    peaks = [one["peak_mb"] for one in rounds if one["peak_mb"]]
+    return {
+        "prompts": count,
+        "lines": count + (count + 9) // 10,
+        "rounds": rounds,
+        "jobs by how often they were taken": dict(attempts),
+        "most memory of the command, MB": max(peaks),
+        "holds": dict(attempts) == {1: count} and [one["code"] for one in rounds] == [130, 130, 0],
+    }
+
+
+def sent_list(command: list[str], queue: SharedQueue, until: int, folder: str) -> dict[str, Any]:
+    """Send a list until so many jobs have ended, then interrupt it; its code, memory, seconds."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begun, memory = time.monotonic(), []
+    with open(os.devnull, "wb") as nothing:
+        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=nothing)
+        interrupted = False
+        while process.poll() is None:
+            time.sleep(0.5)
+            try:
+                text = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                break
+            resident = next((line for line in text.splitlines() if "VmRSS" in line), "")
+            if resident:
+                memory.append(round(int(resident.split()[1]) / 1000, 1))
+            if not interrupted and count_of(queue, "ended") >= until:
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+    return {
+        "code": process.wait(),
+        "seconds": round(time.monotonic() - begun, 1),
+        "jobs_ended": count_of(queue, "ended"),
+        "peak_mb": max(memory, default=0.0),
+        "mb_at_tenths": memory[:: max(1, len(memory) // 10)],
+    }
 
 
 def looks(queue: SharedQueue, cpu: Callable[[], float]) -> dict[str, Any]:
