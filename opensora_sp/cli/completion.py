@@ -17,6 +17,7 @@ from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import on_any_screen
+from opensora_sp.base.value_types import shown
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.main import COMMANDS
@@ -30,7 +31,7 @@ _HELP = (
     "Needs shtab: pip install 'opensora_sp[completion]'\n"
 )
 # What a value's name in the help says of what completes it.
-_FILES = ("FILE", "FILE|NAME", "FILE|DIR", "VIDEO", "A.json B.json")
+_FILES = ("FILE", "FILE|NAME", "FILE|DIR", "VIDEO", "A.json B.json", "A", "B", "C")
 _DIRECTORIES = ("DIR", "NEW_DIR")
 
 
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _script(argv: Sequence[str]) -> str:
     if len(argv) != 1 or argv[0] not in SHELLS:
-        raise UserError(f"completion is for one shell of {', '.join(SHELLS)}: completion bash")
+        raise UserError(
+            f"completion {shown(' '.join(argv))} is not one shell of {', '.join(SHELLS)}: "
+            "opensora-sp completion bash"
+        )
     try:
         import shtab
     except ImportError:
@@ -141,6 +145,12 @@ def _convert(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     _copy(convert.parser(), target)
 
 
+def _quality(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
+    from opensora_sp.cli import quality
+
+    _copy(quality.parser(), target)
+
+
 def _serve(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     from opensora_sp.cli import serve
 
@@ -170,6 +180,7 @@ _PARSERS: Mapping[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]]
     "verify": _verify,
     "download": _download,
     "convert": _convert,
+    "quality": _quality,
     "serve": _serve,
     "work": _work,
     "client.submit": _submit,

@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Command] = {
         ("--compare",),
         operands=(2, "A.json B.json"),
     ),
+    "quality": Command("compare outputs with those of a reference run", "quality"),
     "verify": Command("run the conformance suite on this machine", "verify"),
     "parity": Command("compare all ranks with one rank", "verify", ("--parity",)),
     "doctor": Command(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from opensora_sp.parallel.agreement import checksum
 _FORMAT = "opensora-sp latents 2"
 # In this older format the checksum covers the tensors only.
 _FORMAT_BEFORE = "opensora-sp latents 1"
+# Values of latents that are read for a comparison: those of over two hours of 720p.
+_MOST_VALUES = 2**31
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
@@ -251,6 +254,54 @@ class StateFiles:
             f"{path} {problem}: move it away to go on from what is saved before it, or begin "
             "again with --overwrite"
         )
+
+
+def read_latents(path: Path) -> tuple[dict[str, str], Tensor]:
+    """The latents of any file, of whatever request, and the metadata of the file.
+
+    For comparisons. It reads what `StateFiles` writes, and any safetensors file with a floating
+    tensor called latents, [4,T,H,W] or [1,4,T,H,W], such as a person keeps from Python.
+
+    Returns:
+        The metadata, {} where there is none, and [4,T,H,W] float32.
+
+    Raises:
+        UserError: the file is no such file, is damaged, or holds NaN or infinity.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            about: dict[str, str] = file.metadata() or {}
+            names = list(file.keys())
+            if "latents" not in names:
+                raise UserError(
+                    f"{path} holds no tensor called latents but {shown(names)}: give saved latents"
+                )
+            shape = list(file.get_slice("latents").get_shape())
+            if shape[:-3] not in ([4], [1, 4]) or 0 in shape:
+                raise UserError(
+                    f"{path} holds latents {shape}, but latents are [4, T, H, W]: give those of "
+                    "one clip"
+                )
+            if math.prod(shape) > _MOST_VALUES:
+                raise UserError(
+                    f"{path} holds latents {shape}, but at most {_MOST_VALUES} values are read"
+                )
+            of_program = about.get("format") in (_FORMAT, _FORMAT_BEFORE)
+            names = names if of_program else ["latents"]
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a whole file of saved latents: {reason}") from None
+    if of_program and about.get("checksum") != _checksum(about, tensors):
+        raise UserError(f"{path} is damaged (its checksum is not right): give a whole file")
+    latents = tensors["latents"]
+    if not latents.is_floating_point():
+        raise UserError(f"{path} holds latents of {latents.dtype}, which are no floating numbers")
+    if not bool(latents.isfinite().all()):
+        raise UserError(f"{path} holds latents that are NaN or infinite: nothing can be compared")
+    return about, latents.reshape(shape[-4:]).float()
 
 
 def _checksum(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ into the wanted dtype and device.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from opensora_sp.base import access
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.value_types import ValueType
-from opensora_sp.models.configs import checked, read_config_object
+from opensora_sp.models.configs import checked, read_config_object, read_shards
 from opensora_sp.models.offload import pinned
 from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
 
@@ -342,35 +341,15 @@ def _open_file(path: Path) -> _SafetensorsFile | _PickleFile:
 
 def _open_shards(index: Path) -> dict[str, _SafetensorsFile | _PickleFile]:
     """Every weight of the shards that the index lists, with the shard that holds it."""
-    listed = _read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{index} has no weight_map: download it again")
-    shards: dict[str, _SafetensorsFile | _PickleFile] = {}
-    for shard in sorted({str(shard) for shard in listed.values()}):
-        path = index.parent / shard
-        # A link there may lead on, as in the hub's cache; the index itself names neighbours only.
-        if Path(shard).name != shard or not access.is_file(path):
-            raise CheckpointError(
-                f"{index.name} names the shard {shard}, which is not in {index.parent}"
-            )
-        shards[shard] = _open_file(path)
+    _refuse_lfs_pointer(index)
+    listed = read_shards(index)
+    shards = {shard: _open_file(index.parent / shard) for shard in sorted(set(listed.values()))}
     homes = {name: shard for shard in shards.values() for name in shard.shapes}
     for name, shard in listed.items():
-        if name not in shards[str(shard)].shapes:
+        if name not in shards[shard].shapes:
             raise CheckpointError(f"{index.name} puts the weight {name} in {shard}, which lacks it")
-        homes[name] = shards[str(shard)]
+        homes[name] = shards[shard]
     return homes
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    _refuse_lfs_pointer(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def _require_directory(directory: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.outside_json import check_keys, inner_object, read_object
-from opensora_sp.base.value_types import ValueType, boolean, integer, number, optional
+from opensora_sp.base.value_types import ValueType, boolean, integer, number, optional, shown
 
 _MOST_BYTES = 2**20
 _WIDTH, _COUNT, _LAYERS = integer(1, 65536), integer(1, 4096), integer(1, 512)
@@ -107,7 +107,18 @@ VAE3D_TEMPORAL: Mapping[str, ValueType] = {
 def read_dit(directory: Path) -> dict[str, Any]:
     """config.json of a transformer's directory; CheckpointError names the file and the key."""
     path = directory / "config.json"
-    return checked(read_config_object(path), DIT, path)
+    content = checked(read_config_object(path), DIT, path)
+    check_heads(content, path)
+    return content
+
+
+def check_heads(content: Mapping[str, Any], source: Path | str) -> None:
+    """Raises CheckpointError where a transformer's width cannot be shared by its heads."""
+    width, heads = content.get("hidden_size", 1152), content.get("num_heads", 16)
+    if width % (2 * heads) or width % 4:
+        raise CheckpointError(
+            f"{source}: hidden_size {width} must be a multiple of 4 and of twice num_heads {heads}"
+        )
 
 
 def read_t5(directory: Path) -> dict[str, Any]:
@@ -141,6 +152,23 @@ def read_vae3d(directory: Path) -> dict[str, Any]:
 def read_config_object(path: Path) -> dict[str, Any]:
     """The object in a config.json, whatever its keys. Raises CheckpointError."""
     return read_object(path, most_bytes=_MOST_BYTES, error=CheckpointError)
+
+
+def read_shards(index: Path) -> dict[str, str]:
+    """An index of weight files: the shard of every weight, all of them in the index's directory.
+
+    Raises CheckpointError for what is no such index, and for a shard that is elsewhere or absent.
+    A shard may be a link that leads on, as in the hub's cache; the index names neighbours only.
+    """
+    listed = read_object(index, error=CheckpointError).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{index} has no weight_map: download it again")
+    for shard in set(map(str, listed.values())):
+        if Path(shard).name != shard or not access.is_file(index.parent / shard):
+            raise CheckpointError(
+                f"{index.name} names the shard {shown(shard)}, which is not in {index.parent}"
+            )
+    return {name: str(shard) for name, shard in listed.items()}
 
 
 def checked(

@@ -7,8 +7,9 @@ all backends have, except where `opensora_sp.models.kernels.folded` has a better
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from opensora_sp.models.kernels.folded import (
     rotation_matrices,
     turn,
 )
+from opensora_sp.models.kernels.fused import norm_rotary_in_one_, residual_norm_
 from opensora_sp.models.kernels.reference import attend
-from opensora_sp.models.layers import KeyValue
+from opensora_sp.models.layers import KeyValue, RMSNorm
 from opensora_sp.models.stdit3 import Block, SpatialBlock, StepTables, TemporalBlock
 from opensora_sp.models.step_kernels import PlainStep
 from opensora_sp.models.tiling import ranges, tiles
@@ -112,12 +114,16 @@ class FoldedStep:
         if tables.groups is None or not _folds(tables.groups):
             return self._plain.along_time(block, x, tables, text, rotary)
         weights = self._weights(block, tables.groups)
-        matrices = self._matrices(block, rotary)
+
+        @cache
+        def matrices() -> tuple[Tensor, Tensor]:
+            return self._matrices(block, rotary)
+
         for b in range(x.shape[0]):
             runs = list(tables.groups.runs(b, x.shape[1]))
             for c in ranges(x.shape[2], x.shape[1], self.tokens):
                 tile = x[b, :, c]
-                attended = _along_time(block, tile, runs, weights, matrices)
+                attended = _along_time(block, tile, runs, weights, rotary, matrices)
                 for frames, group in runs:
                     accumulate_(tile[frames], attended[frames], weights[group].proj)
         for t, c in tiles(x.shape, self.tokens):
@@ -144,11 +150,11 @@ class FoldedStep:
         """Norm weight and rotation of each frame as one matrix, for queries and for keys."""
         if self._turns is None or self._turns[0] is not rotary[0]:
             self._turns = (rotary[0], rotation_matrices(rotary))
-        q_weight, k_weight = _norm_weights(block)
+        norms = _norm_weights(block)
         turns, dtype = self._turns[1], block.attn.qkv.weight.dtype
-        if q_weight is None or k_weight is None:
+        if norms is None:
             return turns.to(dtype), turns.to(dtype)
-        q, k = (turns * weight.float()[:, None] for weight in (q_weight, k_weight))
+        q, k = (turns * weight.float()[:, None] for weight in norms)
         return q.to(dtype), k.to(dtype)
 
 
@@ -170,25 +176,29 @@ def _by_group(groups: FrameGroups, x: Tensor, t: slice) -> list[tuple[int, slice
 
 
 def _layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    """Of x [B,T,S,C] or [T,S,C], contiguous."""
+    if x.is_contiguous():
+        return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    # torch copies a tile before it reads it; a fused kernel reads it where it lies.
+    return residual_norm_(x) if x.ndim == 4 else residual_norm_(x[None])[0]
 
 
-def _norm_weights(block: Block) -> tuple[Tensor | None, Tensor | None]:
+def _norm_weights(block: Block) -> tuple[Tensor, Tensor] | None:
     """The weights of the queries' and the keys' norm; None in a model without these norms."""
-    return (
-        getattr(block.attn.q_norm, "weight", None),
-        getattr(block.attn.k_norm, "weight", None),
-    )
+    q_norm, k_norm = block.attn.q_norm, block.attn.k_norm
+    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+        return q_norm.weight, k_norm.weight
+    return None
 
 
 def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights) -> Tensor:
     """Every patch attends to its frame: normed h [F,S,C] → [F,S,C], before the projection."""
     qkv = F.linear(h, folded.qkv, folded.qkv_bias).unflatten(-1, (3, block.attn.heads, -1))
     q, k, v = qkv.unbind(-3)  # views [F,S,H,D] of one tensor
-    q_weight, k_weight = _norm_weights(block)
-    if q_weight is not None and k_weight is not None:
+    norms = _norm_weights(block)
+    if norms is not None and not norm_rotary_in_one_(q, k, *norms):
         # Only the product of a query and a key counts, so the query has both weights.
-        q, k = head_norm_(q, q_weight * k_weight), head_norm_(k)
+        q, k = head_norm_(q, norms[0] * norms[1]), head_norm_(k)
     return attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
 
 
@@ -197,9 +207,13 @@ def _along_time(
     x: Tensor,
     runs: Sequence[tuple[slice, int]],
     weights: Sequence[FoldedWeights],
-    matrices: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor],
+    matrices: Callable[[], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected."""
+    """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected.
+
+    matrices: of `FoldedStep._matrices`, where no kernel computes norm and rotation in one.
+    """
     if x.numel() == 0:
         return x
     h = _layer_norm(x)
@@ -209,9 +223,11 @@ def _along_time(
     del parts
     q, k, v = qkv.unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)  # views [T,S,H,D]
     del qkv
-    normed = _norm_weights(block)[0] is not None
-    q = turn(head_norm(q) if normed else q.contiguous(), matrices[0])
-    k = turn(head_norm(k) if normed else k.contiguous(), matrices[1])
+    norms = _norm_weights(block)
+    if norms is None:
+        q, k = (turn(x.contiguous(), turns) for x, turns in zip((q, k), matrices(), strict=True))
+    elif not norm_rotary_in_one_(q, k, *norms, rotary):
+        q, k = (turn(head_norm(x), turns) for x, turns in zip((q, k), matrices(), strict=True))
     out = attend(*(part.permute(1, 2, 0, 3) for part in (q, k, v)))  # [S,H,T,D]
     return out.permute(2, 0, 1, 3).flatten(2)
 
@@ -231,8 +247,12 @@ def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyVa
     accumulate_(x, seen, cross.proj.weight)
 
 
+def _before_mlp(x: Tensor, folded: FoldedWeights) -> Tensor:
+    """The biases that are pending, added into x [F,S,C], and the MLP's input."""
+    return residual_norm_(x[None], bias=folded.before_mlp)[0]
+
+
 def _mlp(x: Tensor, folded: FoldedWeights) -> None:
-    x += folded.before_mlp
-    hidden = linear_gelu(_layer_norm(x), folded.fc1, folded.fc1_bias)
+    hidden = linear_gelu(_before_mlp(x, folded), folded.fc1, folded.fc1_bias)
     accumulate_(x, hidden, folded.fc2)
     x += folded.fc2_bias

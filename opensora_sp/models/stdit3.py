@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.base.transfer import to_device
-from opensora_sp.models.configs import DIT, checked, read_dit
+from opensora_sp.models.configs import DIT, check_heads, checked, read_dit
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.fused import modulated_norm, residual_norm_
 from opensora_sp.models.layers import (
@@ -69,11 +69,7 @@ class STDiT3Config:
             raise CheckpointError(
                 f"{source}: skip_y_embedder true is not supported (training only)"
             )
-        if config.hidden_size % (2 * config.num_heads) or config.hidden_size % 4:
-            raise CheckpointError(
-                f"{source}: hidden_size {config.hidden_size} must be a multiple of 4 and of twice "
-                f"num_heads {config.num_heads}"
-            )
+        check_heads(raw, source)
         return config
 
     @classmethod

@@ -1,6 +1,5 @@
 """Checks of the files and folders that a request names, before torch or a model is loaded."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from opensora_sp.base import access
 from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import CheckpointError, NoSpaceError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.models.configs import read_shards
 from opensora_sp.models.foreign_checkpoints import how_to_convert
 from opensora_sp.request.conditions import Facts, inspect_reference, strategy_notes
 from opensora_sp.request.mask_strategy import parse_mask_strategy
@@ -90,24 +90,16 @@ def _check_directory(what: str, directory: str, kind: str) -> None:
                 _with_a_way(f"{what} has no {' or '.join(names)}", kind, directory)
             )
         if found[0].endswith(".index.json"):
-            _check_shards(what, directory, found[0])
+            try:
+                read_shards(Path(directory, found[0]))
+            except CheckpointError as error:
+                raise CheckpointError(f"{what}: {error}") from None
 
 
 def _with_a_way(problem: str, kind: str, path: str) -> str:
     """A refusal, with what to do where the checkpoint has a form that can be converted."""
     way = how_to_convert(kind, path)
     return problem if way is None else f"{problem}; {way}"
-
-
-def _check_shards(what: str, directory: str, index: str) -> None:
-    try:
-        content = json.loads(Path(directory, index).read_text(encoding="utf-8"))
-        shards = sorted(set(content["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{what}: {index} is not an index of weight files") from None
-    for shard in shards:
-        if not access.is_file(os.path.join(directory, str(shard))):
-            raise CheckpointError(f"{what} has no {shard}, which {index} names")
 
 
 def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:

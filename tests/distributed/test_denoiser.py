@@ -45,9 +45,19 @@ def small_size(ranks: int, remainder: int, odd: bool) -> tuple[int, int]:
 
 
 def shapes(ranks: int) -> list[Shape]:
-    """Every duration with every remainder of the published sizes, odd sides in every other one,
-    and two with fewer patches than ranks may have."""
-    classes = itertools.product(DURATIONS, published_remainders(ranks))
+    """Durations with remainders of the published sizes, odd sides in every other one, and two with
+    fewer patches than ranks may have.
+
+    Up to four ranks every pair; on more each duration with a third of the remainders, and each
+    remainder with a third of the durations.
+    """
+    every = 1 if ranks <= 4 else 3
+    classes = [
+        (frames, remainder)
+        for i, frames in enumerate(DURATIONS)
+        for j, remainder in enumerate(published_remainders(ranks))
+        if (i + j) % every == 0
+    ]
     found = [
         (frames, small_size(ranks, remainder, odd=i % 2 == 1))
         for i, (frames, remainder) in enumerate(classes)

@@ -266,7 +266,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
     [
         (_no_directory, "absent does not exist"),
         (_no_weights, "expected model.safetensors or model.bin"),
-        (_shard_absent, "the shard model-1.bin"),
+        (_shard_absent, "the shard 'model-1.bin'"),
         (_cut("model.safetensors", "safetensors"), "corrupt or cut short"),
         (_cut("model.bin", "bin"), "corrupt or cut short"),
         (_cut("model-1.safetensors", "safetensors shards"), "model-1.safetensors ("),

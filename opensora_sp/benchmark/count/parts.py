@@ -51,6 +51,7 @@ PARTS: Mapping[str, str] = {
     "_within_frames": "spatial attention",
     "_along_time": "temporal attention",
     "_cross_attention": "cross-attention",
+    "_before_mlp": "norm and modulation",
     "_mlp": "MLP",
     "FoldedStep.rest": "spatial attention",
     "FoldedStep.along_time": "temporal attention",

@@ -192,6 +192,14 @@ BENCHMARK = (
         program="benchmark",
         control=True,
     ),
+    _flag(
+        "--count-ranks",
+        integer(1, 64),
+        1,
+        "with --count: of the first of so many ranks, and what it sends to the others",
+        changes="nothing",
+        program="benchmark",
+    ),
     _switch("--markdown", "print --count as Markdown tables", program="benchmark", control=True),
 )
 

@@ -51,7 +51,7 @@ _ORDER: dict[str, str] = {
     """,
     "Benchmark (opensora-sp benchmark only)": """
         warmup_count eval_count benchmark_save_path baseline peak_tflops measure_peak profile
-        weight_hashes sweep compare count markdown
+        weight_hashes sweep compare count count_ranks markdown
     """,
     "Plan (opensora-sp plan only)": "ranks table flop_rate link_rate",
     "This command": "config print_config version help",
