@@ -136,6 +136,10 @@ class Board:
         """One job, looked for where other gateways put theirs too. May take milliseconds."""
         return self.get(job_id)
 
+    def group_counts(self) -> dict[str, int]:
+        """How many groups of a shared queue are in each state; empty without such a queue."""
+        return {}
+
     def all(self) -> list[Entry]:
         """Every job, newest first."""
         with self._lock:

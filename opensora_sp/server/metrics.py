@@ -152,6 +152,13 @@ class _Now:
             "oldest_queued_seconds", "How long the oldest of the jobs that wait has waited.",
             max(queued, default=0.0),
         )  # fmt: skip
+        if counts := self._board.group_counts():
+            groups = GaugeMetricFamily(
+                "opensora_sp_groups", "Groups of the shared queue by state.", labels=["state"]
+            )
+            for name, count in counts.items():
+                groups.add_metric([name], float(count))
+            yield groups
         health = self._health()
         yield CounterMetricFamily(
             "opensora_sp_engine_restarts",

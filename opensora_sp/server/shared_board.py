@@ -146,6 +146,13 @@ class SharedBoard(Board):
         """The groups that take jobs now."""
         return [group for group in self.groups if group.alive and group.state == "ready"]
 
+    def group_counts(self) -> dict[str, int]:
+        """How many groups are in each state; dead: not heard of for longer than their lease."""
+        found = dict.fromkeys(("ready", "starting", "draining", "dead"), 0)
+        for group in self.groups:
+            found[group.state if group.alive else "dead"] += 1
+        return found
+
     def health(self) -> Health:
         """How the groups are, all together. Any thread may ask; costs nothing."""
         if self.lost is not None:

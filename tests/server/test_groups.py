@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,8 @@ def test_a_suspended_group_publishes_nothing_of_what_another_has_taken_over(
     pool.first.gone(jobs[0])
     assert pool.digest(jobs[1]) == wanted.digest
     assert pool.first.call("GET", f"/v1/videos/{jobs[0]}")[0] == 404
+    with urllib.request.urlopen(f"{pool.first.url}/metrics", timeout=30) as answer:
+        assert b'opensora_sp_groups{state="ready"} 2.0' in answer.read()
 
 
 def test_groups_go_on_when_the_database_was_away(
@@ -324,6 +327,7 @@ def test_a_group_takes_what_fits_it_and_what_fits_none_waits_with_the_reason(
     assert (entry.status, entry.group, entry.progress) == (
         "in_progress", "g", JobProgress("denoising", 3, 4),
     )  # fmt: skip
+    assert board.group_counts() == {"ready": 1, "starting": 0, "draining": 0, "dead": 0}
     # A group that can make it joins, and the reason goes.
     assert queue.register("h", "h", {}, 60.0) is not None
     board._whole_look = 0.0
