@@ -12,7 +12,7 @@ from pathlib import Path
 
 from serving import ROOT, Server
 
-LEASE_SECONDS = 3
+LEASE_SECONDS = 4
 
 
 class Gateway(Server):

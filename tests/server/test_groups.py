@@ -23,6 +23,7 @@ import pytest
 from groups import LEASE_SECONDS, Gateway, GroupProcess
 from postgres import PASSWORD, Postgres, programs
 
+from opensora_sp.cli import on_queue
 from opensora_sp.cli.main import main
 from opensora_sp.server import shared_store
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
@@ -380,6 +381,7 @@ def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(on_queue, "LOOK_SECONDS", 0.1)
     prompts = [f"prompt {number}" for number in range(600)]
     lines = ["# a comment", *prompts[:300], "", *prompts[:50], *prompts[300:]]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
