@@ -16,8 +16,8 @@ from opensora_sp.base.errors import Cancelled, UserError
 from opensora_sp.base.finite import FiniteChecks
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import CleanEstimate, Previews
-from opensora_sp.engine.compiling import rehearse
 from opensora_sp.engine.clips import ConditioningFrames
+from opensora_sp.engine.compiling import rehearse
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.engine.guidance import Conditions
 from opensora_sp.engine.kernel_choice import choose_kernels, say

@@ -6,9 +6,9 @@ this rank computes, and how velocities and latents are exchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-import math
 from functools import partial
 
 import torch
