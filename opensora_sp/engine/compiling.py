@@ -64,14 +64,8 @@ def rehearse(
     batch, _, frames = start.z.shape[:3]
     guided, ways = request.cfg_scale != 1, list(_different(times, start.mask))
     mesh = models.mesh(request)
-    shape = (
-        batch,
-        frames,
-        denoiser.size,
-        mesh,
-        guided,
-        str(None if ways == [None] else [way.tolist() for way in ways if way is not None]),
-    )
+    masks = tuple(None if way is None else str(way.tolist()) for way in ways)
+    shape = (batch, frames, denoiser.size, mesh, guided, masks)
     if shape in compiler.rehearsed:
         return
     compiler.rehearsed.add(shape)

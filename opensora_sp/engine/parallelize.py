@@ -30,7 +30,7 @@ def parallelize(
     comms None, or a mesh of one rank, is one device alone without exchange. So a one-rank denoiser
     can be built beside a sharded one on the same weights; `verify --parity` compares the two.
     all_gather: of the ranks of `comms`, for a step cache; a runtime without one needs none.
-    compiler: has graphs of this model already; where the runtime compiles, the default is a new one.
+    compiler: has graphs of this model already; a runtime that compiles makes one without.
     """
     runtime = runtime or Runtime()
     if comms is None or comms.mesh.replica_size == 1:

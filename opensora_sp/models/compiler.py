@@ -39,7 +39,7 @@ class Backend:
     options: Mapping[str, Any] | None = None
 
 
-# By type of device. GCU's is registered by torch_gcu; its options are those of the vendor's scripts.
+# By type of device. GCU's is registered by torch_gcu, and its options are the vendor's.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("inductor"),
     "cuda": Backend("inductor"),
@@ -138,7 +138,7 @@ class Compiler:
             return piece(*_put_together(form, iter(tensors)))
         copies = [saved.get(i, tensor) for i, tensor in enumerate(tensors)]
         expected = piece(*_put_together(form, iter(copies)))
-        error = max(
+        far = max(
             [
                 *(_distance(a, b) for a, b in zip(_all(found), _all(expected), strict=True)),
                 *(_distance(tensors[i], updated) for i, updated in saved.items()),
@@ -146,12 +146,12 @@ class Compiler:
             default=0.0,
         )
         limit = LIMITS[_all(expected)[0].dtype]
-        if error <= limit:  # not so for NaN
+        if far <= limit:  # not so for NaN
             self._graphs[key] = graph
             return found
         for i, updated in saved.items():
             tensors[i].copy_(updated)
-        self.stop(f"{self.backend.name} computes something else in {graph.name}, by {error:.1e}")
+        self.stop(f"{self.backend.name} computes something else in {graph.name}, by {far:.1e}")
         return graph.with_inputs(expected, copies, tensors)
 
     def _compile(self, graph: Any) -> Callable[..., Any]:

@@ -190,7 +190,7 @@ class Block(nn.Module):
     def to_mlp(
         self, x: Tensor, seen: Tensor, tables: StepTables, in_place: bool
     ) -> tuple[Tensor, Tensor]:
-        """x [B,T,S,C] and what it saw of the text [B,T·S,C] → x with that in it, and MLP's input."""
+        """x [B,T,S,C] and what it saw of the text [B,T·S,C] → x with that, and MLP's input."""
         _, _, _, shift, scale, _ = self._modulation(tables)
         crossed = self.cross_attn.proj(seen.view(x.shape))
         if in_place:
