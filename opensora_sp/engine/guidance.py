@@ -137,7 +137,7 @@ class Denoiser:
             streams,
             Unsent(self.sharding.reshard, rows * columns, local, partial(_made_up, model)),
             runtime,
-            equal_inputs=together > 1,
+            # Not as equal inputs: in the first pair only, streams share the frames that a rank holds.
             layers=self.layers,
             after_first=lambda _: True,
             kernels=self.step_kernels(frames, guided=guided),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from blocks import MASK, distance, through_blocks
 from tiny import TINY, normal, tiny_transformer
 from torch import Tensor
@@ -21,6 +22,7 @@ from opensora_sp.models.step_kernels import PlainStep
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
+_BROKEN: list[Any] = []
 
 
 def compiler_of(monkeypatch: pytest.MonkeyPatch, backend: str) -> Compiler:
@@ -77,24 +79,27 @@ def test_a_compiler_that_is_missing_or_wrong_costs_one_line(
 
     assert "topsgraph failed: InvalidBackend" in said("topsgraph")
 
-    def spoiling(module: Any, inputs: Any) -> Any:
-        def run(*given: Tensor) -> Any:
-            out = module(*given)
-            given[0].add_(1)
-            return [1.01 * each for each in out]
-
-        return run
-
-    monkeypatch.setitem(_backends(), "spoils", spoiling)
+    torch._dynamo.register_backend(_spoiling, name="spoils")
     assert "spoils computes something else in Block.attn_in, by 1.0e-02" in said("spoils")
+    torch._dynamo.register_backend(_breaking, name="breaks")
+    assert "breaks failed: RuntimeError: in the middle" in said("breaks")
 
 
-def _backends() -> dict[str, Any]:
-    from torch._dynamo.backends import registry
+def _spoiling(module: Any, inputs: Any) -> Any:
+    return lambda *given: [1.01 * each for each in module(*given)]
 
-    registry.lookup_backend("eager")  # fills the table
-    table: dict[str, Any] = getattr(registry, "_COMPILER_FNS", None) or registry._BACKENDS
-    return table
+
+def _breaking(module: Any, inputs: Any) -> Any:
+    """The third piece, the first that updates x, breaks when it has done so."""
+
+    def run(*given: Tensor) -> Any:
+        out = module(*given)
+        _BROKEN.append(module)
+        if len(_BROKEN) > 2:
+            raise RuntimeError("in the middle")
+        return out
+
+    return run
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
