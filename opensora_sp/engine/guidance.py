@@ -137,7 +137,7 @@ class Denoiser:
             streams,
             Unsent(self.sharding.reshard, rows * columns, local, partial(_made_up, model)),
             runtime,
-            # Not as equal inputs: in the first pair only, streams share the frames that a rank holds.
+            # Not as equal inputs: only in the first pair do streams share the frames of a rank.
             layers=self.layers,
             after_first=lambda _: True,
             kernels=self.step_kernels(frames, guided=guided),
