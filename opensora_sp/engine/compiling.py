@@ -34,15 +34,11 @@ def new_compiler(device: torch.device) -> Compiler:
 
 
 def _keep_on_disk() -> None:
-    """Where inductor keeps what it made, unless its own variables say otherwise.
-
-    Compiling is left to as many threads as a rank computes with: with one it starts no processes.
-    """
+    """Where inductor keeps what it made, unless its own variables say otherwise."""
     folder = user_cache("compiled")
     if folder is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(torch.get_num_threads()))
 
 
 def rehearse(
