@@ -70,6 +70,11 @@ class Compiler:
         self.quiet = False
         self.rehearsed: set[Any] = set()
         self._graphs: dict[Any, _Graph] = {}
+        # Before the compiler is imported. With one thread it starts no processes; before torch 2.5
+        # it forks them, which a process with a device or a watchdog must not do.
+        forks = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 5)
+        threads = 1 if forks else torch.get_num_threads()
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
 
     @property
     def graphs(self) -> int:
@@ -157,11 +162,6 @@ class Compiler:
 
     def _compile(self, graph: Any) -> Callable[..., Any]:
         """A traced graph by the backend: never for symbolic shapes, never silently eager."""
-        # Before the compiler is imported. With one it starts no processes; before torch 2.5 it
-        # forks them, which a process with a device or a watchdog must not do.
-        forks = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 5)
-        threads = 1 if forks else torch.get_num_threads()
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
         from torch._dynamo.backends.registry import lookup_backend
 
         backend: Any = lookup_backend(self.backend.name)
