@@ -28,17 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 def new_compiler(device: torch.device) -> Compiler:
-    """A compiler whose kernels are kept on disk between runs."""
-    _keep_on_disk()
-    return Compiler(device)
-
-
-def _keep_on_disk() -> None:
-    """Where inductor keeps what it made, unless its own variables say otherwise."""
+    """A compiler; what inductor makes is kept in the user's cache, or where its variable says."""
     folder = user_cache("compiled")
     if folder is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+    return Compiler(device)
 
 
 def rehearse(

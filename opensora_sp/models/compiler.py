@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -70,11 +71,7 @@ class Compiler:
         self.quiet = False
         self.rehearsed: set[Any] = set()
         self._graphs: dict[Any, _Graph] = {}
-        # Before the compiler is imported. With one thread it starts no processes; before torch 2.5
-        # it forks them, which a process with a device or a watchdog must not do.
-        forks = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 5)
-        threads = 1 if forks else torch.get_num_threads()
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+        _set_up_inductor()
 
     @property
     def graphs(self) -> int:
@@ -176,6 +173,26 @@ class Compiler:
             graph.forward, backend=counted, dynamic=False, fullgraph=True
         )
         return made
+
+
+def _set_up_inductor() -> None:
+    """Its cache of graphs and its processes, unless its own variables say otherwise.
+
+    With one thread it starts no processes. Before torch 2.5 it forks them, which a process with a
+    device or a watchdog must not do.
+    """
+    forks = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 5)
+    threads = 1 if forks else torch.get_num_threads()
+    # Variables are read when it is imported, which another library may have done.
+    config = sys.modules.get("torch._inductor.config")
+    for variable, name, value in (
+        ("TORCHINDUCTOR_COMPILE_THREADS", "compile_threads", threads),
+        ("TORCHINDUCTOR_FX_GRAPH_CACHE", "fx_graph_cache", True),
+    ):
+        if variable not in os.environ:
+            os.environ[variable] = str(int(value))
+            if config is not None:
+                setattr(config, name, value)
 
 
 class _Graph:
