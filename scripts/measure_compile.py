@@ -55,10 +55,12 @@ def rows(name: str, size: tuple[int, int], frames: int, turns: int) -> list[list
     dtype = _DTYPES[name]
     model = _model(dtype)
     compilers = {"plain": Compiler(torch.device("cpu")), "folded": Compiler(torch.device("cpu"))}
+    steps: dict[str, type[PlainStep] | type[FoldedStep]]
     steps = {"plain": PlainStep, "folded": FoldedStep}
     with arithmetic(torch.device("cpu"), dtype):
         pair = _pair(model, size, frames)
-        spent, results = {}, {}
+        spent: dict[tuple[str, str], float] = {}
+        results: dict[tuple[str, str], Tensor] = {}
         for turn in range(turns + 1):
             for kind, step in steps.items():
                 for way, run in (("eager", directly), ("compiled", compilers[kind])):
