@@ -22,7 +22,7 @@ from opensora_sp.models.step_kernels import PlainStep
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
-_BROKEN: list[Any] = []
+_MADE: list[Any] = []
 
 
 def compiler_of(monkeypatch: pytest.MonkeyPatch, backend: str) -> Compiler:
@@ -91,11 +91,12 @@ def _spoiling(module: Any, inputs: Any) -> Any:
 
 def _breaking(module: Any, inputs: Any) -> Any:
     """The third piece, the first that updates x, breaks when it has done so."""
+    _MADE.append(module)
+    breaks = len(_MADE) == 3
 
     def run(*given: Tensor) -> Any:
         out = module(*given)
-        _BROKEN.append(module)
-        if len(_BROKEN) > 2:
+        if breaks:
             raise RuntimeError("in the middle")
         return out
 
