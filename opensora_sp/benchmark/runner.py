@@ -253,6 +253,8 @@ def _describe(
         return
     live.facts["run"]["attention"] = described_attention(pipeline.models)
     live.facts["run"]["fused_kernels"] = pipeline.models.kernels.fused_why or PLAIN
+    compiler = pipeline.models.compiler
+    live.facts["run"]["compiled"] = None if compiler is None else compiler.described()
     length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop

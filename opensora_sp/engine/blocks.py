@@ -91,6 +91,32 @@ class Local:
         return slice(0, batch * (chunk.stop - chunk.start))
 
 
+class Unsent:
+    """Sends nothing: what would arrive is made up, in the shapes in which it would.
+
+    patches, local: of a frame, and of these on this rank. made_up(*shape) makes a tensor.
+    """
+
+    def __init__(
+        self, inner: Reshard, patches: int, local: int, made_up: Callable[..., Tensor]
+    ) -> None:
+        self.inner, self.patches, self.local, self.made_up = inner, patches, local, made_up
+
+    def to_frames(self, h: Tensor, chunk: OverlapChunk) -> Ready:
+        """As the inner one."""
+        held = self.held(chunk, h.shape[0])
+        return Ready(self.made_up(held.stop - held.start, self.patches, h.shape[-1]))
+
+    def to_patches(self, attended: Tensor, chunk: OverlapChunk, batch: int) -> Ready:
+        """As the inner one."""
+        frames = chunk.stop - chunk.start
+        return Ready(self.made_up(batch, frames, self.local, attended.shape[-1]))
+
+    def held(self, chunk: OverlapChunk, batch: int) -> slice:
+        """As the inner one."""
+        return self.inner.held(chunk, batch)
+
+
 class Blocking:
     """Waits for every exchange at once: what switching overlap off means."""
 

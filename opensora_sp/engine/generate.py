@@ -17,6 +17,7 @@ from opensora_sp.base.finite import FiniteChecks
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import CleanEstimate, Previews
 from opensora_sp.engine.clips import ConditioningFrames
+from opensora_sp.engine.compiling import rehearse
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.engine.guidance import Conditions
 from opensora_sp.engine.kernel_choice import choose_kernels, say
@@ -241,9 +242,18 @@ def denoise(
                 previews.show(gather(estimate.clean(z, following)))
 
     show = options.show_progress and session.whole.leads
+    texts = [len(t) for t in text.tokens]
+    chosen = False
+    if denoiser.compiler is not None:
+        # In a stage of its own: the steps are as fast as they stay.
+        with clock.stage("compile"):
+            # Before the rehearsal: what attention returns depends on its kernel.
+            chosen = choose_kernels(models, requests, texts)
+            rehearse(models, denoiser, request, start, times[start.step :], show=show)
     with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
         with clock.part("prepare"):
-            if choose_kernels(models, requests, [len(t) for t in text.tokens]) and show:
+            chosen = choose_kernels(models, requests, texts) or chosen
+            if chosen and show:
                 say(models)
             velocity = denoiser.prepare(conditions, on_velocity)
             estimate = CleanEstimate(velocity)

@@ -20,6 +20,7 @@ from torch import Tensor
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import Previews
+from opensora_sp.engine.compiling import new_compiler
 from opensora_sp.engine.generate import GenerateOptions, StepEnd, check_batch, generate
 from opensora_sp.engine.kernel_choice import kernels_asked_for
 from opensora_sp.engine.loading import WeightsFrom, transformer_config
@@ -125,6 +126,7 @@ class Pipeline:
             config=config,
             weights_from=weights_from,
             kernels=kernels,
+            compiler=new_compiler(session.device) if runtime.compile else None,
         )
         models.check(transformer_only=transformer_only)
         text = TextStage(

@@ -43,6 +43,8 @@ class Runtime:
         `opensora_sp.request.step_kernels`. They round differently.
     attention: the attention kernel's name, or "auto": the fastest that is right on the device.
     fused_kernels: "auto" uses fused kernels where the device has them, "off" plain torch.
+    compile: the pieces of a block between its attentions run from compiled graphs, which round
+        otherwise; see `opensora_sp.models.compiler`.
     step_cache: the policy that decides at which steps the blocks' last residual is reused; None
         computes every step. A policy changes the result, so what it makes is never saved for a
         later run to go on from.
@@ -65,6 +67,7 @@ class Runtime:
     step_kernels: Literal["auto", "plain", "folded"] = "auto"
     attention: str = "auto"
     fused_kernels: Literal["auto", "off"] = "auto"
+    compile: bool = False
     step_cache: NamedPolicy | None = None
     mode: MemoryMode | None = None
 
