@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from opensora_sp.engine.step_cache.first_block import FirstBlockCache
+
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.result import Result
-from opensora_sp.engine.step_cache.first_block import FirstBlockCache
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
 from opensora_sp.request.runtime import Runtime

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opensora_sp.engine.step_cache.first_block import FirstBlockCache
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Progress
-from opensora_sp.engine.step_cache.first_block import FirstBlockCache
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
