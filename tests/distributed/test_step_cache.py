@@ -12,20 +12,22 @@ import torch
 from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
+from opensora_sp.engine.generate import denoise
+from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.engine.progress import Position
+from opensora_sp.engine.progress import Position, ResumePoint
 from opensora_sp.engine.sampling import sample
 from opensora_sp.engine.step_cache.filled import FilledVelocity
 from opensora_sp.jobs.identity import identity_of, latents_identity
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.jobs.saved_progress import SavedProgress
-from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.planner.cost import Workload, step_traffic
 from opensora_sp.request.memory_modes import Offload
+from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.step_schedule import StepSchedule
@@ -114,7 +116,6 @@ def test_ranks_fill_as_one_does_and_a_step_left_out_exchanges_nothing(mesh: Mesh
 REQUEST = Request(
     prompt="a red ball", height=40, width=56, num_frames=17, steps=8, step_cache=SCHEDULE
 )
-OTHER_RANKS, OTHER_RANKS_FROM = (1, 3), 3
 BATCH = [REQUEST, replace(REQUEST, prompt="a blue square", prompt_index=1)]
 
 
@@ -129,45 +130,40 @@ def states(folder: Path, step: int) -> list[StateFiles]:
 
 
 def ranks_go_on(
-    rank: int, world: int, init_file: str, folder: Path, steps: Sequence[int], save: bool
+    rank: int, world: int, init_file: str, folder: Path, steps: Sequence[int]
 ) -> list[torch.Tensor | None]:
-    """Latents of the run that goes on after each of the steps. save: those states are made here."""
+    """Latents of the run that goes on after each of the steps. From 0 on it makes the states."""
     made = []
     with open_session("cpu") as session:
-        pipeline = Pipeline.load(session=session, dtype="fp32")
+        models = (pipeline := Pipeline.load(session=session, dtype="fp32")).models
 
         def keep(step: int, t: float, latents: object) -> None:
-            if save and session.leads and step + 1 < REQUEST.steps:
-                here, there = states(folder, 0)[0].folder, states(folder, step + 1)[0].folder
-                shutil.copytree(here, there)
-                if step + 1 == OTHER_RANKS_FROM:  # what goes on removes its state
-                    for world in OTHER_RANKS:
-                        shutil.copytree(
-                            here, folder / f"on {world}" / there.parent.name / here.name
-                        )
+            if session.leads and step + 1 < REQUEST.steps:
+                shutil.copytree(states(folder, 0)[0].folder, states(folder, step + 1)[0].folder)
 
-        for step in steps:
-            files = states(folder, step)
-            progress = SavedProgress(session, files, Position(0, step), every=1)
-            sinks = [Collector(), Collector()]
-            result = pipeline.generate_to(BATCH, sinks, progress=progress, on_step_end=keep)
-            save = False
-            made.append(result.latents[0])
+        with torch.no_grad(), models.arithmetic():
+            captions = [caption(request, 0) for request in BATCH]
+            text = pipeline.text.broadcast(captions, models.max_length(REQUEST))
+            for step in steps:
+                files = states(folder, step)
+                progress = SavedProgress(session, files, Position(0, step), every=step == 0)
+                start = progress.resume_point(0) or ResumePoint(0, draw_noise(BATCH, 0), MASK)
+                told = keep if step == 0 else None
+                made.append(denoise(models, BATCH, 0, text, start, None, progress, None, told))
     return made
 
 
 def test_a_run_goes_on_from_every_step_to_the_same_bits_and_on_other_ranks_within_rounding(
     tmp_path: Path,
 ) -> None:
-    whole, *others = run_ranks(ranks_go_on, 2, tmp_path, range(REQUEST.steps), True)[0]
+    whole, *others = run_ranks(ranks_go_on, 2, tmp_path, range(REQUEST.steps))[0]
     assert whole is not None
     assert len(others) == REQUEST.steps - 1
     for step, latents in enumerate(others, start=1):
         assert latents is not None, step
         assert torch.equal(latents, whole), step
-    for world in OTHER_RANKS:
-        place = tmp_path / f"on {world}"
-        (latents,) = run_ranks(ranks_go_on, world, place, [OTHER_RANKS_FROM], False)[0]
+    for world in (1, 3):
+        (latents,) = run_ranks(ranks_go_on, world, tmp_path, [3])[0]
         assert latents is not None
         assert float((latents - whole).abs().max() / whole.abs().max()) <= 1e-4, world
 
