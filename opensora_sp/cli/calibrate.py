@@ -1,4 +1,4 @@
-"""Command: find out which denoising steps need not be computed, and write schedules of the others."""
+"""Command: find out which denoising steps need not be computed, and write step schedules."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The full runs of a calibration, and whole runs with steps left out that are compared with them."""
+"""Full runs of a calibration, and runs with steps left out that are compared with them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The flags of `opensora-sp calibrate`, and what of a request it cannot calibrate. Imports no torch.
-"""
+"""The flags of `opensora-sp calibrate`, and what it cannot calibrate. Imports no torch."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class CalibrationOptions:
         """From resolved flags, with the files that they name looked at. Raises UserError."""
         if values["out"] is None:
             raise UserError(
-                "--out FILE is needed: where the schedules are written, such as --out schedules.yaml"
+                "--out FILE is needed: where schedules are written, such as --out schedules.yaml"
             )
         out = Path(values["out"])
         if out.suffix not in (".yaml", ".yml"):

@@ -1,4 +1,4 @@
-"""What a calibration writes: schedules, the curve as JSON, as a table and as a picture. No torch."""
+"""What a calibration writes: schedules, and the curve as JSON, table and picture. No torch."""
 
 from __future__ import annotations
 

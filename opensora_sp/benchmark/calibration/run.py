@@ -26,7 +26,6 @@ from opensora_sp.benchmark.calibration.selection import (
     candidates_of,
 )
 from opensora_sp.benchmark.report import units
-from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.weight_digests import transformer_digest
 from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_session
 from opensora_sp.parallel.agreement import ensure_agreement
@@ -86,7 +85,8 @@ def run_calibration(job: Job, options: CalibrationOptions) -> int:
             write_merged(options.out, list(found.values()), any_of)
             rows = rows_of(curve, requests[0].steps)
             about = _about(requests, model)
-            write_curve(options.curve, about | {"curve": rows})
+            named = {name: one.to_dict() for name, one in found.items()}
+            write_curve(options.curve, about | {"schedules": named, "curve": rows})
             write_picture(options.picture, rows, about["title"])
             print(table(rows, found))
             for name, level in LEVELS.items():
@@ -109,9 +109,7 @@ def _make_full_runs(runs: FullRuns, *, says: bool) -> None:
     request, count = runs.requests[0], len(runs.requests)
     left = [number for number in range(count) if not runs.is_there(number)]
     sizes = Sizes.of(request)
-    session.control.together(
-        lambda: sizes.check(runs.folder.parent, len(left)), leading_only=True
-    )
+    session.control.together(lambda: sizes.check(runs.folder.parent, len(left)), leading_only=True)
     whole = count * (1 + _LISTS * _SHARE)
     if says:
         note(

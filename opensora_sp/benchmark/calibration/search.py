@@ -1,4 +1,4 @@
-"""The path search: the best list of computed steps of every length, from the velocities of full runs.
+"""The path search: the best list of computed steps of every length, from full runs' velocities.
 
 A stretch goes from a computed step to the next computed one. The steps between are left out: their
 velocities are filled from the last computed ones. Its cost is what that moves the latents wrongly,

@@ -70,7 +70,9 @@ class Trajectory(Progress):
             mask = self.mask()
         mask = session.control.broadcast_object(mask)
         z = broadcast(session.world, z, self._shape, torch.float32, session.device)
-        return ResumePoint(self.first_step, z.cpu(), None if mask is None else torch.from_numpy(mask))
+        return ResumePoint(
+            self.first_step, z.cpu(), None if mask is None else torch.from_numpy(mask)
+        )
 
     def watch(
         self, clip: int, step: int, mask: Tensor | None, gather: Gather, held: object = None
