@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,10 +58,6 @@ class Reshard(Protocol):
     def held(self, chunk: OverlapChunk, batch: int) -> slice:
         """Which frames of the chunk's B·t, flattened, this rank holds as whole frames."""
         ...
-
-
-# Looks at the streams after the first pair of blocks; True ends the loop there.
-AfterFirst = Callable[[list[Stream]], bool]
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,6 @@ def run_blocks(
     *,
     equal_inputs: bool = False,
     layers: LayerOffload | None = None,
-    after_first: AfterFirst | None = None,
     kernels: StepKernels | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
@@ -186,7 +181,6 @@ def run_blocks(
     equal_inputs: every stream enters with the same x and tables (the two CFG branches, which
     differ in their text only), so the first spatial attention may be computed once for all.
     layers: the model's blocks, where they are not all on its device.
-    after_first: called after the first pair; must give the same answer on every rank.
     kernels: how a block's segments are computed; by default as `PlainStep`.
 
     The collectives run in the order of this code, which is the same on every rank. Without
@@ -213,12 +207,9 @@ def run_blocks(
             stream.x = attention.along_time(temporal, s, stream.text[2 * i + 1], rotary)
             if runtime.check_blocks:
                 require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
-            # Nothing is sent ahead of the decision whether the second pair runs.
-            if following is not None and not (i == 0 and after_first is not None):
+            if following is not None:
                 # Sent before the next stream is finished here: that is what hides the exchange.
                 arriving[s] = attention.send(following[0], s)
-        if i == 0 and after_first is not None and after_first(streams):
-            break
     return [stream.x for stream in streams]
 
 

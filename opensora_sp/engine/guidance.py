@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from torch import Tensor
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.base.transfer import to_device
 from opensora_sp.engine.blocks import Pending, Reshard, Stream, run_blocks
-from opensora_sp.engine.step_cache.policy import policy_of
-from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
 from opensora_sp.models.folded_step import FoldedStep
 from opensora_sp.models.stdit3 import (
     STDiT3,
@@ -39,7 +36,6 @@ class Sharding:
     branches: the CFG branches it computes when a request is guided; 0 is the conditional one.
     swap: exchanges this branch's velocity for the other's, where they are on different ranks.
     gather: patch shards [B,T,S_local,c] → [B,T,S,c] on the leading rank, None elsewhere.
-    all_gather: some numbers of this rank → those of every rank of the video.
     """
 
     reshard: Reshard
@@ -47,7 +43,6 @@ class Sharding:
     branches: tuple[int, ...]
     swap: Callable[[Tensor], Pending] | None
     gather: Callable[[Tensor], Tensor | None]
-    all_gather: AllGather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +116,6 @@ class Velocity:
         on_velocity: Callable[[Tensor, float], None] | None = None,
     ) -> None:
         self._on_velocity = on_velocity
-        self.cached = Residuals(policy_of(denoiser.runtime), denoiser.sharding.all_gather)
         model, sharding = denoiser.model, denoiser.sharding
         self._model, self._sharding, self._runtime = model, sharding, denoiser.runtime
         self._positions = denoiser.positions(conditions.height, conditions.width)
@@ -155,7 +149,6 @@ class Velocity:
             [[True]] * batch if generate is None else generate.tolist()
         )
         kernels = self._denoiser.step_kernels(z.shape[1], guided=self._cfg_scale != 1)
-        self.cached.begin_step(t, generate)
         mine: list[Tensor] = []
         # Branches that advance together share what is equal in both; serial ones need less memory.
         branches = self._branches
@@ -164,8 +157,7 @@ class Velocity:
             streams = [Stream(x.clone(), tables, self._text[b]) for b in together[1:]]
             streams.insert(0, Stream(x, tables, self._text[together[0]]))
             del x  # or it outlives its stream
-            blocks = partial(
-                run_blocks,
+            outputs = run_blocks(
                 model,
                 streams,
                 self._sharding.reshard,
@@ -174,9 +166,8 @@ class Velocity:
                 layers=self._layers,
                 kernels=kernels,
             )
-            outputs = self.cached.run(together, streams, blocks)
             mine += [by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
-            del streams, blocks, outputs  # or they are there while the other branch is computed
+            del streams, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:
             other = mine[1] if self._swap is None else self._swap(mine[0]).wait()

@@ -95,13 +95,7 @@ class ModelSet:
         frames, *size = request.latent_shape
         layout = Layout(frames=frames, size=(size[0], size[1]), ranks=mesh.sequence)
         self.to_device(self.transformer)
-        return parallelize(
-            self.transformer,
-            self._comms[mesh],
-            layout,
-            self.runtime,
-            self.session.control.all_gather_object,
-        )
+        return parallelize(self.transformer, self._comms[mesh], layout, self.runtime)
 
     @property
     def transformer(self) -> STDiT3:

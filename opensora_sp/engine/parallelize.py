@@ -8,7 +8,6 @@ from torch import Tensor
 
 from opensora_sp.engine.blocks import Local, Reshard
 from opensora_sp.engine.guidance import Denoiser, Sharding
-from opensora_sp.engine.step_cache.residuals import AllGather
 from opensora_sp.models.stdit3 import STDiT3
 from opensora_sp.parallel.exchange import Exchange, Transfer, gather_patches, swap_branches
 from opensora_sp.parallel.layout import Layout
@@ -21,13 +20,11 @@ def parallelize(
     comms: MeshComms | None,
     layout: Layout,
     runtime: Runtime | None = None,
-    all_gather: AllGather | None = None,
 ) -> Denoiser:
     """The denoiser of this rank's shard. Changes neither the model nor anything else.
 
     comms None, or a mesh of one rank, is one device alone without exchange. So a one-rank denoiser
     can be built beside a sharded one on the same weights; `verify --parity` compares the two.
-    all_gather: of the ranks of `comms`, for a step cache; a runtime without one needs none.
     """
     runtime = runtime or Runtime()
     if comms is None or comms.mesh.replica_size == 1:
@@ -37,7 +34,6 @@ def parallelize(
             branches=(0, 1),
             swap=None,
             gather=_identity,
-            all_gather=_of_one,
         )
         return Denoiser(model, layout.size, alone, replace(runtime, chunks=1))
 
@@ -60,18 +56,9 @@ def parallelize(
         branches=(comms.place.guidance,) if split_branches else (0, 1),
         swap=swap if split_branches else None,
         gather=gather,
-        all_gather=all_gather or _not_given,
     )
     return Denoiser(model, layout.size, sharding, runtime)
 
 
 def _identity(z: Tensor) -> Tensor:
     return z
-
-
-def _of_one(values: list[float]) -> list[list[float]]:
-    return [values]
-
-
-def _not_given(values: list[float]) -> list[list[float]]:
-    raise ValueError("a step cache on several ranks needs all_gather")

@@ -75,6 +75,17 @@ def sample(
     return z
 
 
+def joining_steps(frame_mask: Tensor | None, times: Sequence[float]) -> frozenset[int]:
+    """The steps from 1 on at which other frames are generated than at the step before.
+
+    frame_mask [B,T] as for `sample`.
+    """
+    if frame_mask is None:
+        return frozenset()
+    sets = [_generated_at(frame_mask, t) for t in times]
+    return frozenset(i for i in range(1, len(sets)) if not torch.equal(sets[i], sets[i - 1]))
+
+
 def _generated_at(frame_mask: Tensor, t: float) -> Tensor:
     """The frames that are generated at time t, bool [B,T]."""
     return frame_mask.float() * TRAINING_TIMESTEPS >= torch.tensor(t)

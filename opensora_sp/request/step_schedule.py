@@ -76,6 +76,10 @@ class StepSchedule:
         """How many of the steps are not computed."""
         return self.steps - len(self.computed)
 
+    def computes(self, step: int, t: float) -> bool:
+        """Whether a step, counted from 0, is computed: so a schedule is a step cache's policy."""
+        return step in self.computed
+
     def fits(
         self,
         *,
@@ -99,6 +103,17 @@ class StepSchedule:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         values = {k: v for k, v in vars(self).items() if v != defaults[k]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def steps_text(steps: Sequence[int]) -> str:
+    """Ascending steps in short, as 0-8 10 12."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], step]
+        else:
+            runs.append([step])
+    return " ".join("-".join(map(str, run)) for run in runs)
 
 
 def _whole(value: Any, low: int, high: int) -> bool:

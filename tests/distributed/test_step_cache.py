@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from opensora_sp.engine.step_cache.first_block import FirstBlockCache
 from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample
-from opensora_sp.engine.step_cache.first_block import FirstBlockCache
 from opensora_sp.engine.step_cache.policy import NoCache, StepCache
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
