@@ -108,7 +108,12 @@ def main() -> None:
     for size in UNSEEN[:1] if asked.quick else UNSEEN:
         rows += bench.measure(Case("text", size), levels)
     machine = describe_machine(pipeline.session.device, asked.work)
-    content = {"steps": STEPS, "prompts": prompts, "levels": LEVELS, "machine": machine}
+    content = {
+        "steps": STEPS,
+        "prompts": prompts,
+        "levels": {name: vars(level) for name, level in LEVELS.items()},
+        "machine": machine,
+    }
     to = asked.to or asked.work / "step-cache.json"
     with atomic_output(to) as temporary:
         text = json.dumps(content | {"rows": rows}, indent=1)

@@ -141,8 +141,9 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     width, height, left, top, bottom, right = 720, 400, 60, 40, 50, 20
     most = max(row["computed"] for row in rows)
     values = [row[key] for row in rows for key in ("estimate", "mean", "worst") if row[key]]
-    high = min(100.0, max([*values, *LEVELS.values()])) + 2
-    low = max(0.0, min([*values, *LEVELS.values()]) - 2)
+    levels = [level.mean for level in LEVELS.values()]
+    high = min(100.0, max([*values, *levels])) + 2
+    low = max(0.0, min([*values, *levels]) - 2)
 
     def x(count: float) -> str:
         return f"{left + (width - left - right) * count / most:.1f}"
@@ -169,9 +170,9 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         parts.append(f'<text x="{x(count)}" y="{height - bottom + 18}" dx="-6">{count}</text>')
     for name, level in LEVELS.items():
         parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(level)}" y2="{y(level)}" '
-            f'stroke="#999999" stroke-dasharray="4 4"/><text x="{left + 6}" y="{y(level)}" '
-            f'dy="-4" fill="#666666">{name}: {level:g} dB</text>'
+            f'<line x1="{left}" x2="{width - right}" y1="{y(level.mean)}" y2="{y(level.mean)}" '
+            f'stroke="#999999" stroke-dasharray="4 4"/><text x="{left + 6}" y="{y(level.mean)}" '
+            f'dy="-4" fill="#666666">{name}: {level.mean:g} dB</text>'
         )
     best = {row["computed"]: row for row in reversed(rows)}
     line = " ".join(

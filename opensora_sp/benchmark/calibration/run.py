@@ -20,7 +20,6 @@ from opensora_sp.benchmark.calibration.result import (
 )
 from opensora_sp.benchmark.calibration.selection import (
     LEVELS,
-    WORST,
     Candidate,
     Curve,
     candidates_of,
@@ -34,7 +33,7 @@ from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Request
 
 # What confirming takes: about so many lists, of so many of the steps in the mean.
-_LISTS, _SHARE = 9, 0.45
+_LISTS, _SHARE = 12, 0.4
 
 
 def run_calibration(job: Job, options: CalibrationOptions) -> int:
@@ -92,8 +91,8 @@ def run_calibration(job: Job, options: CalibrationOptions) -> int:
             for name, level in LEVELS.items():
                 if name not in found:
                     print(
-                        f"no schedule {name}: no list reaches {level:g} dB in the mean with every "
-                        f"prompt above {level - WORST:g} dB"
+                        f"no schedule {name}: no list reaches {level.mean:g} dB in the mean and "
+                        f"{level.worst:g} dB in every prompt"
                     )
             print(f"schedules: {options.out}")
             print(f"curve: {options.curve}, {options.picture}", flush=True)

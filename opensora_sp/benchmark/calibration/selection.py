@@ -10,11 +10,27 @@ from statistics import fmean
 from opensora_sp.benchmark.calibration.search import MOST_STEPS, Floats, Stretches, best_paths
 from opensora_sp.request.step_schedule import FILLS
 
-# A level holds where the mean over the prompts reaches it and no prompt is WORST below it.
-LEVELS: Mapping[str, float] = {"near-lossless": 52.0, "fast": 43.0, "draft": 34.0}
-WORST = 6.0
 _NEAR = 3.0  # dB between the predictions of two fills from which on only the better one is tried
 _LOWEST = 1e-12  # of a mean square error: far below the rounding of latents
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a list has to reach, in dB: the mean over the prompts, and the worst prompt."""
+
+    mean: float
+    worst: float
+
+    def holds(self, found: Sequence[float]) -> bool:
+        """Whether decibels by prompt reach it."""
+        return fmean(found) >= self.mean and min(found) >= self.worst
+
+
+LEVELS: Mapping[str, Level] = {
+    "near-lossless": Level(52.0, 46.0),
+    "fast": Level(43.0, 37.0),
+    "draft": Level(34.0, 24.0),
+}
 
 
 @dataclass(frozen=True)
@@ -96,37 +112,40 @@ class Curve:
         )
         return one.predicted + fmean(self.measured[near]) - near.predicted
 
-    def holds(self, one: Candidate, level: float) -> bool:
-        """Whether a candidate holds a level, by whole runs."""
-        found = self.run(one)
-        return fmean(found) >= level and min(found) >= level - WORST
+    def holding(self, count: int, level: Level) -> Candidate | None:
+        """The first candidate of a number of steps that holds a level, by whole runs.
 
-    def fewest(self, level: float) -> Candidate | None:
-        """The candidate of the fewest computed steps that holds a level; None where none does.
+        Those are tried that are predicted nearly as good as the best one: the search cannot tell
+        how a run goes on from a wrong place, and extrapolating amplifies what holding does not.
+        """
+        best = self.best(count)
+        for one in self.candidates[count]:
+            if one.predicted > best.predicted - _NEAR and level.holds(self.run(one)):
+                return one
+        return None
 
-        Numbers of steps are halved in between, from where the prediction expects the border. Then
-        one step fewer is tried with the other fills that are predicted nearly as good.
+    def fewest(self, level: Level) -> Candidate | None:
+        """A candidate of the fewest computed steps that hold a level; None where none does.
+
+        Numbers of steps are halved in between, from where the prediction expects the border.
         """
         fails, holds = 1, max(self.candidates) + 1
         found: Candidate | None = None
         if not self.measured:
             self.run(self.best(max(2, holds // 2)))
         while holds - fails > 1:
-            one = self.best(self._expected(level, fails + 1, holds - 1))
-            if self.holds(one, level):
-                found, holds = one, one.count
+            count = self._expected(level, fails + 1, holds - 1)
+            one = self.holding(count, level)
+            if one is None:
+                fails = count
             else:
-                fails = one.count
-        for one in self.candidates.get(holds - 1, [])[1:]:
-            near = one.predicted > self.best(one.count).predicted - _NEAR
-            if one.count > 1 and near and self.holds(one, level):
-                return one
+                found, holds = one, count
         return found
 
-    def _expected(self, level: float, low: int, high: int) -> int:
+    def _expected(self, level: Level, low: int, high: int) -> int:
         """The fewest steps from low to high that are estimated to hold a level."""
         for count in range(low, high + 1):
             estimate = self.estimate(self.best(count))
-            if estimate is not None and estimate >= level:
+            if estimate is not None and estimate >= level.mean:
                 return count
         return high
