@@ -199,11 +199,12 @@ class Request(Declared):
     )
     step_cache: str | StepSchedule = setting(
         "--step-cache",
-        step_cache_value(),
+        step_cache_value(schedules=True),
         OFF,
         "leave denoising steps out: near-lossless, fast, or by the schedules of FILE or FILE:NAME; "
         "changes the result",
         changes="content",
+        flag_kind=step_cache_value(),
         stored_as="step cache",
     )
     # How a request is computed, not what: a run that ended for want of memory goes on with less.

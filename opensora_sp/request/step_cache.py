@@ -12,16 +12,17 @@ OFF = "off"
 LEVELS = ("near-lossless", "fast")
 
 
-def step_cache_value() -> ValueType:
-    """off, a level or a file, as text; in Python also a StepSchedule."""
+def step_cache_value(*, schedules: bool = False) -> ValueType:
+    """off, a level or a file, as text. schedules: or a StepSchedule, which only Python has."""
     as_path = path("FILE")
 
     def legal(value: Any) -> bool:
-        return isinstance(value, StepSchedule) or as_path.legal(value)
+        return (schedules and isinstance(value, StepSchedule)) or as_path.legal(value)
 
     return ValueType(
         "off|near-lossless|fast|FILE",
-        f"{OFF}, {', '.join(LEVELS)}, a file of schedules as FILE or FILE:NAME, or a StepSchedule",
+        f"{OFF}, {', '.join(LEVELS)}, or a file of schedules as FILE or FILE:NAME"
+        + ", or a StepSchedule" * schedules,
         lambda text: as_path.read(text.strip()),
         legal,
     )

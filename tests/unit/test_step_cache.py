@@ -54,13 +54,13 @@ def run(
 ) -> tuple[Tensor, list[int], list[tuple[Tensor, Any]]]:
     """The last z, the steps that were computed, and z and what is held after each step."""
     model = Counting(power)
-    velocity = model if policy is None else FilledVelocity(model, policy, TIMES, mask)
+    filled = None if policy is None else FilledVelocity(model, policy, TIMES, mask)
     seen: list[tuple[Tensor, Any]] = []
 
     def on_step(step: int, z: Tensor) -> None:
-        seen.append((z, () if policy is None else velocity.held()))  # type: ignore[attr-defined]
+        seen.append((z, () if filled is None else filled.held()))
 
-    z = sample(normal(2, 5, 3), TIMES, velocity, mask, noise_at, on_step)
+    z = sample(normal(2, 5, 3), TIMES, filled or model, mask, noise_at, on_step)
     return z, [TIMES.index(t) for t in model.asked], seen
 
 

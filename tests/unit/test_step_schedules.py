@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def test_a_level_is_the_checkpoints_own_and_else_a_pattern_that_says_so(tmp_path
         "step cache fast: 12 of 30 steps are computed (0-8 12 20 29), the others filled "
         "(quadratic); measured over 4 prompts: 54.2 dB against all steps"
     )
-    assert choose_schedule(asked, tmp_path).schedule == own  # a plan takes the model for it
+    # A plan takes any model for the one that was measured.
+    assert choose_schedule(asked, tmp_path).schedule == replace(own, model=None)
     for request, model in (
         (asked, "cd34"),
         (replace(asked, cfg_scale=4.0), "ab12"),
@@ -153,9 +155,9 @@ def test_a_general_pattern_computes_the_beginning_and_leaves_no_long_gap() -> No
     for steps in range(10, 120):
         for level, gap in (("near-lossless", 2), ("fast", 3)):
             computed = [*general_pattern(level, steps).computed, steps]
-            gaps = [after - before for before, after in zip(computed, computed[1:], strict=False)]
+            gaps = [after - before for before, after in pairwise(computed)]
             assert max(gaps) <= gap
-            assert gaps == sorted(gaps[:-1]) + gaps[-1:]
+            assert gaps[:-2] == sorted(gaps[:-2])
     with pytest.raises(UserError, match="--step-cache fast: of 9 steps none is left out"):
         general_pattern("fast", 9)
 
@@ -174,13 +176,13 @@ def test_a_file_is_taken_whole_or_by_a_name_in_it(tmp_path: Path) -> None:
     assert chosen(f"{path}:second") == second
     with pytest.raises(UserError, match=r"has no schedule 'third'; it has own, second"):
         chosen(f"{path}:third")
-    with pytest.raises(UserError, match="has no schedule for a video of 20 steps, .*the first is"):
+    with pytest.raises(UserError, match=r"has no schedule for a video of 20 steps, .*the first is"):
         chosen(str(path), steps=20)
     with pytest.raises(UserError, match="was measured on another transformer"):
         chosen(f"{path}:own", "cd34")
     with pytest.raises(UserError, match="its steps lie at other times"):
         chosen(str(path), timestep_transform=False)
-    with pytest.raises(UserError, match="neither off, .* did you mean fast?"):
+    with pytest.raises(UserError, match=r"neither off, .* did you mean fast\?"):
         check_step_cache("fats")
     with pytest.raises(UserError, match="there is no such file"):
         check_step_cache(str(tmp_path / "other.yaml"))
