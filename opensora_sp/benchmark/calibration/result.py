@@ -13,17 +13,12 @@ from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.benchmark.calibration.selection import LEVELS, Candidate, Curve
 from opensora_sp.request.request import Request
+from opensora_sp.request.step_choice import tokens_of
 from opensora_sp.request.step_schedule import StepSchedule, read_schedules, write_schedules
 
 # A schedule is for guidance scales up to this factor below and above the calibrated one.
 SCALE_RANGE = 1.5
 _CLASS = 4  # tokens of a size class: from a power of this to the next one
-
-
-def tokens_of(request: Request) -> int:
-    """T·S tokens of one sample."""
-    rows, columns = request.patch_grid
-    return request.latent_shape[0] * rows * columns
 
 
 def size_class(tokens: int) -> tuple[int, int]:
