@@ -242,7 +242,7 @@ def _is_of(row: Mapping[str, Any], one: Listed) -> bool:
 def asked_of(case: Case, count: int, work: Path) -> tuple[list[Asked], list[Request]]:
     """What the videos should show, and their requests. Pictures are written into the folder."""
     height, width, frames = case.size
-    shared = {
+    shared: dict[str, Any] = {
         "height": height,
         "width": width,
         "num_frames": frames,

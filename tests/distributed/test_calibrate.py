@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
-from opensora_sp.benchmark.calibration import run as calibration
+from opensora_sp.benchmark.calibration.full_runs import FullRuns
 from opensora_sp.benchmark.calibration.trajectory import Trajectory
 from opensora_sp.cli.main import main
 from opensora_sp.request.step_schedule import read_schedules
@@ -90,6 +90,6 @@ def test_two_ranks_find_what_one_finds_and_a_killed_run_goes_on(
     np.testing.assert_array_equal(again[2], one[2])  # bit-equal on one mesh
 
     # What is there is not made again: only what was measured is read.
-    monkeypatch.setattr(calibration.FullRuns, "make", None)
+    monkeypatch.setattr(FullRuns, "make", None)
     assert calibrate(killed, *more) == 0
     assert found(killed)[:2] == one[:2]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from opensora_sp.base.screen import note
 from opensora_sp.benchmark.calibration.full_runs import FullRuns, times_of
@@ -145,7 +146,7 @@ def _digest(job: Job, requests: Sequence[Request], model: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _about(requests: Sequence[Request], model: str) -> dict[str, object]:
+def _about(requests: Sequence[Request], model: str) -> dict[str, Any]:
     request = requests[0]
     size = f"{request.height}×{request.width}, {request.num_frames} frames"
     return {
