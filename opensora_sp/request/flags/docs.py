@@ -79,8 +79,7 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "calibrate": Program(
         "calibrate",
-        "Finds out which denoising steps need not be computed: a few full runs, a search over "
-        "their velocities, whole runs that confirm. Writes step schedules for --step-cache.",
+        "Finds out which steps need not be computed, and writes schedules for --step-cache.",
         (
             *("--out", "--full-runs", "--prompt", "--prompt-path", "--config", "--resolution"),
             *("--aspect-ratio", "--num-frames", "--image", "--num-sampling-steps"),
