@@ -101,7 +101,8 @@ def best_paths(gram: Floats, times: Sequence[float], fill: str) -> dict[int, Pat
     # By state: the smallest cost to be there with k computed steps, and the state before it.
     best: dict[tuple[int, ...], Floats] = {(0,): _only_at(steps, 1, 0.0)}
     before: dict[tuple[int, ...], list[tuple[int, ...] | None]] = {(0,): [None] * (steps + 1)}
-    ends, last_state = np.full(steps + 1, np.inf), [(0,)] * (steps + 1)
+    ends = np.full(steps + 1, np.inf)
+    last_state: list[tuple[int, ...]] = [(0,)] * (steps + 1)
     for last in range(steps):
         for state in _states(last, reads):
             if state not in best:
@@ -115,10 +116,10 @@ def best_paths(gram: Floats, times: Sequence[float], fill: str) -> dict[int, Pat
                 reached = mine[:-1] + costs[following - last - 1]
                 better = reached < best[then][1:]
                 best[then][1:][better] = reached[better]
-                for count in np.flatnonzero(better):
+                for count in map(int, np.flatnonzero(better)):
                     before[then][count + 1] = state
             total = mine + costs[-1]
-            for count in np.flatnonzero(total < ends):
+            for count in map(int, np.flatnonzero(total < ends)):
                 ends[count], last_state[count] = total[count], state
     found = {}
     for count in range(1, steps + 1):
