@@ -26,6 +26,8 @@ from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.planner.cost import Workload, step_traffic
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.peaks import Shape, denoising_peak
 from opensora_sp.request.memory_modes import Offload
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
@@ -60,7 +62,20 @@ def run(
     z = denoiser.shard(normal(2, 4, FRAMES, *SIZE))
     with torch.no_grad():
         z = sample(z, TIMES, velocity, mask, lambda step: torch.zeros_like(z))
+    held = sum(one.velocity.untyped_storage().nbytes() for one in velocity.held())
+    assert held == len(velocity.held()) * planned_bytes(mesh or Mesh(), session if mesh else None)
     return denoiser.gather(z)
+
+
+def planned_bytes(mesh: Mesh, session: Session | None) -> int:
+    """What the plan counts for one held velocity on this rank."""
+    shape = Shape(height=8 * SIZE[0], width=8 * SIZE[1], num_frames=17, batch=2, dtype="fp32")
+    rank = 0 if session is None else session.rank
+    none, one = (
+        denoising_peak(replace(shape, held=held), mesh, Runtime(), ModelSizes(), rank)
+        for held in (0, 1)
+    )
+    return one - none
 
 
 Sent = dict[str, tuple[int, int]]

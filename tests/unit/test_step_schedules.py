@@ -18,7 +18,7 @@ from opensora_sp.planner.peaks import denoising_peak
 from opensora_sp.planner.plan import Options, make_plan
 from opensora_sp.planner.requests import shape_of
 from opensora_sp.request.memory_modes import FASTEST
-from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
+from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.step_choice import (
     OWN_FILE,
@@ -228,3 +228,45 @@ def test_weights_of_a_fill_sum_to_one_and_fewer_times_are_a_lower_order() -> Non
             assert sum(weights) == pytest.approx(1)
     with pytest.raises(ValueError, match="give none at 5"):
         fill_weights("linear", [7.0, 7.0], 5.0)
+
+
+class Notes:
+    """A job's store that keeps the notes of its progress."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+
+    def put_progress(self, job_id: str, note: Any) -> None:
+        self.notes.append(note)
+
+    def cancel_asked(self, job_id: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_server_says_what_is_left_by_the_steps_that_are_computed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: int
+) -> None:
+    pytest.importorskip("dbos")
+    from opensora_sp.engine.progress import Position
+    from opensora_sp.server import engine_group
+
+    clock = [1000.0]
+    monkeypatch.setattr("opensora_sp.server.engine_group.time.time", lambda: clock[0])
+    request = replace(VIDEO, num_frames=34, loop=2, step_cache=SCHEDULE)
+    task = Task(request=request, output=tmp_path / "a.mp4")
+    job = Job(
+        engine=EngineSettings(),
+        settings=JobSettings(save_dir=tmp_path, batch_size=1, num_sample=1),
+        tasks=(task,),
+    )
+    store = Notes()
+    reporter = engine_group.JobReporter(store, "id", True)  # type: ignore[arg-type]
+    reporter.begin(job, Position(0, start))
+    for step in range(start, 60):
+        clock[0] += 100.0 if step % 30 in SCHEDULE.computed else 0.5
+        reporter.on_step_end(step, 0.0, None)
+        left = sum(later % 30 in SCHEDULE.computed for later in range(step + 1, 60))
+        said = store.notes[-1].eta_s
+        if step > start + 1:
+            assert said == pytest.approx(100 * left, rel=0.05), step
