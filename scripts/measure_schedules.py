@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 prompts, one size, three lists")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    sizes, counts, prompts = SIZES, COUNTS, asked.prompts
+    sizes, prompts = SIZES, asked.prompts
+    counts: tuple[int, ...] = COUNTS
     if asked.quick:
         sizes, counts, prompts = SIZES[:1], (15, 10, 7), 4
     bench = Bench(asked.work, prompts)
