@@ -141,9 +141,9 @@ def calibrated(work: Path, size: Size) -> Path:
 def lists_of(curve: Path, counts: Sequence[int]) -> list[Listed]:
     """The curve's schedules, and its best lists of these numbers of computed steps."""
     content = json.loads(curve.read_text(encoding="utf-8"))
-    names = {
-        (one["fill"], tuple(one["computed"])): name for name, one in content["schedules"].items()
-    }
+    names: dict[tuple[str, tuple[int, ...]], str] = {}
+    for name, one in content["schedules"].items():
+        names.setdefault((one["fill"], tuple(one["computed"])), name)
     found: dict[Listed, None] = {}
     seen: set[int] = set()
     for row in content["curve"]:

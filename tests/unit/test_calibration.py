@@ -13,7 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from opensora_sp.benchmark.calibration import trajectory
-from opensora_sp.benchmark.calibration.result import schedule_of, size_class, write_merged
+from opensora_sp.benchmark.calibration.result import (
+    rows_of,
+    schedule_of,
+    size_class,
+    table,
+    write_merged,
+)
 from opensora_sp.benchmark.calibration.search import best_paths
 from opensora_sp.benchmark.calibration.selection import Candidate, Curve, Level, candidates_of
 from opensora_sp.cli.main import main
@@ -180,6 +186,10 @@ def test_a_file_keeps_the_schedules_of_other_sizes(tmp_path: Path) -> None:
     again = schedule_of("near-lossless", lists, small, "m", [53.0])
     write_merged(path, [again], again)
     assert read_schedules(path) == (again, b)
+    measured = Curve({3: [lists], 2: []}, lambda one: [44.0, 46.0])
+    measured.run(lists)
+    rows = rows_of(measured, 5)
+    assert table(rows, {"fast": a, "draft": a}).count("fast, draft |") == 1
     write_merged(path, [], again)  # no list reached a level this time
     assert read_schedules(path) == (b,)
 

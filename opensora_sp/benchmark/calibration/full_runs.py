@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.base.atomic import atomic_output, remove_leftovers, reported
 from opensora_sp.benchmark.calibration.comparing import Comparison, frames_written
 from opensora_sp.benchmark.calibration.search import Floats
 from opensora_sp.benchmark.calibration.trajectory import Trajectory
@@ -63,6 +63,7 @@ class FullRuns:
         if session.leads:
             with reported(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)  # of a calibration that was killed
         noise = draw_noise([request], 0)
         states = Trajectory(session, self.folder, request.steps, noise.shape)
         with ExitStack() as stack:
@@ -117,9 +118,11 @@ class FullRuns:
         return values
 
     def remove(self) -> None:
-        """Remove the folder's files, and the folder; on the leading rank."""
+        """Remove the folder's files, and the folder where it is empty then; on the leading rank."""
         for number in range(len(self.requests)):
             self._gram_path(number).unlink(missing_ok=True)
             self._frames_path(number).unlink(missing_ok=True)
         (self.folder / "compared.json").unlink(missing_ok=True)
-        self.folder.rmdir()
+        remove_leftovers(self.folder)
+        with suppress(OSError):
+            self.folder.rmdir()

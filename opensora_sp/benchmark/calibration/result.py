@@ -103,7 +103,6 @@ def _rounded(value: float | None) -> float | None:
 
 def table(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, StepSchedule]) -> str:
     """The curve as Markdown; rows that are only estimated hold one figure."""
-    by_steps = {(one.fill, one.computed): name for name, one in chosen.items()}
     lines = [
         "| computed | fewer | fill | PSNR, mean | worst | schedule |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -111,10 +110,11 @@ def table(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, StepSchedule])
     for row in rows:
         mean, worst = row["mean"], row["worst"]
         said = f"about {row['estimate']:.0f} dB" if mean is None else f"{mean:.1f} dB"
-        name = by_steps.get((row["fill"], tuple(row["steps"])), "")
+        key = (row["fill"], tuple(row["steps"]))
+        names = ", ".join(n for n, one in chosen.items() if (one.fill, one.computed) == key)
         lines.append(
             f"| {row['computed']} | {row['ratio']:.2f}× | {row['fill']} | {said} | "
-            f"{'' if worst is None else f'{worst:.1f}'} | {name} |"
+            f"{'' if worst is None else f'{worst:.1f}'} | {names} |"
         )
     return "\n".join(lines)
 
