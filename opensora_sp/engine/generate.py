@@ -236,9 +236,9 @@ def denoise(
     def on_step(done: int, z: Tensor) -> None:
         nonlocal step
         step = done + 1
-        if done in computed:
+        if done in computed:  # steps left out are no steps to time: they take next to nothing
             bar.update()
-        step_ended(done)
+            step_ended(done)
         if step < len(times):
             session.control.progress(f"step {step + 1} of {len(times)}")
             known = None if filled is None else partial(gather_held, filled.held())
