@@ -16,8 +16,9 @@ from opensora_sp.request.request import Request
 from opensora_sp.request.step_choice import tokens_of
 from opensora_sp.request.step_schedule import StepSchedule, read_schedules, write_schedules
 
-# A schedule is for guidance scales up to this factor below and above the calibrated one.
-SCALE_RANGE = 1.5
+# The guidance scales that a schedule is for, in calibrated ones. Less guidance costs less: at 0.43
+# of it the embedded model is 4 to 8 dB better. At 1.43 of it no level holds any more.
+LOWEST_SCALE, HIGHEST_SCALE = 0.4, 1.1
 _CLASS = 4  # tokens of a size class: from a power of this to the next one
 
 
@@ -41,7 +42,7 @@ def schedule_of(
 ) -> StepSchedule:
     """The schedule of a candidate for a request's size class and guidance."""
     scale = request.cfg_scale
-    guided = (round(scale / SCALE_RANGE, 2), round(scale * SCALE_RANGE, 2))
+    guided = (round(scale * LOWEST_SCALE, 2), round(scale * HIGHEST_SCALE, 2))
     return StepSchedule(
         name=name,
         steps=request.steps,
