@@ -54,6 +54,7 @@ _ORDER: dict[str, str] = {
         weight_hashes sweep compare count count_ranks markdown
     """,
     "Plan (opensora-sp plan only)": "ranks table flop_rate link_rate",
+    "Calibrate (opensora-sp calibrate only)": "out full_runs",
     "This command": "config print_config version help",
 }
 
