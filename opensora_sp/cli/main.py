@@ -41,6 +41,9 @@ COMMANDS: Mapping[str, Command] = {
         "say whether a request fits a device, and what it costs", "plan", program="plan"
     ),
     "benchmark": Command("measure generation and write a report", "benchmark", program="benchmark"),
+    "calibrate": Command(
+        "find out which denoising steps need not be computed", "calibrate", program="calibrate"
+    ),
     "compare": Command(
         "print two benchmark reports side by side",
         "benchmark",

@@ -23,7 +23,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Stages of the engine's clock, and codes of failed jobs; others are "other".
 STAGES = (
     "load", "draw noise", "read references", "encode references", "encode text", "hand out",
-    "wait", "agree", "denoise", "decode", "write",
+    "wait", "agree", "compile", "denoise", "decode", "write",
 )  # fmt: skip
 CODES = ("invalid_request", "engine_error", "engine_ended")
 STATES = ("ready", "starting", "stopped", "failed")
