@@ -249,7 +249,9 @@ def _arrived(pending: list[Pending]) -> list[Pending]:
 Pair = tuple[SpatialBlock, TemporalBlock]
 
 
-def _with_next(layers: LayerOffload, pairs: int | None) -> Iterator[tuple[int, Pair, Pair | None]]:
+def _with_next(
+    layers: LayerOffload, pairs: int | None = None
+) -> Iterator[tuple[int, Pair, Pair | None]]:
     """(number, pair of blocks, the pair after it or None); both are on the device."""
     count = len(layers) if pairs is None else min(pairs, len(layers))
     # Asked for more than there are, the layers would take back the last one before its use.

@@ -95,7 +95,7 @@ def before_each(request: Request) -> list[int]:
     schedule = request.step_cache
     every = range(request.steps)
     chosen = set(schedule.computed if isinstance(schedule, StepSchedule) else every)
-    return [0, *accumulate(step in chosen for step in range(request.steps))]
+    return [0, *accumulate(int(step in chosen) for step in range(request.steps))]
 
 
 def tokens_of(request: Request) -> int:
