@@ -75,6 +75,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="ranks of the engine")
     parser.add_argument("--seconds", type=float, default=30, help="of a round of clients")
     parser.add_argument("--rounds", type=int, default=3, help="of clients")
+    parser.add_argument(
+        "--pace", type=float, default=0.5, help="seconds between polls of a client; 0: as told"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     asked = parser.parse_args()
     # Asked to end, it ends its server too.
@@ -303,9 +306,10 @@ def clients(asked: argparse.Namespace) -> dict[str, Any]:
     """The engine makes one long job; rounds with and without clients take turns.
 
     The CPU time of the clients themselves is told apart: on a machine of few cores they take from
-    the engine what in use they take elsewhere.
+    the engine what in use they take elsewhere. With --pace 0 clients ask again when the server says
+    so, as the openai client does.
     """
-    quiet, busy, cpu = [], [], []
+    quiet, busy, cpu, walls = [], [], [], []
     took: dict[str, list[float]] = {}
     wrong: dict[str, int] = {}
     with serving(asked.ranks) as server:
@@ -314,12 +318,16 @@ def clients(asked: argparse.Namespace) -> dict[str, Any]:
         server.until(long, "in_progress")
         for number in range(asked.rounds):
             quiet.append(_rate(server, long, lambda: time.sleep(asked.seconds)))
-            before = _cpu(server.process.pid)
+            gateway, judge = server.process.pid, _judge(server.process.pid)
+            before = {"gateway": _cpu(gateway), "judge": _cpu(judge)}
             seen: dict[str, Any] = {}
             load = ["--clients", str(asked.count), "--seconds", str(asked.seconds)]
+            load += ["--pace", str(asked.pace)]
             busy.append(_rate(server, long, lambda: seen.update(_load(server, *load))))  # noqa: B023
-            gateway = (_cpu(server.process.pid) - before) / seen["wall_s"]
-            cpu.append({"gateway": gateway, "clients": seen["cpu_s"] / seen["wall_s"]})
+            after = {"gateway": _cpu(gateway), "judge": _cpu(judge)}
+            took_s = {who: after[who] - before[who] for who in after} | {"clients": seen["cpu_s"]}
+            cpu.append({who: seconds / seen["wall_s"] for who, seconds in took_s.items()})
+            walls.append(seen["wall_s"])
             for kind, each in seen["ms"].items():
                 took.setdefault(kind, []).extend(each)
             wrong |= seen["wrong"]
@@ -334,6 +342,7 @@ def clients(asked: argparse.Namespace) -> dict[str, Any]:
         found |= {f"{kind}, p{p}, ms": _percentile(each, p) for p in (50, 99)}
     lost = 1 - statistics.median(busy) / statistics.median(quiet)
     found |= {f"cores, {who}": statistics.median(c[who] for c in cpu) for who in cpu[0]}
+    found["calls a second"] = sum(map(len, took.values())) / sum(walls)
     return {**found, "the engine loses, %": 100 * lost, "holds": not wrong and not left}
 
 
@@ -361,6 +370,15 @@ def _cpu(pid: int) -> float:
     """CPU seconds of a process and its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _judge(gateway: int) -> int:
+    """The gateway's process that judges requests; there once a first one was judged."""
+    for task in Path(f"/proc/{gateway}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    raise AssertionError("nothing was judged yet")
 
 
 def _percentile(values: list[float], percent: int) -> float:

@@ -6,7 +6,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import hypothesis
 import hypothesis.configuration
 import pytest
 import ranks
-from fast import is_fast
+from fast import TESTS, is_fast
+from order import long_first
 
 # The same examples in every run, so that a failure elsewhere is a failure here; and no deadline,
 # because an example takes as long as the machine's other work lets it.
@@ -50,14 +52,29 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast, see fast.py."""
+    """Mark what is fast, see fast.py, and put long files first, see order.py."""
     for item in items:
         if is_fast(item):
             item.add_marker("fast")
+    items[:] = long_first(items, TESTS)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Repeat beside the result what scripts/test.sh found before pytest started."""
-    if failed := os.environ.get("OPENSORA_SP_LINT_FAILED"):
-        terminalreporter.section("before the tests", red=True)
-        terminalreporter.line(f"failed, see the top of this output: {failed}", red=True)
+    """Show beside the result what the checks found that scripts/test.sh runs beside the tests."""
+    for name, status, said in ended_checks(os.environ.get("OPENSORA_SP_CHECKS", "")):
+        if status != "0":
+            terminalreporter.section(f"{name} failed", red=True)
+            terminalreporter.line(said)
+
+
+def ended_checks(folder: str) -> Iterator[tuple[str, str, str]]:
+    """Name, exit status and words of every check, once it has ended or ten minutes are over."""
+    end = time.monotonic() + 600
+    for file in sorted(Path(folder).iterdir()) if folder else []:
+        if file.suffix in (".status", ".new"):
+            continue
+        status = file.with_name(f"{file.name}.status")
+        while not status.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        ended = status.read_text() if status.exists() else "still running"
+        yield file.name, ended, file.read_text(errors="replace")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from serving import ROOT, Server
 
-LEASE_SECONDS = 3
+LEASE_SECONDS = 4
 
 
 class Gateway(Server):
-    """`opensora-sp serve --queue URL --no-engine`; ready when it answers, with or without groups."""
+    """`opensora-sp serve --queue URL --no-engine`; ready when it answers, groups or not."""
 
     def __init__(self, name: str, save_dir: Path, url: str, *flags: str) -> None:
         super().__init__(save_dir, "--queue", url, "--no-engine", *flags)

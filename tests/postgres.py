@@ -61,6 +61,10 @@ class Postgres:
         """End it: fast cuts connections, immediate is as a crash."""
         self._run("pg_ctl", "-D", "data", "-w", "-m", how, "stop")
 
+    def pid(self) -> int:
+        """The process that all its others are children of."""
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
     def remove(self) -> None:
         """End it and remove its data."""
         if (self.folder / "data" / "postmaster.pid").exists():

@@ -1,7 +1,7 @@
 """Run one function on several gloo ranks of this machine and collect what each returns.
 
-The ranks are forked from one server process that has imported torch already, so that a test on
-eight ranks costs eight forks and not eight imports of torch.
+The ranks are forked from one server process that has imported torch and the package already (see
+preloaded.py), so that a test on eight ranks costs eight forks and not eight imports of torch.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+TESTS = Path(__file__).resolve().parent
 DEADLINE_S = 300.0
-PRELOADED = [
-    "torch",
-    "torch.distributed",
-    "transformers.models.t5.modeling_t5",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "av",
-]
 # After the first failure the others get this long to fail by themselves, so that the report can
 # say which of them did.
 GRACE_S = 1.0
@@ -80,8 +76,26 @@ def rank_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["preloaded"])
+    # Before Python 3.12.9 the server hears of our sys.path by its environment alone, and what it
+    # cannot import is passed over without a word.
+    with _on_path(TESTS, TESTS.parent):
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _on_path(*folders: Path) -> Iterator[None]:
+    """These folders are first on the path of interpreters that start inside."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def free_port() -> int:

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from opensora_sp.engine.blocks import Local, Stream, run_blocks
+from opensora_sp.models.folded_step import FoldedStep
 from opensora_sp.models.kernels import fused, triton_norms
 from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
+from opensora_sp.request.runtime import Runtime
 
 
 def block_difference(*, in_place: bool) -> float:
@@ -46,6 +49,28 @@ def block_difference(*, in_place: bool) -> float:
     return float((by_kernels - plain).norm() / plain.norm())
 
 
+def folded_difference(tokens: int | None) -> float:
+    """The same of a pair of folded blocks: two groups of frames, in one piece or in tiles."""
+    torch.manual_seed(0)
+    config = STDiT3Config(hidden_size=96, depth=1, num_heads=4, caption_channels=8)
+    model = STDiT3(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, mask = torch.randn(2, 3, 5, 96), torch.tensor([[True, False, True], [True, True, True]])
+
+    def computed(kernels: Kernels) -> torch.Tensor:
+        with using(kernels), torch.no_grad():
+            times, rates = torch.full((2,), 500.0), torch.full((2,), 24.0)
+            tables = model.tables(times, rates, mask).grouped(mask.tolist())
+            text = model.text_kv([torch.ones(n, 8) for n in (7, 4)])
+            stream = Stream(x.clone(), tables, text)
+            step = FoldedStep(tokens)
+            return run_blocks(model, [stream], Local(), Runtime(tokens=tokens), kernels=step)[0]
+
+    plain, by_kernels = computed(Kernels()), computed(Kernels(fused=triton_norms))
+    return float((by_kernels - plain).norm() / plain.norm())
+
+
 def main() -> None:
     """Print the errors, and how often kernels were called where they should be and not."""
     assert os.environ["TRITON_INTERPRET"] == "1"
@@ -65,9 +90,12 @@ def main() -> None:
     triton_norms.residual_norm_ = counted  # type: ignore[assignment]
     blocks = {str(where): block_difference(in_place=where) for where in (True, False)}
     used = len(calls)
+    folded = {str(tokens): folded_difference(tokens) for tokens in (None, 4)}
+    used_folded = len(calls) - used
     x = torch.ones(1, 1, 2, 8)
     with using(Kernels(fused=triton_norms)), torch.enable_grad():
         fused.modulated_norm(x, x[:, :, :1], x[:, :, :1])
+    with_gradients = len(calls) - used - used_folded
     q = torch.ones(1, 2, 3, 4, 8)
     heads_apart = q.transpose(2, 3).contiguous().transpose(2, 3)
     print(
@@ -75,8 +103,10 @@ def main() -> None:
             {
                 "errors": errors,
                 "blocks": blocks,
+                "folded": folded,
                 "calls": used,
-                "calls with gradients": len(calls) - used,
+                "calls folded": used_folded,
+                "calls with gradients": with_gradients,
                 "takes": [triton_norms.takes_heads(x, x) for x in (q, heads_apart)],
                 "limits": {str(dtype): limit for dtype, limit in fused.LIMITS.items()},
                 "empty": list(triton_norms.residual_norm_(torch.ones(2, 0, 3, 8)).shape),

@@ -11,9 +11,13 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Literal
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import LONGEST_PATH, shown
+
+# Which addresses are fetched: False none, True public ones, "private" all.
+Remote = bool | Literal["private"]
 
 # Bytes of a path that are left for the names of records, outputs and temporary files.
 _ROOM_FOR_NAMES = 300
@@ -54,6 +58,14 @@ def absolute(path: AnyPath) -> Path:
             f"{shown(os.fspath(path))}: the working directory has been deleted: change to another "
             "one and run again"
         ) from None
+
+
+def user_cache(name: str) -> Path | None:
+    """`opensora-sp/name` in the user's cache directory; None for a user who has none."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+    # Without HOME and an entry of the user, as in some containers, "~" stays "~".
+    return Path(home) / "opensora-sp" / name if os.path.isabs(home) else None
 
 
 def require_room_for_names(folder: AnyPath, what: str) -> None:

@@ -9,6 +9,14 @@ class UserError(Exception):
     """
 
 
+class NoSpaceError(UserError):
+    """The outputs of a request would likely not fit on the disk. free, needed: bytes, as text."""
+
+    def __init__(self, message: str, free: str, needed: str) -> None:
+        super().__init__(message)
+        self.free, self.needed = free, needed
+
+
 class CheckpointError(UserError):
     """A checkpoint directory or file does not fit the model; the message names weight and file."""
 

@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _count(command)
         if command is not None and "markdown" in command.program_control:
             raise UserError("--markdown is how --count prints: give --count too, or leave it out")
+        if command is not None and "count_ranks" in command.written:
+            raise UserError(
+                "--count-ranks is what --count counts: give --count too, or leave it out"
+            )
     except UserError as error:
         return refuse(error, same_everywhere=True)
     return run_program(Program("benchmark", _plan), argv)
@@ -110,7 +114,7 @@ def _sweep(command: CommandLine, argv: Sequence[str]) -> int:
 
 def _count(command: CommandLine) -> int:
     values = resolve(command, program="benchmark")
-    check_request(values)
+    check_request(values, world_size=values["count_ranks"])
     height, width = size_of(values)
     request = Request(**from_flags(Request, values), prompt="", height=height, width=width)
     if (dit := values["ckpt_path_dit"]) is not None:

@@ -31,7 +31,7 @@ _HELP = (
     "Needs shtab: pip install 'opensora_sp[completion]'\n"
 )
 # What a value's name in the help says of what completes it.
-_FILES = ("FILE", "FILE|NAME", "FILE|DIR", "VIDEO", "A.json B.json")
+_FILES = ("FILE", "FILE|NAME", "FILE|DIR", "VIDEO", "A.json B.json", "A", "B", "C")
 _DIRECTORIES = ("DIR", "NEW_DIR")
 
 
@@ -145,6 +145,12 @@ def _convert(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     _copy(convert.parser(), target)
 
 
+def _quality(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
+    from opensora_sp.cli import quality
+
+    _copy(quality.parser(), target)
+
+
 def _serve(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     from opensora_sp.cli import serve
 
@@ -174,6 +180,7 @@ _PARSERS: Mapping[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]]
     "verify": _verify,
     "download": _download,
     "convert": _convert,
+    "quality": _quality,
     "serve": _serve,
     "work": _work,
     "client.submit": _submit,

@@ -41,12 +41,16 @@ COMMANDS: Mapping[str, Command] = {
         "say whether a request fits a device, and what it costs", "plan", program="plan"
     ),
     "benchmark": Command("measure generation and write a report", "benchmark", program="benchmark"),
+    "calibrate": Command(
+        "find out which denoising steps need not be computed", "calibrate", program="calibrate"
+    ),
     "compare": Command(
         "print two benchmark reports side by side",
         "benchmark",
         ("--compare",),
         operands=(2, "A.json B.json"),
     ),
+    "quality": Command("compare outputs with those of a reference run", "quality"),
     "verify": Command("run the conformance suite on this machine", "verify"),
     "parity": Command("compare all ranks with one rank", "verify", ("--parity",)),
     "doctor": Command(

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--save-dir", type=Path, default=Path("samples/server"), metavar="DIR",
         help="where jobs, outputs and the queue are kept (default samples/server)",
     )  # fmt: skip
-    add_queue(parser)
+    add_queue(parser, brief=True)
     parser.add_argument(
         "--no-engine", action="store_true",
         help="with --queue: a gateway alone; opensora-sp work makes the videos",
@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         "token), body_bytes=536870912, body_seconds=120, connections=4000 ...",
     )  # fmt: skip
     add_operations(parser)
+    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
     parser.add_argument(
         "--keep-days", default="0", metavar="D",
         help="remove jobs that ended so many days ago (default 0: never)",
@@ -96,8 +97,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_queue(parser: argparse.ArgumentParser) -> None:
-    """Flags of a queue that many gateways and groups share."""
+def add_queue(parser: argparse.ArgumentParser, *, brief: bool = False) -> None:
+    """Flags of a queue that many gateways and groups share. brief: the help names --queue alone."""
     parser.add_argument(
         "--queue", metavar="URL",
         help="a Postgres database that many gateways and groups share, with --save-dir a folder "
@@ -106,12 +107,15 @@ def add_queue(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--group-name", default="", metavar="NAME",
-        help="with --queue: what this group is called (default: the machine's name and a number)",
+        help=argparse.SUPPRESS
+        if brief
+        else "what this group is called (default: the machine's name and a number)",
     )  # fmt: skip
     parser.add_argument(
         "--lease-seconds", default="15", metavar="S",
-        help="with --queue: a group without a sign of life for so long loses its job to another "
-        "(default 15)",
+        help=argparse.SUPPRESS
+        if brief
+        else "a group without a sign of life for so long loses its job to another (default 15)",
     )  # fmt: skip
 
 
@@ -139,7 +143,6 @@ def add_operations(parser: argparse.ArgumentParser) -> None:
         "--log-level", default="info", metavar="LEVEL",
         help="debug (with every request), info (default) or warning",
     )  # fmt: skip
-    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
     parser.add_argument(
         "--drain", default="save", metavar="HOW",
         help="what SIGTERM does with the job that is made: save it (default) or finish it",
@@ -173,7 +176,7 @@ def operations_of(found: argparse.Namespace) -> Operations:
     operations = Operations(
         log_format=one_of("--log-format", found.log_format, FORMATS),
         log_level=one_of("--log-level", found.log_level, LEVELS),
-        log_prompts=found.log_prompts,
+        log_prompts=getattr(found, "log_prompts", False),
         drain=one_of("--drain", found.drain, ("save", "finish")),
         drain_seconds=_number("--drain-seconds", found.drain_seconds, 86_400),
         keep_days=_number("--keep-days", getattr(found, "keep_days", "0"), 36_500),

@@ -15,6 +15,7 @@ from opensora_sp.base.screen import note, on_any_screen
 from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.parser import RefusingParser
+from opensora_sp.models.kernels.attention import AUTO, KERNELS, check_attention
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
 
@@ -96,6 +97,12 @@ def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
             default="auto",
             help="as for generate (default auto: by size, and a suite's cases are small)",
         )
+        parser.add_argument(
+            "--enable-compile",
+            choices=("true", "false"),
+            default="false",
+            help="as for generate: examine the compiled blocks; a suite takes minutes to compile",
+        )
     if only in (None, "verify"):
         parser.add_argument(
             "--reference",
@@ -134,6 +141,10 @@ def _add_parity(parser: argparse._ActionsContainer) -> None:
     add("--num-sampling-steps", type=int, default=3, metavar="N", help="default 3")
     add("--cfg-scale", type=float, default=7.0, metavar="X", help="default 7")
     add("--seed", type=int, default=42, metavar="N", help="default 42")
+    add(
+        "--attention", choices=(AUTO, *KERNELS), default=AUTO, help="as for generate (default auto)"
+    )
+    add("--fused-kernels", choices=("auto", "off"), default="auto", help="likewise")
     add("--sequence-parallel", type=int, metavar="N", help="ranks that share one sequence")
     add("--guidance-parallel", type=int, choices=(1, 2), help="groups that share the CFG branches")
     add(
@@ -180,6 +191,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 
     if arguments.ckpt_path_dit is not None:
         check_transformer(str(arguments.ckpt_path_dit))
+    check_attention(arguments.attention, arguments.device, arguments.dtype)
     height, width = sizes.resolve_size(
         arguments.resolution, arguments.aspect_ratio, arguments.image_size
     )
@@ -223,7 +235,12 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
             sequence=arguments.sequence_parallel,
         ),
         transformer_only=True,
-        runtime=Runtime(step_kernels=arguments.step_kernels),
+        runtime=Runtime(
+            step_kernels=arguments.step_kernels,
+            attention=arguments.attention,
+            fused_kernels=arguments.fused_kernels,
+            compile=arguments.enable_compile == "true",
+        ),
     )
     parity = check_parity(pipeline, request, most_seconds=arguments.most_seconds)
     if parity is not None:
@@ -243,7 +260,9 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
     from opensora_sp.verification.suite import table
 
     suite = arguments.reference or EMBEDDED_SUITE
-    runtime = Runtime(step_kernels=arguments.step_kernels)
+    runtime = Runtime(
+        step_kernels=arguments.step_kernels, compile=arguments.enable_compile == "true"
+    )
     checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype], runtime))
     failed = sum(check.failed for check in checks)
     held = sum(check.ok for check in checks)

@@ -25,17 +25,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+from opensora_sp.base.access import Remote as Remote
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import is_address, without_secrets
 
 MAX_REMOTE_BYTES = 512 * 2**20
 MAX_REMOTE_SECONDS = 60.0
 MAX_REDIRECTS = 5
-
-# Which addresses are fetched: False none, True public ones, "private" all.
-Remote = bool | Literal["private"]
 
 # Characters of a path or query that are sent unchanged. Others are percent-encoded.
 _SAFE = "%/:=&?~#+!$,;'@()*[]"

@@ -7,13 +7,15 @@ all backends have, except where `opensora_sp.models.kernels.folded` has a better
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.folded_weights import FoldBuffers, FoldedWeights, fold
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.folded import (
@@ -24,8 +26,9 @@ from opensora_sp.models.kernels.folded import (
     rotation_matrices,
     turn,
 )
+from opensora_sp.models.kernels.fused import norm_rotary_in_one_, residual_norm_
 from opensora_sp.models.kernels.reference import attend
-from opensora_sp.models.layers import KeyValue
+from opensora_sp.models.layers import KeyValue, RMSNorm
 from opensora_sp.models.stdit3 import Block, SpatialBlock, StepTables, TemporalBlock
 from opensora_sp.models.step_kernels import PlainStep
 from opensora_sp.models.tiling import ranges, tiles
@@ -45,14 +48,14 @@ class _Folded:
 
 
 class FoldedStep:
-    """The segments of one step's blocks from folded weights. tokens: as for `PlainStep`.
+    """The segments of one step's blocks from folded weights. tokens, run: as for `PlainStep`.
 
     One spatial and one temporal block are folded at a time, when the first of their segments runs:
     with layer offload their weights are on the device then. The memory is used again for the next.
     """
 
-    def __init__(self, tokens: int | None = None) -> None:
-        self.tokens, self._plain = tokens, PlainStep(tokens)
+    def __init__(self, tokens: int | None = None, run: Run = directly) -> None:
+        self.tokens, self._run, self._plain = tokens, run, PlainStep(tokens, run)
         self._folded: dict[type[Block], _Folded] = {}
         self._buffers: dict[tuple[type[Block], int], FoldBuffers] = {}
         self._turns: tuple[Tensor, Tensor] | None = None  # rotary cosines and their matrices
@@ -76,9 +79,9 @@ class FoldedStep:
             for part in ranges(run.stop - run.start, h.shape[1], self.tokens)
         ]
         if len(parts) == 1:
-            return _within_frames(block, h, weights[parts[0][1]])
+            return _within_frames(block, h, weights[parts[0][1]], self._run)
         for frames, group in parts:
-            h[frames] = _within_frames(block, h[frames], weights[group])
+            h[frames] = _within_frames(block, h[frames], weights[group], self._run)
         return h
 
     def rest(
@@ -97,7 +100,7 @@ class FoldedStep:
             for b, frames, group in _by_group(tables.groups, x, t):
                 part = x[b, frames, c]
                 accumulate_(part, attended[b, frames, c], weights[group].proj)
-                _after_attention(block, part, weights[group], text[b])
+                _after_attention(block, part, weights[group], text[b], self._run)
         return x
 
     def along_time(
@@ -112,17 +115,21 @@ class FoldedStep:
         if tables.groups is None or not _folds(tables.groups):
             return self._plain.along_time(block, x, tables, text, rotary)
         weights = self._weights(block, tables.groups)
-        matrices = self._matrices(block, rotary)
+
+        @cache
+        def matrices() -> tuple[Tensor, Tensor]:
+            return self._matrices(block, rotary)
+
         for b in range(x.shape[0]):
             runs = list(tables.groups.runs(b, x.shape[1]))
             for c in ranges(x.shape[2], x.shape[1], self.tokens):
                 tile = x[b, :, c]
-                attended = _along_time(block, tile, runs, weights, matrices)
+                attended = _along_time(block, tile, runs, weights, rotary, matrices, self._run)
                 for frames, group in runs:
                     accumulate_(tile[frames], attended[frames], weights[group].proj)
         for t, c in tiles(x.shape, self.tokens):
             for b, frames, group in _by_group(tables.groups, x, t):
-                _after_attention(block, x[b, frames, c], weights[group], text[b])
+                _after_attention(block, x[b, frames, c], weights[group], text[b], self._run)
         return x
 
     def _weights(self, block: Block, groups: FrameGroups) -> list[FoldedWeights]:
@@ -144,11 +151,11 @@ class FoldedStep:
         """Norm weight and rotation of each frame as one matrix, for queries and for keys."""
         if self._turns is None or self._turns[0] is not rotary[0]:
             self._turns = (rotary[0], rotation_matrices(rotary))
-        q_weight, k_weight = _norm_weights(block)
+        norms = _norm_weights(block)
         turns, dtype = self._turns[1], block.attn.qkv.weight.dtype
-        if q_weight is None or k_weight is None:
+        if norms is None:
             return turns.to(dtype), turns.to(dtype)
-        q, k = (turns * weight.float()[:, None] for weight in (q_weight, k_weight))
+        q, k = (turns * weight.float()[:, None] for weight in norms)
         return q.to(dtype), k.to(dtype)
 
 
@@ -170,26 +177,37 @@ def _by_group(groups: FrameGroups, x: Tensor, t: slice) -> list[tuple[int, slice
 
 
 def _layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    """Of x [B,T,S,C] or [T,S,C], contiguous."""
+    if x.is_contiguous():
+        return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    # torch copies a tile before it reads it; a fused kernel reads it where it lies.
+    return residual_norm_(x) if x.ndim == 4 else residual_norm_(x[None])[0]
 
 
-def _norm_weights(block: Block) -> tuple[Tensor | None, Tensor | None]:
+def _norm_weights(block: Block) -> tuple[Tensor, Tensor] | None:
     """The weights of the queries' and the keys' norm; None in a model without these norms."""
-    return (
-        getattr(block.attn.q_norm, "weight", None),
-        getattr(block.attn.k_norm, "weight", None),
-    )
+    q_norm, k_norm = block.attn.q_norm, block.attn.k_norm
+    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+        return q_norm.weight, k_norm.weight
+    return None
 
 
-def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights) -> Tensor:
+def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights, run: Run) -> Tensor:
     """Every patch attends to its frame: normed h [F,S,C] → [F,S,C], before the projection."""
-    qkv = F.linear(h, folded.qkv, folded.qkv_bias).unflatten(-1, (3, block.attn.heads, -1))
-    q, k, v = qkv.unbind(-3)  # views [F,S,H,D] of one tensor
-    q_weight, k_weight = _norm_weights(block)
-    if q_weight is not None and k_weight is not None:
-        # Only the product of a query and a key counts, so the query has both weights.
-        q, k = head_norm_(q, q_weight * k_weight), head_norm_(k)
+    norms = _norm_weights(block)
+    q, k, v = run(_heads_in_frames, h, folded.qkv, folded.qkv_bias, norms, block.attn.heads)
     return attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+
+
+def _heads_in_frames(
+    h: Tensor, weight: Tensor, bias: Tensor, norms: tuple[Tensor, Tensor] | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed h [F,S,C] → q, k, v [F,S,H,D], whose products are those of normed q and k."""
+    q, k, v = F.linear(h, weight, bias).unflatten(-1, (3, heads, -1)).unbind(-3)  # views of one
+    if norms is not None and not norm_rotary_in_one_(q, k, *norms):
+        # Only the product of a query and a key counts, so the query has both weights.
+        q, k = head_norm_(q, norms[0] * norms[1]), head_norm_(k)
+    return q, k, v
 
 
 def _along_time(
@@ -197,29 +215,44 @@ def _along_time(
     x: Tensor,
     runs: Sequence[tuple[slice, int]],
     weights: Sequence[FoldedWeights],
-    matrices: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor],
+    matrices: Callable[[], tuple[Tensor, Tensor]],
+    run: Run,
 ) -> Tensor:
-    """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected."""
+    """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected.
+
+    matrices: of `FoldedStep._matrices`, where no kernel computes norm and rotation in one.
+    """
     if x.numel() == 0:
         return x
     h = _layer_norm(x)
-    parts = [F.linear(h[run], weights[group].qkv, weights[group].qkv_bias) for run, group in runs]
+    parts = [F.linear(h[some], weights[group].qkv, weights[group].qkv_bias) for some, group in runs]
     del h
     qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
     q, k, v = qkv.unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)  # views [T,S,H,D]
     del qkv
-    normed = _norm_weights(block)[0] is not None
-    q = turn(head_norm(q) if normed else q.contiguous(), matrices[0])
-    k = turn(head_norm(k) if normed else k.contiguous(), matrices[1])
+    norms = _norm_weights(block)
+    if norms is None or not norm_rotary_in_one_(q, k, *norms, rotary):
+        q, k = (
+            run(_turned, x, turns, norms is not None)
+            for x, turns in zip((q, k), matrices(), strict=True)
+        )
     out = attend(*(part.permute(1, 2, 0, 3) for part in (q, k, v)))  # [S,H,T,D]
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _after_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
+def _turned(x: Tensor, matrices: Tensor, normed: bool) -> Tensor:
+    """Queries or keys [T,S,H,D], normed where the model does so, by the matrix of their frame."""
+    return turn(head_norm(x) if normed else x.contiguous(), matrices)
+
+
+def _after_attention(
+    block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue, run: Run
+) -> None:
     """Cross-attention and MLP, added into x [F,S,C], to which proj was added without its bias."""
     _cross_attention(block, x, folded, text)
-    _mlp(x, folded)
+    _mlp(x, folded, run)
 
 
 def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
@@ -231,8 +264,14 @@ def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyVa
     accumulate_(x, seen, cross.proj.weight)
 
 
-def _mlp(x: Tensor, folded: FoldedWeights) -> None:
-    x += folded.before_mlp
-    hidden = linear_gelu(_layer_norm(x), folded.fc1, folded.fc1_bias)
+def _mlp(x: Tensor, folded: FoldedWeights, run: Run) -> None:
+    # Products that add into the residual, and the one that ends in GELU, are one call of a library
+    # each. A compiler would make two passes of them.
+    hidden = linear_gelu(run(_to_mlp, x, folded.before_mlp), folded.fc1, folded.fc1_bias)
     accumulate_(x, hidden, folded.fc2)
     x += folded.fc2_bias
+
+
+def _to_mlp(x: Tensor, bias: Tensor) -> Tensor:
+    """The biases that are pending, added into x [F,S,C], and the MLP's input."""
+    return residual_norm_(x[None], bias=bias)[0]

@@ -34,6 +34,7 @@ class Comm:
 
     through_host: the backend does not serve the device, so buffers pass through host memory.
     elsewhere: the indices in it of ranks on other nodes.
+    all_to_all: in the place of torch.distributed's, where one rank is computed without the others.
     """
 
     group: Any
@@ -42,6 +43,7 @@ class Comm:
     ledger: Ledger = field(default_factory=Ledger)
     through_host: bool = False
     elsewhere: frozenset[int] = frozenset()
+    all_to_all: Callable[..., Any] | None = None
 
 
 class Transfer:
@@ -65,7 +67,8 @@ class Transfer:
         _check(kind, send, send_sizes, comm)
         _check(kind, recv, recv_sizes, comm)
         with comm.ledger.waiting(kind):
-            self._work = dist.all_to_all_single(
+            start = comm.all_to_all or dist.all_to_all_single
+            self._work = start(
                 recv, send, list(recv_sizes), list(send_sizes), group=comm.group, async_op=True
             )
         self._send, self._recv = send, recv

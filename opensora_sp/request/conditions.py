@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import is_address, without_secrets
 from opensora_sp.base.value_types import shown
-from opensora_sp.media.fetch import Remote
 from opensora_sp.request import sizes
 from opensora_sp.request.mask_strategy import (
     END,

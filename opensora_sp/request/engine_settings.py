@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from opensora_sp.base.access import Remote
 from opensora_sp.base.deadlines import (
     DEADLINE_RANGE_S,
     DEADLINES,
@@ -22,7 +23,6 @@ from opensora_sp.base.value_types import (
     path,
     text,
 )
-from opensora_sp.media.fetch import Remote
 from opensora_sp.models.kernels.attention import AUTO, KERNELS
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.request.memory_modes import MEMORY_MODES
@@ -141,9 +141,9 @@ class EngineSettings(Declared):
         "--enable-compile",
         boolean(),
         False,
-        "compile the model",
-        changes="nothing",
-        feature="compile",
+        "compile the transformer's blocks before the first step",
+        changes="content",
+        stored_as="compiled",
     )
     attention: str = setting(
         "--attention",

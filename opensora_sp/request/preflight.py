@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opensora_sp.base import access
-from opensora_sp.base.errors import CheckpointError, PromptFault, UserError
+from opensora_sp.base.access import Remote
+from opensora_sp.base.errors import CheckpointError, NoSpaceError, PromptFault, UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.media.fetch import Remote
 from opensora_sp.models.configs import read_shards
 from opensora_sp.models.foreign_checkpoints import how_to_convert
 from opensora_sp.request.conditions import Facts, inspect_reference, strategy_notes
@@ -119,7 +119,7 @@ def check_save_dir(directory: str, flag: str = "--save-dir") -> Path:
 
 
 def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool) -> None:
-    """Raises UserError where the outputs of these requests would likely not fit on the disk.
+    """Raises NoSpaceError where the outputs of these requests would likely not fit on the disk.
 
     The size of a video is not known before it is made. The estimate is at the upper end of what
     real videos need at this quality.
@@ -134,9 +134,11 @@ def check_space(directory: Path, requests: Sequence[Request], *, lossless: bool)
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(
+        raise NoSpaceError(
             f"--save-dir {shown(str(directory))}: {amount(free)} are free there, but the "
-            f"outputs need about {amount(needed)}: free space or choose another place"
+            f"outputs need about {amount(needed)}: free space or choose another place",
+            amount(free),
+            amount(needed),
         )
 
 

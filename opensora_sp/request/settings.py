@@ -11,14 +11,15 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora_sp.base import geometry
+from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import PromptFault, UserError
 from opensora_sp.base.redaction import is_address, redacted
 from opensora_sp.base.value_types import shown
-from opensora_sp.media.fetch import Remote
 from opensora_sp.models.kernels.attention import check_attention
 from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.parallel.mesh import plan_mesh
@@ -48,6 +49,7 @@ from opensora_sp.request.request import (
     Task,
 )
 from opensora_sp.request.setting import FEATURES, Setting, from_flags
+from opensora_sp.request.step_choice import check_step_cache
 
 Values = dict[str, Any]
 
@@ -83,16 +85,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 
     Raises UserError for an unknown flag, naming the nearest one, or a wrong number of values.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for flag in all_flags():
-        if flag.nargs == 0:
-            parser.add_argument(flag.name, action="store_const", const="true")
-        elif flag.nargs == "+":
-            parser.add_argument(flag.name, nargs="+", action="extend")
-        else:
-            parser.add_argument(flag.name, nargs=flag.nargs)
-    parser.add_argument("-h", dest="help", action="store_const", const="true")
-    found, extra = parser.parse_known_args([_dashes(token) for token in argv])
+    found, extra = _parser().parse_known_args([_dashes(token) for token in argv])
     given = vars(found)
     if extra and "help" not in given:
         _refuse_extra(extra[0])
@@ -107,6 +100,21 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             key: raw for key, raw in given.items() if key in control and control[key].program
         },
     )
+
+
+@cache
+def _parser() -> _Parser:
+    """Of every flag. A server parses a command line for each request: making it takes 2 ms."""
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for flag in all_flags():
+        if flag.nargs == 0:
+            parser.add_argument(flag.name, action="store_const", const="true")
+        elif flag.nargs == "+":
+            parser.add_argument(flag.name, nargs="+", action="extend")
+        else:
+            parser.add_argument(flag.name, nargs=flag.nargs)
+    parser.add_argument("-h", dest="help", action="store_const", const="true")
+    return parser
 
 
 def _dashes(token: str) -> str:
@@ -295,6 +303,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         notes.append("no --ckpt-path flags: the small embedded model is used")
     save_dir = check_save_dir(values["save_dir"])
     engine = EngineSettings(checkpoints=checkpoints, **from_flags(EngineSettings, values))
+    if leading:  # only rank 0 reads a file of schedules
+        check_step_cache(values["step_cache"])
     check_attention(engine.attention, engine.device, engine.dtype)
     settings = JobSettings(**from_flags(JobSettings, values) | {"save_dir": save_dir})
     tasks = _tasks(requests, settings)

@@ -31,6 +31,7 @@ from opensora_sp.server.operations import add_operations
 from opensora_sp.server.owners import sees
 from opensora_sp.server.page import add_page
 from opensora_sp.server.page_routes import add_page_routes
+from opensora_sp.server.polls import PATH, Polls, answer
 from opensora_sp.server.protocol import (
     MODEL,
     UPLOADS,
@@ -41,7 +42,6 @@ from opensora_sp.server.protocol import (
 from opensora_sp.server.refusals import add_refusals, refusal, refuse_draining
 
 log = logging.getLogger(__name__)
-POLL_AFTER_MS, MOST_POLL_AFTER_MS = 500, 5000
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -55,7 +55,8 @@ def build_app(gateway: Gateway) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Guard, gateway=gateway)
+    app.add_middleware(Polls, gateway=gateway)
+    app.add_middleware(Guard, gateway=gateway)  # outside of Polls
     add_refusals(app)
     _add_models(app)
     _add_videos(app, gateway)
@@ -71,16 +72,25 @@ def build_app(gateway: Gateway) -> FastAPI:
 def _intake(gateway: Gateway) -> Intake:
     """What pictures need of the gateway: they go the way of every job."""
 
-    def put(fields: dict[str, Any], owner: str) -> str:
-        return queue_job(gateway, gateway.store.new_id(), fields, [], owner).spec.id
+    async def read(request: Request) -> dict[str, Any]:
+        with gateway.arriving.body(length_of(request), gateway.limits.bytes_at_once):
+            return await asyncio.wait_for(read_json_body(request), gateway.limits.body_seconds)
+
+    async def put(fields: dict[str, Any], owner: str) -> str:
+        job_id = gateway.store.new_id()
+        async with gateway.judging:
+            await run_in_threadpool(queue_job, gateway, job_id, fields, [], owner)
+        return job_id
 
     return Intake(
         board=gateway.board,
         store=gateway.store,
         seconds=gateway.limits.image_seconds,
         stopping=lambda: gateway.draining,
-        read=lambda request: asyncio.wait_for(read_json_body(request), gateway.limits.body_seconds),
+        finishing=lambda: gateway.finishing,
+        read=read,
         full=lambda owner, count: refuse_new(gateway, owner, count),
+        arriving=gateway.arriving.job,
         put=put,
         remove=lambda entry: remove(gateway, entry),
         refuse=refusal,
@@ -122,9 +132,6 @@ def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | N
 
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
-    # One request is judged at a time; those that wait are not to hold every thread of the pool,
-    # which deletes and downloads need too.
-    judging = asyncio.Semaphore(4)
 
     async def entry_of(video_id: str, request: Request) -> Entry:
         entry = board.get(video_id)
@@ -134,10 +141,6 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         if entry is None or not gateway.sees(request.state.owner, entry):
             raise HTTPException(404, f"there is no video {video_id[:64]!r}")
         return entry
-
-    def answer(entry: Entry) -> Response:
-        headers = {"openai-poll-after-ms": str(poll_after_ms(entry))}
-        return Response(board.body(entry), media_type="application/json", headers=headers)
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
@@ -152,9 +155,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             except BaseException:
                 await run_in_threadpool(gateway.store.delete, job_id)
                 raise
-            async with judging:
+            async with gateway.judging:
                 entry = await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner)
-            return answer(entry)
+            return answer(gateway, entry)
 
     @app.post("/v1/videos/estimate")
     async def estimate(request: Request) -> Response:
@@ -163,17 +166,17 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         with gateway.arriving.body(length_of(request), limits.bytes_at_once):
             try:
                 fields, uploads = await received(request, gateway, job_id)
-                async with judging:
+                async with gateway.judging:
                     return JSONResponse(
                         await run_in_threadpool(_estimate, gateway, job_id, fields, uploads, owner)
                     )
             finally:
                 await run_in_threadpool(gateway.store.delete, job_id)
 
-    @app.get("/v1/videos/{video_id}")
+    @app.get(PATH)  # as Polls answers it; here it is described, and refused where it is not there
     async def retrieve(video_id: str, request: Request) -> Response:
         """One video."""
-        return answer(await entry_of(video_id, request))
+        return answer(gateway, await entry_of(video_id, request))
 
     @app.get("/v1/videos")
     async def listed(
@@ -219,6 +222,9 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 f"variant {variant[:40]!r} is not video, thumbnail or spritesheet", "variant"
             )
         entry = await entry_of(video_id, request)
+        if entry.status != "completed" and board.others:  # another gateway may know of it already
+            found = await run_in_threadpool(board.seek, video_id)
+            entry = entry if found is None else found
         output = gateway.store.output(video_id)
         if entry.status != "completed" or output is None:
             raise HTTPException(404, f"{video_id} is {entry.status}: it has no {variant} yet")
@@ -238,13 +244,6 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         """Every change of a job as server-sent events, until it has ended."""
         await entry_of(video_id, request)
         return StreamingResponse(_events(board, video_id), media_type="text/event-stream")
-
-
-def poll_after_ms(entry: Entry) -> int:
-    """When a client is told to ask again: a job that waits behind others changes less soon."""
-    if entry.status != "queued" or not entry.place:
-        return POLL_AFTER_MS
-    return min(MOST_POLL_AFTER_MS, POLL_AFTER_MS * (1 + entry.place))
 
 
 async def _events(board: Board, video_id: str) -> AsyncIterator[str]:

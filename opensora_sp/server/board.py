@@ -136,6 +136,10 @@ class Board:
         """One job, looked for where other gateways put theirs too. May take milliseconds."""
         return self.get(job_id)
 
+    def group_counts(self) -> dict[str, int]:
+        """How many groups of a shared queue are in each state; empty without such a queue."""
+        return {}
+
     def all(self) -> list[Entry]:
         """Every job, newest first."""
         with self._lock:
@@ -213,9 +217,8 @@ class Board:
                 for entry in self._entries.values()
                 if entry.live and (entry.progress or entry.spec.priority <= priority)
             ]
-        left = [self.estimator.left(entry) for entry in before]
-        known = [seconds for seconds in left if seconds is not None]
-        return sum(known) if len(known) == len(left) else None
+        etas = self.estimator.etas(sorted(before, key=lambda entry: entry.progress is None))
+        return max(etas.values(), default=0.0) if len(etas) == len(before) else None
 
     def look(self) -> None:
         """Bring every job that has not ended in step with the queue and the store."""

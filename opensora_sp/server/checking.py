@@ -85,6 +85,10 @@ def without_paths(text: str, outputs: Path) -> str:
     # A message may have shortened a path in its middle.
     text = re.sub(r"'[^']*/uploads/([^']*)'", r"'upload \1'", text)
     text = re.sub(r"'[^']*/outputs/([^']*)'", r"'\1'", text)
+    # Its folder, and the save directory in which all jobs' folders lie.
+    for place in (outputs, outputs.parent, *outputs.absolute().parents[1:3]):
+        if len(place.parts) > 1:
+            text = text.replace(str(place), "the server's folder")
     return re.sub(r"\S*/uploads/", "upload ", text)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,17 @@ class JobQueue:
         found = self._client.list_workflows(status=ended, load_input=False, load_output=False)
         return [one.workflow_id for one in found if (one.updated_at or 0) / 1000 < moment]
 
+    def give_back(self, job_ids: Iterable[str]) -> None:
+        """Queue again what the engine had of these jobs, once it was ended in order.
+
+        How often it was taken is counted from zero then: a job is given up for the engines that
+        ended in it, and not for the servers that were stopped.
+        """
+        mine = set(job_ids)
+        for job in self.taken():
+            if job.id in mine:
+                self._client.resume_workflow(job.id, queue_name=QUEUE)
+
     def forget(self, job_id: str) -> None:
         """Remove every trace of a job that has ended."""
         self._client.delete_workflow(job_id)
@@ -169,6 +181,9 @@ class Worker:
         self._dbos: Any = dbos
         self._jobs: queue.Queue[tuple[str, threading.Event]] = queue.Queue()
         self._done: threading.Event | None = None
+        self._now = ""
+        self._quiet = _QuietAboutDeleted()
+        logging.getLogger("dbos").addFilter(self._quiet)
         self._app = self._dbos.DBOS(
             config={
                 "name": APPLICATION,
@@ -197,10 +212,10 @@ class Worker:
     def next(self, seconds: float) -> str | None:
         """The next job, or None after so many seconds without one. Then call `done`."""
         try:
-            job_id, self._done = self._jobs.get(timeout=seconds)
+            self._now, self._done = self._jobs.get(timeout=seconds)
         except queue.Empty:
             return None
-        return job_id
+        return self._now
 
     def behind(self, job_id: str) -> list[QueuedJob]:
         """The jobs that come after this one, in the order of the queue."""
@@ -221,8 +236,10 @@ class Worker:
     def prepare(self, job_id: str, job: Any, engine: Any) -> None:
         """Before a job is made: what was saved of it lies where it goes on."""
 
-    def done(self) -> bool:
-        """The job that `next` gave has ended, and its result is written. Always True."""
+    def done(self, *, deleted: bool = False) -> bool:
+        """The job that `next` gave has ended: its result is written, or it is deleted. True."""
+        if deleted:
+            self._quiet.jobs.append(self._now)
         if self._done is not None:
             self._done.set()
             self._done = None
@@ -237,6 +254,24 @@ class Worker:
         made = threading.Event()
         self._jobs.put((job_id, made))
         made.wait()
+
+
+class _QuietAboutDeleted(logging.Filter):
+    """Drops what DBOS says when a job that was deleted while it was made returns.
+
+    That is a warning and a traceback. The gateway has said in a line that it is deleted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs: deque[str] = deque(maxlen=100)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is kept."""
+        said = record.getMessage()
+        if record.exc_info and record.exc_info[1] is not None:
+            said += str(record.exc_info[1])
+        return not any(job_id in said for job_id in self.jobs)
 
 
 def _plain(method: Callable[[str], None]) -> Callable[[str], None]:

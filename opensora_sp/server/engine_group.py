@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job, Task
+from opensora_sp.request.step_choice import before_each
 from opensora_sp.server.batches import gather, joined
 from opensora_sp.server.beat import Beat, drain_path
 from opensora_sp.server.checking import without_paths
@@ -70,7 +71,7 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 with _making(beat, job_id), _making(worker, job_id):
                     _make(engine, settings, store, worker, job_id, colours)
                 # The ranks meet while rank 0 waits for a database that does not answer.
-                while not engine.whole.control.meet(None if worker is None else worker.done()):
+                while not engine.whole.control.meet(_ended(worker, store, job_id)):
                     pass
         finally:
             if beat is not None:
@@ -101,6 +102,11 @@ def _next_job(worker: Worker | GroupWorker, settings: GroupSettings) -> str | No
         time.sleep(TICK_SECONDS)
         return None
     return worker.next(TICK_SECONDS)
+
+
+def _ended(worker: Worker | GroupWorker | None, store: JobStore, job_id: str) -> bool | None:
+    """Tell the queue, on rank 0, that a job has ended; False: tell it again."""
+    return None if worker is None else worker.done(deleted=store.cancel_asked(job_id))
 
 
 @contextmanager
@@ -227,8 +233,9 @@ def _run(
     job, works = unfinished(job, engine.whole, engine.digests)
     engine.pipeline.models.clock.seconds.clear()
     begun = {task.output: work.start for work in works for task in work.tasks}
+    together = {task.output: len(work.tasks) for work in works for task in work.tasks}
     for task in job.tasks:
-        of[task.output].begin(job, begun.get(task.output))
+        of[task.output].begin(job, begun.get(task.output), together.get(task.output, 1))
         if task.output not in begun:
             of[task.output].completed(task, engine)
     if not works:
@@ -252,7 +259,8 @@ def _run(
         peaks, bytes_sent = costs.of_all_ranks()
         for place, task in enumerate(work.tasks):
             # What a batch sent is counted once, with the first of it.
-            of[task.output].completed(task, engine, peaks, bytes_sent if place == 0 else None)
+            sent = bytes_sent if place == 0 else None
+            of[task.output].completed(task, engine, peaks, sent, together=len(work.tasks))
 
 
 class JobReporter:
@@ -262,19 +270,25 @@ class JobReporter:
         self._store, self._id, self._leads = store, job_id, leads
         self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
         self._first: float | None = None
-        self._before, self._preview = 0, 0
+        self._before, self._preview, self._together = 0, 0, 1
+        self._clip: Sequence[int] = (0, 1)
 
     @property
     def preview_file(self) -> Path:
         """Where its preview is written."""
         return self._store.preview(self._id)
 
-    def begin(self, job: Job, start: Position | None) -> None:
-        """The job is made from here on: from where it was saved. None: its output is there."""
+    def begin(self, job: Job, start: Position | None, together: int = 1) -> None:
+        """The job is made from here on: from where it was saved. None: its output is there.
+
+        together: so many are made in one batch with it, itself too.
+        """
+        self._together = together
         request = job.tasks[0].request
         self._steps = request.steps * request.loop
         self._done = 0 if start is None else start.clip * request.steps + start.step
         self._before, self._first = self._done, None
+        self._clip = before_each(request)
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
@@ -315,8 +329,9 @@ class JobReporter:
         engine: Any,
         peaks: Sequence[int | None] = (),
         bytes_sent: Mapping[str, int] | None = None,
+        together: int = 1,
     ) -> None:
-        """Its output is there. peaks, bytes_sent: as for `JobResult`."""
+        """Its output is there. peaks, bytes_sent, together: as for `JobResult`."""
         if not self._leads:
             return
         clock = engine.pipeline.models.clock
@@ -333,8 +348,14 @@ class JobReporter:
                 bytes_sent=dict(bytes_sent or {}),
                 steps=self._steps,
                 steps_made=self._done - self._before,
+                together=together,
             ),
         )
+
+    def _computed(self, step: int) -> int:
+        """How many of the job's first steps are computed: those left out take no time."""
+        clips, rest = divmod(step, len(self._clip) - 1)
+        return clips * self._clip[-1] + self._clip[rest]
 
     def _note(self, stage: str, *, force: bool = False) -> None:
         moment = time.time()
@@ -342,12 +363,23 @@ class JobReporter:
             return
         self._noted = moment
         eta = None
-        made = self._done - self._before
-        if self._first is not None and made > 1:
-            pace = (moment - self._first) / (made - 1)
-            eta = round(pace * max(0, self._steps - self._done), 1)
+        if self._first is not None:
+            # The clock runs since the first step of this run has ended.
+            made = self._computed(self._done) - self._computed(self._before + 1)
+            left = self._computed(self._steps) - self._computed(self._done)
+            if made > 0:
+                eta = round((moment - self._first) / made * left, 1)
         self._store.put_progress(
-            self._id, JobProgress(stage, self._done, self._steps, eta, self._started, self._preview)
+            self._id,
+            JobProgress(
+                stage,
+                self._done,
+                self._steps,
+                eta,
+                self._started,
+                self._preview,
+                self._together,
+            ),
         )
 
 

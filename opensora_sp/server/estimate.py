@@ -7,7 +7,8 @@ relative errors are small, with a, b ≥ 0; one shape alone gives b.
     seconds = steps · denoise(FLOPs of a step) + decode(FLOPs) + the median of everything else
 
 Writing the file counts with decoding. A shape that was made already takes the median of its last
-jobs. Before the first job has ended nothing is known. What the first job loads is not counted.
+jobs. Before the first job has ended nothing is known. What the first job loads is not counted. Each
+job of a batch counts with its share of the batch's time, so that the times of a queue add up.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Estimator:
             or decode <= 0
         ):
             return
-        load = stages.get("load", 0.0)
+        load, share = stages.get("load", 0.0), max(1, result.together)
         name = str(cost["shape"])
         with self._lock:
             shape = self._shapes.pop(name, None) or _Shape(
@@ -128,11 +129,11 @@ class Estimator:
             self._shapes[name] = shape  # the latest is last
             if len(self._shapes) > _KEPT:
                 del self._shapes[next(iter(self._shapes))]
-            shape.denoise.append(denoise)
-            shape.decode.append(decode)
-            shape.total.append(result.seconds - load)
-            self._rest.append(result.seconds - load - denoise - decode)
-            self._loads.append(load)
+            shape.denoise.append(denoise / share)
+            shape.decode.append(decode / share)
+            shape.total.append((result.seconds - load) / share)
+            self._rest.append((result.seconds - load - denoise - decode) / share)
+            self._loads.append(load / share)
             self._lines = None
 
     def seconds(self, cost: Mapping[str, Any] | None) -> float | None:
@@ -160,14 +161,16 @@ class Estimator:
             return self._fitted()[1].at(float(cost["decode"]))
 
     def left(self, job: Job) -> float | None:
-        """Seconds until a job has ended, once nothing is before it."""
+        """Seconds until a job has ended, once nothing is before it; of a batch, until it has."""
         cost, progress = job.spec.shown.get("cost"), job.progress
         whole = self.seconds(cost)
         if progress is None:
             return whole
+        together = max(1, progress.together)
         if progress.eta_s is not None and progress.stage != "decoding":
-            return progress.eta_s + (self.decode_seconds(cost) or 0.0)
-        return None if whole is None else max(0.0, whole - (time.time() - progress.started_at))
+            return progress.eta_s + together * (self.decode_seconds(cost) or 0.0)
+        passed = time.time() - progress.started_at
+        return None if whole is None else max(0.0, together * whole - passed)
 
     def etas(self, jobs: Sequence[Job]) -> dict[str, float]:
         """Seconds until each of the jobs has ended, by id, as far as they are known.
@@ -179,7 +182,8 @@ class Estimator:
             left = self.left(job)
             if left is None:
                 break
-            until += left
+            # Those that are made now are made together: the batch is waited for once.
+            until = until + left if job.progress is None else max(until, left)
             found[job.spec.id] = until
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +29,17 @@ class Arriving:
     bytes: int = 0
 
     @contextlib.contextmanager
-    def job(self, owner: str) -> Iterator[None]:
-        """Count a job of an owner while it arrives."""
-        self.jobs[owner] += 1
-        self.total += 1
+    def job(self, owner: str, count: int = 1) -> Iterator[None]:
+        """Count jobs of an owner while they arrive."""
+        self.jobs[owner] += count
+        self.total += count
         try:
             yield
         finally:
-            self.jobs[owner] -= 1
-            self.total -= 1
+            self.jobs[owner] -= count
+            self.total -= count
+            if not self.jobs[owner]:
+                del self.jobs[owner]
 
     @contextlib.contextmanager
     def body(self, length: int, most: int) -> Iterator[None]:
@@ -55,7 +58,8 @@ class Gateway:
     """What the routes share.
 
     tokens: token → its owner's name; empty lets everybody in. health: of the engine. log_prompts:
-    whether prompts may be logged.
+    whether prompts may be logged. draining: the server is being stopped; finishing: the job that is
+    made is finished before. judging: held while a request is judged and queued.
     """
 
     store: JobStore
@@ -69,6 +73,10 @@ class Gateway:
     hosts: Sequence[str] = ()
     embedded: bool = True
     draining: bool = False
+    finishing: bool = False
+    # One request is judged at a time; those that wait are not to hold every thread of the pool,
+    # which deletes and downloads need too.
+    judging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     arriving: Arriving = field(default_factory=Arriving)
     log_prompts: bool = False
 

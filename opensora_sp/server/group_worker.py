@@ -56,6 +56,8 @@ class GroupStore(SharedStore):
         self.made: JobResult | None = None
         # Set by the sign of life: the job is another attempt's, or was deleted.
         self.lost = threading.Event()
+        # Wakes whoever gives the sign of life: a job has begun.
+        self.news = threading.Event()
 
     def begin(self, claim: Claim | None) -> None:
         """Make this job from here on; None: none."""
@@ -69,8 +71,10 @@ class GroupStore(SharedStore):
         return super().spec(job_id)
 
     def put_progress(self, job_id: str, progress: JobProgress) -> None:
-        """Keep it for the next sign of life."""
-        self.told = progress
+        """Keep it for the next sign of life; the first of a job is told at once."""
+        first, self.told = self.told is None, progress
+        if first:
+            self.news.set()
 
     def put_result(self, job_id: str, result: JobResult) -> None:
         """Keep it until it is published; the preview goes."""
@@ -159,16 +163,15 @@ class GroupWorker:
                 claim = self._claim()
                 self._said_lost = False
                 if claim is None:
-                    self._queue.link.wait(min(WAIT_SECONDS, left))
+                    self._wait(end)
                     continue
             except QueueLost as error:
                 self._say_lost(error)
                 time.sleep(min(RETRY_SECONDS, max(0.0, left)))
                 continue
             self._store.begin(claim)
-            if self._is_there(claim):
-                return claim.id
-            self._forget(claim)
+            self._see(claim)
+            return claim.id
         return None
 
     def behind(self, job_id: str) -> Sequence[QueuedJob]:
@@ -185,8 +188,11 @@ class GroupWorker:
         if claim is not None and claim.attempt > 1 and not isinstance(job, str):
             take_over(self._store, job_id, claim.attempt, job, engine)
 
-    def done(self) -> bool:
-        """Publish how the job ended; False where the database does not answer: call again."""
+    def done(self, *, deleted: bool = False) -> bool:
+        """Publish how the job ended; False where the database does not answer: call again.
+
+        deleted: whether it was deleted or is another's, as the folder says; the queue decides.
+        """
         claim, made = self._store.claim, self._store.made
         if claim is None:
             return True
@@ -218,6 +224,7 @@ class GroupWorker:
             if self.done():  # why a job ended the engine is the job's result
                 break
         self._end.set()
+        self._store.news.set()
         if self._thread.is_alive():
             self._thread.join(5)
         try:
@@ -226,6 +233,13 @@ class GroupWorker:
         except QueueLost as lost:
             self._say_lost(lost)
         self._queue.close()
+
+    def _wait(self, end: float) -> None:
+        """Until there is word of a new job, or that time on `time.monotonic`."""
+        while (left := end - time.monotonic()) > 0:
+            # In short pieces: the sign of life goes through the same connection.
+            if self._queue.link.wait(min(WAIT_SECONDS, left)):
+                return
 
     def _claim(self) -> Claim | None:
         if not holds_token(self._settings.save_dir, self._token):
@@ -266,23 +280,20 @@ class GroupWorker:
         self._unfit[shape] = reason
         return False
 
-    def _is_there(self, claim: Claim) -> bool:
-        """Whether the folder of a job is there; its row may be of one that was never accepted."""
+    def _see(self, claim: Claim) -> None:
+        """Wait a little until the folder of a job is seen here: another machine wrote it.
+
+        A job of a list has none until a group takes it.
+        """
+        spec = self._store.local(claim.spec)
+        if spec == claim.spec and not self._store.folder(claim.id).exists():  # without uploads
+            self._store.put_spec(spec)
+            return
         end = time.monotonic() + SEEN_SECONDS
         while not (self._store.folder(claim.id) / "job.json").is_file():
-            if time.monotonic() > end or (self._store.folder(claim.id) / "cancel").exists():
-                return False
+            if time.monotonic() > end or self._store.cancel_asked(claim.id):
+                return  # what it needs and cannot be found is then said by the job itself
             time.sleep(0.1)
-        return True
-
-    def _forget(self, claim: Claim) -> None:
-        log.warning("%s has no folder in %s: it is dropped", claim.id, self._settings.save_dir)
-        try:
-            self._queue.remove(claim.id)
-        except QueueLost as error:
-            self._unsure = True
-            self._say_lost(error)
-        self._store.begin(None)
 
     def _settle(self, claim: Claim, state: str, made: JobResult | None) -> None:
         """Remove what nobody needs any more of a job that this group leaves."""
@@ -328,7 +339,9 @@ class GroupWorker:
             self._store.lost.set()
 
     def _run(self) -> None:
-        while not self._end.wait(BEAT_SECONDS):
+        while not self._end.is_set():
+            self._store.news.wait(BEAT_SECONDS)
+            self._store.news.clear()
             # Ranks that stand still are no living group, though this thread runs.
             if stuck(sign_of(self._control, self.state, idle=self.idle), 0.0) is not None:
                 continue

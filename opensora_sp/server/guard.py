@@ -50,31 +50,35 @@ class Guard:
                 headers.extend(pair for pair in _HEADERS.items() if pair[0] not in there)
             await send(message)
 
-        refused = _refused(self._gateway, Request(scope))
+        refused = _refused(self._gateway, scope)
         await (refused or self._app)(scope, receive, answer)
 
 
-def _refused(gateway: Gateway, request: Request) -> Response | None:
+def _refused(gateway: Gateway, scope: Scope) -> Response | None:
     """Who may call at all: the right host, the right origin, a token where one is asked for.
 
     None lets the request in; its owner is then `request.state.owner`.
     """
-    host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
+    # Of a name that came twice, the first.
+    headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+    given = headers.get(b"host", "")
+    host = given.rsplit(":", 1)[0].strip("[]").lower()
     if gateway.hosts and host not in gateway.hosts:
         return refusal(421, f"this server does not answer for the host {host[:100]!r}")
-    origin = request.headers.get("origin")
-    own = origin is None or origin.split("://", 1)[-1] == request.headers.get("host", "")
-    if not own and request.method not in ("GET", "HEAD"):
+    origin = headers.get(b"origin")
+    own = origin is None or origin.split("://", 1)[-1] == given
+    if not own and scope["method"] not in ("GET", "HEAD"):
         return refusal(403, "requests from pages of other sites are refused")
-    request.state.owner, path = "", request.url.path
+    owner: str | None = ""
+    path = scope["path"]
     if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
-        owner = _owner(gateway.tokens, request)
+        owner = _owner(gateway.tokens, Request(scope))
         if owner is None:
             answer = refusal(401, "a token is needed: Authorization: Bearer TOKEN")
             answer.headers["www-authenticate"] = "Bearer"
             return answer
-        request.state.owner = owner
-    length = request.headers.get("content-length")
+    scope.setdefault("state", {})["owner"] = owner
+    length = headers.get(b"content-length")
     if length is not None and (
         not length.isdecimal() or len(length) > 15 or int(length) > gateway.limits.body_bytes
     ):

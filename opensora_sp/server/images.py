@@ -9,6 +9,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,18 +53,22 @@ Outcome = Literal["ended", "late", "left", "stopping"]
 class Intake:
     """What pictures need of the gateway.
 
-    seconds: how long one may wait. stopping: whether the server is. read: a body of JSON. full: why
-    so many jobs of an owner are not taken now. put: queues a job of these fields and owner; its id.
-    remove: stops a job and removes it. refuse: an error as the API shows it.
+    seconds: how long one may wait. stopping: whether the server is; finishing: whether it finishes
+    the job that is made before. read: a body of JSON. full: why so many jobs of an owner are not
+    taken now. arriving: counts so many jobs of an owner until they are queued. put: queues a job of
+    these fields and owner; its id. remove: stops a job and removes it. refuse: an error as the API
+    shows it.
     """
 
     board: Board
     store: JobStore
     seconds: float
     stopping: Callable[[], bool]
+    finishing: Callable[[], bool]
     read: Callable[[Request], Awaitable[dict[str, Any]]]
     full: Callable[[str, int], Response | None]
-    put: Callable[[dict[str, Any], str], str]
+    arriving: Callable[[str, int], AbstractContextManager[None]]
+    put: Callable[[dict[str, Any], str], Awaitable[str]]
     remove: Callable[[Entry], None]
     refuse: Callable[..., Response]
 
@@ -114,13 +119,15 @@ def add_images(app: FastAPI, intake: Intake) -> None:
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             return intake.refuse(400, "the body did not arrive in time")
         asked, form = read_image_fields(fields)
-        if (full := intake.full(request.state.owner, len(asked))) is not None:
+        owner = request.state.owner
+        if (full := intake.full(owner, len(asked))) is not None:
             return full
         ids: list[str] = []
         outcome: Outcome = "left"
         try:
-            for each in asked:
-                ids.append(await run_in_threadpool(intake.put, each, request.state.owner))
+            with intake.arriving(owner, len(asked)):
+                for each in asked:
+                    ids.append(await intake.put(each, owner))
             outcome = await _wait(request, intake, ids)
         finally:
             if outcome != "ended":
@@ -166,7 +173,8 @@ async def _outcome(
             return "ended"
         if time.monotonic() > end:
             return "late"
-        if intake.stopping():
+        waits = any(entry is not None and entry.status == "queued" for entry in entries)
+        if intake.stopping() and (waits or not intake.finishing()):
             return "stopping"
         if gone.done():
             return "left"

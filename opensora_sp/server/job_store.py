@@ -53,7 +53,8 @@ class JobSpec:
 class JobProgress:
     """How far a job is. step counts over all clips; eta_s: None where it is not known yet.
 
-    preview: the step that the preview shows, 0 where there is none.
+    preview: the step that the preview shows, 0 where there is none. together: so many jobs are made
+    in one batch, which shares the time.
     """
 
     stage: str
@@ -62,6 +63,7 @@ class JobProgress:
     eta_s: float | None = None
     started_at: float = 0.0
     preview: int = 0
+    together: int = 1
 
     @property
     def percent(self) -> int:
@@ -76,7 +78,8 @@ class JobResult:
     stages: seconds on rank 0. peak_bytes: of rank 0's device, None on a CPU. peaks: of every rank,
     of its device, or of its process where the device counts none. steps, steps_made: denoising
     steps of the job, and those made since the engine was started last. bytes_sent: by collective,
-    over all ranks.
+    over all ranks. together: how many jobs were made in one batch; seconds and stages are the
+    batch's.
     """
 
     finished_at: float
@@ -90,6 +93,7 @@ class JobResult:
     bytes_sent: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     steps_made: int = 0
+    together: int = 1
 
 
 class JobStore:

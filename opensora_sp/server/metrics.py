@@ -23,7 +23,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Stages of the engine's clock, and codes of failed jobs; others are "other".
 STAGES = (
     "load", "draw noise", "read references", "encode references", "encode text", "hand out",
-    "wait", "agree", "denoise", "decode", "write",
+    "wait", "agree", "compile", "denoise", "decode", "write",
 )  # fmt: skip
 CODES = ("invalid_request", "engine_error", "engine_ended")
 STATES = ("ready", "starting", "stopped", "failed")
@@ -86,6 +86,8 @@ class Metrics:
             ("route", "method"), buckets=_HTTP_SECONDS,
         )  # fmt: skip
 
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self.registry)
@@ -122,8 +124,15 @@ class Metrics:
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """A request was answered. route: its template."""
-        self._requests.labels(route, method, str(status)).inc()
-        self._request_seconds.labels(route, method).observe(seconds)
+        known = self._answered.get((route, method, status))
+        if known is None:  # looking labels up takes longer than counting
+            known = (
+                self._requests.labels(route, method, str(status)),
+                self._request_seconds.labels(route, method),
+            )
+            self._answered[route, method, status] = known
+        known[0].inc()
+        known[1].observe(seconds)
 
 
 class _Now:
@@ -143,6 +152,13 @@ class _Now:
             "oldest_queued_seconds", "How long the oldest of the jobs that wait has waited.",
             max(queued, default=0.0),
         )  # fmt: skip
+        if counts := self._board.group_counts():
+            groups = GaugeMetricFamily(
+                "opensora_sp_groups", "Groups of the shared queue by state.", labels=["state"]
+            )
+            for name, count in counts.items():
+                groups.add_metric([name], float(count))
+            yield groups
         health = self._health()
         yield CounterMetricFamily(
             "opensora_sp_engine_restarts",

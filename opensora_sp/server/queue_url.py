@@ -39,14 +39,13 @@ def parse_queue_url(text: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """The address for a message: without the password and without options."""
+    """The address for a message: without user, password and options."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
         host = f"[{host}]" if ":" in host else host
-        user = f"{parts.username}@" if parts.username else ""
         port = f":{parts.port}" if parts.port else ""
-        return urlunsplit(("postgresql", f"{user}{host}{port}", parts.path, "", ""))
+        return urlunsplit(("postgresql", f"{host}{port}", parts.path, "", ""))
     except ValueError:
         return "postgresql://…"
 

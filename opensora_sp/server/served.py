@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from opensora_sp.planner.devices import parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
-from opensora_sp.planner.requests import options_of, shape_of, sizes_of
+from opensora_sp.planner.requests import options_of, shape_of, sizes_of, transformer_of
 from opensora_sp.planner.warm import (
     Room,
     WarmEngine,
@@ -31,8 +32,9 @@ from opensora_sp.planner.warm import (
 )
 from opensora_sp.request import named_configs
 from opensora_sp.request.memory_modes import FASTEST
-from opensora_sp.request.request import EngineSettings, Job, Request
+from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.settings import parse_command_line, resolve, size_of
+from opensora_sp.request.step_schedule import FILLS
 from opensora_sp.server.settings import GroupSettings
 
 # Where --serves is not given: the largest size that the published model was trained on, and the
@@ -55,7 +57,8 @@ def check_names(flag: str, names: Sequence[str]) -> None:
 def served_shapes(group: GroupSettings, first: Job) -> dict[str, Shape]:
     """The shapes that the engine is opened for, by name: of --serves, and of --warmup with them.
 
-    They may all have references, and so the VAE's encoder. Raises UserError for an unknown name.
+    They may all have references, and so the VAE's encoder, and a step cache. Raises UserError for
+    an unknown name.
     """
     names = group.serves or ((PUBLISHED,) if first.engine.checkpoints is not None else ())
     found = dict(EMBEDDED) if not names else {}
@@ -70,8 +73,10 @@ def served_shapes(group: GroupSettings, first: Job) -> dict[str, Shape]:
                 replace(request, height=height, width=width, num_frames=frames),
                 first.engine,
                 group.batch_jobs,
+                None,
             ),
             encodes=True,
+            held=len(FILLS),
         )
         for name, (height, width, frames) in found.items()
     }
@@ -130,7 +135,14 @@ def plan_request(group: GroupSettings, job: Job) -> tuple[Plan, WarmEngine | Non
 
 
 def _parts(request: Request, settings: EngineSettings) -> tuple[Shape, ModelSizes, Options]:
-    return shape_of(request, settings, 1), sizes_of(settings.checkpoints), options_of(settings)
+    shape = shape_of(request, settings, 1, transformer_of(settings))
+    return shape, _sizes_of(settings.checkpoints), options_of(settings)
+
+
+@cache
+def _sizes_of(checkpoints: Checkpoints | None) -> ModelSizes:
+    """Read once: the engine keeps the models that it has loaded, whatever comes to the files."""
+    return sizes_of(checkpoints)
 
 
 def why_not(
@@ -171,7 +183,7 @@ def cost_of(group: GroupSettings, job: Job, plan: Plan) -> dict[str, Any]:
     return {
         "engine": group.digest(),
         "shape": f"{shape.width}x{shape.height}x{shape.num_frames} {shape.steps} {request.loop} "
-        f"{shape.guided} {shape.encodes}",
+        f"{shape.guided} {shape.encodes}" + f" {shape.computed}" * (shape.left_out > 0),
         "steps": request.steps * request.loop,
         "denoise": cost.denoise * request.loop,
         "decode": cost.decode * request.loop,

@@ -76,6 +76,7 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
                 )
             finally:
                 engine.stop()
+                jobs.give_back(entry.spec.id for entry in board.all() if entry.live)
                 retention.close()
                 jobs.close()
     return 0
@@ -151,6 +152,7 @@ def answer(
     def stop(number: int, _frame: Any) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+        gateway.finishing = settings.operations.drain == "finish"
         gateway.draining = True
         # Clients are answered meanwhile: what is there can be fetched, and new jobs are refused.
         threading.Thread(target=drain, name="drain", daemon=True).start()
@@ -175,5 +177,6 @@ def _drain(settings: ServiceSettings, gateway: Gateway, engine: EngineProcess) -
             if now.state == "failed" or now.restarts != before:
                 break  # what it was making is saved: the next server goes on with it
             time.sleep(0.05)
+        gateway.finishing = False
     log.info("stopping: the engine saves what it has not finished and ends")
     engine.stop()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.errors import NoSpaceError, UserError
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.queue_url import QUEUE_VARIABLE, is_postgres
@@ -104,7 +104,13 @@ class GroupSettings:
         """
         place = [f"--save-dir={outputs}", "--sample-name=video", "--verbose=0"]
         values = resolve(parse_command_line([*self.arguments, *arguments, *place]))
-        job = build_job(values, world_size=self.ranks)
+        try:
+            job = build_job(values, world_size=self.ranks)
+        except NoSpaceError as error:  # in words of the server's: whoever asks is told no path
+            raise UserError(
+                f"the server's disk has {error.free} free, and the video may need {error.needed}: "
+                "try again later, or ask for a smaller or a shorter one"
+            ) from None
         if job.failed:
             raise UserError(job.failed[0])
         return job

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from opensora_sp.server.shared_store import SharedStore
 SWEEP_SECONDS, TIDY_SECONDS = 1.0, 600.0
 # A job that was deleted here is not shown again by a look that had begun before.
 FORGOTTEN_SECONDS = 60.0
-NO_GROUP = "no group is there to make it"
+NOBODY = "no group is there to make it"
 log = logging.getLogger(__name__)
 
 
@@ -32,10 +32,23 @@ class GatewayQueue:
 
     def __init__(self, queue: SharedQueue, store: SharedStore) -> None:
         self._queue, self._store = queue, store
+        # Jobs of which nobody knows whether they are queued: their clients were told that they
+        # are not.
+        self.unsure: set[str] = set()
 
     def put(self, job_id: str, priority: int) -> None:
         """Add a job that is written down."""
-        self._queue.put(self._store.portable(self._store.spec(job_id)))
+        try:
+            self._queue.put(self._store.portable(self._store.spec(job_id)))
+        except QueueLost:
+            self.unsure.add(job_id)
+            raise
+
+    def withdraw_unsure(self) -> None:
+        """Take out what was queued by calls of which the answer was lost. Raises QueueLost."""
+        for job_id in list(self.unsure):
+            self._queue.remove(job_id)
+            self.unsure.discard(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Take it out; a group that makes it hears of it within a second."""
@@ -70,6 +83,8 @@ class SharedBoard(Board):
         self._forgotten: dict[str, float] = {}
         self._swept, self._tidied = 0.0, 0.0
         self._said: set[str] = set()
+        # Called with every look that the database answers.
+        self.on_contact: list[Callable[[], None]] = []
 
     def load(self) -> None:
         """Read every job. Raises QueueLost."""
@@ -131,6 +146,13 @@ class SharedBoard(Board):
         """The groups that take jobs now."""
         return [group for group in self.groups if group.alive and group.state == "ready"]
 
+    def group_counts(self) -> dict[str, int]:
+        """How many groups are in each state; dead: not heard of for longer than their lease."""
+        found = dict.fromkeys(("ready", "starting", "draining", "dead"), 0)
+        for group in self.groups:
+            found[group.state if group.alive else "dead"] += 1
+        return found
+
     def health(self) -> Health:
         """How the groups are, all together. Any thread may ask; costs nothing."""
         if self.lost is not None:
@@ -151,6 +173,8 @@ class SharedBoard(Board):
             if now - self._swept > SWEEP_SECONDS:
                 self._swept = now
                 self._sweep()
+            for each in self.on_contact:
+                each()
             if now - self._tidied > TIDY_SECONDS:
                 self._tidied = now
                 self._queue.tidy()
@@ -251,16 +275,27 @@ class SharedBoard(Board):
             self._keep(entry, replace(found, place=places[row.id], eta_s=rounded(eta)))
 
     def _etas(self, entries: Iterable[Entry]) -> dict[str, float]:
-        """Seconds until each has ended, as if every group could make every job."""
-        groups = max(1, len(self.ready()))
-        found = self.estimator.etas([entry for entry in entries if not entry.waits])
-        return {job_id: seconds / groups for job_id, seconds in found.items()}
+        """Seconds until each has ended, as if every group could make every job.
+
+        entries: those that are made first, then the others in their order.
+        """
+        found: dict[str, float] = {}
+        groups, until = max(1, len(self.ready())), 0.0
+        for entry in entries:
+            left = None if entry.waits else self.estimator.left(entry)
+            if left is None:
+                if entry.waits:
+                    continue
+                break
+            until += left
+            found[entry.spec.id] = left if entry.progress is not None else until / groups
+        return found
 
     def _unmakeable(self, shapes: set[str]) -> dict[str, str]:
         """Why no living group can make a job, by shape. The groups have judged that themselves."""
         alive = [group for group in self.groups if group.alive]
         if not alive:
-            return dict.fromkeys(shapes, NO_GROUP)
+            return dict.fromkeys(shapes, NOBODY)
         found = {
             shape: f"no group that is there can make it: {alive[0].unfit[shape]}"
             for shape in shapes

@@ -28,6 +28,7 @@ CHANNEL = "opensora_sp"
 # Of all processes that make the tables at once, one does.
 _LOCK = 0x0F5A_22
 _FORM = 1
+_OLDEST = 130_000  # the first with xid8
 GIVEN_UP = "the engine ended too often while it was made; it is given up"
 _TABLES = """
 CREATE SCHEMA IF NOT EXISTS opensora_sp;
@@ -87,6 +88,8 @@ _COLUMNS = (
 _ALIVE = "g.beat_at > clock_timestamp() - g.lease_s * interval '1 second'"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# It warns of every rollback that a lost connection makes impossible. We say once that it is lost.
+logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 
 class QueueLost(Exception):  # noqa: N818 (a state that ends by itself)
@@ -165,6 +168,9 @@ class Link:
                 connection = self._opened()
                 with connection.transaction():
                     return work(connection)
+            except (KeyboardInterrupt, SystemExit):
+                self._drop()  # a signal came in the middle of a statement
+                raise
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                 self._drop()
                 raise QueueLost(without_password(one_line(str(error)), self._url)) from None
@@ -176,6 +182,9 @@ class Link:
         with self._lock:
             try:
                 return any(True for _ in self._opened().notifies(timeout=seconds, stop_after=1))
+            except (KeyboardInterrupt, SystemExit):
+                self._drop()
+                raise
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                 self._drop()
                 raise QueueLost(without_password(one_line(str(error)), self._url)) from None
@@ -226,14 +235,18 @@ class SharedQueue:
     """
 
     def __init__(self, url: str, name: str = "opensora-sp", *, listens: bool = False) -> None:
-        self._url = url
+        self.url = url
         self.link = Link(url, name, listens=listens)
 
     def prepare(self) -> None:
         """Make the tables where they are not there. Raises UserError where that cannot be."""
         import psycopg
 
+        where = f"--queue {shown_url(self.url)}"
+
         def make(connection: Any) -> int:
+            if (version := connection.info.server_version) < _OLDEST:
+                raise UserError(f"{where}: Postgres {version // 10_000} is older than 13")
             if connection.execute("SELECT to_regclass('opensora_sp.jobs')").fetchone()[0] is None:
                 connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
                 connection.execute(_TABLES)
@@ -244,13 +257,12 @@ class SharedQueue:
             found = connection.execute("SELECT form FROM opensora_sp.folder").fetchone()
             return 0 if found is None else int(found[0])
 
-        where = f"--queue {shown_url(self._url)}"
         try:
             form = self.link.run(make)
         except QueueLost as error:
             raise UserError(f"{where}: the database does not answer: {error}") from None
         except psycopg.Error as error:
-            why = without_password(one_line(str(error)), self._url)
+            why = without_password(one_line(str(error)), self.url)
             raise UserError(f"{where}: its tables cannot be made or read: {why}") from None
         if form != _FORM:
             raise UserError(
@@ -273,21 +285,59 @@ class SharedQueue:
 
     def put(self, spec: JobSpec) -> None:
         """Add a job. The same id twice is one job. Its place is by the database's clock."""
-        from psycopg.types.json import Jsonb
+        self.put_many([spec])
 
-        shape = str((spec.shown.get("cost") or {}).get("shape", ""))
+    def put_many(self, specs: Collection[JobSpec]) -> None:
+        """Add jobs in this order, as `put` does."""
+        from psycopg.types.json import Jsonb
 
         def insert(connection: Any) -> None:
             connection.execute(
-                "INSERT INTO opensora_sp.jobs"
-                " (id, state, priority, created_at, shape, spec, changed, changed_at) VALUES"
-                " (%s, 'queued', %s, clock_timestamp(), %s, %s, pg_current_xact_id(),"
-                " clock_timestamp()) ON CONFLICT DO NOTHING",
-                [spec.id, spec.priority, shape, Jsonb(asdict(spec))],
+                "INSERT INTO opensora_sp.jobs AS j"
+                " (id, state, priority, created_at, shape, spec, changed, changed_at)"
+                " SELECT spec->>'id', 'queued', (spec->>'priority')::integer, clock_timestamp(),"
+                "  coalesce(spec#>>'{shown,cost,shape}', ''), spec, pg_current_xact_id(),"
+                "  clock_timestamp() FROM jsonb_array_elements(%s) AS spec"
+                # One that was deleted is wanted again.
+                " ON CONFLICT (id) DO UPDATE SET state = 'queued', result = NULL, deaths = 0,"
+                "  spec = excluded.spec, created_at = excluded.created_at,"
+                "  changed = excluded.changed, changed_at = excluded.changed_at"
+                " WHERE j.state = 'gone'",
+                [Jsonb([asdict(spec) for spec in specs])],
             )
             _tell(connection)
 
         self.link.run(insert)
+
+    def outcomes(
+        self, job_ids: Collection[str]
+    ) -> dict[str, tuple[str, str | None, tuple[int, str] | None]]:
+        """Of each of these jobs that is known: state, error, and attempt and name of its output."""
+        found = self.link.run(
+            lambda connection: connection.execute(
+                "SELECT id, state, result->>'error', attempt, result->>'file'"
+                " FROM opensora_sp.jobs WHERE id = ANY(%s)",
+                [list(job_ids)],
+            ).fetchall()
+        )
+        return {
+            job: (state, error, None if file is None else (attempt, file))
+            for job, state, error, attempt, file in found
+        }
+
+    def make_again(self, job_ids: Collection[str]) -> None:
+        """Queue jobs anew that have failed."""
+
+        def again(connection: Any) -> None:
+            connection.execute(
+                "UPDATE opensora_sp.jobs SET state = 'queued', result = NULL, deaths = 0,"
+                f" {_CHANGED} WHERE id = ANY(%s) AND state = 'ended'"
+                " AND result->>'error' IS NOT NULL",
+                [list(job_ids)],
+            )
+            _tell(connection)
+
+        self.link.run(again)
 
     def remove(self, job_id: str) -> None:
         """Delete a job, whatever it does: whoever makes it hears of that within a second."""

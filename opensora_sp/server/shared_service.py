@@ -36,7 +36,7 @@ from opensora_sp.server.shared_board import GatewayQueue, SharedBoard
 from opensora_sp.server.shared_queue import QueueLost, SharedQueue
 from opensora_sp.server.shared_store import SharedStore, require_same_folder
 
-LOOK_SECONDS = 0.2
+LOOK_SECONDS, SIGN_SECONDS = 0.2, 3.0
 log = logging.getLogger(__name__)
 
 
@@ -71,9 +71,11 @@ def serve_shared(
         hide_in_lines(partial(without_prompts, board))
     # The board has the queue's one connection from here on; requests have another.
     requests = SharedQueue(group.queue, "opensora-sp requests")
+    jobs = GatewayQueue(requests, store)
+    board.on_contact.append(jobs.withdraw_unsure)
     gateway = Gateway(
         store=store,
-        jobs=GatewayQueue(requests, store),
+        jobs=jobs,
         board=board,
         # No group's facts: what none of them can make waits, for another may come.
         judge=Judge(replace(group, own_dir=group.save_dir / "no engine")),
@@ -92,7 +94,6 @@ def serve_shared(
         try:
             answer(settings, gateway, listening, say, partial(_drain, engine, operations))
         finally:
-            _drain(engine, replace(operations, drain="save"))
             retention.close()
             requests.close()
             queue.close()
@@ -184,8 +185,12 @@ def _drain(engine: EngineProcess | None, operations: Operations) -> None:
     if operations.drain == "finish":
         log.info("stopping: the job that is made may take %g s more", operations.drain_seconds)
         engine.take_no_more()
-        end, before = time.monotonic() + operations.drain_seconds, engine.health().restarts
-        while time.monotonic() < end and engine.makes_a_job():
+        begun, before = time.monotonic(), engine.health().restarts
+        end = begun + operations.drain_seconds
+        # A job may have been taken just now, and the sign of life that says so is on its way.
+        while time.monotonic() < end and (
+            time.monotonic() < begun + SIGN_SECONDS or engine.makes_a_job()
+        ):
             now: Health = engine.health()
             if now.state == "failed" or now.restarts != before:
                 break

@@ -121,9 +121,10 @@ def require_same_folder(save_dir: Path, queue: SharedQueue, url: str) -> None:
     # That it can be written to is found out now, and not with the first job.
     for folder in (save_dir / "jobs", save_dir):
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_output(folder / f".{secrets.token_hex(8)}") as temporary:
+        trial = folder / f".{secrets.token_hex(8)}"
+        with atomic_output(trial) as temporary:
             temporary.touch()
-        (folder / temporary.name).unlink(missing_ok=True)
+        trial.unlink(missing_ok=True)
 
 
 def holds_token(save_dir: Path, wanted: str) -> bool:

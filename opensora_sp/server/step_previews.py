@@ -86,7 +86,9 @@ def fitted_colours(engine: Any, request: Any) -> LatentColours | None:
     models = engine.pipeline.models
     try:
         with models.arithmetic():
-            return LatentColours.fit(models.vae(request))
+            colours = LatentColours.fit(models.vae(request))
+        models.to_device(None)  # where models take turns it does not stay on the device for this
+        return colours
     except (RuntimeError, UserError) as error:
         log.warning("there are no previews, as no colours could be fitted to the VAE: %s", error)
         return None

@@ -1,7 +1,8 @@
 """Parity: N ranks are compared with one, on the user's machine, checkpoint, size and dtype.
 
-All ranks compute a forward and a few steps. Then rank 0 computes the same alone, with a one-rank
-denoiser on the same weights, and compares the results.
+All ranks compute a forward and a few steps, with the kernels that a run of the request would have.
+Then rank 0 computes the same alone, with a one-rank denoiser on the same weights, and compares the
+results. Where the run's steps are folded, rank 0 compares a plain one with them too.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ from torch import Tensor
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.free_memory import free_bytes
 from opensora_sp.engine.guidance import Conditions, Denoiser
+from opensora_sp.engine.kernel_choice import PLAIN, choose_kernels, described_attention
 from opensora_sp.engine.loading import load_transformer
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample, timesteps
 from opensora_sp.engine.timing import synchronize
+from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.stdit3 import STDiT3
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.planner.cost import Workload, project_step
 from opensora_sp.request.request import Request
+from opensora_sp.request.step_kernels import kernels_of
 
 FORWARD_LIMIT = 1e-5  # max|Δ| / max|reference|, one float32 forward
+# A folded forward beside a plain one: in float32 as FORWARD_LIMIT, in half precision its distance
+# from float32 in that of the plain one.
+FOLDED_LIMIT, FOLDED_FACTOR = 2e-5, 1.5
 ULP_FACTOR = 10  # limit of a float32 run, in responses to a one-ulp change of its noise
 TEXT_TOKENS = 60
 PROBE_TIME = 600.0  # the timestep of the single forward
@@ -41,8 +48,10 @@ class Parity:
     """The result of the comparison.
 
     forward, run: the error relative to one rank, as max|Δ| / max|reference|, or as relative RMS in
-    half precision. sent: bytes of each kind of collective per step, of the rank that sends most.
-    exchange_share: the share of a step that is spent waiting for collectives.
+    half precision. folded: how far a folded forward is from the plain one in float32, or from
+    float32 in half precision; None where the run's steps are plain. sent: bytes of each kind of
+    collective per step, of the rank that sends most. exchange_share: the share of a step that is
+    spent waiting for collectives.
     """
 
     request: Request
@@ -53,6 +62,8 @@ class Parity:
     run_max: float
     run: float
     run_limit: float
+    folded: float | None
+    folded_limit: float
     psnr: float
     step_seconds: float
     alone_seconds: float
@@ -61,8 +72,9 @@ class Parity:
 
     @property
     def ok(self) -> bool:
-        """Whether both errors are within their limits. NaN is not."""
-        return self.forward <= self.forward_limit and self.run <= self.run_limit
+        """Whether all errors are within their limits. NaN is not."""
+        folds = self.folded is None or self.folded <= self.folded_limit
+        return self.forward <= self.forward_limit and self.run <= self.run_limit and folds
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,13 @@ def check_parity(pipeline: Pipeline, request: Request, *, most_seconds: float) -
     """Compare all ranks with rank 0 alone. Returns the result on rank 0, else None. Collective.
 
     A request that does not fit on rank 0 alone, or would take longer than `most_seconds`, is made
-    smaller first: fewer frames, then a smaller picture.
+    smaller first: fewer frames, then a smaller picture. Its steps are folded or plain as those of
+    the request that was asked for.
     """
+    runtime = pipeline.models.runtime
+    kind = kernels_of(request, runtime.step_kernels)
+    models = replace(pipeline.models, runtime=replace(runtime, step_kernels=kind))
+    pipeline = replace(pipeline, models=models)
     with pipeline.models.arithmetic():
         return _check(pipeline, request, most_seconds)
 
@@ -131,6 +148,7 @@ def _fits_alone(pipeline: Pipeline, request: Request) -> bool:
 def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
     session, ledger = pipeline.session, pipeline.session.ledger
     denoiser = pipeline.models.denoiser(request)
+    choose_kernels(pipeline.models, [request], [_text_tokens(pipeline)])
     forward = _forward(denoiser, pipeline, request)
     before, started = ledger.snapshot(), time.perf_counter()
     run = _run(denoiser, pipeline, request, draw_noise([request], 0))
@@ -147,7 +165,8 @@ def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
 
 
 def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool) -> Parity:
-    alone = _alone(pipeline, request, pipeline.models.transformer)
+    models = pipeline.models
+    alone = _alone(pipeline, request, models.transformer)
     noise = draw_noise([request], 0)
     forward = _present(_forward(alone, pipeline, request))
     started = time.perf_counter()
@@ -155,22 +174,31 @@ def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool)
     synchronize(pipeline.session.device)
     alone_seconds = (time.perf_counter() - started) / request.steps
     sharded_forward, sharded_run = _present(trial.forward), _present(trial.run)
-    if pipeline.models.dtype == torch.float32:
+    plain: Tensor | None = None
+    if models.runtime.step_kernels == "folded":
+        unfolded = _alone(pipeline, request, models.transformer, plain=True)
+        plain = _present(_forward(unfolded, pipeline, request))
+    folded, folded_limit = None, FOLDED_LIMIT
+    if models.dtype == torch.float32:
         nudged = torch.nextafter(noise, torch.full_like(noise, math.inf))
         moved = _present(_run(alone, pipeline, request, nudged))
         forward_limit, run_limit = FORWARD_LIMIT, ULP_FACTOR * _relative(moved, run)
         measure = _relative
+        if plain is not None:
+            folded = _relative(forward, plain)
     else:
         # In half precision the limit is one rank's own distance from float32.
         exact = load_transformer(
-            pipeline.models.checkpoints.dit,
-            pipeline.models.config,
-            torch.float32,
-            pipeline.session.device,
+            models.checkpoints.dit, models.config, torch.float32, pipeline.session.device
         )
-        reference = _present(_forward(_alone(pipeline, request, exact), pipeline, request))
+        # The kernels of the run may not take float32. Its own are those that every device has.
+        with using(Kernels()):
+            in_float32 = _alone(pipeline, request, exact, plain=True)
+            reference = _present(_forward(in_float32, pipeline, request))
         forward_limit = run_limit = _rms(forward, reference)
         measure = _rms
+        if plain is not None:
+            folded, folded_limit = _rms(forward, reference), FOLDED_FACTOR * _rms(plain, reference)
     return Parity(
         request=request,
         reduced=reduced,
@@ -180,6 +208,8 @@ def _compare(pipeline: Pipeline, request: Request, trial: _Trial, reduced: bool)
         run_max=float((sharded_run - run).abs().max()),
         run=measure(sharded_run, run),
         run_limit=run_limit,
+        folded=folded,
+        folded_limit=folded_limit,
         psnr=_psnr(sharded_run, run),
         step_seconds=trial.step_seconds,
         alone_seconds=alone_seconds,
@@ -194,17 +224,23 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _alone(pipeline: Pipeline, request: Request, model: STDiT3) -> Denoiser:
-    """A one-rank denoiser beside the sharded one, on the same weights."""
+def _alone(pipeline: Pipeline, request: Request, model: STDiT3, *, plain: bool = False) -> Denoiser:
+    """A one-rank denoiser beside the sharded one; plain: never with folded steps."""
+    runtime = pipeline.models.runtime
+    runtime = replace(runtime, step_kernels="plain") if plain else runtime
     frames, *size = request.latent_shape
     layout = Layout(frames=frames, size=(size[0], size[1]), ranks=1)
-    return parallelize(model, None, layout, pipeline.models.runtime)
+    return parallelize(model, None, layout, runtime)
+
+
+def _text_tokens(pipeline: Pipeline) -> int:
+    return min(TEXT_TOKENS, pipeline.models.config.model_max_length)
 
 
 def _conditions(pipeline: Pipeline, request: Request) -> Conditions:
     """Random text from keyed noise. Parity compares ranks, so T5 is not needed."""
     config = pipeline.models.config
-    length = min(TEXT_TOKENS, config.model_max_length)
+    length = _text_tokens(pipeline)
     masks = torch.zeros(1, config.model_max_length, dtype=torch.int64)
     masks[:, :length] = 1
     tokens = NoiseKey(request.seed).normal((length, config.caption_channels), "parity text")
@@ -258,6 +294,12 @@ def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
     if parity.reduced:
         yield "the request is too large for one rank alone, so a smaller one is compared"
     yield f"{what}, {pipeline.models.dtype}, {mesh.size} ranks as {mesh} against rank 0 alone"
+    kernels = pipeline.models.kernels
+    attention = "; ".join(
+        f"{of}: {name}" for of, name in described_attention(pipeline.models).items()
+    )
+    steps = "plain" if parity.folded is None else "folded"
+    yield f"steps: {steps}; attention: {attention}; norms: {kernels.fused_why or PLAIN}"
     for name, worst, error, limit in (
         ("one forward", parity.forward_max, parity.forward, parity.forward_limit),
         (f"{request.steps} steps", parity.run_max, parity.run, parity.run_limit),
@@ -265,6 +307,13 @@ def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
         verdict = "ok" if error <= limit else "FAILED"
         yield (
             f"{name:<12} max error {worst:.2e}  {kind} {error:.2e}  limit {limit:.2e}  {verdict}"
+        )
+    if parity.folded is not None:
+        held = parity.folded <= parity.folded_limit
+        yield (
+            f"{'folded':<12} {kind} {parity.folded:.2e} from "
+            f"{'plain' if pipeline.models.dtype == torch.float32 else 'float32'}  "
+            f"limit {parity.folded_limit:.2e}  {'ok' if held else 'FAILED: --step-kernels plain'}"
         )
     yield f"PSNR of the latents after {request.steps} steps: {parity.psnr:.1f} dB"
     kinds = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(parity.sent.items()))

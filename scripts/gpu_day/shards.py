@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from opensora_sp.engine.parallelize import parallelize
-from opensora_sp.parallel import exchange
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
@@ -105,15 +103,14 @@ def _compute(scene: Scene, mesh: Mesh, budget: Budget) -> dict[str, Any]:
     comms = MeshComms(
         mesh=mesh,
         place=place,
-        sequence=Comm(None, place.sequence, mesh.sequence),
-        guidance=Comm(None, place.guidance, mesh.guidance),
+        sequence=Comm(None, place.sequence, mesh.sequence, all_to_all=_local_copy),
+        guidance=Comm(None, place.guidance, mesh.guidance, all_to_all=_local_copy),
     )
     own = Layout(frames=layout.frames, size=layout.size, ranks=mesh.sequence)
-    with patch.object(vars(exchange)["dist"], "all_to_all_single", _local_copy):
-        denoiser = parallelize(scene.model, comms, own, _runtime(mesh))
-        velocity = denoiser.prepare(scene.conditions())
-        z = denoiser.shard(scene.z)
-        return repeat(lambda: velocity(z, TIME), scene.day.device, budget, scene.day.sizes.rounds)
+    denoiser = parallelize(scene.model, comms, own, _runtime(mesh))
+    velocity = denoiser.prepare(scene.conditions())
+    z = denoiser.shard(scene.z)
+    return repeat(lambda: velocity(z, TIME), scene.day.device, budget, scene.day.sizes.rounds)
 
 
 class _Arrived:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import RankFailure, run_ranks
@@ -9,11 +11,15 @@ from ranks import RankFailure, run_ranks
 from opensora_sp.cli.verify import main
 from opensora_sp.engine.blocks import Local
 from opensora_sp.engine.guidance import Denoiser
-from opensora_sp.engine.model_set import Parallelism
+from opensora_sp.engine.model_set import ModelSet, Parallelism
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.models.folded_weights import fold
+from opensora_sp.models.kernels import reference
+from opensora_sp.models.kernels.attention import Choice, run
 from opensora_sp.parallel import exchange, layout
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Request
+from opensora_sp.verification import parity
 from opensora_sp.verification.parity import check_parity
 
 # Odd latent sides, so that padded cells exist; frames and patches that 3 does not divide.
@@ -68,8 +74,8 @@ def compare(rank: int, world: int, init_file: str, broken: str, dtype: str) -> b
             parallelism=Parallelism(guidance=1),
             transformer_only=True,
         )
-        parity = check_parity(pipeline, REQUEST, most_seconds=60)
-    return None if parity is None else parity.ok
+        found = check_parity(pipeline, REQUEST, most_seconds=60)
+    return None if found is None else found.ok
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -97,12 +103,55 @@ def reduced(rank: int, world: int, init_file: str) -> tuple[int, bool] | None:
     with open_session("cpu") as session, torch.no_grad():
         pipeline = Pipeline.load(session=session, dtype="fp32", transformer_only=True)
         request = Request(prompt="", height=32, width=32, num_frames=204, steps=1)
-        parity = check_parity(pipeline, request, most_seconds=0.0)
-    return None if parity is None else (parity.request.num_frames, parity.reduced)
+        found = check_parity(pipeline, request, most_seconds=0.0)
+    return None if found is None else (found.request.num_frames, found.reduced)
 
 
 def test_what_one_rank_cannot_do_in_time_is_made_smaller() -> None:
     assert run_ranks(reduced, 2) == [(17, True), None]
+
+
+FOLDED = ("--parity", "--image-size", "32", "48", "--num-frames", "17", "--device", "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fold_that_is_wrong_is_found(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All ranks fold alike, so they agree; only a plain step shows it."""
+    words = [*FOLDED, "--step-kernels", "folded", "--num-sampling-steps", "1", "--dtype", dtype]
+    assert main(words) == 0
+    assert "steps: folded; attention: everywhere: sdpa; norms: plain" in capsys.readouterr().out
+
+    def without_gate(block, row, into):  # type: ignore[no-untyped-def]
+        return replace(fold(block, row, into), proj=block.attn.proj.weight)
+
+    monkeypatch.setattr("opensora_sp.models.folded_step.fold", without_gate)
+    assert main(words) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(wrong) == 1
+    assert wrong[0].startswith("folded")
+    assert wrong[0].endswith("FAILED: --step-kernels plain")
+
+
+def test_parity_runs_with_the_kernels_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's choice is used, but not for float32, which it may not take."""
+    used: list[tuple[torch.dtype, str]] = []
+
+    def choose(models: ModelSet, requests: object, lengths: list[int]) -> bool:
+        assert lengths == [60]
+        models.kernels.anywhere = Choice("math", 80)
+        return True
+
+    def noted(choice: Choice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        used.append((q.dtype, choice.kernel))
+        return run(choice, q, k, v)
+
+    monkeypatch.setattr(parity, "choose_kernels", choose)
+    monkeypatch.setattr(reference, "run", noted)
+    assert main([*FOLDED, "--num-sampling-steps", "1", "--dtype", "bf16"]) == 0
+    assert set(used) == {(torch.bfloat16, "math"), (torch.float32, "sdpa")}
+    assert main([*FOLDED, "--attention", "flash"]) == 2
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

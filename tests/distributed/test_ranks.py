@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,15 @@ def _vanish_on_rank_0(rank: int, world_size: int, init_file: str) -> None:
 
 def _sleep(rank: int, world_size: int, init_file: str) -> None:
     time.sleep(600)
+
+
+def _found_imported(rank: int, world_size: int, init_file: str) -> tuple[set[str], bool]:
+    return sys.modules.keys() & {"torch", "opensora_sp.cli.infer"}, gc.get_freeze_count() > 0
+
+
+def test_a_rank_finds_torch_and_the_package_imported() -> None:
+    """The server of ranks passes over what it cannot import, and the suite would only be slow."""
+    assert run_ranks(_found_imported, 1) == [({"torch", "opensora_sp.cli.infer"}, True)]
 
 
 def test_results_come_back_in_rank_order() -> None:

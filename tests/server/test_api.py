@@ -119,6 +119,10 @@ def test_a_running_job_is_cancelled_and_the_next_one_is_made(server: Server, cli
     assert server.call("GET", f"/v1/videos/{slow}")[0] == 404
     assert server.wait(server.create(), 30)["status"] == "completed"
     server.gone(slow)
+    said = server.log.read_text()  # in a line, without a traceback of the queue's
+    assert f"{slow} is deleted before it ended" in said
+    assert "Traceback" not in said
+    assert "outcome was not recorded" not in said
 
 
 def test_an_estimate_says_what_a_job_needs_and_queues_nothing(server: Server) -> None:

@@ -111,6 +111,8 @@ def test_jobs_of_one_shape_are_made_together_and_as_alone(blocked: Server) -> No
     # One clock for the three of one shape, another for the fourth.
     assert stages(server, jobs[0]) == stages(server, jobs[1]) == stages(server, jobs[2])
     assert stages(server, jobs[3]) != stages(server, jobs[0])
+    ended = [server.save_dir / "jobs" / job / "result.json" for job in jobs]
+    assert [json.loads(path.read_text())["together"] for path in ended] == [3, 3, 3, 1]
     each_as_alone(server, jobs, asked)
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,17 @@ def test_a_stopped_rank_is_noticed_and_the_job_goes_on_with_a_new_engine(server:
 def test_a_stopped_server_finishes_its_job_refuses_others_and_logs_no_prompt(
     server: Server, tmp_path: Path
 ) -> None:
-    job, waiting = create(server, 100, ANN), create(server, 2, BOB)
-    until(server, job, "in_progress")
+    # A picture, whose client waits for it.
+    picture = {"prompt": PROMPT, "size": "48x32", "num_inference_steps": 300}
+    clients = ThreadPoolExecutor(1)
+    asked = clients.submit(server.call, "POST", "/v1/images/generations", picture, ANN)
+    end = time.monotonic() + 60
+    while not (live := server.call("GET", "/v1/videos?limit=1", None, ANN)[1]["data"]) or (
+        live[0]["status"] != "in_progress"
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    job, waiting = live[0]["id"], create(server, 2, BOB)
     assert server.process is not None
     server.process.send_signal(signal.SIGTERM)
     end = time.monotonic() + 10
@@ -107,6 +117,8 @@ def test_a_stopped_server_finishes_its_job_refuses_others_and_logs_no_prompt(
         assert time.monotonic() < end
     fields = {"prompt": PROMPT, "size": "48x32"}
     assert server.call("POST", "/v1/videos", fields, ANN)[0] == 503
+    status, made = asked.result(90)
+    assert (status, made["data"][0]["id"]) == (200, job)
     assert server.process.wait(90) == 0, server.log.read_text()[-3000:]
     folder = server.save_dir / "jobs"
     assert json.loads((folder / job / "result.json").read_text())["error"] is None

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ranks import environments
 
 from opensora_sp.cli.infer import main as infer
 from opensora_sp.cli.main import COMMANDS, main
@@ -19,7 +20,10 @@ from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.named_configs import names
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "diffusers", "accelerate", "av", "numpy", "tqdm", "yaml")
+HEAVY = (
+    *("torch", "transformers", "diffusers", "accelerate", "av", "numpy", "tqdm", "yaml"),
+    *("http.client", "ssl", "urllib.request"),
+)
 OLD_NAMES = re.compile(r"launch/|\w+\.py\b|opensora_sp\.")
 PROGRAM_COMMANDS = {about.command: program for program, about in PROGRAMS.items()}
 TINY = ["--device", "cpu", "--dtype", "fp32", "--image-size", "32", "48", "--num-frames", "image"]
@@ -249,6 +253,7 @@ def test_bash_completes_commands_flags_and_values(
     assert "--link-gbps" in complete(script, "opensora-sp", "parity", "--")
     assert "--doctor" not in complete(script, "opensora-sp", "doctor", "--")
     assert complete(script, "opensora-sp", "convert", "d") == ["dit"]
+    assert "--floor" in complete(script, "opensora-sp", "quality", "--")
     zsh = said(capsys, "completion", "zsh")[0]
     assert zsh.startswith("#compdef opensora-sp")
 
@@ -331,5 +336,6 @@ def test_torchrun_starts_the_command_without_a_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "samples/samples/sample_0000.png\n"
     assert "on 2 x cpu" in done.stderr
-    helped = start(*launcher, "plan", "--help", cwd=tmp_path, PATH=path)
-    assert helped.stdout.count("usage: ") == 1  # rank 0 alone
+    plan_help = ("-m", "opensora_sp", "plan", "--help")
+    helped = [start(*plan_help, cwd=tmp_path, **own) for own in environments(2)]
+    assert [done.stdout.count("usage: ") for done in helped] == [1, 0]  # rank 0 alone

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import oracle_stdit3
 import pytest
@@ -13,13 +14,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opensora_sp.benchmark.count.command import sent
 from opensora_sp.benchmark.count.counter import ATTENTION, RMS_NORM, Counter, Row
-from opensora_sp.benchmark.count.forward import META, ForwardSize, guided_forward
+from opensora_sp.benchmark.count.forward import META, ForwardSize, first_rank, guided_forward
 from opensora_sp.cli.benchmark import main
 from opensora_sp.models.stdit3 import STDiT3Config
+from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.planner.cost import Workload, step_traffic
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.suite import load_cases
-from scripts import count_forwards
+from scripts import count_forwards, measure_step, step_switches
 
 pytestmark = pytest.mark.slow
 
@@ -238,8 +242,44 @@ def test_the_page_on_speed_says_what_is_counted_at_720p_and_16_seconds() -> None
         folded = count_forwards.program_table(Runtime(step_kernels="folded"), cuda=True)
         assert folded.bytes < 5e12
         lines.append(count_forwards.summary("folded, operations of CUDA", folded))
+        lines.append(count_forwards.rank_line(8))
     for line in lines:
         assert "| " + " | ".join(line) + " |" in page
+
+
+@pytest.mark.parametrize("mesh", [Mesh(sequence=4), Mesh(guidance=2), Mesh(guidance=2, sequence=3)])
+def test_a_rank_sends_what_the_plan_says_and_moves_its_share(mesh: Mesh) -> None:
+    runtime = Runtime(step_kernels="folded", chunks=2, share_first=False)
+    rows = {ranks: Counter(device=META) for ranks in (1, mesh.size)}
+    comms = first_rank(mesh)
+    for ranks, counter in rows.items():
+        forward = guided_forward(SIZE, runtime, comms if ranks > 1 else first_rank(Mesh()))
+        with counter:
+            forward()
+    work = Workload(frames=T, size=SIZE.size, channels=C, depth=DEPTH, itemsize=2)
+    # 10 patches and 6 frames do not divide: the first rank's share is what the plan gives it.
+    assert sent(comms.sequence) == step_traffic(work, mesh, 0, runtime)
+
+    def moved(ranks: int, part: str, operation: str) -> int:
+        found = (r for r in rows[ranks].rows if (r.part, r.operation) == (part, operation))
+        return sum(row.bytes for row in found)
+
+    patches = -(-S // mesh.sequence)
+    whole = moved(1, "temporal attention", ATTENTION)
+    assert moved(mesh.size, "temporal attention", ATTENTION) * 2 * S == (
+        whole * patches * (3 - mesh.guidance)
+    )
+
+
+def test_the_command_counts_a_rank_of_several(
+    embedded_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--count", "--count-ranks", "8", "--ckpt-path-dit", str(embedded_dir / "dit")]
+    assert main([*flags, "--image-size", "64", "96", "--num-frames", "17"]) == 0
+    out = capsys.readouterr().out
+    assert "the first rank of 1 × 2 × 4 (replicas × guidance × sequence)" in out
+    said = {line.split()[0] for line in out.splitlines() if line}
+    assert {"patches_to_frames", "frames_to_patches", "velocity"} <= said
 
 
 def test_the_command_counts_a_request(
@@ -258,6 +298,8 @@ def test_the_command_counts_a_request(
     ("flags", "said"),
     [
         (["--markdown"], "--markdown is how --count prints"),
+        (["--count-ranks", "2"], "--count-ranks is what --count counts"),
+        (["--count", "--count-ranks", "3", "--guidance-parallel", "2"], "does not fit 3 ranks"),
         (["--count", "--ckpt-path-dit", "/nowhere"], "/nowhere/config.json"),
         (["--count", "--sequence-parallel", "2"], "--sequence-parallel 2 does not fit 1 rank"),
     ],
@@ -269,3 +311,33 @@ def test_the_command_refuses_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("mode", "ways"), [([], 4), (["--alone"], 14)])
+def test_the_measured_ways_compute_the_same(mode: list[str], ways: int, tmp_path: Path) -> None:
+    words = ["--quick", "--sizes", "144p 17", "--dtypes", "fp32", "--threads", "1", *mode]
+    assert measure_step.main([str(tmp_path / "step.json"), *words]) == 0
+    lines = json.loads((tmp_path / "step.json").read_text())["lines"]
+    found = {line["way"]: line["difference_from_plain"] for line in lines}
+    assert len(found) == ways
+    assert max(error for error in found.values() if error is not None) < 2e-6
+    assert all(line["least"] > 0 for line in lines)
+
+
+@pytest.mark.skipif(not hasattr(F, "rms_norm"), reason="this torch has no rms_norm")
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("base", ["plain", "folded"])
+def test_all_switches_are_the_step_that_the_program_has(
+    base: Literal["plain", "folded"], norms: bool
+) -> None:
+    """Both ends of the table of single optimisations are the program's own kernels and bytes."""
+    (variant,) = (v for v in step_switches.every_variant() if v.label == base)
+    on = variant.on | ({step_switches.FUSED_NORMS} if norms else set())
+    runtime = Runtime(step_kernels=base, share_first=step_switches.SHARE_FIRST in on)
+    program = count_forwards.program_table(runtime, size=SIZE, cuda=True, norms=norms)
+    switched = step_switches.count(on, SIZE)
+    assert (switched.kernels, switched.bytes) == (program.kernels, program.bytes)
+    assert step_switches.whole_step(on, SIZE, cuda=True) == {
+        "kernels": program.kernels,
+        "bytes": program.bytes,
+    }

@@ -55,6 +55,45 @@ def test_a_wrong_operation_is_found(
     assert norms.found == "plain torch: there are no fused kernels for cpu"
 
 
+@pytest.mark.parametrize(
+    ("name", "owner", "operation", "spoil"),
+    [
+        # What was there before is lost, or other positions are written too.
+        ("folded: product added", torch.Tensor, "addmm_", lambda y: y.mul_(0.5)),
+        ("folded: added to a part", torch.Tensor, "addmm_", lambda y: y.mul_(0.5)),
+        ("folded: rotary product", torch, "bmm", lambda y: y.roll(1, 0)),
+        ("folded: head norm", torch.linalg, "vector_norm", lambda y: y * 1.05),
+        ("folded: weights", torch, "mul", lambda y: y.mul_(1.05)),
+        ("folded: attention of views", F, "scaled_dot_product_attention", lambda y: y.flip(0)),
+    ],
+)
+def test_an_operation_of_the_folded_step_says_what_to_set(
+    name: str, owner: Any, operation: str, spoil: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    monkeypatch.setattr("opensora_sp.verification.doctor.operations.CASES", (case,))
+    assert check_operations(CPU)[0].state == "ok"
+    monkeypatch.setattr(owner, operation, planted(getattr(owner, operation), spoil))
+    found = check_operations(CPU)[0]
+    assert found.state == "FAILED"
+    assert all(kind in found.found for kind in ("fp32", "fp16", "bf16"))
+    assert found.found.endswith("; set --step-kernels plain")
+
+
+def test_the_gelu_of_a_product_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused form computes the erf form where its kernel does not take the other."""
+    (case,) = (case for case in CASES if case.name == "folded: product, gelu")
+    monkeypatch.setattr("opensora_sp.verification.doctor.operations.CASES", (case,))
+    assert check_operations(CPU)[0].state == "ok"
+
+    def erf(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        form = "tanh" if x.dtype == torch.float64 else "none"
+        return F.gelu(F.linear(x, weight, bias), approximate=form)
+
+    monkeypatch.setattr("opensora_sp.verification.doctor.operations.linear_gelu", erf)
+    assert check_operations(CPU)[0].found.startswith("fp32 differs from the CPU by")
+
+
 def test_a_missing_encoder_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

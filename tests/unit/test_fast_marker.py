@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import fast
 import forked
 import pytest
+from order import long_first
 
 
 def start_a_process() -> None:
@@ -35,6 +37,16 @@ def test_what_a_helper_a_fixture_or_an_inner_function_starts_is_found() -> None:
     assert "Copies" in names(process)
     assert "len" in names(plain)
     assert not (fast.STARTERS | fast.MODELS) & names(plain)
+
+
+def test_files_stay_whole_and_the_fast_ones_come_last(request: pytest.FixtureRequest) -> None:
+    items = long_first(reversed(request.session.items), fast.TESTS)
+    files = [path for path, _ in itertools.groupby(items, key=lambda item: item.path)]
+    assert len(files) == len(set(files))
+    slow = {item.path for item in items if not item.get_closest_marker("fast")}
+    assert [path in slow for path in files] == [True] * len(slow) + [False] * (
+        len(files) - len(slow)
+    )
 
 
 def test_most_unit_tests_are_fast_and_nothing_else_is(request: pytest.FixtureRequest) -> None:

@@ -154,24 +154,28 @@ def test_a_library_user_hears_warnings_alone(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from opensora_sp import Pipeline, Request\n"
         "from opensora_sp.parallel.session import alone\n"
-        "{configure}\n"
         f"cache = Path({str(tmp_path / 'cache')!r})\n"
-        "for _ in range(2):\n"
-        "    pipeline = Pipeline.load(session=alone('cpu'), dtype='fp32', text_cache=cache,\n"
-        "        show_progress=True)\n"
-        "    pipeline.text.encode(['a cat'], 300)\n"
-        "for file in cache.rglob('*.safetensors'):\n"
-        "    file.write_bytes(b'')\n"
-        "again = Pipeline.load(session=alone('cpu'), dtype='fp32', text_cache=cache)\n"
-        "again.text.encode(['a cat'], 300)\n"
+        "def use():\n"
+        "    for _ in range(2):\n"
+        "        pipeline = Pipeline.load(session=alone('cpu'), dtype='fp32', text_cache=cache,\n"
+        "            show_progress=True)\n"
+        "        pipeline.text.encode(['a cat'], 300)\n"
+        "    for file in cache.rglob('*.safetensors'):\n"
+        "        file.write_bytes(b'')\n"
+        "    again = Pipeline.load(session=alone('cpu'), dtype='fp32', text_cache=cache)\n"
+        "    again.text.encode(['a cat'], 300)\n"
+        "use()\n"
+        "print('configured', file=sys.stderr)\n"
+        "logging.basicConfig(level='INFO')\n"
+        "use()\n"
     )
-    quiet = in_python(code.replace("{configure}", ""))
-    assert quiet.returncode == 0, quiet.stderr
-    assert quiet.stdout == ""
-    (line,) = quiet.stderr.splitlines()
+    done = in_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    quiet, _, told = done.stderr.partition("configured\n")
+    (line,) = quiet.splitlines()
     assert line.startswith("text cache: ")
-    told = in_python(code.replace("{configure}", "logging.basicConfig(level='INFO')"))
-    mine = [line for line in told.stderr.splitlines() if ":opensora_sp." in line]
+    mine = [line for line in told.splitlines() if ":opensora_sp." in line]
     assert mine[0] == "INFO:opensora_sp.engine.text:text: 1 captions from the cache"
     assert mine[-1].startswith("WARNING:opensora_sp.engine.text_cache:text cache: ")
 

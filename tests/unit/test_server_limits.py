@@ -1,6 +1,10 @@
-"""--limit of the server: what is given is taken, what is no limit is refused in a line."""
+"""Limits and connections of the server: --limit, and how an answer is sent."""
 
 from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
 
 import pytest
 
@@ -18,3 +22,38 @@ def test_limits_that_are_given_are_taken_and_the_others_stay() -> None:
 def test_what_is_no_limit_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=f"--limit {word}: "):
         read_limits([word])
+
+
+def test_an_answer_s_body_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    from uvicorn.server import ServerState
+
+    from opensora_sp.server.connections import protocol_of
+
+    seen: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("nothing is asked")
+
+    class Seen(protocol_of(Limits())):  # type: ignore[misc]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            accepted = transport.get_extra_info("socket")
+            seen.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.abort()
+
+    async def connect() -> None:
+        config = uvicorn.Config(app, http=Seen, log_config=None)
+        config.load()
+        # Made as the server makes it, whose protocol number asyncio does not recognise.
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Seen(config=config, server_state=ServerState(), app_state={}), sock=listening
+        )
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        assert await reader.read() == b""
+        writer.close()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(connect(), 30))
+    assert seen == [1]

@@ -11,8 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,9 +40,11 @@ from opensora_sp.server.engine_process import EngineProcess, Health
 from opensora_sp.server.gateway import Gateway
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
 from opensora_sp.server.metrics import Metrics
+from opensora_sp.server.protocol import BadRequest
 from opensora_sp.server.restarts import MOST_FRUITLESS, MOST_QUICK, Restarts
 from opensora_sp.server.retention import DAY_SECONDS, Kept, Retention
 from opensora_sp.server.settings import GroupSettings, read_tokens
+from opensora_sp.server.settings import Limits as GatewayLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUR = 3600.0
@@ -313,6 +317,45 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path, {})
+
+
+class HeldJudge:
+    """Judges nothing until it is let go, and refuses then; counts who is in it."""
+
+    def __init__(self) -> None:
+        self.inside, self.most, self.go = 0, 0, threading.Event()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        assert self.go.wait(30)
+        self.inside -= 1
+        raise BadRequest("it is refused")
+
+    def close(self) -> None:
+        """As the gateway's."""
+
+
+def test_pictures_pass_the_same_gate_as_videos(bench: Bench) -> None:
+    judge: Any = HeldJudge()
+    bench.gateway.judge, bench.gateway.limits = judge, GatewayLimits(queued=8)
+
+    def ask(count: int) -> int:
+        asked = {"prompt": "a", "n": count}
+        return int(bench.client.post("/v1/images/generations", json=asked).status_code)
+
+    with bench.client, ThreadPoolExecutor(7) as pool:
+        waiting = [pool.submit(ask, 1) for _ in range(6)]
+        end = time.monotonic() + 30
+        while judge.inside < 4 or bench.gateway.arriving.total < 6:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        # Six are on their way: two more are taken, three are not.
+        assert ask(3) == 429
+        judge.go.set()
+        assert [one.result(30) for one in waiting] == [400] * 6
+    assert judge.most == 4
+    assert (bench.gateway.arriving.total, bench.gateway.arriving.bytes) == (0, 0)
 
 
 ANN, BOB, ADMIN = "a" * 20, "b" * 20, "c" * 20

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.cli import work
 from opensora_sp.cli.serve import main
+from opensora_sp.models.latent_colours import SIDE
 from opensora_sp.planner.devices import GB, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
-from opensora_sp.planner.plan import Options
+from opensora_sp.planner.plan import Options, TextPlace
 from opensora_sp.planner.warm import (
     Room,
     WarmEngine,
@@ -28,7 +32,8 @@ from opensora_sp.planner.warm import (
 )
 from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.server.board import Entry
-from opensora_sp.server.checking import judge
+from opensora_sp.server.checking import judge, without_paths
+from opensora_sp.server.engine_process import command
 from opensora_sp.server.estimate import Estimator, fit
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.protocol import as_bad_request
@@ -95,6 +100,17 @@ def test_what_stays_is_planned_beside_the_others() -> None:
     # T5 waits on the leading rank alone.
     alone, four = opened(12, LONG), opened(12, LONG, ranks=4, host=20 * GB)
     assert alone.text == four.text == "host"
+
+
+def test_fitting_the_previews_colours_needs_less_than_any_request() -> None:
+    pictures = Shape(height=8 * SIDE, width=8 * SIDE, num_frames=1)
+    for mode in MODES:
+        for place in get_args(TextPlace):
+            engine = replace(opened(80, LONG), mode=mode, text=place)
+            fitting = warm_plan(engine, pictures, MODELS, FREE).stages[-1]
+            assert fitting.name == "decode"
+            for shape in (SHORT, LONG):
+                assert fitting.total < warm_plan(engine, shape, MODELS, FREE).peak
 
 
 def test_the_served_sizes_decide_the_mode() -> None:
@@ -180,6 +196,36 @@ def test_a_request_is_judged_by_what_the_engine_has(tmp_path: Path) -> None:
     assert read_facts(settings) is None
 
 
+def test_a_full_disk_is_refused_without_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=1000)
+    monkeypatch.setattr("opensora_sp.request.preflight.shutil.disk_usage", lambda _: free)
+    with pytest.raises(UserError) as caught:
+        judge(group(tmp_path), ["--prompt=a"], [], tmp_path / "jobs" / "video_1" / "outputs")
+    assert re.fullmatch(
+        r"the server's disk has 1\.00 kB free, and the video may need .* shorter one",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("{o}: it may not be written to", "the server's folder: it may not be written to"),
+        ("cannot write {o}/video_0000.mp4: full", "cannot write video_0000.mp4: full"),
+        ("{s}/tmp is full; --save-dir", "the server's folder/tmp is full; --save-dir"),
+        ("'{j}/uploads/0.png' is cut off", "'upload 0.png' is cut off"),
+    ],
+)
+def test_what_a_client_is_told_names_no_place_of_the_server(
+    said: str, told: str, tmp_path: Path
+) -> None:
+    job = tmp_path / "jobs" / "video_1"
+    text = said.format(o=job / "outputs", j=job, s=tmp_path)
+    assert without_paths(text, job / "outputs") == told
+
+
 def test_a_batch_is_planned_for_as_many_as_it_has(tmp_path: Path) -> None:
     settings = group(tmp_path, batch_jobs=4)
     job = settings.job(["--prompt=a", "--image-size", "96", "160"], tmp_path / "outputs")
@@ -211,18 +257,42 @@ def test_a_server_refuses_at_its_start_what_it_cannot_serve(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("dbos")
+    shared = ["--queue", "postgresql://me:secret@db/v"]
     for flags, said in (
         (["--warmup", "720p-3s"], "--warmup '720p-3s' is not one of 144p-16s, "),
         (["--serves", "480p-2s,base"], "--serves 'base' is not one of 144p-16s, "),
         (["--serves", "720p-16s", "--device-memory", "1100MB"], "--serves 720p-16s does not fit"),
         (["--replicas", "2", "--nproc", "2"], "--replicas belongs to generate"),
         (["--device-memory", "much"], "--device-memory 'much' is neither a size"),
+        (["--queue", "mysql://me:secret@db/v"], "--queue: mysql is not the address of a Postgres"),
+        (["--queue", "me:secret@db/v"], "--queue: the value is not the address of a Postgres"),
+        (["--queue", "postgresql://me:secret@db"], "--queue postgresql://db names no database"),
+        (["--queue", "postgresql://me:secret@db:x/v"], "--queue: the address cannot be read"),
+        ([*shared, "--batch-jobs", "2"], "--batch-jobs 2 does not go with --queue"),
+        ([*shared, "--lease-seconds", "1"], "--lease-seconds '1' is not a number from 3 to 3600"),
+        ([*shared, "--group-name", "a b"], "--group-name 'a b' is not 1 to 64 letters"),
+        (["--group-name", "a"], "--group-name belongs to --queue"),
+        (["--no-engine"], "--no-engine belongs to --queue"),
     ):
         assert main([*flags, "--save-dir", str(tmp_path / "save")]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+        assert "secret" not in error
+    assert work.main(["--save-dir", str(tmp_path / "save")]) == 2
+    assert "work needs --queue URL" in capsys.readouterr().err
     assert not (tmp_path / "save").exists()
+
+
+def test_the_address_of_a_shared_queue_is_on_no_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "postgresql://me:secret@db/v"
+    one = GroupSettings(tmp_path, url, ("--device", "cpu"), group_name="a", own_dir=tmp_path / "a")
+    assert not any("secret" in word for word in command(one))
+    for name, value in one.environ().items():
+        monkeypatch.setenv(name, value)
+    assert GroupSettings.from_json(one.to_json()) == one
 
 
 def spec(name: str, flops: float, *, steps: int = 10, engine: str = "e") -> JobSpec:
@@ -259,6 +329,26 @@ def test_times_of_shapes_that_were_never_made_follow_from_those_that_were() -> N
         assert known.seconds(job.shown["cost"]) == pytest.approx(made(job).seconds)
     assert known.seconds(new.shown["cost"]) == pytest.approx(made(new).seconds, rel=0.01)
     assert known.seconds(None) is None
+
+
+def test_a_job_of_a_batch_counts_with_its_share_and_a_batch_is_waited_for_once() -> None:
+    known, job = Estimator("e"), spec("a", 1e12)
+    alone = made(job)
+    slower = {name: 3 * seconds for name, seconds in alone.stages.items()}
+    known.learn(job, replace(alone, seconds=3 * alone.seconds, stages=slower, together=3))
+    assert known.seconds(job.shown["cost"]) == pytest.approx(alone.seconds)
+    assert known.decode_seconds(job.shown["cost"]) == pytest.approx(0.2)
+    running = JobProgress("denoising", 5, 10, eta_s=3.0, together=2)
+    begun = JobProgress("text", 0, 10, started_at=time.time(), together=2)
+    whole = 2 * alone.seconds
+    assert known.left(Entry(job, "in_progress", begun)) == pytest.approx(whole, rel=0.1)
+    entries = [Entry(replace(job, id=name), "in_progress", running) for name in "ab"]
+    left = 3.0 + 2 * 0.2
+    assert known.etas([*entries, Entry(replace(job, id="c"), "queued")]) == {
+        "a": pytest.approx(left),
+        "b": pytest.approx(left),
+        "c": pytest.approx(left + alone.seconds),
+    }
 
 
 def test_the_fit_of_times_is_never_negative() -> None:

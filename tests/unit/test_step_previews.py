@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from opensora_sp.engine.sampling import sample, timesteps
 from opensora_sp.media.sinks import Collector
 from opensora_sp.models.latent_colours import LatentColours
 from opensora_sp.request.request import Request
-from opensora_sp.server.step_previews import FRAMES, StepPreviews
+from opensora_sp.server.step_previews import FRAMES, StepPreviews, fitted_colours
 
 
 def test_the_estimate_of_a_straight_flow_is_the_clean_latents_at_every_step() -> None:
@@ -63,6 +64,18 @@ def test_colours_are_exact_for_a_linear_decoder() -> None:
     torch.testing.assert_close(colours.bias, torch.full((3,), 0.1), atol=1e-5, rtol=0)
     cell = torch.tensor([1.0, 0, 0, 0]).reshape(4, 1, 1, 1)
     assert colours(cell).flatten().tolist() == [166, 140, 140]  # (0.3 + 1) * 127.5, ...
+
+
+def test_the_vae_makes_room_once_its_colours_are_fitted() -> None:
+    moved: list[Any] = []
+    models = SimpleNamespace(
+        arithmetic=nullcontext, vae=lambda _: LinearVAE(), to_device=moved.append
+    )
+    engine = SimpleNamespace(
+        whole=SimpleNamespace(leads=True), pipeline=SimpleNamespace(models=models)
+    )
+    assert fitted_colours(engine, None) is not None
+    assert moved == [None]
 
 
 class Watcher:

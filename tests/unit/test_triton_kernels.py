@@ -62,6 +62,9 @@ def test_kernels_give_the_numbers_of_plain_torch(tmp_path: Path) -> None:
         assert error <= 1e-6 or "float32" not in case
     # A pair of blocks, with and without gradients' restriction to tensors of their own.
     assert max(found["blocks"].values()) <= 1e-6
+    # A folded pair: one call for each MLP and part of a tile, more for tiles that torch would copy.
+    assert max(found["folded"].values()) <= 2e-6
+    assert found["calls folded"] > 0
     assert (found["calls"], found["calls with gradients"]) == (8, 0)
     assert found["takes"] == [True, False]
     assert found["empty"] == [2, 0, 3, 8]

@@ -8,23 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.benchmark.count.counter import Counter
-from opensora_sp.benchmark.count.forward import META, ForwardSize, guided_forward
+from opensora_sp.benchmark.count.forward import META, ForwardSize, first_rank, guided_forward
 from opensora_sp.benchmark.count.table import Table, markdown, plain
 from opensora_sp.engine.model_set import DTYPES
 from opensora_sp.models.stdit3 import STDiT3Config
+from opensora_sp.parallel.exchange import Comm
+from opensora_sp.parallel.mesh import Mesh, plan_mesh
+from opensora_sp.planner.plan import Options
 from opensora_sp.request.memory_modes import FASTEST, NO_OFFLOAD, MemoryMode, memory_mode
 from opensora_sp.request.request import Request
-from opensora_sp.request.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """One counted forward: its size, its memory mode, its rows."""
+    """One counted forward: its size, its memory mode, its rows, of the first rank of its mesh.
+
+    sent: calls and bytes that this rank sends to others, by the kind of collective.
+    """
 
     request: Request
     size: ForwardSize
     mode: MemoryMode
+    mesh: Mesh
     table: Table
+    sent: Mapping[str, tuple[int, int]]
 
 
 def count_request(request: Request, values: Mapping[str, Any]) -> Counted:
@@ -46,13 +53,31 @@ def count_request(request: Request, values: Mapping[str, Any]) -> Counted:
         cfg_scale=request.cfg_scale,
     )
     mode = FASTEST if values["memory"] == "auto" else memory_mode(values["memory"])
-    runtime = Runtime.of(mode, serial_guidance=values["guidance"] == "serial")
+    mesh = plan_mesh(
+        values["count_ranks"],
+        guided=request.cfg_scale != 1,
+        guidance=values["guidance_parallel"],
+        sequence=values["sequence_parallel"],
+    )
+    options = Options(
+        serial_guidance=values["guidance"] == "serial", step_kernels=values["step_kernels"]
+    )
     # Weights that are copied from the host are no traffic of the forward.
-    forward = guided_forward(size, replace(runtime, offload=NO_OFFLOAD))
+    runtime = replace(options.runtime(mode), offload=NO_OFFLOAD)
+    comms = first_rank(mesh)
+    forward = guided_forward(size, runtime, comms)
     with Counter(device=META) as counter:
         forward()
     table = Table(rows=counter.rows, residual_bytes=size.residual_bytes, depth=config.depth)
-    return Counted(request=request, size=size, mode=mode, table=table)
+    return Counted(
+        request=request, size=size, mode=mode, mesh=mesh, table=table, sent=sent(comms.sequence)
+    )
+
+
+def sent(comm: Comm) -> dict[str, tuple[int, int]]:
+    """Calls and bytes sent to other ranks so far, by the kind of collective."""
+    entries = comm.ledger.snapshot().items()
+    return {kind: (entry.calls, entry.bytes_sent) for kind, entry in entries if entry.calls}
 
 
 def count_text(counted: Counted, *, as_markdown: bool) -> str:
@@ -65,5 +90,11 @@ def count_text(counted: Counted, *, as_markdown: bool) -> str:
         f"X = {size.residual_bytes / 1e9:.3g} GB, {size.config.depth} pairs of blocks"
     )
     draw = markdown if as_markdown else plain
-    by_part, by_operation = draw(table.cells("part")), draw(table.cells("operation"))
-    return f"{head}\n\n{by_part}\n\n{by_operation}\n"
+    tables = [draw(table.cells("part")), draw(table.cells("operation"))]
+    if counted.mesh.size > 1:
+        head += f"; the first rank of {counted.mesh}"
+        lines = [
+            (kind, f"{n:,}", f"{moved / 1e9:,.3f}") for kind, (n, moved) in counted.sent.items()
+        ]
+        tables.append(draw([("sent to other ranks", "calls", "GB"), *lines]))
+    return "\n\n".join([head, *tables]) + "\n"

@@ -92,7 +92,7 @@ class Counter:
     def _operation(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         result = op(*args, **kwargs)
         if not self._paused and launches(op):
-            self._add(operation_name(op).lstrip("_"), *operands(op, args, kwargs, result))
+            self.add(operation_name(op).lstrip("_"), *operands(op, args, kwargs, result))
         return result
 
     def _function(
@@ -111,10 +111,11 @@ class Counter:
                 result = function(*args, **kwargs)
             finally:
                 self._paused = False
-        self._add(name, list(tensors_in([*args, *kwargs.values()])), [result])
+        self.add(name, list(tensors_in([*args, *kwargs.values()])), [result])
         return result
 
-    def _add(self, operation: str, read: list[Tensor], written: list[Tensor]) -> None:
+    def add(self, operation: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """Count one kernel that torch does not see; a part of the model by who calls this."""
         sizes = total_bytes(read, self._device), total_bytes(written, self._device)
         if not any(sizes):  # an empty tensor, or another device
             return

@@ -11,7 +11,11 @@ from torch import Tensor
 from opensora_sp.engine.guidance import Conditions
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, build_stdit3, patchify
+from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.layout import Layout
+from opensora_sp.parallel.ledger import Ledger
+from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.parallel.session import MeshComms
 from opensora_sp.request.runtime import Runtime
 
 META = torch.device("meta")
@@ -51,12 +55,41 @@ def meta_model(config: STDiT3Config, dtype: torch.dtype) -> STDiT3:
     return model
 
 
-def guided_forward(size: ForwardSize, runtime: Runtime | None = None) -> Callable[[], Tensor]:
-    """One denoising step's velocity, ready to be called; what is made once a video is made here."""
+class _Arrived:
+    def wait(self) -> None:
+        """Return at once, because nothing is sent."""
+
+
+def first_rank(mesh: Mesh) -> MeshComms:
+    """The groups of a mesh's first rank without the others: exchanges are booked, not sent.
+
+    The first rank has the longer parts of what does not divide. Its ledger is that of `sequence`.
+    """
+    ledger, place = Ledger(), mesh.place(0)
+
+    def comm(rank: int, size: int) -> Comm:
+        return Comm(None, rank, size, ledger, all_to_all=lambda *_, **__: _Arrived())
+
+    return MeshComms(
+        mesh=mesh,
+        place=place,
+        sequence=comm(place.sequence, mesh.sequence),
+        guidance=comm(place.guidance, mesh.guidance),
+    )
+
+
+def guided_forward(
+    size: ForwardSize, runtime: Runtime | None = None, comms: MeshComms | None = None
+) -> Callable[[], Tensor]:
+    """One denoising step's velocity, ready to be called; what is made once a video is made here.
+
+    comms: of one rank of several, such as `first_rank` makes; None is one rank alone.
+    """
     config = size.config
     model = meta_model(config, size.dtype)
-    layout = Layout(frames=size.frames, size=size.size, ranks=1)
-    denoiser = parallelize(model, None, layout, runtime)
+    ranks = 1 if comms is None else comms.mesh.sequence
+    layout = Layout(frames=size.frames, size=size.size, ranks=ranks)
+    denoiser = parallelize(model, comms, layout, runtime)
     text = torch.empty(size.text, config.caption_channels, dtype=size.dtype, device=META)
     masks = torch.zeros(size.batch, config.model_max_length, dtype=torch.int64)
     masks[:, : size.text] = 1
@@ -72,7 +105,7 @@ def guided_forward(size: ForwardSize, runtime: Runtime | None = None) -> Callabl
             )
         )
         latents = torch.empty(size.batch, config.in_channels, size.frames, *size.size, device=META)
-        z = patchify(latents)
+        z = patchify(latents)[:, :, denoiser.sharding.patches].contiguous()
 
     def forward() -> Tensor:
         with torch.no_grad():

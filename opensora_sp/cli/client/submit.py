@@ -15,7 +15,6 @@ from opensora_sp.base.screen import note, on_any_screen, one_line, result
 from opensora_sp.cli.client.connection import Connection, check_id, connect, video_path
 from opensora_sp.cli.client.fetch import fetch
 from opensora_sp.cli.client.flags import FAILED, client_parser, run_client
-from opensora_sp.cli.client.forms import SUBMITTED, forms_of
 
 LOOK_SECONDS = 0.5
 _USUAL = (
@@ -34,7 +33,12 @@ def help_text(whole: bool) -> str:
     """The command's own flags, then those of generate that go with a request, or the usual ones."""
     from opensora_sp.request.flags.docs import help_entries
 
-    lines = ["", "what to make, as for generate:", *help_entries(SUBMITTED if whole else _USUAL)]
+    keys: Sequence[str] = _USUAL
+    if whole:
+        from opensora_sp.cli.client.forms import SUBMITTED
+
+        keys = SUBMITTED
+    lines = ["", "what to make, as for generate:", *help_entries(keys)]
     if not whole:
         lines += ["", "opensora-sp submit --help all lists every flag."]
     return parser().format_help() + "\n".join(lines) + "\n"
@@ -62,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _submit(words: list[str]) -> int:
+    from opensora_sp.cli.client.forms import forms_of
+
     own, rest = parser().parse_known_args(words)
     if own.priority is not None and not 1 <= own.priority <= 1000:
         raise UserError(f"--priority {own.priority} is not a whole number from 1 to 1000")

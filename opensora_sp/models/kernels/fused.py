@@ -40,13 +40,26 @@ def norm_rotary(
     q, k [B,T,S,H,D], or [F,S,H,D] without rotary; weights [D]; rotary as for `rotate`. Returns q
     and k. They may be the given tensors, overwritten.
     """
-    module = _module()
-    if module is not None:
-        whole_q, whole_k = (x if x.ndim == 5 else x[None] for x in (q, k))
-        if module.takes_heads(whole_q, whole_k):
-            module.norm_rotary_(whole_q, whole_k, q_weight, k_weight, rotary)
-            return q, k
+    if norm_rotary_in_one_(q, k, q_weight, k_weight, rotary):
+        return q, k
     return reference.norm_rotary(q, k, q_weight, k_weight, rotary)
+
+
+def norm_rotary_in_one_(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: Rotary | None = None
+) -> bool:
+    """`norm_rotary` where q and k lie, if a fused kernel can; False where nothing was done.
+
+    q, k [B,T,S,H,D], or [T,S,H,D] of one sample.
+    """
+    module = _module()
+    if module is None:
+        return False
+    whole_q, whole_k = (x if x.ndim == 5 else x[None] for x in (q, k))
+    if not module.takes_heads(whole_q, whole_k):
+        return False
+    module.norm_rotary_(whole_q, whole_k, q_weight, k_weight, rotary)
+    return True
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

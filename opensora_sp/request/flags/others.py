@@ -192,6 +192,14 @@ BENCHMARK = (
         program="benchmark",
         control=True,
     ),
+    _flag(
+        "--count-ranks",
+        integer(1, 64),
+        1,
+        "with --count: of the first of so many ranks, and what it sends to the others",
+        changes="nothing",
+        program="benchmark",
+    ),
     _switch("--markdown", "print --count as Markdown tables", program="benchmark", control=True),
 )
 
@@ -227,6 +235,25 @@ PLAN = (
     ),
 )
 
+CALIBRATE = (
+    _flag(
+        "--out",
+        path("FILE"),
+        None,
+        "the file of schedules, .yaml; what it has for other sizes stays",
+        changes="nothing",
+        program="calibrate",
+    ),
+    _flag(
+        "--full-runs",
+        integer(1, 1000),
+        4,
+        "prompts to make full runs of, the first of those given",
+        changes="nothing",
+        program="calibrate",
+    ),
+)
+
 CONTROL = (
     _flag(
         "--config",
@@ -250,5 +277,6 @@ OTHERS = (
     *ACCEPTED,
     *BENCHMARK,
     *PLAN,
+    *CALIBRATE,
     *CONTROL,
 )

@@ -1,0 +1,1 @@
+"""Quality: how far outputs are from those of a reference run."""
