@@ -145,8 +145,14 @@ class _Now:
         """Gauges of the queue and of the engine."""
         entries, now = self._board.all(), time.time()
         queued = [now - entry.spec.created_at for entry in entries if entry.status == "queued"]
-        running = sum(entry.status == "in_progress" for entry in entries)
+        live = [entry for entry in entries if entry.status in ("queued", "in_progress")]
+        running = sum(entry.status == "in_progress" for entry in live)
         yield _gauge("queue_length", "Jobs that wait.", len(queued))
+        yield _gauge(
+            "queue_seconds",
+            "Seconds of one engine that the jobs that wait or are made still need, as estimated.",
+            self._board.estimator.outstanding(live),
+        )  # fmt: skip
         yield _gauge("jobs_in_progress", "Jobs that are made.", running)
         yield _gauge(
             "oldest_queued_seconds", "How long the oldest of the jobs that wait has waited.",

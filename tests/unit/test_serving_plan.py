@@ -379,3 +379,11 @@ def test_a_queued_job_waits_for_those_before_it() -> None:
     assert known.left(Entry(jobs[0], "in_progress", begun)) == pytest.approx(each[0] / 2, rel=0.1)
     unknown = Entry(JobSpec("old", 0.0, ()), "queued")
     assert set(known.etas([waiting[0], unknown, waiting[1]])) == {"0"}
+    # The work of a queue: what is left of those that are made, and a usual job for an unknown one.
+    assert known.outstanding([]) == 0
+    assert known.outstanding([unknown]) == 60
+    assert known.outstanding([under_way, *waiting[1:]]) == pytest.approx(3.2 + sum(each[1:]))
+    assert known.outstanding([waiting[1], unknown]) == pytest.approx(2 * each[1])
+    batch = JobProgress("denoising", 5, 10, eta_s=3.0, together=2)
+    pair = [Entry(replace(jobs[0], id=name), "in_progress", batch) for name in "ab"]
+    assert known.outstanding(pair) == pytest.approx(3.0 + 2 * 0.2)
