@@ -63,6 +63,16 @@ ensure_chromium() {
         say "setup: chromium could not be installed: the tests of the page are skipped"
 }
 
+# Groups that share a queue are tested on a real Postgres; the tests start one of their own.
+ensure_postgres() {
+    compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null && return 0
+    [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0
+    say "setup: installing postgresql, once, for the tests of the shared queue"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql; } \
+        >/dev/null 2>&1 </dev/null ||
+        say "setup: postgresql could not be installed: the tests of the shared queue are skipped"
+}
+
 requirements_of() { # STACK DIR; fills the array REQUIREMENTS
     case "$1" in
         current)

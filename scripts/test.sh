@@ -37,7 +37,7 @@ cd "$ROOT"
 chromium=""
 if [[ "$stack" == current ]]; then
     # Beside pip, which waits for the network and the disk as apt does.
-    ensure_chromium &
+    { ensure_chromium; ensure_postgres; } &
     chromium="$!"
 fi
 ensure_venv "$venv" "$stack"

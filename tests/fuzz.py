@@ -259,9 +259,9 @@ def states(folder: Path) -> tuple[list[bytes], Reader]:
     shape = (4, 10, 2, 2)
     files.save_clip(0, torch.randn(shape))
     corpus = [files.clip_path(0).read_bytes()]
-    files.save_step(Position(0, 10), torch.randn(shape), torch.ones(10))
+    files.save_step(Position(0, 10), saved_latents.SavedStep(torch.randn(shape), torch.ones(10)))
     corpus.append(files.step_path.read_bytes())
-    files.save_step(Position(1, 3), torch.randn(shape), None)
+    files.save_step(Position(1, 3), saved_latents.SavedStep(torch.randn(shape), None))
     corpus.append(files.step_path.read_bytes())
 
     def sealed(data: bytes) -> bytes:

@@ -60,6 +60,14 @@ def absolute(path: AnyPath) -> Path:
         ) from None
 
 
+def user_cache(name: str) -> Path | None:
+    """`opensora-sp/name` in the user's cache directory; None for a user who has none."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+    # Without HOME and an entry of the user, as in some containers, "~" stays "~".
+    return Path(home) / "opensora-sp" / name if os.path.isabs(home) else None
+
+
 def require_room_for_names(folder: AnyPath, what: str) -> None:
     """Raises UserError where the files of a run would have paths that are too long below it."""
     length = len(os.fsencode(absolute(folder)))

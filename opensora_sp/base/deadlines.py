@@ -19,6 +19,7 @@ DEADLINE_RANGE_S = (1.0, 30 * 86_400.0)
 # Which limit applies to which stage. Stages that are not listed only wait for other ranks.
 _KIND_OF_STAGE = {
     "load": "load",
+    "compile": "load",
     "encode text": "encode",
     "encode references": "encode",
     "hand out": "step",

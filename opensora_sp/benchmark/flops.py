@@ -39,11 +39,12 @@ def denoise_flops(
     mesh: Mesh,
     rank: int,
     runtime: Runtime,
+    steps: int,
 ) -> float:
-    """FLOPs of `rank` over all steps of one clip of a batch.
+    """FLOPs of `rank` over the computed steps of one clip of a batch.
 
-    tokens: text tokens of each request, without padding. The first spatial attention counts once
-    where the CFG branches share it.
+    steps: how many are computed. tokens: text tokens of each request, without padding. The first
+    spatial attention counts once where the CFG branches share it.
     """
     first, depth = requests[0], config.depth
     frames, *size = first.latent_shape
@@ -77,7 +78,7 @@ def denoise_flops(
         count = len(requests) * frames
         shared = layout.frame_split(count, count)[place.sequence]
         total -= shared * s * (4 * s * c + 6 * c * c)
-    return total * first.steps
+    return total * steps
 
 
 def decode_flops(request: Request, vae3d: Path, vae2d: Path) -> float | None:

@@ -21,6 +21,8 @@ from opensora_sp.benchmark.report.files import (
 )
 from opensora_sp.planner.plan import Plan
 from opensora_sp.request.request import Job
+from opensora_sp.request.step_choice import before_each, describe
+from opensora_sp.request.step_schedule import StepSchedule
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ class LiveReport:
         self.profile: list[str] | None = None
         self.doing = "loading"
         self.digest = measurement_digest(job, options, ranks)
+
+    def settled(self, job: Job) -> None:
+        """The job with its step schedules in place of their names and files."""
+        self._job = job
 
     def write(self, status: str, error: Mapping[str, Any] | None = None) -> Report:
         """Write the report with the status running, ok or failed, and return it."""
@@ -141,6 +147,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
 
     session, settings, request = pipeline.session, job.settings, job.tasks[0].request
     mesh = pipeline.models.mesh(request)
+    schedule = request.step_cache if isinstance(request.step_cache, StepSchedule) else None
     return {
         "ranks": session.world_size,
         "device": session.device.type,
@@ -158,6 +165,8 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
         "threads": os.environ.get(VARIABLE),
         "latent_shape": list(request.latent_shape),
         "patches": request.patch_grid[0] * request.patch_grid[1],
+        "step_cache": None if schedule is None else describe(schedule),
+        "computed_steps": before_each(request)[-1],
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,10 @@ from opensora_sp.benchmark.weights import describe_weights
 from opensora_sp.engine.kernel_choice import PLAIN, described_attention
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
+from opensora_sp.engine.weight_digests import transformer_digest
 from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_session, tidy
 from opensora_sp.jobs.outputs import open_outputs
+from opensora_sp.jobs.prepare import with_step_schedules
 from opensora_sp.media.sinks import Sink
 from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.backend_table import DRIVER_PACKAGES, for_device
@@ -40,6 +42,7 @@ from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.flags.benchmark_settings import WARMUP_STEPS
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Task
+from opensora_sp.request.step_cache import OFF
 
 _log = logging.getLogger(__name__)
 
@@ -66,12 +69,16 @@ class CountingSink:
 
 @dataclass
 class _Run:
-    """A planned run: its kind, its batches, and its text phase once that is recorded."""
+    """A planned run: its kind, its batches, and its text phase once that is recorded.
+
+    left_out: per batch made, the steps of each clip that were not computed.
+    """
 
     kind: str
     number: int
     batches: Batches
     text: Phase | None = None
+    left_out: list[Sequence[Sequence[int]]] = field(default_factory=list)
 
     @property
     def saved(self) -> bool:
@@ -125,6 +132,10 @@ def _measure(
         # No text cache, because encoding is measured.
         pipeline = load_pipeline(job, session, mesh, clock=clock, text_cache=False)
     live.check_seconds = clock.seconds["check"]
+    checkpoints = job.engine.checkpoints or embedded_checkpoints()
+    digest = partial(transformer_digest, checkpoints.dit)
+    job = with_step_schedules(job, session, digest)
+    live.settled(job)
     live.facts["run"] = run_facts(pipeline, job)
     mode = pipeline.models.runtime.mode
     assert mode is not None  # a job's runtime is always a memory mode's
@@ -143,7 +154,7 @@ def _measure(
     if options.profile is not None:
         _profile(pipeline, options, runs[-1], live)
     live.doing = "counting FLOPs and hashing weights"
-    _describe(pipeline, job, options, live, tokens)
+    _describe(pipeline, job, options, live, tokens, runs[-1])
 
 
 def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
@@ -154,8 +165,8 @@ def _planned_runs(job: Job, options: BenchmarkOptions) -> list[_Run]:
 
 
 def _shortened(task: Task) -> Task:
-    """The task with the number of steps of a warm-up."""
-    return replace(task, request=replace(task.request, steps=WARMUP_STEPS))
+    """The task with the number of steps of a warm-up, all of them computed."""
+    return replace(task, request=replace(task.request, steps=WARMUP_STEPS, step_cache=OFF))
 
 
 def _encode_texts(
@@ -207,7 +218,8 @@ def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
             if run.saved:
                 inner = stack.enter_context(open_outputs(pipeline, job, batch))
             sinks = [CountingSink(sink) for sink in inner]
-            pipeline.generate_to([task.request for task in batch], sinks, keep_latents=False)
+            made = pipeline.generate_to([task.request for task in batch], sinks, keep_latents=False)
+        run.left_out.append(made.left_out_steps)
         frames += frames_of(sinks)
     return frames
 
@@ -233,11 +245,13 @@ def _describe(
     options: BenchmarkOptions,
     live: LiveReport,
     tokens: dict[str, int],
+    last: _Run,
 ) -> None:
     """FLOPs, peak and weights: what is worth knowing after the runs. Collective."""
     session = pipeline.session
     checkpoints = job.engine.checkpoints or embedded_checkpoints()
-    own = sum(_denoise_flops(pipeline, batch, tokens) for batch in job.batches())
+    made = zip(last.batches, last.left_out, strict=True)
+    own = sum(_denoise_flops(pipeline, batch, tokens, left_out) for batch, left_out in made)
     shares = session.control.all_gather_object(own)
     if options.measure_peak:
         with pipeline.models.arithmetic():
@@ -253,6 +267,8 @@ def _describe(
         return
     live.facts["run"]["attention"] = described_attention(pipeline.models)
     live.facts["run"]["fused_kernels"] = pipeline.models.kernels.fused_why or PLAIN
+    compiler = pipeline.models.compiler
+    live.facts["run"]["compiled"] = None if compiler is None else compiler.described()
     length = pipeline.models.max_length(job.tasks[0].request)
     request = job.tasks[0].request
     clips = len(job.tasks) * request.loop
@@ -269,8 +285,13 @@ def _describe(
     }
 
 
-def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, int]) -> float:
-    """FLOPs of this rank, over all clips of a batch."""
+def _denoise_flops(
+    pipeline: Pipeline,
+    batch: Sequence[Task],
+    tokens: dict[str, int],
+    left_out: Sequence[Sequence[int]],
+) -> float:
+    """FLOPs of this rank, over all clips of a batch. left_out: per clip, steps not computed."""
     requests = [task.request for task in batch]
     mesh, rank = pipeline.models.mesh(requests[0]), pipeline.session.rank
     of_clip = partial(
@@ -281,8 +302,13 @@ def _denoise_flops(pipeline: Pipeline, batch: Sequence[Task], tokens: dict[str, 
         rank=rank,
         runtime=pipeline.models.runtime,
     )
-    clips = range(requests[0].loop)
-    return sum(of_clip([tokens[caption(r, clip)] for r in requests]) for clip in clips)
+    return sum(
+        of_clip(
+            [tokens[caption(r, clip)] for r in requests],
+            steps=requests[0].steps - len(not_computed),
+        )
+        for clip, not_computed in enumerate(left_out)
+    )
 
 
 def _finish(live: LiveReport, options: BenchmarkOptions) -> None:

@@ -157,6 +157,12 @@ def _serve(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     _copy(serve.parser(), target)
 
 
+def _work(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
+    from opensora_sp.cli import work
+
+    _copy(work.parser(), target)
+
+
 def _submit(target: argparse.ArgumentParser, _: Sequence[str]) -> None:
     from opensora_sp.cli.client import submit
     from opensora_sp.cli.client.forms import SUBMITTED
@@ -176,6 +182,7 @@ _PARSERS: Mapping[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]]
     "convert": _convert,
     "quality": _quality,
     "serve": _serve,
+    "work": _work,
     "client.submit": _submit,
     **{f"client.{name}": partial(_client, name=name) for name in ("jobs", "cancel", "fetch")},
 }

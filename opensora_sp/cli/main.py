@@ -41,6 +41,9 @@ COMMANDS: Mapping[str, Command] = {
         "say whether a request fits a device, and what it costs", "plan", program="plan"
     ),
     "benchmark": Command("measure generation and write a report", "benchmark", program="benchmark"),
+    "calibrate": Command(
+        "find out which denoising steps need not be computed", "calibrate", program="calibrate"
+    ),
     "compare": Command(
         "print two benchmark reports side by side",
         "benchmark",
@@ -54,6 +57,7 @@ COMMANDS: Mapping[str, Command] = {
         "look whether this machine is fit to run the program", "verify", ("--doctor",)
     ),
     "serve": Command("keep the models loaded and make what comes over HTTP", "serve"),
+    "work": Command("make the jobs of a queue that many machines share", "work"),
     "submit": Command("send requests to a server", "client.submit"),
     "jobs": Command("list the jobs of a server", "client.jobs"),
     "cancel": Command("cancel jobs of a server", "client.cancel"),

@@ -71,7 +71,9 @@ def _answer(values: Values) -> int:
             f"--device-memory is needed, such as 48GB or one of the cards {', '.join(CARDS)}"
         )
     memory = parse_memory(settings.device_memory)
-    shape, options = shape_of(request, settings, values["batch_size"]), options_of(settings)
+    transformer = None if checkpoints is None else checkpoints.dit
+    shape = shape_of(request, settings, values["batch_size"], transformer)
+    options = options_of(settings)
     ranks = values["ranks"]
     if values["table"]:
         print(

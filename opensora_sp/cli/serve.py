@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import secrets
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import on_any_screen
@@ -16,7 +20,7 @@ from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.parser import RefusingParser
 
 if TYPE_CHECKING:
-    from opensora_sp.server.settings import Operations, ServiceSettings
+    from opensora_sp.server.settings import GroupSettings, Operations, ServiceSettings
 
 MOST_BATCH_JOBS = 64
 
@@ -28,10 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if help_asked(words) is not None:
             return say(parser().format_help())
-        settings = _settings(words)
+        settings, with_engine = _settings(words)
+
+        def tell(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        if settings.group.shared:
+            from opensora_sp.server.shared_service import serve_shared
+
+            return serve_shared(settings, tell, with_engine=with_engine)
         from opensora_sp.server.service import serve
 
-        return serve(settings, lambda text: print(text, file=sys.stderr, flush=True))
+        return serve(settings, tell)
     except UserError as error:
         return refuse(error, same_everywhere=True)
 
@@ -53,7 +65,11 @@ def parser() -> argparse.ArgumentParser:
         "--save-dir", type=Path, default=Path("samples/server"), metavar="DIR",
         help="where jobs, outputs and the queue are kept (default samples/server)",
     )  # fmt: skip
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of the engine")
+    add_queue(parser, brief=True)
+    parser.add_argument(
+        "--no-engine", action="store_true",
+        help="with --queue: a gateway alone; opensora-sp work makes the videos",
+    )  # fmt: skip
     parser.add_argument(
         "--batch-jobs", type=int, default=1, metavar="N",
         help="make up to N jobs of one shape together that stand one behind the other (default 1)",
@@ -62,6 +78,50 @@ def parser() -> argparse.ArgumentParser:
         "--token-file", type=Path, metavar="FILE",
         help="NAME:TOKEN a line; needed where --host is not this machine alone",
     )  # fmt: skip
+    add_engine(parser)
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="NAME=NUMBER",
+        help="what clients may ask for at most, one each: queued=1000, queued_each=200 (with one "
+        "token), body_bytes=536870912, body_seconds=120, connections=4000 ...",
+    )  # fmt: skip
+    add_operations(parser)
+    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
+    parser.add_argument(
+        "--keep-days", default="0", metavar="D",
+        help="remove jobs that ended so many days ago (default 0: never)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-gb", default="0", metavar="G",
+        help="remove the oldest ended jobs beyond so many GB of all (default 0: never)",
+    )  # fmt: skip
+    return parser
+
+
+def add_queue(parser: argparse.ArgumentParser, *, brief: bool = False) -> None:
+    """Flags of a queue that many gateways and groups share. brief: the help names --queue alone."""
+    parser.add_argument(
+        "--queue", metavar="URL",
+        help="a Postgres database that many gateways and groups share, with --save-dir a folder "
+        "that all of them see: postgresql+psycopg://USER@HOST:5432/DATABASE (the variable "
+        "OPENSORA_SP_QUEUE gives it too)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--group-name", default="", metavar="NAME",
+        help=argparse.SUPPRESS
+        if brief
+        else "what this group is called (default: the machine's name and a number)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lease-seconds", default="15", metavar="S",
+        help=argparse.SUPPRESS
+        if brief
+        else "a group without a sign of life for so long loses its job to another (default 15)",
+    )  # fmt: skip
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Flags of the engine that are not of the flag table."""
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of the engine")
     parser.add_argument(
         "--serves", default="", metavar="NAMES",
         help="configurations that --memory auto and T5's place are chosen for: 720p-16s,480p-2s "
@@ -71,17 +131,10 @@ def parser() -> argparse.ArgumentParser:
         "--warmup", default="", metavar="NAMES",
         help="make one step of these configurations before jobs are taken: 720p-16s,480p-2s",
     )  # fmt: skip
-    parser.add_argument(
-        "--limit", action="append", default=[], metavar="NAME=NUMBER",
-        help="what clients may ask for at most, one each: queued=1000, queued_each=200 (with one "
-        "token), body_bytes=536870912, body_seconds=120, connections=4000 ...",
-    )  # fmt: skip
-    _add_operations(parser)
-    return parser
 
 
-def _add_operations(parser: argparse.ArgumentParser) -> None:
-    """Flags for those who run the server."""
+def add_operations(parser: argparse.ArgumentParser) -> None:
+    """Flags for those who run a server or a group."""
     parser.add_argument(
         "--log-format", default="text", metavar="FORMAT",
         help="text (default), or json: one object a line on standard error",
@@ -90,7 +143,6 @@ def _add_operations(parser: argparse.ArgumentParser) -> None:
         "--log-level", default="info", metavar="LEVEL",
         help="debug (with every request), info (default) or warning",
     )  # fmt: skip
-    parser.add_argument("--log-prompts", action="store_true", help="prompts may be logged")
     parser.add_argument(
         "--drain", default="save", metavar="HOW",
         help="what SIGTERM does with the job that is made: save it (default) or finish it",
@@ -99,19 +151,21 @@ def _add_operations(parser: argparse.ArgumentParser) -> None:
         "--drain-seconds", default="600", metavar="S",
         help="with --drain finish: how long it may take before it is saved (default 600)",
     )  # fmt: skip
-    parser.add_argument(
-        "--keep-days", default="0", metavar="D",
-        help="remove jobs that ended so many days ago (default 0: never)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-gb", default="0", metavar="G",
-        help="remove the oldest ended jobs beyond so many GB of all (default 0: never)",
-    )  # fmt: skip
 
 
-def _operations(found: argparse.Namespace) -> Operations:
-    """How the server is to be run. Raises UserError."""
-    from opensora_sp.server.logs import FORMATS, LEVELS
+def _number(flag: str, text: str, most: float, least: float = 0.0) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value <= most:  # also refuses nan
+        raise UserError(f"{flag} {shown(text)} is not a number from {least:g} to {most:g}")
+    return value
+
+
+def operations_of(found: argparse.Namespace) -> Operations:
+    """How the server is to be run; the logs are written so from here on. Raises UserError."""
+    from opensora_sp.server.logs import FORMATS, LEVELS, set_level, write_json
     from opensora_sp.server.settings import Operations
 
     def one_of(flag: str, value: str, allowed: Sequence[str]) -> str:
@@ -119,83 +173,141 @@ def _operations(found: argparse.Namespace) -> Operations:
             raise UserError(f"{flag} {shown(value)} is not one of {', '.join(allowed)}")
         return value
 
-    def number(flag: str, text: str, most: float) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= most:  # also refuses nan
-            raise UserError(f"{flag} {shown(text)} is not a number from 0 to {most:g}")
-        return value
-
-    return Operations(
+    operations = Operations(
         log_format=one_of("--log-format", found.log_format, FORMATS),
         log_level=one_of("--log-level", found.log_level, LEVELS),
-        log_prompts=found.log_prompts,
+        log_prompts=getattr(found, "log_prompts", False),
         drain=one_of("--drain", found.drain, ("save", "finish")),
-        drain_seconds=number("--drain-seconds", found.drain_seconds, 86_400),
-        keep_days=number("--keep-days", found.keep_days, 36_500),
-        keep_gb=number("--keep-gb", found.keep_gb, 1e6),
+        drain_seconds=_number("--drain-seconds", found.drain_seconds, 86_400),
+        keep_days=_number("--keep-days", getattr(found, "keep_days", "0"), 36_500),
+        keep_gb=_number("--keep-gb", getattr(found, "keep_gb", "0"), 1e6),
     )
-
-
-def _settings(words: Sequence[str]) -> ServiceSettings:
-    """What was asked for, checked before anything is started. Raises UserError."""
-    from opensora_sp.server.durable import sqlite_url
-    from opensora_sp.server.logs import set_level, write_json
-    from opensora_sp.server.served import check_names, engine_of_settings
-    from opensora_sp.server.settings import (
-        LOCAL_HOSTS,
-        GroupSettings,
-        ServiceSettings,
-        read_limits,
-        read_tokens,
-        require_packages,
-    )
-
-    found, engine = parser().parse_known_args(list(words))
-    operations = _operations(found)
     set_level(operations.log_level)
     if operations.log_format == "json":
         write_json()  # from here on, what is refused is logged so too
+    return operations
+
+
+def _settings(words: Sequence[str]) -> tuple[ServiceSettings, bool]:
+    """What was asked for, checked before anything is started, and whether there is to be an engine.
+
+    Raises UserError.
+    """
+    from opensora_sp.server.settings import LOCAL_HOSTS, ServiceSettings, read_limits, read_tokens
+
+    found, engine = parser().parse_known_args(list(words))
+    operations = operations_of(found)
     if not 0 < found.port < 65536:
         raise UserError(f"--port {found.port} is not a port from 1 to 65535")
-    if not 0 < found.nproc <= 64:
-        raise UserError(f"--nproc {found.nproc} is not a number of ranks from 1 to 64")
-    if not 0 < found.batch_jobs <= MOST_BATCH_JOBS:
-        raise UserError(
-            f"--batch-jobs {found.batch_jobs} is not a number of jobs from 1 to {MOST_BATCH_JOBS}"
-        )
     if found.host not in LOCAL_HOSTS and found.token_file is None:
         raise UserError(
             f"--host {found.host} lets other machines in, which needs --token-file FILE; "
             "--host 127.0.0.1 serves this machine alone"
         )
+    tokens = {} if found.token_file is None else read_tokens(found.token_file)
+    group = group_of(found, engine, operations)
+    if found.no_engine and not group.shared:
+        raise UserError("--no-engine belongs to --queue: without it nobody would make the videos")
+    limits = read_limits(found.limit)
+    settings = ServiceSettings(
+        found.host, found.port, group, tokens, limits=limits, operations=operations
+    )
+    return settings, not found.no_engine
+
+
+def group_of(
+    found: argparse.Namespace, engine: Sequence[str], operations: Operations
+) -> GroupSettings:
+    """The group that is asked for. engine: words that are no flags of ours. Raises UserError."""
+    from opensora_sp.server.durable import sqlite_url
+    from opensora_sp.server.queue_url import QUEUE_VARIABLE, parse_queue_url
+    from opensora_sp.server.served import check_names, engine_of_settings
+    from opensora_sp.server.settings import GroupSettings, require_packages
+
+    if not 0 < found.nproc <= 64:
+        raise UserError(f"--nproc {found.nproc} is not a number of ranks from 1 to 64")
+    batch_jobs: int = getattr(found, "batch_jobs", 1)
+    if not 0 < batch_jobs <= MOST_BATCH_JOBS:
+        raise UserError(
+            f"--batch-jobs {batch_jobs} is not a number of jobs from 1 to {MOST_BATCH_JOBS}"
+        )
     serves, warmup = _names(found.serves), _names(found.warmup)
     check_names("--serves", serves)
     check_names("--warmup", warmup)
-    tokens = {} if found.token_file is None else read_tokens(found.token_file)
     _require_engine_flags(engine)
     require_packages()
+    queue = sqlite_url(found.save_dir)
+    sharing: dict[str, Any] = {}
+    if (address := found.queue or os.environ.get(QUEUE_VARIABLE)) is not None:
+        queue = parse_queue_url(address)
+        require_packages("psycopg")
+        if batch_jobs > 1:
+            raise UserError(
+                f"--batch-jobs {batch_jobs} does not go with --queue: groups that share a queue "
+                "make one job at a time"
+            )
+        sharing = {
+            "group_name": _group_name(found.group_name),
+            "parent": secrets.token_hex(8),
+            "lease_s": _number("--lease-seconds", found.lease_seconds, 3600, 3),
+        }
+        sharing |= _nodes(found)
+    elif found.group_name:
+        raise UserError("--group-name belongs to --queue: without it there is one group")
     group = GroupSettings(
         save_dir=found.save_dir.resolve(),
-        queue=sqlite_url(found.save_dir),
+        queue=queue,
         arguments=tuple(engine),
         warmup=warmup,
-        ranks=found.nproc,
-        batch_jobs=found.batch_jobs,
+        ranks=found.nproc * sharing.get("nodes", 1),
+        batch_jobs=batch_jobs,
         serves=serves,
         log_format=operations.log_format,
         log_level=operations.log_level,
+        **sharing,
     )
     first = group.first_job()
     if (first.engine.replicas or 1) != 1:
         raise UserError("--replicas belongs to generate: a server makes each video on all ranks")
     engine_of_settings(group, first)
-    limits = read_limits(found.limit)
-    return ServiceSettings(
-        found.host, found.port, group, tokens, limits=limits, operations=operations
-    )
+    return group
+
+
+def _nodes(found: argparse.Namespace) -> dict[str, Any]:
+    """The nodes of a group, as `work` was told. Raises UserError."""
+    nodes: int = getattr(found, "nnodes", 1)
+    if nodes == 1:
+        return {}
+    if not 1 < nodes <= 64:
+        raise UserError(f"--nnodes {nodes} is not a number of nodes from 1 to 64")
+    if not 0 <= found.node_rank < nodes:
+        raise UserError(
+            f"--node-rank {found.node_rank} is not one of {nodes} nodes: give 0 to {nodes - 1}"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,253}", found.master_addr):
+        raise UserError(
+            f"--master-addr {shown(found.master_addr)} is not the address of node 0, which "
+            f"--nnodes {nodes} needs"
+        )
+    if not 0 < found.master_port <= 65535:
+        raise UserError(f"--master-port {found.master_port} is not a port from 1 to 65535")
+    return {
+        "nodes": nodes,
+        "node": found.node_rank,
+        "master": f"{found.master_addr}:{found.master_port}",
+    }
+
+
+def _group_name(text: str) -> str:
+    """The name of a group, or one that no other has. Raises UserError."""
+    if not text:
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
+        return f"{host}-{secrets.token_hex(3)}"
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        raise UserError(
+            f"--group-name {shown(text)} is not 1 to 64 letters, digits, dots, hyphens and _"
+        )
+    return text
 
 
 def _names(text: str) -> tuple[str, ...]:

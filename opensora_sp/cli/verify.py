@@ -95,7 +95,15 @@ def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
             "--step-kernels",
             choices=("auto", "plain", "folded"),
             default="auto",
-            help="as for generate (default auto: by size, and a suite's cases are small)",
+            help="as for generate (default auto: by size)"
+            if only == "parity"
+            else "as for generate (default auto: by size, and a suite's cases are small)",
+        )
+        parser.add_argument(
+            "--enable-compile",
+            choices=("true", "false"),
+            default="false",
+            help="as for generate: examine the compiled blocks, which take minutes to compile",
         )
     if only in (None, "verify"):
         parser.add_argument(
@@ -233,6 +241,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
             step_kernels=arguments.step_kernels,
             attention=arguments.attention,
             fused_kernels=arguments.fused_kernels,
+            compile=arguments.enable_compile == "true",
         ),
     )
     parity = check_parity(pipeline, request, most_seconds=arguments.most_seconds)
@@ -253,7 +262,9 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
     from opensora_sp.verification.suite import table
 
     suite = arguments.reference or EMBEDDED_SUITE
-    runtime = Runtime(step_kernels=arguments.step_kernels)
+    runtime = Runtime(
+        step_kernels=arguments.step_kernels, compile=arguments.enable_compile == "true"
+    )
     checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype], runtime))
     failed = sum(check.failed for check in checks)
     held = sum(check.ok for check in checks)

@@ -60,10 +60,6 @@ class Reshard(Protocol):
         ...
 
 
-# Looks at the streams after the first pair of blocks; True ends the loop there.
-AfterFirst = Callable[[list[Stream]], bool]
-
-
 @dataclass(frozen=True)
 class Ready:
     """A tensor that is already here."""
@@ -89,6 +85,32 @@ class Local:
     def held(self, chunk: OverlapChunk, batch: int) -> slice:
         """All of them."""
         return slice(0, batch * (chunk.stop - chunk.start))
+
+
+class Unsent:
+    """Sends nothing: what would arrive is made up, in the shapes in which it would.
+
+    patches, local: of a frame, and of these on this rank. made_up(*shape) makes a tensor.
+    """
+
+    def __init__(
+        self, inner: Reshard, patches: int, local: int, made_up: Callable[..., Tensor]
+    ) -> None:
+        self.inner, self.patches, self.local, self.made_up = inner, patches, local, made_up
+
+    def to_frames(self, h: Tensor, chunk: OverlapChunk) -> Ready:
+        """As the inner one."""
+        held = self.held(chunk, h.shape[0])
+        return Ready(self.made_up(held.stop - held.start, self.patches, h.shape[-1]))
+
+    def to_patches(self, attended: Tensor, chunk: OverlapChunk, batch: int) -> Ready:
+        """As the inner one."""
+        frames = chunk.stop - chunk.start
+        return Ready(self.made_up(batch, frames, self.local, attended.shape[-1]))
+
+    def held(self, chunk: OverlapChunk, batch: int) -> slice:
+        """As the inner one."""
+        return self.inner.held(chunk, batch)
 
 
 class Blocking:
@@ -178,16 +200,16 @@ def run_blocks(
     *,
     equal_inputs: bool = False,
     layers: LayerOffload | None = None,
-    after_first: AfterFirst | None = None,
     kernels: StepKernels | None = None,
+    pairs: int | None = None,
 ) -> list[Tensor]:
     """All blocks over all streams → each stream's final x.
 
     equal_inputs: every stream enters with the same x and tables (the two CFG branches, which
     differ in their text only), so the first spatial attention may be computed once for all.
     layers: the model's blocks, where they are not all on its device.
-    after_first: called after the first pair; must give the same answer on every rank.
     kernels: how a block's segments are computed; by default as `PlainStep`.
+    pairs: only so many pairs of blocks, from the first on.
 
     The collectives run in the order of this code, which is the same on every rank. Without
     gradients each stream's x is updated where it lies, so streams must not share it.
@@ -199,7 +221,7 @@ def run_blocks(
     everyone = list(range(len(streams)))
     arriving: dict[int, list[Pending]] = {}
 
-    for i, (spatial, temporal), following in _with_next(layers or model.layers()):
+    for i, (spatial, temporal), following in _with_next(layers or model.layers(), pairs):
         if not arriving:
             share = i == 0 and equal_inputs and runtime.share_first
             arriving = {s: attention.send(spatial, s) for s in everyone[: 1 if share else None]}
@@ -213,12 +235,9 @@ def run_blocks(
             stream.x = attention.along_time(temporal, s, stream.text[2 * i + 1], rotary)
             if runtime.check_blocks:
                 require_finite(stream.x, f"the output of temporal block {i} (guidance stream {s})")
-            # Nothing is sent ahead of the decision whether the second pair runs.
-            if following is not None and not (i == 0 and after_first is not None):
+            if following is not None:
                 # Sent before the next stream is finished here: that is what hides the exchange.
                 arriving[s] = attention.send(following[0], s)
-        if i == 0 and after_first is not None and after_first(streams):
-            break
     return [stream.x for stream in streams]
 
 
@@ -230,12 +249,15 @@ def _arrived(pending: list[Pending]) -> list[Pending]:
 Pair = tuple[SpatialBlock, TemporalBlock]
 
 
-def _with_next(layers: LayerOffload) -> Iterator[tuple[int, Pair, Pair | None]]:
+def _with_next(
+    layers: LayerOffload, pairs: int | None = None
+) -> Iterator[tuple[int, Pair, Pair | None]]:
     """(number, pair of blocks, the pair after it or None); both are on the device."""
+    count = len(layers) if pairs is None else min(pairs, len(layers))
     # Asked for more than there are, the layers would take back the last one before its use.
     with closing(iter(layers)) as passing:
         here: Any = next(passing)
-        for number in range(len(layers)):
-            following: Any = next(passing) if number + 1 < len(layers) else None
+        for number in range(count):
+            following: Any = next(passing) if number + 1 < count else None
             yield number, here, following
             here = following

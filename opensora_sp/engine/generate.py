@@ -4,8 +4,9 @@ hands it out → all ranks denoise, each on its shard → the latents are decode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from opensora_sp.base.finite import FiniteChecks
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import CleanEstimate, Previews
 from opensora_sp.engine.clips import ConditioningFrames
+from opensora_sp.engine.compiling import rehearse
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
-from opensora_sp.engine.guidance import Conditions
+from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.kernel_choice import choose_kernels, say
 from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
-from opensora_sp.engine.progress import Progress, ResumePoint
+from opensora_sp.engine.progress import HeldVelocities, Progress, ResumePoint
 from opensora_sp.engine.result import Result
-from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.sampling import VelocityFunction, sample, timesteps
+from opensora_sp.engine.step_cache.filled import Computed, FilledVelocity
 from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.text import Text, TextStage
 from opensora_sp.engine.timing import Clock
@@ -86,15 +89,15 @@ def generate(
         raise UserError(f"{len(sinks)} sinks for {len(requests)} requests: one for each is needed")
     first, clock = requests[0], models.clock
     progress = progress or Progress()
-    step_cache = models.runtime.step_cache
-    if step_cache is not None and progress.saves:
+    step_cache = policy_of(first, models.runtime)
+    if models.runtime.step_cache is not None and progress.saves:
         raise UserError(
-            f"latents made with the step cache {step_cache.name} are not the exact ones, so they "
-            "are not saved for a later run to go on from: leave step_cache out"
+            f"the step cache {models.runtime.step_cache.name} of the runtime is not part of what "
+            "is saved for a later run to go on from: give a schedule with the request instead"
         )
     before = dict(clock.seconds)
     every: list[Tensor | None] = []
-    reused: list[list[int]] = []
+    left_out: list[list[int]] = []
     with torch.no_grad(), models.arithmetic():
         needed = not progress.is_finished(first.loop - 1)
         kept = ConditioningFrames(
@@ -121,7 +124,7 @@ def generate(
                     progress,
                     step_noise,
                     on_step_end,
-                    reused,
+                    left_out,
                     previews,
                 )
                 progress.finish(clip, latents, last=clip + 1 == first.loop)
@@ -139,7 +142,7 @@ def generate(
         sinks=sinks,
         seconds=seconds,
         step_cache=None if step_cache is None else step_cache.name,
-        reused_steps=reused,
+        left_out_steps=left_out,
     )
 
 
@@ -176,13 +179,13 @@ def denoise(
     progress: Progress | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step_end: StepEnd | None = None,
-    reused: list[list[int]] | None = None,
+    left_out: list[list[int]] | None = None,
     previews: Previews | None = None,
 ) -> Tensor | None:
     """Denoise a clip from `start` on: latents [B,4,T,H,W] on the leading rank.
 
     Sharded in between. start.mask [B,T]: which frames of start.z are kept, see `sample`.
-    progress: told of every step. reused: the steps that a step cache reused are added to it.
+    progress: told of every step. left_out: the steps that were not computed are added to it.
     on_step_end, previews: as for `generate`.
     """
     options, progress = options or GenerateOptions(), progress or Progress()
@@ -222,17 +225,25 @@ def denoise(
         finite.settle()  # what leaves the loop, to be saved or looked at, is known to be sound
         return denoiser.gather(z)
 
+    def gather_held(known: Sequence[Computed]) -> HeldVelocities | None:
+        whole = [denoiser.gather(one.velocity) for one in known]
+        found = [one.cpu() for one in whole if one is not None]
+        steps = [one.step for one in known]
+        return HeldVelocities(steps, torch.stack(found)) if found else None
+
     def on_velocity(velocity: Tensor, t: float) -> None:
         check(velocity, f"the velocity of step {step + 1} (t = {t:.1f})")
 
     def on_step(done: int, z: Tensor) -> None:
         nonlocal step
         step = done + 1
-        bar.update()
-        step_ended(done)
+        if done in computed:  # steps left out are no steps to time: they take next to nothing
+            bar.update()
+            step_ended(done)
         if step < len(times):
             session.control.progress(f"step {step + 1} of {len(times)}")
-            progress.watch(clip, step, start.mask, lambda: gather(z))
+            known = None if filled is None else partial(gather_held, filled.held())
+            progress.watch(clip, step, start.mask, lambda: gather(z), known)
         if on_step_end is not None:
             latents = gather(z) if previews is None else None
             due = _call(session, on_step_end, done, times[done], latents, previews)
@@ -240,24 +251,48 @@ def denoise(
                 following = times[step] if step < len(times) else 0.0
                 previews.show(gather(estimate.clean(z, following)))
 
+    policy = policy_of(request, models.runtime)
+    filled: FilledVelocity | None = None
+    computed = frozenset(range(len(times)))
     show = options.show_progress and session.whole.leads
-    with clock.stage("denoise"), _bar(len(times), start.step, show=show) as bar:
+    texts = [len(t) for t in text.tokens]
+    chosen = False
+    if denoiser.compiler is not None:
+        # In a stage of its own: the steps are as fast as they stay.
+        with clock.stage("compile"):
+            # Before the rehearsal: what attention returns depends on its kernel.
+            chosen = choose_kernels(models, requests, texts)
+            rehearse(models, denoiser, request, start, times[start.step :], show=show)
+    with clock.stage("denoise"):
         with clock.part("prepare"):
-            if choose_kernels(models, requests, [len(t) for t in text.tokens]) and show:
+            chosen = choose_kernels(models, requests, texts) or chosen
+            if chosen and show:
                 say(models)
-            velocity = denoiser.prepare(conditions, on_velocity)
+            velocity: VelocityFunction = denoiser.prepare(conditions, on_velocity)
+            if policy is not None:
+                known = _sharded(denoiser, start.held)
+                filled = FilledVelocity(velocity, policy, times, start.mask, start.step, known)
+                velocity, computed = filled, filled.computed
             estimate = CleanEstimate(velocity)
             z = denoiser.shard(start.z)
         step_ended = clock.steps(session.ledger)
         session.control.progress(f"step {step + 1} of {len(times)}")
-        with progress.stoppable():
+        with _bar(computed, start.step, show=show) as bar, progress.stoppable():
             asked = velocity if previews is None else estimate
             z = sample(z, times, asked, start.mask, noise_at, on_step, start.step)
         check(z, "the denoised latents")
-        if reused is not None:
-            reused.append(velocity.cached.reused)
+        if left_out is not None:
+            left_out.append([i for i in range(start.step, len(times)) if i not in computed])
         with clock.part("gather"):
             return gather(z)
+
+
+def _sharded(denoiser: Denoiser, held: HeldVelocities | None) -> list[Computed]:
+    """What a step cache held when a run was left, as this rank's shards."""
+    if held is None:
+        return []
+    pairs = zip(held.steps, held.velocities, strict=True)
+    return [Computed(step, denoiser.shard(velocity)) for step, velocity in pairs]
 
 
 def _call(
@@ -290,9 +325,14 @@ def _agree(models: ModelSet, requests: Sequence[Request], text: Text, start: Ten
                 "noise": checksum([start]),
                 "text embedding": checksum([*text.tokens, text.masks]),
                 "transformer weights": fingerprint(models.transformer),
-                "step cache": policy_of(models.runtime).name,
+                "step cache": _policy_name(requests[0], models),
             }
             ensure_agreement(session, facts)
+
+
+def _policy_name(request: Request, models: ModelSet) -> str:
+    policy = policy_of(request, models.runtime)
+    return "none" if policy is None else policy.name
 
 
 def decode(
@@ -336,8 +376,9 @@ def write(clock: Clock, frames: Tensor, sinks: Sequence[Sink]) -> None:
             sink.write(video.numpy())
 
 
-def _bar(steps: int, first_step: int, *, show: bool) -> Any:
-    """A bar with steps, pace and ETA on rank 0's standard error."""
+def _bar(computed: Collection[int], first_step: int, *, show: bool) -> Any:
+    """A bar with the steps that are computed, pace and ETA on rank 0's standard error."""
     from tqdm import tqdm
 
-    return tqdm(total=steps, initial=first_step, desc="denoise", unit="step", disable=not show)
+    done = sum(step < first_step for step in computed)
+    return tqdm(total=len(computed), initial=done, desc="denoise", unit="step", disable=not show)

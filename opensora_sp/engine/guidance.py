@@ -6,6 +6,7 @@ this rank computes, and how velocities and latents are exchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,8 @@ from torch import Tensor
 
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.base.transfer import to_device
-from opensora_sp.engine.blocks import Pending, Reshard, Stream, run_blocks
-from opensora_sp.engine.step_cache.policy import policy_of
-from opensora_sp.engine.step_cache.residuals import AllGather, Residuals
+from opensora_sp.engine.blocks import Pending, Reshard, Stream, Unsent, run_blocks
+from opensora_sp.models.compiler import Compiler, directly
 from opensora_sp.models.folded_step import FoldedStep
 from opensora_sp.models.stdit3 import (
     STDiT3,
@@ -39,7 +39,6 @@ class Sharding:
     branches: the CFG branches it computes when a request is guided; 0 is the conditional one.
     swap: exchanges this branch's velocity for the other's, where they are on different ranks.
     gather: patch shards [B,T,S_local,c] → [B,T,S,c] on the leading rank, None elsewhere.
-    all_gather: some numbers of this rank → those of every rank of the video.
     """
 
     reshard: Reshard
@@ -47,7 +46,6 @@ class Sharding:
     branches: tuple[int, ...]
     swap: Callable[[Tensor], Pending] | None
     gather: Callable[[Tensor], Tensor | None]
-    all_gather: AllGather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +69,18 @@ class Denoiser:
     """The guided velocity on one rank's shard. Holds weights it does not own; mutates nothing."""
 
     def __init__(
-        self, model: STDiT3, size: tuple[int, int], sharding: Sharding, runtime: Runtime
+        self,
+        model: STDiT3,
+        size: tuple[int, int],
+        sharding: Sharding,
+        runtime: Runtime,
+        compiler: Compiler | None = None,
     ) -> None:
         self.model, self.size, self.runtime = model, size, runtime
         self.sharding = sharding
+        if compiler is None and runtime.compile:
+            compiler = Compiler(model.device)
+        self.compiler = compiler
         self.layers = model.layers(offloaded=runtime.offload.layers)
 
     def shard(self, z: Tensor) -> Tensor:
@@ -99,7 +105,39 @@ class Denoiser:
             self.runtime.step_kernels, frames=frames, patches=rows * columns, guided=guided
         )
         step = FoldedStep if chosen == "folded" else PlainStep
-        return step(self.runtime.tokens)
+        return step(self.runtime.tokens, self.compiler or directly)
+
+    def rehearse(self, batch: int, frames: int, generate: Tensor | None, *, guided: bool) -> None:
+        """Compute a pair of blocks for latents [B,4,T,H,W] of made-up numbers, without exchange.
+
+        Every form of tensors is met that a step has which generates these frames (bool [B,T]; None
+        is all), except for those of the text.
+        """
+        model, runtime = self.model, self.runtime
+        rows, columns = (-(-side // PATCH) for side in self.size)
+        local = len(range(rows * columns)[self.sharding.patches])
+        heads, width = model.config.num_heads, model.config.hidden_size // model.config.num_heads
+        ones = torch.ones(batch, device=model.device)
+        tables = model.tables(500 * ones, 24 * ones, generate).grouped(
+            [[True]] * batch if generate is None else generate.tolist()
+        )
+        alone = runtime.serial_guidance or not guided
+        together = 1 if alone else len(self.sharding.branches)
+        text = [tuple(_made_up(model, 2, 1, heads, 1, width)) for _ in range(batch)]
+        streams = [
+            Stream(_made_up(model, batch, frames, local, heads * width), tables, [text] * 2)  # type: ignore[list-item]
+            for _ in range(together)
+        ]
+        run_blocks(
+            model,
+            streams,
+            Unsent(self.sharding.reshard, rows * columns, local, partial(_made_up, model)),
+            runtime,
+            # Not as equal inputs: only in the first pair do streams share the frames of a rank.
+            layers=self.layers,
+            kernels=self.step_kernels(frames, guided=guided),
+            pairs=1,
+        )
 
     def prepare(
         self, conditions: Conditions, on_velocity: Callable[[Tensor, float], None] | None = None
@@ -109,6 +147,12 @@ class Denoiser:
         on_velocity(velocity, t): looks at the guided velocity of every step.
         """
         return Velocity(self, conditions, on_velocity)
+
+
+def _made_up(model: STDiT3, *shape: int) -> Tensor:
+    """Numbers in -1..1 of the model's dtype, on its device; no two rows are alike."""
+    count = torch.arange(math.prod(shape), dtype=torch.float32, device=model.device)
+    return count.mul_(0.7).sin_().view(shape).to(model.dtype)
 
 
 class Velocity:
@@ -121,7 +165,6 @@ class Velocity:
         on_velocity: Callable[[Tensor, float], None] | None = None,
     ) -> None:
         self._on_velocity = on_velocity
-        self.cached = Residuals(policy_of(denoiser.runtime), denoiser.sharding.all_gather)
         model, sharding = denoiser.model, denoiser.sharding
         self._model, self._sharding, self._runtime = model, sharding, denoiser.runtime
         self._positions = denoiser.positions(conditions.height, conditions.width)
@@ -155,7 +198,6 @@ class Velocity:
             [[True]] * batch if generate is None else generate.tolist()
         )
         kernels = self._denoiser.step_kernels(z.shape[1], guided=self._cfg_scale != 1)
-        self.cached.begin_step(t, generate)
         mine: list[Tensor] = []
         # Branches that advance together share what is equal in both; serial ones need less memory.
         branches = self._branches
@@ -164,8 +206,7 @@ class Velocity:
             streams = [Stream(x.clone(), tables, self._text[b]) for b in together[1:]]
             streams.insert(0, Stream(x, tables, self._text[together[0]]))
             del x  # or it outlives its stream
-            blocks = partial(
-                run_blocks,
+            outputs = run_blocks(
                 model,
                 streams,
                 self._sharding.reshard,
@@ -174,9 +215,8 @@ class Velocity:
                 layers=self._layers,
                 kernels=kernels,
             )
-            outputs = self.cached.run(together, streams, blocks)
             mine += [by_tokens(model.head, out, tables, runtime.tokens) for out in outputs]
-            del streams, blocks, outputs  # or they are there while the other branch is computed
+            del streams, outputs  # or they are there while the other branch is computed
         velocity = mine[0].float()
         if len(self._text) == 2 or self._swap is not None:
             other = mine[1] if self._swap is None else self._swap(mine[0]).wait()

@@ -21,6 +21,7 @@ from opensora_sp.engine.loading import (
 )
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.timing import Clock
+from opensora_sp.models.compiler import Compiler
 from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.offload import ModelOffload
@@ -51,6 +52,7 @@ class ModelSet:
 
     clock: times the loading and whatever is computed with the models. kernels: what the
     transformer calls; the attention kernels in it are chosen before a video's first step.
+    compiler: has the transformer's compiled graphs; None computes without.
     """
 
     session: Session
@@ -62,6 +64,7 @@ class ModelSet:
     config: STDiT3Config
     weights_from: WeightsFrom = "disk"
     kernels: Kernels = field(default_factory=Kernels)
+    compiler: Compiler | None = None
     _transformer: STDiT3 | None = None
     _vae: VideoVAE | None = None
     _offload: ModelOffload | None = None
@@ -95,13 +98,7 @@ class ModelSet:
         frames, *size = request.latent_shape
         layout = Layout(frames=frames, size=(size[0], size[1]), ranks=mesh.sequence)
         self.to_device(self.transformer)
-        return parallelize(
-            self.transformer,
-            self._comms[mesh],
-            layout,
-            self.runtime,
-            self.session.control.all_gather_object,
-        )
+        return parallelize(self.transformer, self._comms[mesh], layout, self.runtime, self.compiler)
 
     @property
     def transformer(self) -> STDiT3:

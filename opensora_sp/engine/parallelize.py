@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opensora_sp.engine.blocks import Local, Reshard
 from opensora_sp.engine.guidance import Denoiser, Sharding
-from opensora_sp.engine.step_cache.residuals import AllGather
+from opensora_sp.models.compiler import Compiler
 from opensora_sp.models.stdit3 import STDiT3
 from opensora_sp.parallel.exchange import Exchange, Transfer, gather_patches, swap_branches
 from opensora_sp.parallel.layout import Layout
@@ -21,13 +21,13 @@ def parallelize(
     comms: MeshComms | None,
     layout: Layout,
     runtime: Runtime | None = None,
-    all_gather: AllGather | None = None,
+    compiler: Compiler | None = None,
 ) -> Denoiser:
     """The denoiser of this rank's shard. Changes neither the model nor anything else.
 
     comms None, or a mesh of one rank, is one device alone without exchange. So a one-rank denoiser
     can be built beside a sharded one on the same weights; `verify --parity` compares the two.
-    all_gather: of the ranks of `comms`, for a step cache; a runtime without one needs none.
+    compiler: has graphs of this model already; a runtime that compiles makes one without.
     """
     runtime = runtime or Runtime()
     if comms is None or comms.mesh.replica_size == 1:
@@ -37,9 +37,8 @@ def parallelize(
             branches=(0, 1),
             swap=None,
             gather=_identity,
-            all_gather=_of_one,
         )
-        return Denoiser(model, layout.size, alone, replace(runtime, chunks=1))
+        return Denoiser(model, layout.size, alone, replace(runtime, chunks=1), compiler)
 
     sequence, pair = comms.sequence, comms.guidance
     split_branches = pair.size == 2
@@ -60,18 +59,9 @@ def parallelize(
         branches=(comms.place.guidance,) if split_branches else (0, 1),
         swap=swap if split_branches else None,
         gather=gather,
-        all_gather=all_gather or _not_given,
     )
-    return Denoiser(model, layout.size, sharding, runtime)
+    return Denoiser(model, layout.size, sharding, runtime, compiler)
 
 
 def _identity(z: Tensor) -> Tensor:
     return z
-
-
-def _of_one(values: list[float]) -> list[list[float]]:
-    return [values]
-
-
-def _not_given(values: list[float]) -> list[list[float]]:
-    raise ValueError("a step cache on several ranks needs all_gather")

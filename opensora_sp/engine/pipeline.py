@@ -9,6 +9,7 @@ Every rank runs the same lines; the result's frames and latents are on the leadi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,18 @@ from torch import Tensor
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import Previews
+from opensora_sp.engine.compiling import new_compiler
 from opensora_sp.engine.generate import GenerateOptions, StepEnd, check_batch, generate
 from opensora_sp.engine.kernel_choice import kernels_asked_for
 from opensora_sp.engine.loading import WeightsFrom, transformer_config
 from opensora_sp.engine.model_set import DTYPES, ModelSet, Parallelism
 from opensora_sp.engine.progress import Progress
 from opensora_sp.engine.result import Result
-from opensora_sp.engine.step_cache.policy import policy_of
+from opensora_sp.engine.step_cache.policy import check_policy
+from opensora_sp.engine.step_cache.settle import settle
 from opensora_sp.engine.text import TextStage
 from opensora_sp.engine.timing import Clock
+from opensora_sp.engine.weight_digests import transformer_digest
 from opensora_sp.media.fetch import Remote
 from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.parallel.session import Session, alone
@@ -39,6 +43,7 @@ from opensora_sp.request.request import CheckFinite, Checkpoints, EngineSettings
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.setting import a_path, settings_of
 
+_log = logging.getLogger(__name__)
 _CHECKPOINTS = "Checkpoints(dit=..., t5=..., vae2d=..., vae3d=...), the four directories"
 
 
@@ -106,7 +111,8 @@ class Pipeline:
         runtime = runtime or Runtime()
         for name in ("attention", "fused_kernels"):
             settings_of(EngineSettings)[name].check(getattr(runtime, name))
-        policy_of(runtime)
+        if runtime.step_cache is not None:
+            check_policy(runtime.step_cache)
         session = alone() if session is None else session
         _require_open(session)
         checkpoints = checkpoints or embedded_checkpoints()
@@ -125,6 +131,7 @@ class Pipeline:
             config=config,
             weights_from=weights_from,
             kernels=kernels,
+            compiler=new_compiler(session.device) if runtime.compile else None,
         )
         models.check(transformer_only=transformer_only)
         text = TextStage(
@@ -188,6 +195,7 @@ class Pipeline:
                 "step's number, its time and the latents"
             )
         self.session.control.together(lambda: self._check_words(requests), leading_only=True)
+        requests = self._settled(requests)
         return self.generate_to(
             requests,
             [Collector() for _ in requests],
@@ -228,6 +236,17 @@ class Pipeline:
             progress=progress,
             previews=previews,
         )
+
+    def _settled(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests with the schedules that their step caches mean. Collective."""
+        checkpoints = self.models.checkpoints
+        settled, said = settle(
+            self.session, requests, checkpoints.dit, lambda: transformer_digest(checkpoints.dit)
+        )
+        if self.options.show_progress and self.session.whole.leads:
+            for line in said:
+                _log.info(line)
+        return settled
 
     @staticmethod
     def _requests(request: Request | Sequence[Request]) -> list[Request]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,12 +13,31 @@ Gather = Callable[[], Tensor | None]
 
 
 @dataclass(frozen=True)
+class HeldVelocities:
+    """What a step cache fills steps with: velocities [k,B,4,T,H,W] of k computed steps, ascending.
+
+    Latents' velocities, whole and float32, so that they do not depend on the mesh.
+    """
+
+    steps: Sequence[int]
+    velocities: Tensor
+
+
+# gather() → what a step cache holds, on the leading rank, None elsewhere.
+GatherHeld = Callable[[], HeldVelocities | None]
+
+
+@dataclass(frozen=True)
 class ResumePoint:
-    """Where a clip goes on: latents z [B,4,T,H,W] and frame mask [B,T] after `step` steps."""
+    """Where a clip goes on: latents z [B,4,T,H,W] and frame mask [B,T] after `step` steps.
+
+    held: of a step cache; None without one.
+    """
 
     step: int
     z: Tensor
     mask: Tensor | None
+    held: HeldVelocities | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -54,8 +73,18 @@ class Progress:
         """The block in which steps are made: a person may stop the run there."""
         return nullcontext()
 
-    def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
-        """Look at the state after `step` steps of a clip. Collective."""
+    def watch(
+        self,
+        clip: int,
+        step: int,
+        mask: Tensor | None,
+        gather: Gather,
+        held: GatherHeld | None = None,
+    ) -> None:
+        """Look at the state after `step` steps of a clip. Collective.
+
+        held: of a step cache; None without one.
+        """
 
     def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
         """Look at a clip's final latents [B,4,T,H,W], where they are, before they are decoded."""

@@ -22,8 +22,8 @@ class Result:
 
     latents: per clip [B,4,T,H,W] float32. sinks: as given, one per request, now full.
     seconds: per stage, on this rank. step_cache: the name of the policy, None without one: then
-    the result is exact. reused_steps: per clip that was denoised, the steps at which the policy
-    reused the blocks' residual.
+    every step was computed. left_out_steps: per clip that was denoised here, the steps that were
+    not computed.
     """
 
     requests: Sequence[Request]
@@ -31,7 +31,7 @@ class Result:
     sinks: Sequence[Sink]
     seconds: dict[str, float]
     step_cache: str | None = None
-    reused_steps: Sequence[Sequence[int]] = ()
+    left_out_steps: Sequence[Sequence[int]] = ()
 
     @property
     def videos(self) -> list[NDArray[np.uint8] | None]:

@@ -67,7 +67,7 @@ def sample(
         else:
             if noise_at is None:
                 raise ValueError("a run with a frame mask needs noise_at")
-            generate = _generated_at(frame_mask, t)
+            generate = generated_at(frame_mask, t)
             z = _masked_step(z, t, following, velocity, generate, generate & ~joined, noise_at, i)
             joined = generate
         if on_step is not None:
@@ -75,14 +75,25 @@ def sample(
     return z
 
 
-def _generated_at(frame_mask: Tensor, t: float) -> Tensor:
-    """The frames that are generated at time t, bool [B,T]."""
+def joining_steps(frame_mask: Tensor | None, times: Sequence[float]) -> frozenset[int]:
+    """The steps from 1 on at which other frames are generated than at the step before.
+
+    frame_mask [B,T] as for `sample`.
+    """
+    if frame_mask is None:
+        return frozenset()
+    sets = [generated_at(frame_mask, t) for t in times]
+    return frozenset(i for i in range(1, len(sets)) if not torch.equal(sets[i], sets[i - 1]))
+
+
+def generated_at(frame_mask: Tensor, t: float) -> Tensor:
+    """The frames of a mask [B,T], as for `sample`, that are generated at time t: bool [B,T]."""
     return frame_mask.float() * TRAINING_TIMESTEPS >= torch.tensor(t)
 
 
 def _joined_before(frame_mask: Tensor, times: Sequence[float], step: int) -> Tensor:
     """The frames that had joined when a step begins, bool [B,T]."""
-    return _generated_at(frame_mask, times[step - 1]) if step else frame_mask == 1
+    return generated_at(frame_mask, times[step - 1]) if step else frame_mask == 1
 
 
 def _masked_step(

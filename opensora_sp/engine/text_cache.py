@@ -31,10 +31,7 @@ _FORMAT = "opensora-sp text 1"
 
 def default_directory() -> Path | None:
     """`opensora-sp/text` in the user's cache directory; None for a user who has none."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
-    # Without HOME and an entry of the user, as in some containers, "~" stays "~".
-    return Path(home) / "opensora-sp" / "text" if os.path.isabs(home) else None
+    return access.user_cache("text")
 
 
 class TextCache:

@@ -14,10 +14,15 @@ def text_encoder_digest(directory: Path) -> str:
     return _model_digest(directory, ("pytorch_model", "model"), ("config.json", "spiece.model"))
 
 
+def transformer_digest(directory: Path) -> str:
+    """Which transformer a directory holds: weights and sizes. The fingerprint of step schedules."""
+    return _model_digest(directory, ("model",), ("config.json",))
+
+
 def model_digests(checkpoints: Checkpoints) -> dict[str, str]:
     """Which models these directories hold, by short name. Reads a few MB of each."""
     return {
-        "dit": _model_digest(checkpoints.dit, ("model",), ("config.json",)),
+        "dit": transformer_digest(checkpoints.dit),
         "t5": text_encoder_digest(checkpoints.t5),
         "vae2d": sampled_digest([checkpoints.vae2d / "vae" / "config.json"]),
         "vae3d": _model_digest(checkpoints.vae3d, ("model",), ("config.json",)),

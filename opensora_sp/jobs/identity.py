@@ -21,7 +21,9 @@ from opensora_sp.base.redaction import address_identity
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task, reference_paths
 from opensora_sp.request.setting import Setting, settings_of
+from opensora_sp.request.step_cache import OFF
 from opensora_sp.request.step_kernels import kernels_of
+from opensora_sp.request.step_schedule import StepSchedule, steps_text
 
 Identity = dict[str, Any]
 
@@ -61,6 +63,15 @@ def _step_kernels(output: _Output) -> str:
     return kernels_of(output.task.request, output.engine.step_kernels)
 
 
+def _step_cache(output: _Output) -> str:
+    """What is computed and what fills the rest, whatever it is called and wherever it came from."""
+    asked = output.task.request.step_cache
+    if not isinstance(asked, StepSchedule):
+        return asked
+    computed = steps_text(asked.computed)
+    return f"{asked.fill}, steps {computed} of {asked.steps}" if asked.left_out else OFF
+
+
 # The settings that an identity does not hold as they are: by field, the entry made of them.
 _MADE_OF: Mapping[str, tuple[str, Callable[[_Output], Any]]] = {
     "reference_path": ("references", _references),
@@ -69,9 +80,10 @@ _MADE_OF: Mapping[str, tuple[str, Callable[[_Output], Any]]] = {
     "prompt_generator": ("refined by", _refiner),
     "lossless": ("lossless", _lossless),
     "step_kernels": ("step kernels", _step_kernels),
+    "step_cache": ("step cache", _step_cache),
 }
 # Entries made of settings that came later, and what was in effect before.
-_BEFORE: Mapping[str, Any] = {"step kernels": "plain"}
+_BEFORE: Mapping[str, Any] = {"step kernels": "plain", "step cache": OFF}
 
 
 def _deciding(cls: type[Any]) -> Iterator[Setting]:
@@ -93,7 +105,11 @@ def identity_of(
         if one.field not in _MADE_OF
     }
     request["prompt"] = _prompt(output)
-    identity: dict[str, Any] = {"request": request, "references": _references(output)}
+    identity: dict[str, Any] = {
+        "request": request,
+        "references": _references(output),
+        "step cache": _step_cache(output),
+    }
     for values in (engine, settings):
         for one in _deciding(type(values)):
             if one.field in _MADE_OF:

@@ -159,6 +159,7 @@ def load_pipeline(
             fused_kernels=settings.fused_kernels,
             text_weights=settings.t5_weights,
             step_kernels=settings.step_kernels,
+            compile=settings.enable_compile,
         ),
         parallelism=fixed if mesh.replicas > 1 else asked,
         show_progress=job.settings.verbose > 0,

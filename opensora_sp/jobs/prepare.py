@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Position
+from opensora_sp.engine.step_cache.settle import settle
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.jobs.refine import refine_batches
 from opensora_sp.jobs.schedule import Work, regroup
@@ -15,7 +17,10 @@ from opensora_sp.jobs.worklist import WorkState, captions_left, look_up_work, re
 from opensora_sp.media.writer import probe_encoder
 from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.parallel.session import Session
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.request import Job, JobSettings, Task
+
+_log = logging.getLogger(__name__)
 
 
 def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job, list[Work]]:
@@ -24,7 +29,7 @@ def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job
     The job comes back with the names that its outputs have. models: digests of the weights.
     """
     _require_same_list(job, whole)
-    planned = job
+    planned = job = with_step_schedules(job, whole, lambda: models["dit"])
     looked = whole.control.together(lambda: look_up_work(planned, models), leading_only=True)
     found = whole.control.broadcast_object(looked)
     job = renamed(job, found)
@@ -33,6 +38,20 @@ def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job
     if job.settings.llm_refine:
         works = _refine(works, states, job.settings, whole)
     return job, works
+
+
+def with_step_schedules(job: Job, whole: Session, transformer: Callable[[], str]) -> Job:
+    """The job with the schedules that its requests' step caches mean, which is said. Collective.
+
+    transformer: gives its digest. Raises SharedFault where no schedule fits.
+    """
+    directory = (job.engine.checkpoints or embedded_checkpoints()).dit
+    requests, said = settle(whole, [task.request for task in job.tasks], directory, transformer)
+    if whole.leads and job.settings.verbose > 0:
+        for line in said:
+            _log.info(line)
+    pairs = zip(job.tasks, requests, strict=True)
+    return replace(job, tasks=tuple(replace(task, request=request) for task, request in pairs))
 
 
 def _require_same_list(job: Job, whole: Session) -> None:

@@ -2,8 +2,9 @@
 
 The files are beside the output's record in `.opensora-sp/`. OUTPUT.clip0000.safetensors holds the
 final latents of a clip, and OUTPUT.step.safetensors those of the clip that is being denoised. Both
-are whole latents [4,T,H,W] in float32, so they do not depend on the mesh. Noise is keyed, so there
-is no generator to save. Decoded frames are made again from the clips.
+are whole latents [4,T,H,W] in float32, so they do not depend on the mesh. With a step cache the
+velocities are there too that fill the steps left out. Noise is keyed, so there is no generator to
+save. Decoded frames are made again from the clips.
 
 Each file has the identity of its request and a checksum over its content, and appears whole or not
 at all. A file is accepted only if its shape, steps and clips are possible for the request.
@@ -15,8 +16,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,21 +34,27 @@ from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.parallel.agreement import checksum
+from opensora_sp.request.step_schedule import FILLS
 
 _FORMAT = "opensora-sp latents 2"
 # In this older format the checksum covers the tensors only.
 _FORMAT_BEFORE = "opensora-sp latents 1"
 # Values of latents that are read for a comparison: those of over two hours of 720p.
 _MOST_VALUES = 2**31
+_VELOCITY_STEPS = "steps of the velocities"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
 class SavedStep:
-    """The latents z [4,T,H,W] of a clip after a step, and its frame mask [T], if any."""
+    """The latents z [4,T,H,W] of a clip after a step, and its frame mask [T], if any.
+
+    held: with a step cache, the velocities [4,T,H,W] of computed steps, by step, ascending.
+    """
 
     z: Tensor
     mask: Tensor | None
+    held: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,14 @@ class StateFiles:
                 return self._read(path)[0].get("refined")
         return None
 
-    def save_step(self, position: Position, z: Tensor, mask: Tensor | None) -> None:
-        """Save z [4,T,H,W] and the frame mask [T] of the clip that is being denoised."""
-        tensors = {"latents": z} if mask is None else {"latents": z, "mask": mask}
-        self._write(self.step_path, tensors, position)
+    def save_step(self, position: Position, saved: SavedStep) -> None:
+        """Save the clip that is being denoised."""
+        tensors = {"latents": saved.z}
+        if saved.mask is not None:
+            tensors["mask"] = saved.mask
+        if saved.held:
+            tensors["velocities"] = torch.stack(list(saved.held.values()))
+        self._write(self.step_path, tensors, position, tuple(saved.held))
 
     def save_clip(self, clip: int, latents: Tensor) -> None:
         """Save the final latents [4,T,H,W] of a clip, and remove the file of its steps."""
@@ -120,8 +132,9 @@ class StateFiles:
 
     def load_step(self) -> SavedStep:
         """Load what `save_step` saved. Raises UserError as `position` does."""
-        tensors = self._read_step()[1]
-        return SavedStep(tensors["latents"], tensors.get("mask"))
+        _, tensors, steps = self._read_step()
+        held = dict(zip(steps, tensors.get("velocities", ()), strict=True))
+        return SavedStep(tensors["latents"], tensors.get("mask"), held)
 
     def load_clip(self, clip: int) -> Tensor:
         """Load what `save_clip` saved, [4,T,H,W]. Raises UserError as `position` does."""
@@ -148,7 +161,13 @@ class StateFiles:
         for path in sorted(found, reverse=True):
             path.unlink(missing_ok=True)
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], position: Position) -> None:
+    def _write(
+        self,
+        path: Path,
+        tensors: dict[str, Tensor],
+        position: Position,
+        velocity_steps: Sequence[int] = (),
+    ) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -163,6 +182,8 @@ class StateFiles:
         }
         if self.refined is not None:
             about["refined"] = self.refined
+        if velocity_steps:
+            about[_VELOCITY_STEPS] = " ".join(map(str, velocity_steps))
         about["checksum"] = _checksum(about, tensors)
         with atomic_output(path) as temporary, reported(path):
             try:
@@ -213,7 +234,7 @@ class StateFiles:
             self._refuse(path, "is not a regular file")
         return False
 
-    def _read_step(self) -> tuple[Position, dict[str, Tensor]]:
+    def _read_step(self) -> tuple[Position, dict[str, Tensor], list[int]]:
         about, tensors = self._read(self.step_path)
         position = self._position(self.step_path, about)
         loop, steps = self._of_request("loop"), self._of_request("steps")
@@ -223,7 +244,21 @@ class StateFiles:
                 f"says that it stands at clip {position.clip}, step {position.step}, but the "
                 f"request has {loop} clips (from 0) of {steps} steps",
             )
-        return position, tensors
+        return position, tensors, self._velocity_steps(about, tensors, position.step)
+
+    def _velocity_steps(
+        self, about: Mapping[str, str], tensors: Mapping[str, Tensor], before: int
+    ) -> list[int]:
+        """The steps of the saved velocities, ascending, all before the step where the clip is."""
+        said = about.get(_VELOCITY_STEPS, "").split()
+        steps = [int(one) if _NUMBER.fullmatch(one) else -1 for one in said]
+        ascending = all(one < other for one, other in pairwise([-1, *steps, before]))
+        if not ascending or len(steps) != len(tensors.get("velocities", ())):
+            self._refuse(
+                self.step_path,
+                f"says that its velocities are of the steps {shown(' '.join(said))}",
+            )
+        return steps
 
     def _position(self, path: Path, about: Mapping[str, str]) -> Position:
         numbers = [about.get("clip", ""), about.get("step", "")]
@@ -242,6 +277,9 @@ class StateFiles:
         expected = {"latents": [4, *latent]}
         if "mask" in shapes and path == self.step_path:
             expected["mask"] = [latent[0]]
+        if self.identity.get("step cache", "off") != "off" and path == self.step_path:
+            count = shapes.get("velocities", [1])[:1]
+            expected["velocities"] = [min(max(1, *count), len(FILLS)), 4, *latent]
         if shapes != expected:
             self._refuse(path, f"holds {shown(shapes)}, but the request has {shown(expected)}")
         if set(dtypes.values()) != {"F32"}:

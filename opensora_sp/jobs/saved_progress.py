@@ -16,7 +16,14 @@ from torch import Tensor
 
 from opensora_sp.base.errors import Stopped, UserError
 from opensora_sp.base.screen import warn_once
-from opensora_sp.engine.progress import Gather, Position, Progress, ResumePoint
+from opensora_sp.engine.progress import (
+    Gather,
+    GatherHeld,
+    HeldVelocities,
+    Position,
+    Progress,
+    ResumePoint,
+)
 from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.parallel.exchange import broadcast
 from opensora_sp.parallel.session import Session
@@ -49,7 +56,7 @@ class SavedProgress(Progress):
         self._on_step = on_step
         self._asked: list[int] = []  # signals that came during the steps
         self._mask: Tensor | None = None
-        self._unsaved: tuple[Position, Gather] | None = None
+        self._unsaved: tuple[Position, Gather, GatherHeld | None] | None = None
 
     def is_finished(self, clip: int) -> bool:
         """Whether a clip's latents are saved, so that it is not denoised again."""
@@ -71,11 +78,22 @@ class SavedProgress(Progress):
         saved = session.control.together(
             lambda: [files.load_step() for files in self._files], leading_only=True
         )
-        mask = session.control.broadcast_object(None if saved is None else (_masks(saved),))[0]
-        whole = None if saved is None else torch.stack([one.z for one in saved])
+        about = None if saved is None else (_masks(saved), _held_steps(saved))
+        mask, steps = session.control.broadcast_object(about)
+        z = self._handed_out(None if saved is None else torch.stack([one.z for one in saved]))
+        if not steps:
+            return ResumePoint(step, z, mask)
+        velocities = None
+        if saved is not None:
+            batches = [torch.stack([one.held[i] for one in saved]) for i in steps]
+            velocities = torch.stack(batches)
+        return ResumePoint(step, z, mask, HeldVelocities(steps, self._handed_out(velocities)))
+
+    def _handed_out(self, whole: Tensor | None) -> Tensor:
+        """The leading rank's tensor, in host memory of every rank. Collective."""
+        session = self._session
         shape = session.control.broadcast_object(None if whole is None else tuple(whole.shape))
-        z = broadcast(session.world, whole, shape, torch.float32, session.device)
-        return ResumePoint(step, z.cpu(), mask)
+        return broadcast(session.world, whole, shape, torch.float32, session.device).cpu()
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -96,9 +114,16 @@ class SavedProgress(Progress):
             with self._session.control.signals_noted(self._asked):
                 yield
 
-    def watch(self, clip: int, step: int, mask: Tensor | None, gather: Gather) -> None:
+    def watch(
+        self,
+        clip: int,
+        step: int,
+        mask: Tensor | None,
+        gather: Gather,
+        held: GatherHeld | None = None,
+    ) -> None:
         """Called after `step` steps of a clip: save the state if it is due. Collective."""
-        self._mask, self._unsaved = mask, (Position(clip, step), gather)
+        self._mask, self._unsaved = mask, (Position(clip, step), gather, held)
         if self._on_step is not None:
             self._on_step()
         asked = self._all_asked()
@@ -126,12 +151,14 @@ class SavedProgress(Progress):
         """Save the last step, unless it is saved already. Collective."""
         if self._unsaved is None:
             return
-        position, gather = self._unsaved
+        position, gather, gather_held = self._unsaved
         z = gather() if self._files else None
+        held = gather_held() if self._files and gather_held is not None else None
         if z is not None:
             rows = [None] * len(z) if self._mask is None else list(self._mask)
-            for files, latents, mask in zip(self._files, z, rows, strict=True):
-                self._try(partial(files.save_step, position, latents, mask))
+            for place, (files, latents, mask) in enumerate(zip(self._files, z, rows, strict=True)):
+                saved = SavedStep(latents, mask, _of_sample(held, place))
+                self._try(partial(files.save_step, position, saved))
         self._unsaved = None  # set last, so that an interrupted save is repeated
 
     def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
@@ -152,6 +179,22 @@ class SavedProgress(Progress):
             warn_once(
                 _log, "state", f"the state is not saved, so it cannot be gone on from: {error}"
             )
+
+
+def _of_sample(held: HeldVelocities | None, place: int) -> dict[int, Tensor]:
+    """The held velocities of one sample of a batch, by step."""
+    if held is None:
+        return {}
+    return {step: own[place] for step, own in zip(held.steps, held.velocities, strict=True)}
+
+
+def _held_steps(saved: Sequence[SavedStep]) -> list[int]:
+    """The steps of which every sample has its velocity, ascending.
+
+    Samples that were left in different batches may have others, where frames joined.
+    """
+    common = set(saved[0].held).intersection(*(one.held for one in saved))
+    return sorted(common)
 
 
 def _masks(saved: Sequence[SavedStep]) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.folded_weights import FoldBuffers, FoldedWeights, fold
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.folded import (
@@ -47,14 +48,14 @@ class _Folded:
 
 
 class FoldedStep:
-    """The segments of one step's blocks from folded weights. tokens: as for `PlainStep`.
+    """The segments of one step's blocks from folded weights. tokens, run: as for `PlainStep`.
 
     One spatial and one temporal block are folded at a time, when the first of their segments runs:
     with layer offload their weights are on the device then. The memory is used again for the next.
     """
 
-    def __init__(self, tokens: int | None = None) -> None:
-        self.tokens, self._plain = tokens, PlainStep(tokens)
+    def __init__(self, tokens: int | None = None, run: Run = directly) -> None:
+        self.tokens, self._run, self._plain = tokens, run, PlainStep(tokens, run)
         self._folded: dict[type[Block], _Folded] = {}
         self._buffers: dict[tuple[type[Block], int], FoldBuffers] = {}
         self._turns: tuple[Tensor, Tensor] | None = None  # rotary cosines and their matrices
@@ -78,9 +79,9 @@ class FoldedStep:
             for part in ranges(run.stop - run.start, h.shape[1], self.tokens)
         ]
         if len(parts) == 1:
-            return _within_frames(block, h, weights[parts[0][1]])
+            return _within_frames(block, h, weights[parts[0][1]], self._run)
         for frames, group in parts:
-            h[frames] = _within_frames(block, h[frames], weights[group])
+            h[frames] = _within_frames(block, h[frames], weights[group], self._run)
         return h
 
     def rest(
@@ -99,7 +100,7 @@ class FoldedStep:
             for b, frames, group in _by_group(tables.groups, x, t):
                 part = x[b, frames, c]
                 accumulate_(part, attended[b, frames, c], weights[group].proj)
-                _after_attention(block, part, weights[group], text[b])
+                _after_attention(block, part, weights[group], text[b], self._run)
         return x
 
     def along_time(
@@ -123,12 +124,12 @@ class FoldedStep:
             runs = list(tables.groups.runs(b, x.shape[1]))
             for c in ranges(x.shape[2], x.shape[1], self.tokens):
                 tile = x[b, :, c]
-                attended = _along_time(block, tile, runs, weights, rotary, matrices)
+                attended = _along_time(block, tile, runs, weights, rotary, matrices, self._run)
                 for frames, group in runs:
                     accumulate_(tile[frames], attended[frames], weights[group].proj)
         for t, c in tiles(x.shape, self.tokens):
             for b, frames, group in _by_group(tables.groups, x, t):
-                _after_attention(block, x[b, frames, c], weights[group], text[b])
+                _after_attention(block, x[b, frames, c], weights[group], text[b], self._run)
         return x
 
     def _weights(self, block: Block, groups: FrameGroups) -> list[FoldedWeights]:
@@ -191,15 +192,22 @@ def _norm_weights(block: Block) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights) -> Tensor:
+def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights, run: Run) -> Tensor:
     """Every patch attends to its frame: normed h [F,S,C] → [F,S,C], before the projection."""
-    qkv = F.linear(h, folded.qkv, folded.qkv_bias).unflatten(-1, (3, block.attn.heads, -1))
-    q, k, v = qkv.unbind(-3)  # views [F,S,H,D] of one tensor
     norms = _norm_weights(block)
+    q, k, v = run(_heads_in_frames, h, folded.qkv, folded.qkv_bias, norms, block.attn.heads)
+    return attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+
+
+def _heads_in_frames(
+    h: Tensor, weight: Tensor, bias: Tensor, norms: tuple[Tensor, Tensor] | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed h [F,S,C] → q, k, v [F,S,H,D], whose products are those of normed q and k."""
+    q, k, v = F.linear(h, weight, bias).unflatten(-1, (3, heads, -1)).unbind(-3)  # views of one
     if norms is not None and not norm_rotary_in_one_(q, k, *norms):
         # Only the product of a query and a key counts, so the query has both weights.
         q, k = head_norm_(q, norms[0] * norms[1]), head_norm_(k)
-    return attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+    return q, k, v
 
 
 def _along_time(
@@ -209,6 +217,7 @@ def _along_time(
     weights: Sequence[FoldedWeights],
     rotary: tuple[Tensor, Tensor],
     matrices: Callable[[], tuple[Tensor, Tensor]],
+    run: Run,
 ) -> Tensor:
     """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected.
 
@@ -217,25 +226,33 @@ def _along_time(
     if x.numel() == 0:
         return x
     h = _layer_norm(x)
-    parts = [F.linear(h[run], weights[group].qkv, weights[group].qkv_bias) for run, group in runs]
+    parts = [F.linear(h[some], weights[group].qkv, weights[group].qkv_bias) for some, group in runs]
     del h
     qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
     q, k, v = qkv.unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)  # views [T,S,H,D]
     del qkv
     norms = _norm_weights(block)
-    if norms is None:
-        q, k = (turn(x.contiguous(), turns) for x, turns in zip((q, k), matrices(), strict=True))
-    elif not norm_rotary_in_one_(q, k, *norms, rotary):
-        q, k = (turn(head_norm(x), turns) for x, turns in zip((q, k), matrices(), strict=True))
+    if norms is None or not norm_rotary_in_one_(q, k, *norms, rotary):
+        q, k = (
+            run(_turned, x, turns, norms is not None)
+            for x, turns in zip((q, k), matrices(), strict=True)
+        )
     out = attend(*(part.permute(1, 2, 0, 3) for part in (q, k, v)))  # [S,H,T,D]
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _after_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
+def _turned(x: Tensor, matrices: Tensor, normed: bool) -> Tensor:
+    """Queries or keys [T,S,H,D], normed where the model does so, by the matrix of their frame."""
+    return turn(head_norm(x) if normed else x.contiguous(), matrices)
+
+
+def _after_attention(
+    block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue, run: Run
+) -> None:
     """Cross-attention and MLP, added into x [F,S,C], to which proj was added without its bias."""
     _cross_attention(block, x, folded, text)
-    _mlp(x, folded)
+    _mlp(x, folded, run)
 
 
 def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
@@ -247,12 +264,14 @@ def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyVa
     accumulate_(x, seen, cross.proj.weight)
 
 
-def _before_mlp(x: Tensor, folded: FoldedWeights) -> Tensor:
-    """The biases that are pending, added into x [F,S,C], and the MLP's input."""
-    return residual_norm_(x[None], bias=folded.before_mlp)[0]
-
-
-def _mlp(x: Tensor, folded: FoldedWeights) -> None:
-    hidden = linear_gelu(_before_mlp(x, folded), folded.fc1, folded.fc1_bias)
+def _mlp(x: Tensor, folded: FoldedWeights, run: Run) -> None:
+    # Products that add into the residual, and the one that ends in GELU, are one call of a library
+    # each. A compiler would make two passes of them.
+    hidden = linear_gelu(run(_to_mlp, x, folded.before_mlp), folded.fc1, folded.fc1_bias)
     accumulate_(x, hidden, folded.fc2)
     x += folded.fc2_bias
+
+
+def _to_mlp(x: Tensor, bias: Tensor) -> Tensor:
+    """The biases that are pending, added into x [F,S,C], and the MLP's input."""
+    return residual_norm_(x[None], bias=bias)[0]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora_sp.base.transfer import to_device
+from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.kernels.fused import norm_rotary
 from opensora_sp.models.kernels.reference import attend, rms_norm, rotate
 
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
         self.k_norm: nn.Module = RMSNorm(width) if qk_norm else nn.Identity()
         self.proj = nn.Linear(channels, channels)
 
-    def _qkv(
+    def heads_of(
         self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h [..., C] → q, k, v [..., H, D], q and k normed, and turned where rotary is given."""
@@ -98,18 +99,18 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
 
-    def within_frames(self, h: Tensor) -> Tensor:
+    def within_frames(self, h: Tensor, run: Run = directly) -> Tensor:
         """Every patch of a frame attends to its frame: [F,S,C] → [F,S,C], before the projection."""
-        q, k, v = (part.transpose(1, 2) for part in self._qkv(h))  # [F,H,S,D]
+        q, k, v = (part.transpose(1, 2) for part in run(self.heads_of, h))  # [F,H,S,D]
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
-    def along_time(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Every position attends to itself in all frames: [B,T,S,C] → [B,T,S,C]."""
-        batch, frames, patches, channels = h.shape
-        q, k, v = self._qkv(h, rotary)  # [B,T,S,H,D]
-        q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in (q, k, v))  # [B·S,H,T,D]
-        out = attend(q, k, v).unflatten(0, (batch, patches))  # [B,S,H,T,D]
-        return out.permute(0, 3, 1, 2, 4).reshape(batch, frames, patches, channels)
+    def heads_by_position(
+        self, h: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B,T,S,C] → q, k, v of each position, along time: [B·S,H,T,D]."""
+        q, k, v = self.heads_of(h, rotary)  # [B,T,S,H,D]
+        q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in (q, k, v))
+        return q, k, v
 
 
 KeyValue = tuple[Tensor, Tensor]  # k and v of one sample's text, each [1,H,L,D]
@@ -130,13 +131,16 @@ class CrossAttention(nn.Module):
         k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
-    def forward(self, x: Tensor, text: Sequence[KeyValue]) -> Tensor:
-        """x [B,T,S,C] and B pairs of k, v → [B,T,S,C]."""
-        q = self.q_linear(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def query(self, x: Tensor) -> Tensor:
+        """x [B,T,S,C] → q [B,H,T·S,D]."""
+        return self.q_linear(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, q: Tensor, text: Sequence[KeyValue]) -> Tensor:
+        """q as `query` makes it and B pairs of k, v → [B,T·S,C], before the projection."""
         # Sample by sample: masks leave the fast kernels, and lengths differ between prompts.
         parts = [attend(q[i : i + 1], k, v) for i, (k, v) in enumerate(text)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        return out.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):

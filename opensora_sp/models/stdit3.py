@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.base.transfer import to_device
+from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.configs import DIT, check_heads, checked, read_dit
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.fused import modulated_norm, residual_norm_
+from opensora_sp.models.kernels.reference import attend
 from opensora_sp.models.layers import (
     CrossAttention,
     KeyValue,
@@ -101,6 +103,11 @@ class StepTables:
         groups = None if self.groups is None else self.groups.frames(start, stop)
         return StepTables(self.t[:, start:stop], self.blocks[:, start:stop], groups)
 
+    @property
+    def ungrouped(self) -> StepTables:
+        """The same tables without groups: tensors alone."""
+        return StepTables(self.t, self.blocks)
+
 
 def patchify(z: Tensor) -> Tensor:
     """Latents [B,4,T,H,W] → patch form [B,T,S,16]; odd sides are zero-padded at the end."""
@@ -151,30 +158,52 @@ class Block(nn.Module):
         text: Sequence[KeyValue],
         *,
         in_place: bool = False,
+        run: Run = directly,
     ) -> Tensor:
         """Everything after the self-attention, local to each token: [B,T,S,C] → [B,T,S,C].
 
-        in_place: x is updated where it lies, which gradients do not allow.
+        in_place: x is updated where it lies, which gradients do not allow. run: computes what is
+        between the attentions.
         """
-        add = torch.Tensor.addcmul_ if in_place else torch.addcmul
         _, _, gate, shift, scale, mlp_gate = self._modulation(tables)
+        x, q = run(self.to_text, x, attended, gate, in_place)
+        seen = self.cross_attn(q, text)
+        del q
+        x, h = run(self.to_mlp, x, seen, shift, scale, in_place)
+        del seen
+        out: Tensor = run(self.through_mlp, x, h, mlp_gate, in_place)
+        return out
+
+    def to_text(
+        self, x: Tensor, attended: Tensor, gate: Tensor, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x and attended [B,T,S,C] → x with the self-attention in it, and its query of the text."""
+        add = torch.Tensor.addcmul_ if in_place else torch.addcmul
         x = add(x, gate, self.attn.proj(attended))
-        crossed = self.cross_attn(x, text)
+        return x, self.cross_attn.query(x)
+
+    def to_mlp(
+        self, x: Tensor, seen: Tensor, shift: Tensor, scale: Tensor, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x [B,T,S,C] and what it saw of the text [B,T·S,C] → x with that, and MLP's input."""
+        crossed = self.cross_attn.proj(seen.view(x.shape))
         if in_place:
-            h = residual_norm_(x, added=crossed, shift=shift, scale=scale)
-        else:
-            x = x + crossed
-            h = modulated_norm(x, shift, scale)
-        del crossed
-        return add(x, mlp_gate, self.mlp(h))
+            return x, residual_norm_(x, added=crossed, shift=shift, scale=scale)
+        x = x + crossed
+        return x, modulated_norm(x, shift, scale)
+
+    def through_mlp(self, x: Tensor, h: Tensor, gate: Tensor, in_place: bool) -> Tensor:
+        """x and the MLP's input [B,T,S,C] → x with the MLP in it; gate [B,T,1,C] or alike."""
+        add = torch.Tensor.addcmul_ if in_place else torch.addcmul
+        return add(x, gate, self.mlp(h))
 
 
 class SpatialBlock(Block):
     """Self-attention within a frame. Split at the exchange: attn_in | attend | rest."""
 
-    def attend(self, h: Tensor) -> Tensor:
+    def attend(self, h: Tensor, run: Run = directly) -> Tensor:
         """Whole frames [F,S,C] → [F,S,C]; F may be 0."""
-        return self.attn.within_frames(h)
+        return self.attn.within_frames(h, run)
 
 
 class TemporalBlock(Block):
@@ -188,10 +217,26 @@ class TemporalBlock(Block):
         rotary: tuple[Tensor, Tensor],
         *,
         in_place: bool = False,
+        run: Run = directly,
     ) -> Tensor:
-        """x [B,T,S,C] with all T frames → the same shape; in_place as for `rest`."""
-        attended = self.attn.along_time(self.attn_in(x, tables), rotary)
-        return self.rest(x, attended, tables, text, in_place=in_place)
+        """x [B,T,S,C] with all T frames → the same shape; in_place and run as for `rest`."""
+        attended = self._along_time(x, tables, rotary, run)
+        return self.rest(x, attended, tables, text, in_place=in_place, run=run)
+
+    def heads(
+        self, x: Tensor, tables: StepTables, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,T,S,C] → q, k, v of each position, along time: [B·S,H,T,D]."""
+        return self.attn.heads_by_position(self.attn_in(x, tables), rotary)
+
+    def _along_time(
+        self, x: Tensor, tables: StepTables, rotary: tuple[Tensor, Tensor], run: Run
+    ) -> Tensor:
+        """Every position attends to itself in all frames: [B,T,S,C] → the same shape."""
+        q, k, v = run(self.heads, x, tables.ungrouped, rotary)
+        out = attend(q, k, v).unflatten(0, (x.shape[0], -1))  # [B,S,H,T,D]
+        del q, k, v
+        return out.permute(0, 3, 1, 2, 4).reshape(x.shape)
 
 
 class PatchEmbedder(nn.Module):

@@ -8,11 +8,13 @@ written; `opensora_sp.models.folded_step.FoldedStep` computes the same from fold
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.layers import KeyValue
 from opensora_sp.models.stdit3 import Block, SpatialBlock, StepTables, TemporalBlock
@@ -57,22 +59,25 @@ class StepKernels(Protocol):
 
 
 class PlainStep:
-    """Each segment as its module computes it. tokens: computed at once; None is all of them."""
+    """Each segment as its module computes it. tokens: computed at once; None is all of them.
 
-    def __init__(self, tokens: int | None = None) -> None:
-        self.tokens = tokens
+    run: computes what is between the attentions; see `opensora_sp.models.compiler`.
+    """
+
+    def __init__(self, tokens: int | None = None, run: Run = directly) -> None:
+        self.tokens, self._run = tokens, run
 
     def attn_in(self, block: SpatialBlock, x: Tensor, tables: StepTables) -> Tensor:
         """LayerNorm and modulation."""
-        return by_tokens(block.attn_in, x, tables, self.tokens)
+        return by_tokens(partial(self._run, block.attn_in), x, tables.ungrouped, self.tokens)
 
     def attend(self, block: SpatialBlock, h: Tensor, groups: FrameGroups | None) -> Tensor:
         """Some frames at a time, written over their input."""
         parts = list(ranges(h.shape[0], h.shape[1], self.tokens))
         if len(parts) <= 1 or torch.is_grad_enabled():
-            return block.attend(h)
+            return block.attend(h, self._run)
         for frames in parts:
-            h[frames] = block.attend(h[frames])
+            h[frames] = block.attend(h[frames], self._run)
         return h
 
     def rest(
@@ -88,7 +93,7 @@ class PlainStep:
             return block.rest(x, attended, tables, text)
         for t, c in tiles(x.shape, self.tokens):
             some = tables.frames(t.start, t.stop)
-            block.rest(x[:, t, c], attended[:, t, c], some, text, in_place=True)
+            block.rest(x[:, t, c], attended[:, t, c], some, text, in_place=True, run=self._run)
         return x
 
     def along_time(
@@ -103,7 +108,7 @@ class PlainStep:
         if torch.is_grad_enabled():
             return block(x, tables, text, rotary)
         for c in ranges(x.shape[2], x.shape[0] * x.shape[1], self.tokens):
-            block(x[:, :, c], tables, text, rotary, in_place=True)
+            block(x[:, :, c], tables, text, rotary, in_place=True, run=self._run)
         return x
 
 

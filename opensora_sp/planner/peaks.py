@@ -43,11 +43,18 @@ class Shape:
     micro_batch: int = 4
     micro_frames: int = geometry.MICRO_FRAME_SIZE
     encodes: bool = False  # references, or more than one loop
+    left_out: int = 0  # of the steps
+    held: int = 0  # velocities that fill the steps left out
 
     @property
     def latent(self) -> tuple[int, int, int]:
         """(T, H, W) of the latents."""
         return geometry.latent_shape(self.num_frames, self.height, self.width, self.micro_frames)
+
+    @property
+    def computed(self) -> int:
+        """Steps that are computed."""
+        return self.steps - self.left_out
 
     @property
     def itemsize(self) -> int:
@@ -111,6 +118,7 @@ def denoising_peak(
     kept += (
         count * patches * (64 + 64 * (branches > together) + 32 * branches)
     )  # latents, velocities
+    kept += count * patches * 64 * shape.held  # float32, 16 values a patch
     passing = 3 * models.pair_weights * item if runtime.offload.layers else 0
     if folded:  # a pair of blocks, for each group of frames: kept ones are another
         passing += models.folded_weights * item * (2 if shape.encodes else 1)

@@ -287,8 +287,8 @@ def _cost(shape: Shape, mesh: Mesh, mode: MemoryMode, models: ModelSizes, option
         itemsize=shape.itemsize,
     )
     ranks = range(mesh.size)
-    denoise = shape.steps * max(step_flops(work, mesh, rank) for rank in ranks)
-    sent = shape.steps * max(
+    denoise = shape.computed * max(step_flops(work, mesh, rank) for rank in ranks)
+    sent = shape.computed * max(
         sum(size for _, size in step_traffic(work, mesh, rank, runtime).values()) for rank in ranks
     )
     text = 2 * models.t5_layers * models.t5_layer_weights * models.tokens

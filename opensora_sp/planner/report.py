@@ -28,7 +28,7 @@ def describe(plan: Plan, memory: float | None, flop_rate: float | None, link: fl
     shape = plan.shape
     lines = [
         f"{shape.num_frames} frames of {shape.height}x{shape.width}, batch {shape.batch}, "
-        f"{shape.steps} steps, {shape.dtype}, on {plan.mesh.size} rank(s): {plan.mesh}",
+        f"{_steps(shape)}, {shape.dtype}, on {plan.mesh.size} rank(s): {plan.mesh}",
         f"--memory {plan.mode}; peak of the busiest rank by stage, in GB:",
     ]
     for stage in plan.stages:
@@ -48,6 +48,12 @@ def describe(plan: Plan, memory: float | None, flop_rate: float | None, link: fl
     else:
         lines.append("time: give --flop-rate (of one device, as it is measured) for a prediction")
     return "\n".join(lines)
+
+
+def _steps(shape: Shape) -> str:
+    if not shape.left_out:
+        return f"{shape.steps} steps"
+    return f"{shape.computed} of {shape.steps} steps computed"
 
 
 def verdict(

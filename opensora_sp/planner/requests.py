@@ -10,6 +10,8 @@ from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
 from opensora_sp.request.memory_modes import MemoryMode, memory_mode
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
+from opensora_sp.request.step_choice import planned_schedule
+from opensora_sp.request.step_schedule import FILLS
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 
@@ -22,8 +24,20 @@ def sizes_of(checkpoints: Checkpoints | None) -> ModelSizes:
     return ModelSizes.read(checkpoints)
 
 
-def shape_of(request: Request, settings: EngineSettings, batch: int) -> Shape:
-    """What of a request decides its cost, in batches of `batch`."""
+def transformer_of(settings: EngineSettings) -> Path:
+    """The directory of the transformer that the settings name."""
+    return EMBEDDED / "dit" if settings.checkpoints is None else settings.checkpoints.dit
+
+
+def shape_of(
+    request: Request, settings: EngineSettings, batch: int, transformer: Path | None
+) -> Shape:
+    """What of a request decides its cost, in batches of `batch`.
+
+    transformer: the directory whose step schedules count; None where there is none. Raises
+    UserError where no schedule fits, as `opensora_sp.request.step_cache.choose_schedule`.
+    """
+    schedule = planned_schedule(request, transformer)
     return Shape(
         height=request.height,
         width=request.width,
@@ -35,6 +49,8 @@ def shape_of(request: Request, settings: EngineSettings, batch: int) -> Shape:
         micro_batch=request.micro_batch_size,
         micro_frames=request.micro_frame_size,
         encodes=bool(request.reference_path) or request.loop > 1,
+        left_out=0 if schedule is None else schedule.left_out,
+        held=0 if schedule is None else FILLS.index(schedule.fill) + 1,
     )
 
 
@@ -71,5 +87,5 @@ def plan_in_mode(job: Job, ranks: int, mode: MemoryMode) -> Plan:
 def _parts(job: Job) -> tuple[Shape, ModelSizes, Options]:
     batch = max(len(tasks) for tasks in job.batches())
     encodes = next((t for t in job.tasks if t.request.reference_path), job.tasks[0])
-    shape = shape_of(encodes.request, job.engine, batch)
+    shape = shape_of(encodes.request, job.engine, batch, transformer_of(job.engine))
     return shape, sizes_of(job.engine.checkpoints), options_of(job.engine)

@@ -141,9 +141,9 @@ class EngineSettings(Declared):
         "--enable-compile",
         boolean(),
         False,
-        "compile the model",
-        changes="nothing",
-        feature="compile",
+        "compile the transformer's blocks before the first step",
+        changes="content",
+        stored_as="compiled",
     )
     attention: str = setting(
         "--attention",

@@ -31,6 +31,9 @@ from opensora_sp.request.engine_settings import EngineSettings as EngineSettings
 from opensora_sp.request.job_settings import JobSettings as JobSettings
 from opensora_sp.request.rules import check_fields
 from opensora_sp.request.setting import Declared, declared, setting
+from opensora_sp.request.step_cache import OFF, step_cache_value
+from opensora_sp.request.step_cache import check_fields as check_schedule
+from opensora_sp.request.step_schedule import StepSchedule
 
 IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
 
@@ -194,6 +197,16 @@ class Request(Declared):
         changes="content",
         note="--micro-frame-size {value} changes the result: the model was trained with 17",
     )
+    step_cache: str | StepSchedule = setting(
+        "--step-cache",
+        step_cache_value(schedules=True),
+        OFF,
+        "leave denoising steps out: near-lossless, fast, or by the schedules of FILE or FILE:NAME; "
+        "changes the result",
+        changes="content",
+        flag_kind=step_cache_value(),
+        stored_as="step cache",
+    )
     # How a request is computed, not what: a run that ended for want of memory goes on with less.
     micro_batch_size: int = setting(
         "--micro-batch-size",
@@ -216,6 +229,7 @@ class Request(Declared):
             object.__setattr__(self, "reference_path", str(self.reference_path))
         self.check_values()
         check_fields(vars(self))
+        check_schedule(self.step_cache, steps=self.steps, images=self.is_image)
         # 7 and 7.0 are one request: they must have one digest.
         for name in ("cfg_scale", "aes", "flow"):
             value = getattr(self, name)

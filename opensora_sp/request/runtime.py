@@ -43,9 +43,11 @@ class Runtime:
         `opensora_sp.request.step_kernels`. They round differently.
     attention: the attention kernel's name, or "auto": the fastest that is right on the device.
     fused_kernels: "auto" uses fused kernels where the device has them, "off" plain torch.
-    step_cache: the policy that decides at which steps the blocks' last residual is reused; None
-        computes every step. A policy changes the result, so what it makes is never saved for a
-        later run to go on from.
+    compile: the pieces of a block between its attentions run from compiled graphs, which round
+        otherwise; see `opensora_sp.models.compiler`.
+    step_cache: a policy of one's own that decides which steps are computed, for requests that ask
+        for no step cache; None computes every step. What it makes is never saved for a later run
+        to go on from, for which a request's own `step_cache` is the way.
     mode: the memory mode that made these choices; None where each was given by itself.
 
     Raises UserError for an offload that is no Offload, and for the field's former name.
@@ -65,6 +67,7 @@ class Runtime:
     step_kernels: Literal["auto", "plain", "folded"] = "auto"
     attention: str = "auto"
     fused_kernels: Literal["auto", "off"] = "auto"
+    compile: bool = False
     step_cache: NamedPolicy | None = None
     mode: MemoryMode | None = None
 

@@ -43,7 +43,6 @@ FEATURES: Mapping[str, Feature] = {
     "loops": Feature("more than one loop", available=True),
     "watermark": Feature("the watermark", available=True),
     "llm-refine": Feature("prompt refinement by a language model", available=True),
-    "compile": Feature("compilation", available=False),
     "mesh": Feature("choosing how ranks are grouped", available=True),
     "replicas": Feature("replicas", available=True),
     "overlap": Feature("switching overlap off", available=True),

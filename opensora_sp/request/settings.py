@@ -49,6 +49,7 @@ from opensora_sp.request.request import (
     Task,
 )
 from opensora_sp.request.setting import FEATURES, Setting, from_flags
+from opensora_sp.request.step_choice import check_step_cache
 
 Values = dict[str, Any]
 
@@ -302,6 +303,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         notes.append("no --ckpt-path flags: the small embedded model is used")
     save_dir = check_save_dir(values["save_dir"])
     engine = EngineSettings(checkpoints=checkpoints, **from_flags(EngineSettings, values))
+    if leading:  # only rank 0 reads a file of schedules
+        check_step_cache(values["step_cache"])
     check_attention(engine.attention, engine.device, engine.dtype)
     settings = JobSettings(**from_flags(JobSettings, values) | {"save_dir": save_dir})
     tasks = _tasks(requests, settings)

@@ -133,8 +133,10 @@ def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | N
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     board, limits = gateway.board, gateway.limits
 
-    def entry_of(video_id: str, request: Request) -> Entry:
+    async def entry_of(video_id: str, request: Request) -> Entry:
         entry = board.get(video_id)
+        if entry is None and board.others:  # another gateway may have taken it just now
+            entry = await run_in_threadpool(board.seek, video_id)
         # Somebody else's is not there: a client cannot find out which ids are taken.
         if entry is None or not gateway.sees(request.state.owner, entry):
             raise HTTPException(404, f"there is no video {video_id[:64]!r}")
@@ -174,7 +176,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.get(PATH)  # as Polls answers it; here it is described, and refused where it is not there
     async def retrieve(video_id: str, request: Request) -> Response:
         """One video."""
-        return answer(gateway, entry_of(video_id, request))
+        return answer(gateway, await entry_of(video_id, request))
 
     @app.get("/v1/videos")
     async def listed(
@@ -187,6 +189,8 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise BadRequest(f"order {order[:20]!r} is not asc or desc", "order")
         owner = request.state.owner
         last = None if after is None else board.get(after)
+        if after is not None and last is None and board.others:
+            last = await run_in_threadpool(board.seek, after)
         if after is not None and (last is None or not gateway.sees(owner, last)):
             raise BadRequest(f"after {after[:64]!r} is not one of the videos", "after")
         page, more = board.page(
@@ -206,7 +210,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.delete("/v1/videos/{video_id}")
     async def delete(video_id: str, request: Request) -> Response:
         """Delete a video; one that is queued or being made is stopped first."""
-        entry = entry_of(video_id, request)
+        entry = await entry_of(video_id, request)
         await run_in_threadpool(remove, gateway, entry)
         return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
@@ -217,7 +221,10 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise BadRequest(
                 f"variant {variant[:40]!r} is not video, thumbnail or spritesheet", "variant"
             )
-        entry = entry_of(video_id, request)
+        entry = await entry_of(video_id, request)
+        if entry.status != "completed" and board.others:  # another gateway may know of it already
+            found = await run_in_threadpool(board.seek, video_id)
+            entry = entry if found is None else found
         output = gateway.store.output(video_id)
         if entry.status != "completed" or output is None:
             raise HTTPException(404, f"{video_id} is {entry.status}: it has no {variant} yet")
@@ -235,7 +242,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/videos/{video_id}/events", include_in_schema=False)
     async def events(video_id: str, request: Request) -> Response:
         """Every change of a job as server-sent events, until it has ended."""
-        entry_of(video_id, request)
+        await entry_of(video_id, request)
         return StreamingResponse(_events(board, video_id), media_type="text/event-stream")
 
 

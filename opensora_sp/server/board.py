@@ -33,6 +33,7 @@ class Entry:
     """One job. status: queued, in_progress, completed or failed.
 
     place: how many jobs are before it. eta_s: seconds until it has ended, None where unknown.
+    group: which group makes or made it, where there are several. waits: why none can make it now.
     """
 
     spec: JobSpec
@@ -41,6 +42,8 @@ class Entry:
     result: JobResult | None = None
     place: int | None = None
     eta_s: float | None = None
+    group: str = ""
+    waits: str = ""
 
     @property
     def live(self) -> bool:
@@ -51,8 +54,11 @@ class Entry:
 class Board:
     """All jobs. Reading never waits for the disk; `look` brings it in step with the queue.
 
-    kept_seconds: how long ended jobs are kept; 0 for ever.
+    kept_seconds: how long ended jobs are kept; 0 for ever. others: whether other gateways have the
+    same jobs, so that `seek` may find one that is not here yet.
     """
+
+    others = False
 
     def __init__(self, store: JobStore, jobs: JobQueue, engine: str = "") -> None:
         self._store, self._jobs = store, jobs
@@ -125,6 +131,14 @@ class Board:
     def get(self, job_id: str) -> Entry | None:
         """One job."""
         return self._entries.get(job_id)
+
+    def seek(self, job_id: str) -> Entry | None:
+        """One job, looked for where other gateways put theirs too. May take milliseconds."""
+        return self.get(job_id)
+
+    def group_counts(self) -> dict[str, int]:
+        """How many groups of a shared queue are in each state; empty without such a queue."""
+        return {}
 
     def all(self) -> list[Entry]:
         """Every job, newest first."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 QUEUE, WORKFLOW = "videos", "make_video"
 APPLICATION, VERSION = "opensora-sp", "1"
@@ -48,6 +48,22 @@ _STATUS = {
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "ended",
     "CANCELLED": "cancelled",
 }
+
+
+class Jobs(Protocol):
+    """What the routes of a gateway and the retention need of a queue; see `JobQueue`."""
+
+    def put(self, job_id: str, priority: int) -> None:
+        """Add a job that is written down."""
+
+    def cancel(self, job_id: str) -> None:
+        """Take out one that has not ended."""
+
+    def forget(self, job_id: str) -> None:
+        """Remove one that has ended."""
+
+    def ended_before(self, moment: float) -> list[str]:
+        """Ids of jobs that ended before `moment`, s since 1970, and may have left rows behind."""
 
 
 class JobQueue:
@@ -161,6 +177,7 @@ class Worker:
     def __init__(self, url: str, executor: str) -> None:
         import dbos
 
+        self.idle = True  # whether no job is made
         self._dbos: Any = dbos
         self._jobs: queue.Queue[tuple[str, threading.Event]] = queue.Queue()
         self._done: threading.Event | None = None
@@ -216,13 +233,17 @@ class Worker:
         )
         return max((status.recovery_attempts or 1 for status in found), default=1)
 
-    def done(self, *, deleted: bool = False) -> None:
-        """The job that `next` gave has ended: its result is written, or it is deleted."""
+    def prepare(self, job_id: str, job: Any, engine: Any) -> None:
+        """Before a job is made: what was saved of it lies where it goes on."""
+
+    def done(self, *, deleted: bool = False) -> bool:
+        """The job that `next` gave has ended: its result is written, or it is deleted. True."""
         if deleted:
             self._quiet.jobs.append(self._now)
         if self._done is not None:
             self._done.set()
             self._done = None
+        return True
 
     def close(self) -> None:
         """Take no more jobs. One that is being made stays the queue's, and is given out again."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.request.request import Job, Task
+from opensora_sp.request.step_choice import before_each
 from opensora_sp.server.batches import gather, joined
 from opensora_sp.server.beat import Beat, drain_path
 from opensora_sp.server.checking import without_paths
@@ -33,6 +34,7 @@ from opensora_sp.server.step_previews import StepPreviews, fitted_colours
 if TYPE_CHECKING:
     from opensora_sp.engine.progress import Position
     from opensora_sp.models.latent_colours import LatentColours
+    from opensora_sp.server.group_worker import GroupWorker
 
 TICK_SECONDS = 1.0
 # The least time between two notes of a job's progress: a note is a small file.
@@ -45,16 +47,13 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
     """Open the engine for `first`, then make jobs until a signal comes. On every rank."""
     from opensora_sp.jobs.open import open_engine
 
-    store = JobStore(settings.save_dir)
     serves = served_shapes(settings, first)
-    with _only_engine(settings.save_dir), open_engine(first, serves) as engine:
+    with _only_engine(settings.place), open_engine(first, serves) as engine:
         leads = engine.whole.leads
         if leads and engine.warm is not None:
-            write_facts(settings.save_dir, engine.warm, settings.digest())
-        worker = (
-            Worker(settings.queue, executor=f"engine-{settings.save_dir.name}") if leads else None
-        )
-        beat = Beat(settings.save_dir, engine.whole.control) if leads else None
+            write_facts(settings.place, engine.warm, settings.digest())
+        store, worker = _queue_of(settings, engine)
+        beat = Beat(settings.place, engine.whole.control) if leads else None
         try:
             for size in settings.warmup:
                 _warm_up(engine, settings, size)
@@ -69,10 +68,11 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 job_id = engine.whole.control.meet(job_id)
                 if job_id is None:
                     continue
-                with _making(beat, job_id):
+                with _making(beat, job_id), _making(worker, job_id):
                     _make(engine, settings, store, worker, job_id, colours)
-                if worker is not None:
-                    worker.done(deleted=store.cancel_asked(job_id))
+                # The ranks meet while rank 0 waits for a database that does not answer.
+                while not engine.whole.control.meet(_ended(worker, store, job_id)):
+                    pass
         finally:
             if beat is not None:
                 beat.close()
@@ -80,16 +80,37 @@ def serve_jobs(settings: GroupSettings, first: Job) -> int:
                 worker.close()
 
 
-def _next_job(worker: Worker, settings: GroupSettings) -> str | None:
+def _queue_of(settings: GroupSettings, engine: Any) -> tuple[JobStore, Worker | GroupWorker | None]:
+    """Where this rank finds jobs, and what takes them: on rank 0 alone."""
+    whole = engine.whole
+    if not settings.shared:
+        executor = f"engine-{settings.save_dir.name}"
+        return JobStore(settings.save_dir), (
+            Worker(settings.queue, executor) if whole.leads else None
+        )
+    from opensora_sp.server.group_worker import GroupStore, GroupWorker
+
+    store = GroupStore(settings)
+    if not whole.leads:
+        return store, None
+    return store, GroupWorker(settings, store, whole.control, whole.device, engine.warm)
+
+
+def _next_job(worker: Worker | GroupWorker, settings: GroupSettings) -> str | None:
     """The next job, or None after a while without one. A server that is stopped begins none."""
-    if drain_path(settings.save_dir).exists():
+    if drain_path(settings.place).exists():
         time.sleep(TICK_SECONDS)
         return None
     return worker.next(TICK_SECONDS)
 
 
+def _ended(worker: Worker | GroupWorker | None, store: JobStore, job_id: str) -> bool | None:
+    """Tell the queue, on rank 0, that a job has ended; False: tell it again."""
+    return None if worker is None else worker.done(deleted=store.cancel_asked(job_id))
+
+
 @contextmanager
-def _making(beat: Beat | None, job_id: str) -> Iterator[None]:
+def _making(beat: Beat | Worker | GroupWorker | None, job_id: str) -> Iterator[None]:
     """A job is made in this block, as the sign of life and the log say."""
     if beat is not None:
         beat.idle = False
@@ -121,7 +142,7 @@ def _make(
     engine: Any,
     settings: GroupSettings,
     store: JobStore,
-    worker: Worker | None,
+    worker: Worker | GroupWorker | None,
     job_id: str,
     colours: LatentColours | None,
 ) -> None:
@@ -134,6 +155,8 @@ def _make(
     if worker is not None:
         behind = worker.behind(job_id) if settings.batch_jobs > 1 else ()
         found = gather(settings, store, job_id, behind, worker.attempts(job_id))
+        if job_id in found:
+            worker.prepare(job_id, found[job_id], engine)
         store.put_together(found)
     found = control.broadcast_object(found)
     reporters = {name: JobReporter(store, name, engine.whole.leads) for name in found}
@@ -248,6 +271,7 @@ class JobReporter:
         self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
         self._first: float | None = None
         self._before, self._preview, self._together = 0, 0, 1
+        self._clip: Sequence[int] = (0, 1)
 
     @property
     def preview_file(self) -> Path:
@@ -264,6 +288,7 @@ class JobReporter:
         self._steps = request.steps * request.loop
         self._done = 0 if start is None else start.clip * request.steps + start.step
         self._before, self._first = self._done, None
+        self._clip = before_each(request)
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
@@ -327,16 +352,23 @@ class JobReporter:
             ),
         )
 
+    def _computed(self, step: int) -> int:
+        """How many of the job's first steps are computed: those left out take no time."""
+        clips, rest = divmod(step, len(self._clip) - 1)
+        return clips * self._clip[-1] + self._clip[rest]
+
     def _note(self, stage: str, *, force: bool = False) -> None:
         moment = time.time()
         if not self._leads or (not force and moment - self._noted < NOTE_SECONDS):
             return
         self._noted = moment
         eta = None
-        made = self._done - self._before
-        if self._first is not None and made > 1:
-            pace = (moment - self._first) / (made - 1)
-            eta = round(pace * max(0, self._steps - self._done), 1)
+        if self._first is not None:
+            # The clock runs since the first step of this run has ended.
+            made = self._computed(self._done) - self._computed(self._before + 1)
+            left = self._computed(self._steps) - self._computed(self._done)
+            if made > 0:
+                eta = round((moment - self._first) / made * left, 1)
         self._store.put_progress(
             self._id,
             JobProgress(

@@ -51,11 +51,17 @@ class Health:
 class EngineProcess:
     """The engine's processes, watched by a thread.
 
-    completed: how many jobs were completed since the server was started.
+    completed: how many jobs were completed since the server was started. on_end: called whenever
+    the engine has ended, whatever ended it.
     """
 
-    def __init__(self, settings: GroupSettings, completed: Callable[[], int] = lambda: 0) -> None:
-        self._settings, self._completed = settings, completed
+    def __init__(
+        self,
+        settings: GroupSettings,
+        completed: Callable[[], int] = lambda: 0,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings, self._completed, self._on_end = settings, completed, on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
         self._restarts = Restarts()
@@ -76,15 +82,31 @@ class EngineProcess:
             return Health("failed", self._given_up, restarts)
         if self._ending.is_set():
             return Health("stopped", "", restarts)
+        if self._settings.node > 0:
+            # Signs of life are rank 0's, which is on another node.
+            return Health("ready" if self._runs() else "starting", "", restarts)
         sign, seen = self._seen
         if sign is None:
             return Health("starting", "", restarts)
         reason = stuck(sign, time.monotonic() - seen)
         return Health("failed" if reason else sign.state, reason or "", restarts)
 
+    @property
+    def given_up(self) -> str | None:
+        """Why it is not started again, in a line; None where it is."""
+        return self._given_up
+
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def makes_a_job(self) -> bool:
+        """Whether a job is made now, as far as the last sign of life says."""
+        sign = self._seen[0]
+        return sign is not None and not sign.idle
+
     def take_no_more(self) -> None:
         """Let it finish the job that it makes, and begin no other."""
-        drain_path(self._settings.save_dir).touch()
+        drain_path(self._settings.place).touch()
 
     def stop(self) -> None:
         """Let it save what it is making, and end it. A second call changes nothing."""
@@ -103,6 +125,7 @@ class EngineProcess:
             started = time.monotonic()
             self._start()
             was_ready = self._until_it_ends()
+            self._on_end()
             if self._ending.is_set():
                 return
             assert self._process is not None
@@ -125,7 +148,7 @@ class EngineProcess:
 
     def _start(self) -> None:
         for left in (beat_path, drain_path):
-            left(self._settings.save_dir).unlink(missing_ok=True)
+            left(self._settings.place).unlink(missing_ok=True)
         self._seen = (None, time.monotonic())
         as_json = self._settings.log_format == "json"
         self._process = subprocess.Popen(
@@ -133,6 +156,7 @@ class EngineProcess:
             start_new_session=True,
             preexec_fn=_end_with_parent,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, **self._settings.environ()},
             stderr=subprocess.PIPE if as_json else None,
         )
         if self._process.stderr is not None:
@@ -142,9 +166,9 @@ class EngineProcess:
     def _until_it_ends(self) -> bool:
         """Look at it until it has ended; whether it ever was ready."""
         assert self._process is not None
-        was_ready, looks = False, 0
+        was_ready, looks = self._settings.node > 0, 0
         while self._process.poll() is None:
-            sign = read_beat(self._settings.save_dir)
+            sign = read_beat(self._settings.place)
             if sign is not None and sign != self._seen[0]:
                 self._seen = (sign, time.monotonic())
             was_ready = was_ready or (sign is not None and sign.state == "ready")
@@ -169,12 +193,20 @@ class EngineProcess:
 
 
 def command(settings: GroupSettings) -> list[str]:
-    """The engine's command line: torchrun for several ranks, plain python for one."""
+    """The engine's command line on this node: torchrun for several ranks, plain python for one."""
     module = ["-m", "opensora_sp.cli.serve_engine", "--settings", settings.to_json()]
     if settings.ranks == 1:
         return [sys.executable, *module]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*run, "--nproc_per_node", str(settings.ranks), *module]
+    run = [sys.executable, "-m", "torch.distributed.run"]
+    if settings.nodes == 1:
+        run.append("--standalone")
+    else:
+        # Static: the elastic rendezvous numbers nodes as they come, but node 0 must have rank 0,
+        # whose signs of life and files are looked at there.
+        host, _, port = settings.master.rpartition(":")
+        run += ["--nnodes", str(settings.nodes), "--node_rank", str(settings.node)]
+        run += ["--master_addr", host.strip("[]"), "--master_port", port]
+    return [*run, "--nproc_per_node", str(settings.ranks // settings.nodes), *module]
 
 
 def _end_with_parent() -> None:

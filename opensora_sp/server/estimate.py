@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 
 _KEPT, _OF_A_SHAPE = 256, 5
+_UNKNOWN_SECONDS = 60.0
 
 
 class Job(Protocol):
@@ -186,6 +187,22 @@ class Estimator:
             until = until + left if job.progress is None else max(until, left)
             found[job.spec.id] = until
         return found
+
+    def outstanding(self, jobs: Iterable[Job]) -> float:
+        """Seconds of one engine that these jobs, waiting or being made, still need together.
+
+        A job of which nothing is known counts as the mean of the others, and as a minute where
+        nothing is known of any: a queue with jobs in it is never without work.
+        """
+        found = [
+            # A batch is made once: each of its jobs has its share of what is left.
+            None if left is None else left / max(1, job.progress.together if job.progress else 1)
+            for job in jobs
+            for left in (self.left(job),)
+        ]
+        known = [left for left in found if left is not None]
+        usual = statistics.fmean(known) if known else _UNKNOWN_SECONDS
+        return math.fsum(usual if left is None else left for left in found)
 
     def _measured(self, cost: Mapping[str, Any]) -> bool:
         """Whether anything is known of the engine that a job is for."""

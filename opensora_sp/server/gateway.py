@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from opensora_sp.server.board import Board, Entry
 from opensora_sp.server.checking import Judge
-from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.durable import Jobs
 from opensora_sp.server.engine_process import Health
 from opensora_sp.server.job_store import JobStore
 from opensora_sp.server.metrics import Metrics
@@ -63,7 +63,7 @@ class Gateway:
     """
 
     store: JobStore
-    jobs: JobQueue
+    jobs: Jobs
     board: Board
     judge: Judge
     health: Callable[[], Health]

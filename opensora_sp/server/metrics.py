@@ -23,7 +23,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Stages of the engine's clock, and codes of failed jobs; others are "other".
 STAGES = (
     "load", "draw noise", "read references", "encode references", "encode text", "hand out",
-    "wait", "agree", "denoise", "decode", "write",
+    "wait", "agree", "compile", "denoise", "decode", "write",
 )  # fmt: skip
 CODES = ("invalid_request", "engine_error", "engine_ended")
 STATES = ("ready", "starting", "stopped", "failed")
@@ -145,13 +145,26 @@ class _Now:
         """Gauges of the queue and of the engine."""
         entries, now = self._board.all(), time.time()
         queued = [now - entry.spec.created_at for entry in entries if entry.status == "queued"]
-        running = sum(entry.status == "in_progress" for entry in entries)
+        live = [entry for entry in entries if entry.status in ("queued", "in_progress")]
+        running = sum(entry.status == "in_progress" for entry in live)
         yield _gauge("queue_length", "Jobs that wait.", len(queued))
+        yield _gauge(
+            "queue_seconds",
+            "Seconds of one engine that the jobs that wait or are made still need, as estimated.",
+            self._board.estimator.outstanding(live),
+        )  # fmt: skip
         yield _gauge("jobs_in_progress", "Jobs that are made.", running)
         yield _gauge(
             "oldest_queued_seconds", "How long the oldest of the jobs that wait has waited.",
             max(queued, default=0.0),
         )  # fmt: skip
+        if counts := self._board.group_counts():
+            groups = GaugeMetricFamily(
+                "opensora_sp_groups", "Groups of the shared queue by state.", labels=["state"]
+            )
+            for name, count in counts.items():
+                groups.add_metric([name], float(count))
+            yield groups
         health = self._health()
         yield CounterMetricFamily(
             "opensora_sp_engine_restarts",

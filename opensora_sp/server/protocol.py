@@ -18,6 +18,7 @@ from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.setting import Setting
+from opensora_sp.request.step_cache import LEVELS, OFF
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 
 MODEL = "open-sora-1.2"
@@ -36,6 +37,7 @@ REQUEST_FIELDS = (
     "save_fps",
     "seed",
     "num_sampling_steps",
+    "step_cache",
     "cfg_scale",
     "aspect_ratio",
     "resolution",
@@ -119,6 +121,7 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
         key = ALIASES.get(name, name)
         if key in REQUEST_FIELDS and value is not None and value != "":
             arguments += _argument(flags[key], name, value)
+    _refuse_step_cache_file(fields.get("step_cache"))
     arguments += _references(uploads)
     priority = _whole(
         100 if fields.get("priority") in (None, "") else fields["priority"], "priority", 1, 1000
@@ -128,6 +131,15 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
     if fields.get("extend_video_id"):
         told["remixed_from_video_id"] = fields["extend_video_id"]
     return Asked(tuple(arguments), told, priority)
+
+
+def _refuse_step_cache_file(value: Any) -> None:
+    """A client names a level; a path would be one of the server's."""
+    levels = (OFF, *LEVELS)
+    if value not in (None, "", *levels):
+        raise BadRequest(
+            f"step_cache {shown(value)} is not one of {', '.join(levels)}", "step_cache"
+        )
 
 
 def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from opensora_sp.server.protocol import BadRequest, error_json
+from opensora_sp.server.shared_queue import QueueLost
 
-RETRY_AFTER_SECONDS = 30
+RETRY_AFTER_SECONDS, LOST_RETRY_AFTER_SECONDS = 30, 5
 
 
 def add_refusals(app: FastAPI) -> None:
@@ -17,6 +18,7 @@ def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(BadRequest, _on_bad_request)
     app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(QueueLost, _on_queue_lost)
     app.add_exception_handler(Exception, _on_fault)
 
 
@@ -53,6 +55,13 @@ async def _on_bad_parameter(_: Request, error: Exception) -> Response:
 async def _on_fault(_: Request, error: Exception) -> Response:
     """A fault of the server's own; uvicorn logs it with its traceback."""
     return refusal(500, "the server could not answer this; its log says why")
+
+
+async def _on_queue_lost(_: Request, error: Exception) -> Response:
+    """The database of a shared queue does not answer; nothing was queued or deleted."""
+    answer = refusal(503, "the queue does not answer just now: try again later")
+    answer.headers["retry-after"] = str(LOST_RETRY_AFTER_SECONDS)
+    return answer
 
 
 def refuse_draining() -> JSONResponse:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from opensora_sp.server.board import Board, Entry
-from opensora_sp.server.durable import JobQueue
+from opensora_sp.server.durable import Jobs
 from opensora_sp.server.job_store import JobStore
 
 SWEEP_SECONDS = 60.0
@@ -46,7 +46,7 @@ class Retention:
     def __init__(
         self,
         store: JobStore,
-        jobs: JobQueue,
+        jobs: Jobs,
         board: Board,
         kept: Kept,
         remove: Callable[[Entry], None],

@@ -21,7 +21,7 @@ from opensora_sp.planner.devices import parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
-from opensora_sp.planner.requests import options_of, shape_of, sizes_of
+from opensora_sp.planner.requests import options_of, shape_of, sizes_of, transformer_of
 from opensora_sp.planner.warm import (
     Room,
     WarmEngine,
@@ -35,6 +35,7 @@ from opensora_sp.request import named_configs
 from opensora_sp.request.memory_modes import FASTEST
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.settings import parse_command_line, resolve, size_of
+from opensora_sp.request.step_schedule import FILLS
 from opensora_sp.server.settings import GroupSettings
 
 # Where --serves is not given: the largest size that the published model was trained on, and the
@@ -57,7 +58,8 @@ def check_names(flag: str, names: Sequence[str]) -> None:
 def served_shapes(group: GroupSettings, first: Job) -> dict[str, Shape]:
     """The shapes that the engine is opened for, by name: of --serves, and of --warmup with them.
 
-    They may all have references, and so the VAE's encoder. Raises UserError for an unknown name.
+    They may all have references, and so the VAE's encoder, and a step cache. Raises UserError for
+    an unknown name.
     """
     names = group.serves or ((PUBLISHED,) if first.engine.checkpoints is not None else ())
     found = dict(EMBEDDED) if not names else {}
@@ -72,8 +74,10 @@ def served_shapes(group: GroupSettings, first: Job) -> dict[str, Shape]:
                 replace(request, height=height, width=width, num_frames=frames),
                 first.engine,
                 group.batch_jobs,
+                None,
             ),
             encodes=True,
+            held=len(FILLS),
         )
         for name, (height, width, frames) in found.items()
     }
@@ -100,21 +104,21 @@ def engine_of_settings(group: GroupSettings, first: Job) -> WarmEngine | None:
     )
 
 
-def facts_path(save_dir: Path) -> Path:
+def facts_path(place: Path) -> Path:
     """The file of what an engine has."""
-    return save_dir / "engine_facts.json"
+    return place / "engine_facts.json"
 
 
-def write_facts(save_dir: Path, warm: WarmEngine, digest: str) -> None:
+def write_facts(place: Path, warm: WarmEngine, digest: str) -> None:
     """Write what the engine of these settings has. Raises UserError where it cannot be written."""
-    with atomic_output(facts_path(save_dir)) as temporary:
+    with atomic_output(facts_path(place)) as temporary:
         temporary.write_text(json.dumps({"settings": digest} | warm.to_dict()), encoding="ascii")
 
 
 def read_facts(group: GroupSettings) -> WarmEngine | None:
     """What the engine has; None before it has opened, and for a file of other settings."""
     try:
-        found = read_object(facts_path(group.save_dir), most_bytes=1 << 20)
+        found = read_object(facts_path(group.place), most_bytes=1 << 20)
         return WarmEngine.from_dict(found) if found["settings"] == group.digest() else None
     except (ValueError, TypeError, KeyError, UserError):
         return None
@@ -132,7 +136,8 @@ def plan_request(group: GroupSettings, job: Job) -> tuple[Plan, WarmEngine | Non
 
 
 def _parts(request: Request, settings: EngineSettings) -> tuple[Shape, ModelSizes, Options]:
-    return shape_of(request, settings, 1), _sizes_of(settings.checkpoints), options_of(settings)
+    shape = shape_of(request, settings, 1, transformer_of(settings))
+    return shape, _sizes_of(settings.checkpoints), options_of(settings)
 
 
 @cache
@@ -179,7 +184,7 @@ def cost_of(group: GroupSettings, job: Job, plan: Plan) -> dict[str, Any]:
     return {
         "engine": group.digest(),
         "shape": f"{shape.width}x{shape.height}x{shape.num_frames} {shape.steps} {request.loop} "
-        f"{shape.guided} {shape.encodes}",
+        f"{shape.guided} {shape.encodes}" + f" {shape.computed}" * (shape.left_out > 0),
         "steps": request.steps * request.loop,
         "denoise": cost.denoise * request.loop,
         "decode": cost.decode * request.loop,

@@ -50,9 +50,9 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
         metrics = Metrics(board, engine.health)
         kept = Kept(operations.keep_days, operations.keep_gb)
         board.kept_seconds = kept.seconds
-        board.on_end += [metrics.job_ended, partial(_log_end, log_prompts=operations.log_prompts)]
+        board.on_end += [metrics.job_ended, partial(log_end, log_prompts=operations.log_prompts)]
         if not operations.log_prompts:
-            hide_in_lines(partial(_without_prompts, board))
+            hide_in_lines(partial(without_prompts, board))
         gateway = Gateway(
             store=store,
             jobs=jobs,
@@ -67,11 +67,13 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
             log_prompts=operations.log_prompts,
         )
         retention = Retention(store, jobs, board, kept, partial(remove, gateway))
-        with _bound(settings) as listening:
+        with bound(settings) as listening:
             engine.start()
             retention.start()
             try:
-                _answer(settings, gateway, engine, listening, say)
+                answer(
+                    settings, gateway, listening, say, partial(_drain, settings, gateway, engine)
+                )
             finally:
                 engine.stop()
                 jobs.give_back(entry.spec.id for entry in board.all() if entry.live)
@@ -80,7 +82,7 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _log_end(entry: Entry, *, log_prompts: bool) -> None:
+def log_end(entry: Entry, *, log_prompts: bool) -> None:
     """Say how a job ended; why it failed may quote its prompt."""
     job_id, result = entry.spec.id, entry.result
     assert result is not None
@@ -92,7 +94,7 @@ def _log_end(entry: Entry, *, log_prompts: bool) -> None:
         log.info("%s has failed (%s)%s", job_id, result.error_code, why, extra=extra)
 
 
-def _without_prompts(board: Board, text: str) -> str:
+def without_prompts(board: Board, text: str) -> str:
     """A line without the prompts of the jobs that it may be about."""
     recent = time.time() - LINES_SECONDS
     prompts = [
@@ -103,7 +105,7 @@ def _without_prompts(board: Board, text: str) -> str:
     return hidden(text, prompts)
 
 
-def _bound(settings: ServiceSettings) -> socket.socket:
+def bound(settings: ServiceSettings) -> socket.socket:
     """The socket to listen on. Raises UserError where the port is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
@@ -114,14 +116,14 @@ def _bound(settings: ServiceSettings) -> socket.socket:
         ) from None
 
 
-def _answer(
+def answer(
     settings: ServiceSettings,
     gateway: Gateway,
-    engine: EngineProcess,
     listening: socket.socket,
     say: Callable[[str], None],
+    end_engine: Callable[[], None],
 ) -> None:
-    """Answer until Ctrl-C or SIGTERM comes and the engine has ended over it."""
+    """Answer until Ctrl-C or SIGTERM comes and `end_engine`, which it calls, has returned."""
     import uvicorn
 
     from opensora_sp.server.app import build_app
@@ -144,7 +146,7 @@ def _answer(
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 
     def drain() -> None:
-        _drain(settings, gateway, engine)
+        end_engine()
         server.should_exit = True
 
     def stop(number: int, _frame: Any) -> None:

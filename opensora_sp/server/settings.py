@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from opensora_sp.base.errors import NoSpaceError, UserError
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
+from opensora_sp.server.queue_url import QUEUE_VARIABLE, is_postgres
 
 log = logging.getLogger(__name__)
 # Names of this machine alone: a server that listens there needs no token.
@@ -28,6 +30,14 @@ class GroupSettings:
     arguments: the engine's own flags. batch_jobs: the most jobs that are made together.
     serves, warmup: names of configurations that it is opened for, and that it makes a step of.
     log_format, log_level: as for `Operations`.
+
+    Of a queue that many groups share: queue is the database's address; group_name: this group's
+    name; parent: a word that is new with every start of the command, so that its engine knows its
+    own name again; lease_s: seconds without a sign of life after which the group counts as dead;
+    own_dir: the folder of the files that are this machine's alone.
+
+    Of a group of several nodes: nodes: how many; node: which one this is, 0 leads; master:
+    HOST:PORT of node 0, where torchrun's agents meet. ranks counts those of all nodes.
     """
 
     save_dir: Path
@@ -39,6 +49,23 @@ class GroupSettings:
     serves: tuple[str, ...] = ()
     log_format: str = "text"
     log_level: str = "info"
+    group_name: str = ""
+    parent: str = ""
+    lease_s: float = 0.0
+    own_dir: Path | None = None
+    nodes: int = 1
+    node: int = 0
+    master: str = ""
+
+    @property
+    def shared(self) -> bool:
+        """Whether many groups share the queue."""
+        return is_postgres(self.queue)
+
+    @property
+    def place(self) -> Path:
+        """Where the files lie by which the engine and what started it know each other."""
+        return self.save_dir if self.own_dir is None else self.own_dir
 
     def digest(self) -> str:
         """Short and equal for engines that take equally long for a job on one machine."""
@@ -46,15 +73,29 @@ class GroupSettings:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
-        """For the command line of a rank; `from_json` reads it."""
-        return json.dumps(asdict(self) | {"save_dir": str(self.save_dir)})
+        """For the command line of a rank; `from_json` reads it.
+
+        The address of a shared queue may hold a password. It goes through `environ` instead.
+        """
+        paths = {"save_dir": str(self.save_dir), "own_dir": self.own_dir and str(self.own_dir)}
+        queue = {"queue": None if self.shared else self.queue}
+        return json.dumps(asdict(self) | paths | queue)
+
+    def environ(self) -> dict[str, str]:
+        """What a rank's environment has beside this process's own."""
+        return {QUEUE_VARIABLE: self.queue} if self.shared else {}
 
     @classmethod
     def from_json(cls, text: str) -> GroupSettings:
         """What `to_json` wrote."""
         found = json.loads(text)
         lists = {name: tuple(found[name]) for name in ("arguments", "warmup", "serves")}
-        return cls(**found | lists | {"save_dir": Path(found["save_dir"])})
+        paths = {"save_dir": Path(found["save_dir"])}
+        if found["own_dir"] is not None:
+            paths["own_dir"] = Path(found["own_dir"])
+        if found["queue"] is None:
+            found["queue"] = os.environ[QUEUE_VARIABLE]
+        return cls(**found | lists | paths)
 
     def job(self, arguments: Sequence[str], outputs: Path) -> Job:
         """The job of a request: the engine's flags, the request's, and where its output goes.
@@ -77,7 +118,7 @@ class GroupSettings:
     def first_job(self) -> Job:
         """The job that the engine is opened for: it stands for those to come."""
         prompts = ["--prompt", *["warm up"] * self.batch_jobs]
-        return self.job([*prompts, f"--batch-size={self.batch_jobs}"], self.save_dir / "warmup")
+        return self.job([*prompts, f"--batch-size={self.batch_jobs}"], self.place / "warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +170,12 @@ class ServiceSettings:
     operations: Operations = field(default_factory=Operations)
 
 
-def require_packages() -> None:
-    """Raise UserError with the way to install it where a package that serving needs is absent."""
-    for name in _PACKAGES:
+def require_packages(*more: str) -> None:
+    """Raise UserError with the way to install it where a package that serving needs is absent.
+
+    more: packages beside those that every server needs.
+    """
+    for name in (*_PACKAGES, *more):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"serving needs the package {name}: pip install 'opensora_sp[serve]'")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opensora_sp.base import access
 from opensora_sp.engine.blocks import Stream, run_blocks
+from opensora_sp.engine.compiling import new_compiler
 from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.loading import load_transformer
 from opensora_sp.engine.parallelize import parallelize
@@ -40,13 +41,16 @@ class Transformer:
             directory, STDiT3Config.load(directory), dtype, session.device
         )
         self._comms: dict[Mesh, MeshComms] = {}
+        self._compiler = new_compiler(session.device) if runtime.compile else None
 
     def denoiser(self, z: Tensor, mesh: Mesh) -> Denoiser:
         """The denoiser for latents of z's shape [B,4,T,H,W]."""
         if mesh not in self._comms:
             self._comms[mesh] = self.session.build(mesh)
         layout = Layout(frames=z.shape[2], size=(z.shape[3], z.shape[4]), ranks=mesh.sequence)
-        return parallelize(self.model, self._comms[mesh], layout, self.runtime)
+        return parallelize(
+            self.model, self._comms[mesh], layout, self.runtime, compiler=self._compiler
+        )
 
     def forward(self, case: Case) -> Tensor | None:
         """The raw output of a case's forward: float32 [B,8,T,H,W] on rank 0, None elsewhere.

@@ -1,169 +1,199 @@
-"""A step cache: exact where it reuses nothing, and the same steps on every rank where it does."""
+"""Steps left out, on several ranks: the velocities of one rank, no exchange, and no lost bit."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
+from opensora_sp.engine.generate import denoise
+from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
+from opensora_sp.engine.progress import Position, ResumePoint
 from opensora_sp.engine.sampling import sample
-from opensora_sp.engine.step_cache.first_block import FirstBlockCache
-from opensora_sp.engine.step_cache.policy import NoCache, StepCache
+from opensora_sp.engine.step_cache.filled import FilledVelocity
+from opensora_sp.jobs.identity import identity_of, latents_identity
+from opensora_sp.jobs.saved_latents import StateFiles
+from opensora_sp.jobs.saved_progress import SavedProgress
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
-from opensora_sp.parallel.session import open_session
+from opensora_sp.parallel.session import Session, open_session
+from opensora_sp.planner.cost import Workload, step_traffic
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.peaks import Shape, denoising_peak
 from opensora_sp.request.memory_modes import Offload
-from opensora_sp.request.request import Request
+from opensora_sp.request.prompts import caption
+from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_schedule import StepSchedule
 
-FRAMES, SIZE = 5, (6, 9)  # 15 patches a frame, odd sides
+FRAMES, SIZE = 5, (5, 9)  # 15 patches a frame, odd sides: padded cells
 TIMES = [1000.0, 900.0, 800.0, 700.0, 500.0, 300.0, 200.0, 100.0]
-MODEL = tiny_transformer(replace(TINY, depth=3))
-CACHE = FirstBlockCache(threshold=0.2)
-LAYERS = Offload(models=True, layers=True)
-
-
-@dataclass(frozen=True)
-class Listening:
-    """A policy that notes what it is asked, and answers as another one."""
-
-    inner: StepCache
-    asked: list[tuple[int, float, float]] = field(default_factory=list)
-    name: str = "listening"
-
-    def reuse(self, step: int, t: float, change: float) -> bool:
-        """As the inner one."""
-        self.asked.append((step, t, change))
-        return self.inner.reuse(step, t, change)
-
-
-@dataclass(frozen=True)
-class Always:
-    """Reuse whenever asked."""
-
-    name: str = "always"
-
-    def reuse(self, step: int, t: float, change: float) -> bool:
-        """Yes."""
-        return True
+MODEL = tiny_transformer()
+SCHEDULE = StepSchedule(name="own", steps=8, computed=(0, 1, 2, 5), fill="quadratic")
+JOINS = 4  # the step at which the last frame joins
+MASK = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.6], [1.0] * 5])
+RUNTIMES = {
+    "together": Runtime(),
+    "chunks": Runtime(serial_guidance=True, chunks=2),
+    "offload": Runtime(serial_guidance=True, tokens=20, offload=Offload(models=True, layers=True)),
+}
+MESHES = [Mesh(sequence=2), Mesh(guidance=2), Mesh(sequence=3), Mesh(guidance=2, sequence=2)]
 
 
 def run(
     runtime: Runtime,
-    mask: Sequence[float] | None = None,
+    mask: torch.Tensor | None,
     mesh: Mesh | None = None,
-    session: object = None,
-) -> tuple[torch.Tensor | None, list[int]]:
-    """Latents on the leading rank after all steps, and the steps that were reused on this one."""
+    session: Session | None = None,
+) -> torch.Tensor | None:
+    """Latents on the leading rank after all steps."""
     layout = Layout(frames=FRAMES, size=SIZE, ranks=1 if mesh is None else mesh.sequence)
-    comms = None if mesh is None else session.build(mesh)  # type: ignore[attr-defined]
-    gather = None if session is None else session.control.all_gather_object  # type: ignore[attr-defined]
-    denoiser = parallelize(MODEL, comms, layout, runtime, gather)
-    velocity = denoiser.prepare(conditions())
-    frame_mask = None if mask is None else torch.tensor([mask])
-    z = denoiser.shard(normal(1, 4, FRAMES, *SIZE))
+    comms = None if mesh is None or session is None else session.build(mesh)
+    denoiser = parallelize(MODEL, comms, layout, runtime)
+    velocity = FilledVelocity(denoiser.prepare(conditions(2)), SCHEDULE, TIMES, mask)
+    z = denoiser.shard(normal(2, 4, FRAMES, *SIZE))
     with torch.no_grad():
-        z = sample(z, TIMES, velocity, frame_mask, lambda step: torch.zeros_like(z))
-    return denoiser.gather(z), velocity.cached.reused
+        z = sample(z, TIMES, velocity, mask, lambda step: torch.zeros_like(z))
+    held = sum(one.velocity.untyped_storage().nbytes() for one in velocity.held())
+    assert held == len(velocity.held()) * planned_bytes(mesh or Mesh(), session if mesh else None)
+    return denoiser.gather(z)
 
 
-@pytest.mark.parametrize(
-    "runtime",
-    [
-        Runtime(),
-        Runtime(serial_guidance=True, tokens=20),
-        Runtime(serial_guidance=True, offload=LAYERS),
-    ],
-)
-@pytest.mark.parametrize("cache", [NoCache(), FirstBlockCache(threshold=0)])
-def test_a_cache_that_reuses_nothing_changes_no_bit(runtime: Runtime, cache: StepCache) -> None:
-    plain, _ = run(runtime)
-    cached, reused = run(replace(runtime, step_cache=cache))
-    assert plain is not None
-    assert cached is not None
-    assert torch.equal(plain, cached)
-    assert reused == []
+def planned_bytes(mesh: Mesh, session: Session | None) -> int:
+    """What the plan counts for one held velocity on this rank."""
+    shape = Shape(height=8 * SIZE[0], width=8 * SIZE[1], num_frames=17, batch=2, dtype="fp32")
+    rank = 0 if session is None else session.rank
+    none, one = (
+        denoising_peak(replace(shape, held=held), mesh, Runtime(), ModelSizes(), rank)
+        for held in (0, 1)
+    )
+    return one - none
 
 
-def test_the_first_step_is_computed_and_so_is_one_with_other_frames() -> None:
-    always = Runtime(step_cache=Always())
-    assert run(always)[1] == [1, 2, 3, 4, 5, 6, 7]
-    # The last frame joins at t = 500, the fifth step: its kept frames were computed as kept.
-    assert run(always, mask=[1, 1, 1, 1, 0.6])[1] == [1, 2, 3, 5, 6, 7]
+Sent = dict[str, tuple[int, int]]
 
 
-def test_a_reused_step_adds_what_the_last_computed_one_added() -> None:
-    listening = Listening(Always())
-    layout = Layout(frames=FRAMES, size=SIZE, ranks=1)
-    denoiser = parallelize(MODEL, None, layout, Runtime(step_cache=listening))
-    velocity, z = denoiser.prepare(conditions()), denoiser.shard(normal(1, 4, FRAMES, *SIZE))
-    with torch.no_grad():
-        first, other, again = velocity(z, 500.0), velocity(z, 100.0), velocity(z, 500.0)
-    assert velocity.cached.reused == [1, 2]
-    # What the first pair says is compared with the last computed step, not with the last one.
-    (_, _, change), (_, _, none) = listening.asked
-    assert change > 0.1
-    assert none == 0
-    # From equal inputs the reused step is the exact one, but for the rounding of the residual.
-    assert float((first - again).abs().max() / first.abs().max()) <= 1e-5
-    assert float((first - other).abs().max() / first.abs().max()) > 1e-3
-
-
-def ranks_reuse(
+def ranks_fill(
     rank: int, world: int, init_file: str, mesh: Mesh
-) -> dict[str, tuple[list[int], list[float], float | None]]:
-    """Per runtime: the steps reused, the changes seen, and on rank 0 how far from one rank."""
-    found = {}
+) -> list[tuple[str, float | None, Sent, Sent]]:
+    """Per run: how far the leading rank is from one rank, what was sent, and what the plan says."""
+    found = []
     with open_session("cpu") as session:
         for name, runtime in RUNTIMES.items():
-            listening = Listening(CACHE)
-            got, reused = run(replace(runtime, step_cache=listening), None, mesh, session)
-            alone, alone_reused = run(replace(runtime, step_cache=CACHE))
-            assert reused == alone_reused
-            assert alone is not None
-            error = None if got is None else float((got - alone).abs().max() / alone.abs().max())
-            found[name] = (reused, [change for _, _, change in listening.asked], error)
+            for mask, computed in ((None, 4), (MASK, 5)):
+                before = session.ledger.snapshot()
+                got = run(runtime, mask, mesh, session)
+                spent = session.ledger.since(before)
+                sent = {
+                    kind: (entry.calls, entry.bytes_sent)
+                    for kind, entry in spent.items()
+                    if entry.calls and kind != "gather_latents"
+                }
+                work = Workload(
+                    frames=FRAMES,
+                    size=SIZE,
+                    channels=TINY.hidden_size,
+                    depth=TINY.depth,
+                    batch=2,
+                    itemsize=4,
+                )
+                planned = {
+                    kind: (computed * calls, computed * size)
+                    for kind, (calls, size) in step_traffic(work, mesh, rank, runtime).items()
+                }
+                alone = run(runtime, mask)
+                assert alone is not None
+                error = (
+                    None if got is None else float((got - alone).abs().max() / alone.abs().max())
+                )
+                found.append((name, error, sent, planned))
     return found
 
 
-RUNTIMES = {
-    "together": Runtime(),
-    "chunks": Runtime(serial_guidance=True, chunks=2),
-    "offload": Runtime(serial_guidance=True, tokens=20, offload=LAYERS),
-}
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_ranks_fill_as_one_does_and_a_step_left_out_exchanges_nothing(mesh: Mesh) -> None:
+    for rank, runs in enumerate(run_ranks(ranks_fill, mesh.size, mesh)):
+        for name, error, sent, planned in runs:
+            assert sent == planned, name
+            if rank == 0:
+                assert error is not None
+                assert error <= 1e-4, (name, error)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [Mesh(sequence=2), Mesh(guidance=2), Mesh(sequence=3), Mesh(guidance=2, sequence=2)],
+REQUEST = Request(
+    prompt="a red ball", height=40, width=56, num_frames=17, steps=8, step_cache=SCHEDULE
 )
-def test_all_ranks_reuse_the_steps_that_one_rank_reuses(mesh: Mesh) -> None:
-    ranks = run_ranks(ranks_reuse, mesh.size, mesh)
-    for name in RUNTIMES:
-        steps, changes, error = ranks[0][name]
-        assert 0 < len(steps) < len(TIMES) - 1
-        # Far enough from the threshold that the last bits of a sum cannot decide.
-        assert all(abs(change / CACHE.threshold - 1) > 1e-3 for change in changes)
-        assert all(rank[name][:2] == (steps, changes) for rank in ranks), name
-        assert error is not None
-        assert error <= 1e-4, (name, error)
+BATCH = [REQUEST, replace(REQUEST, prompt="a blue square", prompt_index=1)]
 
 
-def with_threshold(rank: int, world: int, init_file: str, thresholds: Sequence[float]) -> None:
-    """Generate with each rank's own threshold."""
+def states(folder: Path, step: int) -> list[StateFiles]:
+    """Of the batch, after a step."""
+    found = []
+    for request in BATCH:
+        task = Task(request=request, output=folder / f"{step}" / f"{request.prompt_index}.mp4")
+        identity = identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"})
+        found.append(StateFiles(task.output, latents_identity(identity)))
+    return found
+
+
+def ranks_go_on(
+    rank: int, world: int, init_file: str, folder: Path, steps: Sequence[int]
+) -> list[torch.Tensor | None]:
+    """Latents of the run that goes on after each of the steps. From 0 on it makes the states."""
+    made = []
     with open_session("cpu") as session:
-        cache = FirstBlockCache(threshold=thresholds[rank])
-        pipeline = Pipeline.load(session=session, runtime=Runtime(step_cache=cache))
-        pipeline.generate(Request(prompt="a red ball", height=32, width=48, num_frames=1, steps=1))
+        models = (pipeline := Pipeline.load(session=session, dtype="fp32")).models
+
+        def keep(step: int, t: float, latents: object) -> None:
+            if session.leads and step + 1 < REQUEST.steps:
+                shutil.copytree(states(folder, 0)[0].folder, states(folder, step + 1)[0].folder)
+
+        with torch.no_grad(), models.arithmetic():
+            captions = [caption(request, 0) for request in BATCH]
+            text = pipeline.text.broadcast(captions, models.max_length(REQUEST))
+            for step in steps:
+                files = states(folder, step)
+                progress = SavedProgress(session, files, Position(0, step), every=step == 0)
+                start = progress.resume_point(0) or ResumePoint(0, draw_noise(BATCH, 0), MASK)
+                told = keep if step == 0 else None
+                made.append(denoise(models, BATCH, 0, text, start, None, progress, None, told))
+    return made
 
 
-def test_ranks_with_other_thresholds_are_refused_before_the_first_step() -> None:
-    expected = r"differs from .* in its step cache \(first-block 0.2 instead of first-block 0.1\)"
-    with pytest.raises(RankFailure, match=expected):
-        run_ranks(with_threshold, 2, [0.1, 0.2])
+def test_a_run_goes_on_from_every_step_to_the_same_bits_and_on_other_ranks_within_rounding(
+    tmp_path: Path,
+) -> None:
+    whole, *others = run_ranks(ranks_go_on, 2, tmp_path, range(REQUEST.steps))[0]
+    assert whole is not None
+    assert len(others) == REQUEST.steps - 1
+    for step, latents in enumerate(others, start=1):
+        assert latents is not None, step
+        assert torch.equal(latents, whole), step
+    for world in (1, 3):
+        (latents,) = run_ranks(ranks_go_on, world, tmp_path, [3])[0]
+        assert latents is not None
+        assert float((latents - whole).abs().max() / whole.abs().max()) <= 1e-4, world
+
+
+def with_schedules(rank: int, world: int, init_file: str, ends: Sequence[int]) -> None:
+    """Generate with each rank's own schedule."""
+    with open_session("cpu") as session:
+        pipeline = Pipeline.load(session=session)
+        own = replace(SCHEDULE, steps=4, computed=(0, ends[rank]))
+        request = Request(prompt="a ball", height=32, width=48, num_frames=17, steps=4)
+        pipeline.generate(replace(request, step_cache=own))
+
+
+def test_ranks_with_other_schedules_are_refused_before_the_first_step() -> None:
+    with pytest.raises(
+        RankFailure, match=r"step_cache \['own 0 3'\] differs from rank 0's \['own 0 2'\]"
+    ):
+        run_ranks(with_schedules, 2, [2, 3])

@@ -204,6 +204,12 @@ FIELDS: dict[str, tuple[Any, str | None, str]] = {
     "no such ratio": ({**A, "aspect_ratio": "2:7"}, None, "2:7"),
     "no steps": ({**A, "num_inference_steps": 0}, "num_inference_steps", "'0'"),
     "steps in words": ({**A, "num_inference_steps": "x"}, "num_inference_steps", "'x'"),
+    "a file of schedules": ({**A, "step_cache": "/etc/s.yaml"}, "step_cache", "is not one of off"),
+    "too few steps to leave any out": (
+        {**A, "step_cache": "fast", "num_inference_steps": 4},
+        "step_cache",
+        "of 4 steps none is left out",
+    ),
     "a negative seed": ({**A, "seed": -1}, "seed", "'-1'"),
     "a seed of 400 digits": ({**A, "seed": 10**400}, None, "a number of 401 digits"),
     "guidance that is no number": ({**A, "guidance_scale": "nan"}, "guidance_scale", "nan"),

@@ -7,50 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import MASK, distance, tables, through_blocks
 from tiny import TINY, normal, tiny_transformer
 from torch import Tensor
 
-from opensora_sp.engine.blocks import Local, Stream, run_blocks
 from opensora_sp.models import folded_step
 from opensora_sp.models.folded_step import FoldedStep
 from opensora_sp.models.frame_groups import FrameGroups
 from opensora_sp.models.kernels.folded import accumulate_, head_norm, linear_gelu
 from opensora_sp.models.kernels.reference import rms_norm
-from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, StepTables
-from opensora_sp.models.step_kernels import PlainStep, StepKernels
+from opensora_sp.models.stdit3 import STDiT3Config
+from opensora_sp.models.step_kernels import PlainStep
 from opensora_sp.request.request import Request
-from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.step_kernels import kernels_of
 
 pytestmark = pytest.mark.slow
 
 PUBLISHED_PAIR = STDiT3Config(depth=1, model_max_length=12, caption_channels=16)
-MASK = torch.tensor([[False, True, True, False, True], [True, True, False, False, True]])
-
-
-def tables(model: STDiT3, batch: int, mask: Tensor | None) -> StepTables:
-    made = model.tables(torch.full((batch,), 500.0), torch.full((batch,), 24.0), mask)
-    return made.grouped([[True]] * batch if mask is None else mask.tolist())
-
-
-def through_blocks(
-    model: STDiT3, kernels: StepKernels, mask: Tensor | None, batch: int = 2, patches: int = 12
-) -> Tensor:
-    """Two streams with other text, 5 frames; the second's x in float32."""
-    x = normal(batch, 5, patches, model.config.hidden_size).to(model.dtype)
-    step = tables(model, batch, mask)
-    streams = []
-    for seed in (3, 4):
-        words = [normal(3 + 4 * i, model.config.caption_channels, seed=seed) for i in range(batch)]
-        text = model.text_kv([each.to(model.dtype) for each in words])
-        streams.append(Stream(x.clone(), step, text))
-    runtime = Runtime(tokens=getattr(kernels, "tokens", None))
-    with torch.no_grad():
-        return run_blocks(model, streams, Local(), runtime, kernels=kernels)[1].float()
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 # A frame has 12 patches: parts of a frame, two frames of one sample, everything.

@@ -39,7 +39,7 @@ def test_no_flag_is_there_twice_or_is_one_of_ours() -> None:
         (["--guidance-scale", "7"], "here it is --cfg-scale"),
         (["--negative_prompt", "bad"], "not supported: Open-Sora 1.2"),
         (["--lora", "x"], "not supported: adapters"),
-        (["--compile"], "not available yet"),
+        (["--compile"], "here it is --enable-compile"),
         (["--video-length", "49"], "here it is --num-frames"),
         (["--frames", "49"], "here it is --num-frames"),
         (["--ulysses-degree", "4"], "here it is --sequence-parallel"),

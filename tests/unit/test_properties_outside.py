@@ -28,7 +28,7 @@ from opensora_sp.base.value_types import shown
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import identity_of, latents_identity
 from opensora_sp.jobs.records import Record, read_record, record_path, write_record
-from opensora_sp.jobs.saved_latents import StateFiles, read_latents
+from opensora_sp.jobs.saved_latents import SavedStep, StateFiles, read_latents
 from opensora_sp.models.configs import read_shards
 from opensora_sp.request.captions import clean_caption
 from opensora_sp.request.config_file import read_config, write_config
@@ -395,7 +395,7 @@ def state() -> tuple[StateFiles, bytes, bytes, Record]:
     identity = latents_identity(identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"}))
     made = StateFiles(task.output, identity)
     made.save_clip(0, torch.randn(SHAPE))
-    made.save_step(Position(1, 10), torch.randn(SHAPE), torch.ones(10))
+    made.save_step(Position(1, 10), SavedStep(torch.randn(SHAPE), torch.ones(10)))
     task.output.write_bytes(b"a video")
     write_record(task.output, identity, "done")
     record = read_record(task.output)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from opensora_sp.base.errors import UserError
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import identity_of, latents_identity
-from opensora_sp.jobs.saved_latents import StateFiles
+from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.jobs.saved_progress import SavedProgress
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
@@ -173,7 +173,7 @@ def test_a_removal_cut_short_leaves_a_whole_state(how: str, tmp_path: Path) -> N
         files = state_of(tmp_path / f"{moment}")
         for clip in range(CLIPS - 1):
             files.save_clip(clip, latents(0, clip, STEPS))
-        files.save_step(Position(CLIPS - 1, 2), latents(0, CLIPS - 1, 2), MASK)
+        files.save_step(Position(CLIPS - 1, 2), SavedStep(latents(0, CLIPS - 1, 2), MASK))
         with pytest.raises(Killed), killed_at(moment, how):
             files.remove()
         found = held(files)
@@ -188,7 +188,7 @@ def saved_run() -> dict[str, bytes]:
         files = state_of(Path(name))
         for clip in range(CLIPS - 1):
             files.save_clip(clip, latents(0, clip, STEPS))
-        files.save_step(Position(CLIPS - 1, 2), latents(0, CLIPS - 1, 2), MASK)
+        files.save_step(Position(CLIPS - 1, 2), SavedStep(latents(0, CLIPS - 1, 2), MASK))
         return {path.name: path.read_bytes() for path in files.folder.iterdir()}
 
 

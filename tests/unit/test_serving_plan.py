@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.cli import work
 from opensora_sp.cli.serve import main
 from opensora_sp.models.latent_colours import SIDE
 from opensora_sp.planner.devices import GB, usable
@@ -32,6 +33,7 @@ from opensora_sp.planner.warm import (
 from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.server.board import Entry
 from opensora_sp.server.checking import judge, without_paths
+from opensora_sp.server.engine_process import command
 from opensora_sp.server.estimate import Estimator, fit
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.protocol import as_bad_request
@@ -255,18 +257,42 @@ def test_a_server_refuses_at_its_start_what_it_cannot_serve(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("dbos")
+    shared = ["--queue", "postgresql://me:secret@db/v"]
     for flags, said in (
         (["--warmup", "720p-3s"], "--warmup '720p-3s' is not one of 144p-16s, "),
         (["--serves", "480p-2s,base"], "--serves 'base' is not one of 144p-16s, "),
         (["--serves", "720p-16s", "--device-memory", "1100MB"], "--serves 720p-16s does not fit"),
         (["--replicas", "2", "--nproc", "2"], "--replicas belongs to generate"),
         (["--device-memory", "much"], "--device-memory 'much' is neither a size"),
+        (["--queue", "mysql://me:secret@db/v"], "--queue: mysql is not the address of a Postgres"),
+        (["--queue", "me:secret@db/v"], "--queue: the value is not the address of a Postgres"),
+        (["--queue", "postgresql://me:secret@db"], "--queue postgresql://db names no database"),
+        (["--queue", "postgresql://me:secret@db:x/v"], "--queue: the address cannot be read"),
+        ([*shared, "--batch-jobs", "2"], "--batch-jobs 2 does not go with --queue"),
+        ([*shared, "--lease-seconds", "1"], "--lease-seconds '1' is not a number from 3 to 3600"),
+        ([*shared, "--group-name", "a b"], "--group-name 'a b' is not 1 to 64 letters"),
+        (["--group-name", "a"], "--group-name belongs to --queue"),
+        (["--no-engine"], "--no-engine belongs to --queue"),
     ):
         assert main([*flags, "--save-dir", str(tmp_path / "save")]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+        assert "secret" not in error
+    assert work.main(["--save-dir", str(tmp_path / "save")]) == 2
+    assert "work needs --queue URL" in capsys.readouterr().err
     assert not (tmp_path / "save").exists()
+
+
+def test_the_address_of_a_shared_queue_is_on_no_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "postgresql://me:secret@db/v"
+    one = GroupSettings(tmp_path, url, ("--device", "cpu"), group_name="a", own_dir=tmp_path / "a")
+    assert not any("secret" in word for word in command(one))
+    for name, value in one.environ().items():
+        monkeypatch.setenv(name, value)
+    assert GroupSettings.from_json(one.to_json()) == one
 
 
 def spec(name: str, flops: float, *, steps: int = 10, engine: str = "e") -> JobSpec:
@@ -353,3 +379,11 @@ def test_a_queued_job_waits_for_those_before_it() -> None:
     assert known.left(Entry(jobs[0], "in_progress", begun)) == pytest.approx(each[0] / 2, rel=0.1)
     unknown = Entry(JobSpec("old", 0.0, ()), "queued")
     assert set(known.etas([waiting[0], unknown, waiting[1]])) == {"0"}
+    # The work of a queue: what is left of those that are made, and a usual job for an unknown one.
+    assert known.outstanding([]) == 0
+    assert known.outstanding([unknown]) == 60
+    assert known.outstanding([under_way, *waiting[1:]]) == pytest.approx(3.2 + sum(each[1:]))
+    assert known.outstanding([waiting[1], unknown]) == pytest.approx(2 * each[1])
+    batch = JobProgress("denoising", 5, 10, eta_s=3.0, together=2)
+    pair = [Entry(replace(jobs[0], id=name), "in_progress", batch) for name in "ab"]
+    assert known.outstanding(pair) == pytest.approx(3.0 + 2 * 0.2)

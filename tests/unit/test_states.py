@@ -16,9 +16,10 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs import saved_latents as saved_state
 from opensora_sp.jobs.identity import identity_of, latents_identity
-from opensora_sp.jobs.saved_latents import StateFiles
+from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.parallel.agreement import checksum
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
+from opensora_sp.request.step_schedule import StepSchedule
 
 SHAPE = (4, 15, 4, 6)
 
@@ -32,7 +33,7 @@ def files(tmp_path: Path) -> StateFiles:
     made = StateFiles(task.output, identity)
     for clip in range(2):
         made.save_clip(clip, torch.randn(SHAPE))
-    made.save_step(Position(2, 10), torch.randn(SHAPE), torch.ones(15))
+    made.save_step(Position(2, 10), SavedStep(torch.randn(SHAPE), torch.ones(15)))
     return made
 
 
@@ -119,3 +120,53 @@ def test_a_pipe_is_no_state(files: StateFiles) -> None:
     os.mkfifo(files.step_path)
     with pytest.raises(UserError, match="is not a regular file"):
         files.position()
+
+
+@pytest.fixture
+def filling(tmp_path: Path) -> StateFiles:
+    """Ten steps of a clip whose step cache holds the velocities of the steps 4 and 7."""
+    schedule = StepSchedule(name="own", steps=30, computed=(0, 4, 7, 12), fill="linear")
+    request = Request(prompt="p", height=32, width=48, step_cache=schedule)
+    task = Task(request=request, output=tmp_path / "a.mp4")
+    identity = latents_identity(identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"}))
+    made = StateFiles(task.output, identity)
+    held = {4: torch.randn(SHAPE), 7: torch.randn(SHAPE)}
+    made.save_step(Position(0, 10), SavedStep(torch.randn(SHAPE), None, held))
+    return made
+
+
+def test_the_velocities_of_a_step_cache_are_read_to_the_bit(filling: StateFiles) -> None:
+    held = load_file(str(filling.step_path))["velocities"]
+    found = filling.load_step().held
+    assert list(found) == [4, 7]
+    assert torch.equal(torch.stack(list(found.values())), held)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda both: both.pop("velocities"), "but the request has"),
+        (lambda both: both.update({"@steps of the velocities": "4"}), "are of the steps '4'"),
+        (lambda both: both.update({"@steps of the velocities": "7 4"}), "are of the steps '7 4'"),
+        (lambda both: both.update({"@steps of the velocities": "4 10"}), "are of the steps '4 10'"),
+        (lambda both: both.update({"@steps of the velocities": "4 x"}), "are of the steps '4 x'"),
+        (lambda both: both.update(velocities=both["velocities"][:, :, 1:]), "but the request has"),
+        (lambda both: both.update(velocities=both["velocities"] / 0), "NaN or infinite"),
+    ],
+)
+def test_velocities_that_cannot_be_are_refused(
+    filling: StateFiles, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    rewrite(filling.step_path, change=change)
+    with pytest.raises(UserError, match=said):
+        filling.load_step()
+
+
+def test_a_state_of_before_step_caches_goes_on_without_one_only(filling: StateFiles) -> None:
+    before = {k: v for k, v in filling.identity.items() if k != "step cache"}
+    StateFiles(filling.output, before).save_step(
+        Position(0, 10), SavedStep(torch.zeros(SHAPE), None)
+    )
+    assert StateFiles(filling.output, before | {"step cache": "off"}).position() == Position(0, 10)
+    with pytest.raises(UserError, match=r"its step cache was 'off' and is 'linear, steps 0 4 7 12"):
+        filling.position()

@@ -15,7 +15,7 @@ from opensora_sp.base.hashes import sampled_digest
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import difference, identity_of, latents_identity
 from opensora_sp.jobs.records import read_record, record_path, write_record
-from opensora_sp.jobs.saved_latents import StateFiles
+from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.jobs.schedule import deal, regroup
 from opensora_sp.jobs.worklist import look_up_work, renamed
 from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
@@ -57,7 +57,7 @@ def begin(one: Task, clip: int, step: int) -> StateFiles:
     for number in range(clip):
         files.save_clip(number, torch.randn(shape))
     if step:
-        files.save_step(Position(clip, step), torch.randn(shape), None)
+        files.save_step(Position(clip, step), SavedStep(torch.randn(shape), None))
     return files
 
 

@@ -16,7 +16,7 @@ from opensora_sp.planner.plan import Plan
 Run = Mapping[str, Any]
 # Stages of the leading rank that the vendor's "infer time" leaves out. Only reports of older
 # versions have the stage "convert"; decoding includes it now.
-_LOADING = ("load",)
+_LOADING = ("load", "compile")
 _SAVING = ("convert", "write")
 # The planner's stages by the names that they have in a run.
 _PLANNED = {

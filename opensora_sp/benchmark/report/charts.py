@@ -19,6 +19,7 @@ STAGE_COLOURS = {
     "encode references": "c5",
     "hand out": "c7",
     "agree": "ink",
+    "compile": "c6",
     "denoise": "c1",
     "decode": "c2",
     "convert": "c6",

@@ -16,6 +16,7 @@ STAGE_ORDER = (
     "hand out",
     "draw noise",
     "agree",
+    "compile",
     "denoise",
     "decode",
     "convert",

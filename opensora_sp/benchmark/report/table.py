@@ -16,8 +16,14 @@ def headline(report: Mapping[str, Any]) -> str:
     what = "1 frame" if info["num_frames"] == 1 else f"{info['num_frames']} frames"
     return (
         f"{what} of {report['request']['first']['height']}x{report['request']['first']['width']}, "
-        f"{info['denoising_steps']} steps, {info['dtype']}, {run['ranks']} × {info['device']}{how}"
+        f"{_steps(report)}, {info['dtype']}, {run['ranks']} × {info['device']}{how}"
     )
+
+
+def _steps(report: Mapping[str, Any]) -> str:
+    steps = report["performance_info"]["denoising_steps"]
+    computed = report["run"].get("computed_steps", steps)
+    return f"{steps} steps" if computed == steps else f"{computed} of {steps} steps computed"
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Step caches: policies that decide at which steps the blocks are computed."""
+"""Step caches: which denoising steps are computed, and what fills the others."""

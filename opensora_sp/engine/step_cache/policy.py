@@ -1,9 +1,7 @@
-"""What a step cache is: a policy that says at which steps the blocks' last residual is reused.
+"""What a step cache is: a policy that says which steps are computed, and what fills the others.
 
-Neighbouring denoising steps compute nearly the same in most blocks. With a step cache the first
-pair of blocks is computed at every step. The policy then decides whether the other pairs are
-computed too, or whether the residual that they added at the last computed step is added again.
-That changes the result: what it saves in time it costs in exactness.
+Neighbouring steps have nearly the same velocity. A step left out takes one that follows from the
+last computed ones. That changes the result: what it saves in time it costs in exactness.
 """
 
 from __future__ import annotations
@@ -12,50 +10,74 @@ from typing import Protocol, runtime_checkable
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.request.request import Request
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_cache import OFF
+from opensora_sp.request.step_schedule import FILLS, StepSchedule
 
 
 @runtime_checkable
 class StepCache(Protocol):
     """A policy. One object serves all videos and keeps no state of any of them.
 
-    Every rank of a video asks its own object at the same steps with the same arguments. So ranks
-    decide alike as long as the answer follows from the arguments alone.
+    Every rank of a video asks its own object before the first step. So ranks compute the same steps
+    as long as the answers follow from the arguments alone.
     """
 
     @property
     def name(self) -> str:
-        """The policy with its settings. Ranks compare it: equal names must decide alike."""
+        """The policy with its settings. Ranks compare it: equal names must answer alike."""
         ...
 
-    def reuse(self, step: int, t: float, change: float) -> bool:
-        """Whether to reuse the last residual at this step instead of computing the blocks.
+    @property
+    def fill(self) -> str:
+        """What fills the steps left out: one of `opensora_sp.request.step_schedule.FILLS`."""
+        ...
 
-        step: counted from 0 within a clip. t: the step's time, 1000 is noise and 0 the video.
-        change: how much the first pair's residual of the conditional branch has changed since the
-        last computed step: the mean absolute difference, relative to the mean absolute value
-        then, over all tokens of all ranks. A clip's first step is computed without asking, and so
-        is the first one after another set of frames is generated.
+    def computes(self, step: int, t: float) -> bool:
+        """Whether a step is computed. step: counted from 0 within a clip. t: its time, 1000 to 0.
+
+        A clip's first step is computed whatever this says, and so is one at which other frames are
+        generated than at the step before.
         """
         ...
 
 
-class NoCache:
-    """Every step is computed: the default. Nothing is kept, compared or exchanged for it."""
+def policy_of(request: Request, runtime: Runtime) -> StepCache | None:
+    """The policy of a request, else the runtime's; None where every step is computed.
 
-    name = "none"
+    Raises UserError where both have one, and where the runtime's is none. The request's has been
+    settled: see `opensora_sp.engine.step_cache.settle`.
+    """
+    policy = runtime.step_cache
+    if policy is not None:
+        check_policy(policy)
+    asked = request.step_cache
+    if asked == OFF:
+        return policy  # type: ignore[return-value]
+    if policy is not None:
+        raise UserError(
+            f"step_cache {shown(_name(asked))} of the request meets step_cache "
+            f"{shown(policy.name)} of the runtime: leave one of them out"
+        )
+    if not isinstance(asked, StepSchedule):
+        raise ValueError(f"the step cache {asked!r} of a request has not been settled")
+    return asked if asked.left_out else None
 
-    def reuse(self, step: int, t: float, change: float) -> bool:
-        """Never."""
-        return False
 
-
-def policy_of(runtime: Runtime) -> StepCache:
-    """The policy that a runtime names. Raises UserError where its step_cache is none."""
-    policy = NoCache() if runtime.step_cache is None else runtime.step_cache
+def check_policy(policy: object) -> None:
+    """Raise UserError for what is no policy, or one with a fill that there is not."""
     if isinstance(policy, type) or not isinstance(policy, StepCache):
         raise UserError(
-            f"step_cache {shown(policy)} is not a StepCache: give a policy such as "
-            "FirstBlockCache(threshold=0.1), or leave it out"
+            f"step_cache {shown(policy)} is not a StepCache: give an object with name, fill and "
+            "computes(step, t), such as a StepSchedule, or leave it out"
         )
-    return policy
+    if policy.fill not in FILLS:
+        raise UserError(
+            f"step_cache {policy.name}: its fill {shown(policy.fill)} is not one of "
+            f"{', '.join(FILLS)}"
+        )
+
+
+def _name(asked: object) -> object:
+    return asked.name if isinstance(asked, StepSchedule) else asked

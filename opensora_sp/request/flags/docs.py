@@ -77,6 +77,21 @@ PROGRAMS: Mapping[str, Program] = {
 """,
         ranks=False,
     ),
+    "calibrate": Program(
+        "calibrate",
+        "Finds out which steps need not be computed, and writes schedules for --step-cache.",
+        (
+            *("--out", "--full-runs", "--prompt", "--prompt-path", "--config", "--resolution"),
+            *("--aspect-ratio", "--num-frames", "--image", "--num-sampling-steps"),
+            *("--cfg-scale", "--ckpt-path-dit", "--dtype", "--keep-state"),
+        ),
+        """\
+  opensora-sp calibrate --config embedded --out schedules.yaml
+  torchrun --nproc_per_node 8 --no-python opensora-sp calibrate --config 720p-4s \\
+    --prompt-path prompts.txt --out schedules.yaml --ckpt-path-dit DIR --ckpt-path-t5 DIR \\
+    --ckpt-path-vae2d DIR --ckpt-path-vae3d DIR
+""",
+    ),
 }
 _WIDTH = 96
 _HELP_COLUMN = 34

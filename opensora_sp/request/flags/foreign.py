@@ -245,7 +245,6 @@ FOREIGN: tuple[Foreign, ...] = (
         "enable-torch-compile",
         "enable-compilation",
         "compile-mode",
-        why="but compilation is not available yet in this version: leave it out",
     ),
     _same(
         "--llm-refine --prompt-generator",

@@ -235,6 +235,25 @@ PLAN = (
     ),
 )
 
+CALIBRATE = (
+    _flag(
+        "--out",
+        path("FILE"),
+        None,
+        "the file of schedules, .yaml; what it has for other sizes stays",
+        changes="nothing",
+        program="calibrate",
+    ),
+    _flag(
+        "--full-runs",
+        integer(1, 1000),
+        4,
+        "prompts to make full runs of, the first of those given",
+        changes="nothing",
+        program="calibrate",
+    ),
+)
+
 CONTROL = (
     _flag(
         "--config",
@@ -258,5 +277,6 @@ OTHERS = (
     *ACCEPTED,
     *BENCHMARK,
     *PLAN,
+    *CALIBRATE,
     *CONTROL,
 )

@@ -24,7 +24,7 @@ _ORDER: dict[str, str] = {
     "Size and length": """
         resolution aspect_ratio image_size num_frames fps save_fps frame_interval
     """,
-    "Sampling": "num_sampling_steps cfg_scale guidance",
+    "Sampling": "num_sampling_steps step_cache cfg_scale guidance",
     "Prompt scores": "aes flow camera_motion llm_refine prompt_generator",
     "References and loops": """
         reference_path mask_strategy image last_image extend edit edit_strength reference_fps
@@ -54,6 +54,7 @@ _ORDER: dict[str, str] = {
         weight_hashes sweep compare count count_ranks markdown
     """,
     "Plan (opensora-sp plan only)": "ranks table flop_rate link_rate",
+    "Calibrate (opensora-sp calibrate only)": "out full_runs",
     "This command": "config print_config version help",
 }
 

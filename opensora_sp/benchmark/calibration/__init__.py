@@ -1,0 +1,1 @@
+"""Calibration of step schedules: which denoising steps need not be computed, from full runs."""

@@ -1,0 +1,109 @@
+"""Gateways and groups of a shared queue, as processes, for tests and measurements."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from serving import ROOT, Server
+
+LEASE_SECONDS = 4
+
+
+class Gateway(Server):
+    """`opensora-sp serve --queue URL --no-engine`; ready when it answers, groups or not."""
+
+    def __init__(self, name: str, save_dir: Path, url: str, *flags: str) -> None:
+        super().__init__(save_dir, "--queue", url, "--no-engine", *flags)
+        self.log = save_dir.parent / f"{name}.log"
+
+    def wait_ready(self, seconds: float = 60.0) -> None:
+        """Return when it answers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.1)
+            assert self.process is not None
+            if self.process.poll() is not None:
+                break
+        raise AssertionError(f"the gateway does not answer:\n{self.log.read_text()[-3000:]}")
+
+
+class GroupProcess:
+    """`opensora-sp work` as a process."""
+
+    def __init__(self, name: str, save_dir: Path, url: str, *flags: str, ranks: int = 1) -> None:
+        self.name, self.save_dir, self.url = name, save_dir, url
+        self.flags, self.ranks = flags, ranks
+        self.log = save_dir.parent / f"{name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> GroupProcess:
+        """Start it; it takes jobs some seconds later."""
+        command = [sys.executable, "-m", "opensora_sp", "work", "--queue", self.url]
+        command += ["--save-dir", str(self.save_dir), "--nproc", str(self.ranks)]
+        command += ["--group-name", self.name, "--lease-seconds", str(LEASE_SECONDS)]
+        command += ["--device", "cpu", "--dtype", "fp32", *self.flags]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True
+            )
+        return self
+
+    def pids(self) -> list[int]:
+        """All its processes: the command, torchrun and the ranks, rank 0 first among them."""
+        return ([] if self.process is None else [self.process.pid]) + self.ranks_pids(every=True)
+
+    def ranks_pids(self, *, every: bool = False) -> list[int]:
+        """Processes of its engine, rank 0 first; every: torchrun's too."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                environ = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"opensora_sp.cli.serve_engine" not in words:
+                continue
+            if f'"group_name": "{self.name}"'.encode() not in b" ".join(words):
+                continue
+            if b"torch.distributed.run" in words and not every:
+                continue
+            rank = next((e[5:] for e in environ if e.startswith(b"RANK=")), b"-1")
+            found.append((int(rank), int(entry.name)))
+        return [pid for _, pid in sorted(found)]
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all its processes at once."""
+        for pid in self.pids():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def kill(self) -> None:
+        """As the machine's end: every process, at once."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def stop(self) -> int:
+        """Ask it to end, as Ctrl-C does; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -1

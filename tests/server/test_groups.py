@@ -1,0 +1,461 @@
+"""Many gateways and groups on one Postgres: killed, suspended, cut off; each output comes once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+from groups import LEASE_SECONDS, Gateway, GroupProcess
+from postgres import PASSWORD, Postgres, programs
+
+from opensora_sp.cli import on_queue
+from opensora_sp.cli.main import main
+from opensora_sp.server import shared_store
+from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
+from opensora_sp.server.queue_url import parse_queue_url
+from opensora_sp.server.shared_board import SharedBoard
+from opensora_sp.server.shared_queue import SharedQueue
+from opensora_sp.server.shared_store import SharedStore
+
+pytest.importorskip("dbos")
+pytest.importorskip("psycopg")
+pytestmark = pytest.mark.skipif(
+    programs() is None, reason="no Postgres here: apt-get install postgresql"
+)
+LONG = {"num_inference_steps": 200, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[Postgres]:
+    one = Postgres()
+    try:
+        yield one.start()
+    finally:
+        one.remove()
+
+
+class Pool:
+    """Two gateways and two groups of one rank on a queue."""
+
+    def __init__(self, save_dir: Path, url: str) -> None:
+        self.save_dir, self.url = save_dir, url
+        self.groups = {name: GroupProcess(name, save_dir, url) for name in ("a", "b")}
+        self.first, self.second = (Gateway(name, save_dir, url) for name in ("one", "two"))
+
+    def maker(self, job: str, *, but: str = "") -> str:
+        """The group that makes a job now, and is not `but`."""
+        end = time.monotonic() + 60
+        while True:
+            video = self.second.until(job, "in_progress")
+            if video["group"] and video["group"] != but:
+                return str(video["group"])
+            assert time.monotonic() < end, video
+            time.sleep(0.02)
+
+    def outputs(self, job: str) -> list[str]:
+        """Every video file of a job, of whatever attempt."""
+        folder = self.save_dir / "jobs" / job
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.mp4"))
+
+    def digest(self, job: str) -> str:
+        video = self.second.wait(job)
+        assert video["status"] == "completed", video
+        return hashlib.sha256(self.second.content(job)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def pool(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    one = Pool(tmp_path_factory.mktemp("groups") / "save", database.url)
+    try:
+        for group in one.groups.values():
+            group.start()
+        one.first.start()
+        one.second.start()
+        yield one
+    finally:
+        for group in one.groups.values():
+            group.kill()
+        one.first.stop()
+        one.second.stop()
+
+
+class Video(NamedTuple):
+    """A video that nothing disturbed."""
+
+    digest: str
+    content: bytes
+
+
+@pytest.fixture(scope="module")
+def wanted(pool: Pool) -> Video:
+    job = pool.first.create(**LONG)
+    return Video(pool.digest(job), pool.second.content(job))
+
+
+def frames(content: bytes) -> npt.NDArray[np.int_]:
+    """Pixels [F,H,W,3]."""
+    with av.open(io.BytesIO(content), "r") as container:
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(found).astype(int)
+
+
+def test_a_suspended_group_publishes_nothing_of_what_another_has_taken_over(
+    pool: Pool, wanted: Video
+) -> None:
+    job = pool.first.create(**LONG)
+    name = pool.maker(job)
+    asleep = pool.groups[name]
+    asleep.signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        other = pool.maker(job, but=name)
+        print(f"takeover from a suspended group: {time.monotonic() - stopped:.1f} s")
+        assert pool.digest(job) == wanted.digest
+    finally:
+        asleep.signal(signal.SIGCONT)
+    made = pool.save_dir / "jobs" / job / pool.outputs(job)[0]
+    before = made.stat()
+    end = time.monotonic() + 30
+    while "another attempt has the job" not in asleep.log.read_text():
+        assert time.monotonic() < end, asleep.log.read_text()[-2000:]
+        time.sleep(0.1)
+    after = made.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert pool.outputs(job) == ["attempts/0002/video_0000.mp4"]
+    assert [path.name for path in (pool.save_dir / "jobs" / job / "attempts").iterdir()] == ["0002"]
+    # The one that came back takes new work: the other one has a job already.
+    jobs = [pool.first.create(**LONG) for _ in range(2)]
+    assert {pool.maker(one) for one in jobs} == {name, other}
+    # Both gateways show it, and either ends it.
+    _, listed = pool.first.call("GET", "/v1/videos?limit=2")
+    assert {video["id"] for video in listed["data"]} == set(jobs)
+    assert pool.second.call("DELETE", f"/v1/videos/{jobs[0]}")[0] == 200
+    pool.first.gone(jobs[0])
+    assert pool.digest(jobs[1]) == wanted.digest
+    assert pool.first.call("GET", f"/v1/videos/{jobs[0]}")[0] == 404
+    with urllib.request.urlopen(f"{pool.first.url}/metrics", timeout=30) as answer:
+        assert b'opensora_sp_groups{state="ready"} 2.0' in answer.read()
+
+
+def test_groups_go_on_when_the_database_was_away(
+    pool: Pool, database: Postgres, wanted: Video
+) -> None:
+    job = pool.first.create(**LONG)
+    pool.maker(job)
+    database.stop("immediate")
+    time.sleep(LEASE_SECONDS + 1)
+    status, answer = pool.first.call("POST", "/v1/videos", {"prompt": "it turns"})
+    assert (status, answer["error"]["message"]) == (
+        503,
+        "the queue does not answer just now: try again later",
+    )
+    assert pool.first.call("GET", "/ready")[0] == 503
+    assert pool.first.call("GET", "/health")[0] == 200
+    database.start()
+    assert pool.digest(job) == wanted.digest
+    assert pool.outputs(job) == ["attempts/0001/video_0000.mp4"]
+    assert sorted(path.name for path in pool.save_dir.iterdir()) == ["jobs", "queue-token"]
+    logs = [pool.first.log, pool.second.log, *(group.log for group in pool.groups.values())]
+    assert not any(PASSWORD in log.read_text() for log in logs)
+
+
+def test_a_killed_groups_job_goes_on_with_another_on_two_ranks(pool: Pool, wanted: Video) -> None:
+    job = pool.first.create(**LONG)
+    name = pool.maker(job)
+    while pool.second.call("GET", f"/v1/videos/{job}")[1].get("step", 0) < 20:
+        time.sleep(0.02)
+    pool.groups[name].signal(signal.SIGSTOP)  # so that it makes no more of it until it is killed
+    other = pool.groups[next(group for group in pool.groups if group != name)]
+    assert other.stop() == 0
+    pool.groups[name].kill()
+    pair = pool.groups["pair"] = GroupProcess("pair", pool.save_dir, pool.url, ranks=2).start()
+    video = pool.second.wait(job)
+    assert video["status"] == "completed", video
+    assert f"{job} goes on after clip 0, step" in pair.log.read_text()
+    # The file says on how many ranks it was made; the frames are the same.
+    assert np.array_equal(frames(pool.first.content(job)), frames(wanted.content))
+    assert len(pool.outputs(job)) == 1
+
+
+def a_job(number: int, shape: str = "small", **more: Any) -> JobSpec:
+    spec = JobSpec(f"video_{number:024x}", time.time(), ("--prompt=x",), {"cost": {"shape": shape}})
+    return replace(spec, **more)
+
+
+@pytest.fixture
+def queue(database: Postgres) -> Iterator[SharedQueue]:
+    """A queue with nothing in it, in a database of its own."""
+    import psycopg
+
+    name = f"q{time.monotonic_ns()}"
+    url = parse_queue_url(database.url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    one = SharedQueue(url.replace("/postgres", f"/{name}"), listens=True)
+    one.prepare()
+    yield one
+    one.close()
+
+
+def test_a_later_attempt_owns_the_output(queue: SharedQueue) -> None:
+    # The lease is over for every group, and for this process's own contact.
+    take = lambda name, epoch: queue.claim(name, epoch, [], lambda *_: True)
+    old, new = (queue.register(name, name, {}, 0.0) for name in ("old", "new"))
+    assert old is not None
+    assert new is not None
+    queue.put(a_job(1))
+    stale = take("old", old)
+    assert stale is not None
+    assert take("new", new) is None
+    assert queue.give_out_again() == [(stale.id, "old")]
+    claim = take("new", new)
+    assert claim is not None
+    assert (stale.attempt, claim.attempt) == (1, 2)
+    assert queue.publish(stale, JobResult(1.0, "stale.mp4")) == "taken"
+    assert queue.beat("old", old, state="ready", claim=stale) is False
+    assert queue.publish(claim, JobResult(2.0, "right.mp4")) == "ended"
+    assert queue.publish(stale, JobResult(1.0, "stale.mp4")) == "ended elsewhere"
+    assert queue.publish(claim, JobResult(2.0, "right.mp4")) == "ended"  # an answer that was lost
+    row = queue.row(claim.id)
+    assert row is not None
+    assert row.result is not None
+    assert (row.result.file, row.attempt, row.group) == ("right.mp4", 2, "new")
+    # An engine that begins anew under a name ends what the one before it had.
+    queue.put(a_job(2))
+    again = take("new", new)
+    assert queue.register("new", "new", {}, 60.0) is not None
+    assert queue.register("new", "another", {}, 60.0) is None
+    assert take("new", new) is None
+    assert queue.beat("new", new, state="ready", claim=again) is None
+    row = queue.row(a_job(2).id)
+    assert row is not None
+    assert row.state == "queued"
+
+
+def test_groups_that_take_at_once_get_each_job_once_and_in_order(queue: SharedQueue) -> None:
+    for number in range(60):
+        queue.put(a_job(number, priority=1 if number >= 50 else 100))
+
+    together = threading.Barrier(4, timeout=60)
+
+    def take_all(name: str) -> list[str]:
+        own = SharedQueue(queue.url)
+        epoch = own.register(name, name, {}, 60.0)
+        assert epoch is not None
+        taken = []
+        together.wait()
+        while (claim := own.claim(name, epoch, [], lambda *_: True)) is not None:
+            taken.append(claim.id)
+            assert own.publish(claim, JobResult(1.0, "video.mp4")) == "ended"
+        own.close()
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(take_all, "abcd"))
+    assert sorted(job for one in taken for job in one) == [a_job(number).id for number in range(60)]
+    order = [*range(50, 60), *range(50)]
+    for one in taken:  # each in the order of the queue
+        places = [order.index(int(job.removeprefix("video_"), 16)) for job in one]
+        assert places == sorted(places)
+
+
+def test_a_job_whose_group_died_five_times_is_given_up(queue: SharedQueue) -> None:
+    epoch = queue.register("g", "g", {}, 60.0)
+    assert epoch is not None
+    queue.put(a_job(1))
+    for died in (True, True, False, True, True, True):  # one was stopped in order
+        assert queue.claim("g", epoch, [], lambda *_: True) is not None
+        queue.give_back("g", died=died)
+    row = queue.row(a_job(1).id)
+    assert row is not None
+    assert row.result is not None
+    assert (row.state, row.attempt, row.result.error_code) == ("ended", 6, "engine_ended")
+
+
+def test_a_group_takes_what_fits_it_and_what_fits_none_waits_with_the_reason(
+    queue: SharedQueue, tmp_path: Path
+) -> None:
+    store = SharedStore(tmp_path, lambda _: 0, lambda _: None)
+    board = SharedBoard(store, queue)
+    board.load()
+    queue.put(a_job(1, "large", priority=1))
+    queue.put(a_job(2, "small"))
+    assert queue.link.wait(5)  # an idle group is woken
+    board.look()
+
+    def waits(number: int) -> Any:
+        entry = board.get(a_job(number).id)
+        assert entry is not None
+        return board.video(entry).get("waiting_for")
+
+    assert waits(1) == waits(2) == "no group is there to make it"
+    epoch = queue.register("g", "g", {"ranks": 1}, 60.0)
+    assert epoch is not None
+    unfit: dict[str, str] = {}
+
+    def fits(shape: str, spec: JobSpec) -> bool:
+        if shape == "large":
+            unfit[shape] = "it is too large"
+        return shape != "large"
+
+    assert queue.claim("g", epoch, unfit, fits) is None
+    claim = queue.claim("g", epoch, unfit, fits)
+    assert claim is not None
+    assert claim.id == a_job(2).id
+    queue.beat(
+        "g", epoch, state="ready", claim=claim, unfit=unfit, progress=JobProgress("denoising", 3, 4)
+    )
+    board.look()
+    assert waits(1) == "no group that is there can make it: it is too large"
+    assert waits(2) is None
+    entry = board.get(claim.id)
+    assert entry is not None
+    assert (entry.status, entry.group, entry.progress) == (
+        "in_progress", "g", JobProgress("denoising", 3, 4),
+    )  # fmt: skip
+    assert board.group_counts() == {"ready": 1, "starting": 0, "draining": 0, "dead": 0}
+    # A group that can make it joins, and the reason goes.
+    assert queue.register("h", "h", {}, 60.0) is not None
+    board._whole_look = 0.0
+    board.look()
+    assert waits(1) is None
+    # What another gateway deletes goes here too.
+    queue.remove(claim.id)
+    board.look()
+    assert board.get(claim.id) is None
+
+
+class StandIn(threading.Thread):
+    """A group that makes nothing, and says so at once.
+
+    interrupt_at: after so many jobs each, this process gets Ctrl-C.
+    """
+
+    def __init__(self, url: str, interrupt_at: tuple[int, ...]) -> None:
+        super().__init__(daemon=True)
+        self._queue, self._interrupt_at = SharedQueue(url), interrupt_at
+        self.made: Counter[str] = Counter()
+        self.most_queued, self.fails = 0, True
+        self.end = threading.Event()
+
+    def run(self) -> None:
+        epoch = self._queue.register("stand-in", "stand-in", {}, 60.0)
+        assert epoch is not None
+        while not self.end.is_set():
+            claim = self._queue.claim("stand-in", epoch, [], lambda *_: True)
+            if claim is None:
+                time.sleep(0.01)
+                continue
+            prompt = claim.spec.shown["prompt"]
+            self.made[prompt] += 1
+            bad = self.fails and prompt.endswith("00")
+            self._queue.publish(claim, JobResult(1.0, "v.mp4", error="it is bad" if bad else None))
+            if sum(self.made.values()) in self._interrupt_at:
+                self.most_queued = max(self.most_queued, self.queued())
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def queued(self) -> int:
+        rows, _ = self._queue.changes(None)
+        return sum(row.state == "queued" for row in rows)
+
+
+def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
+    queue: SharedQueue,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(on_queue, "LOOK_SECONDS", 0.1)
+    prompts = [f"prompt {number}" for number in range(600)]
+    lines = ["# a comment", *prompts[:300], "", *prompts[:50], *prompts[300:]]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    group = StandIn(queue.url, (120, 330))
+    group.start()
+
+    def sent(path: str, *more: str) -> tuple[int, str]:
+        words = ["generate", "--queue", queue.url, "--save-dir", "shared", "--num-frames", "17"]
+        code = main([*words, "--prompt-path", path, "--queued", "50", *more])
+        return code, capsys.readouterr().err
+
+    try:
+        code, said = sent("list.txt")
+        assert (code, "stopped: what is queued is made all the same" in said) == (130, True)
+        assert sent("list.txt")[0] == 130
+        code, said = sent("list.txt")
+        assert code == 1
+        assert "failed: prompt 100: it is bad" in said
+        assert "650 prompts, " in said
+        assert " 5 failed: list.txt.failed.txt lists them" in said
+        assert group.made == Counter(prompts)
+        assert 0 < group.most_queued <= 50
+        # All of it once more makes nothing; what failed is made again where that is asked for.
+        assert sent("list.txt")[0] == 1
+        assert group.made == Counter(prompts)
+        group.fails = False
+        code, said = sent("list.txt.failed.txt", "--retry-failed")
+        assert (code, said.splitlines()[-1]) == (
+            0,
+            "5 prompts, 5 made, 0 were there or stand twice, 0 failed",
+        )
+        assert sum(group.made.values()) == 605
+    finally:
+        group.end.set()
+        group.join(10)
+    # A flag of the groups, and a file that is not there, are refused.
+    assert sent("list.txt", "--dtype", "fp32")[0] == 2
+    assert sent("nothing.txt")[1].startswith("error: --prompt-path 'nothing.txt': No such file")
+
+
+@pytest.mark.parametrize("place", ["serve", "work"])
+def test_another_folder_or_a_database_that_does_not_answer_is_refused(
+    place: str,
+    database: Postgres,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pool: Pool,
+) -> None:
+    monkeypatch.setattr(shared_store, "SEEN_SECONDS", 0.2)
+    words = [place, "--queue", database.url, "--save-dir", str(tmp_path), "--device", "cpu"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: --save-dir {tmp_path} is not the folder of the queue "
+        f"postgresql://127.0.0.1:{database.port}/postgres: it has no file queue-token; give "
+        "the folder that all other machines of this queue share, or another database\n"
+    )
+    (tmp_path / "queue-token").write_text("of another queue\n")
+    assert main(words) == 2
+    assert "it has another token in its file queue-token" in capsys.readouterr().err
+    for port, url in (
+        ("1", database.url.replace(f":{database.port}", ":1")),
+        (str(database.port), database.url.replace("tester:", "tester:x")),
+    ):
+        assert main([place, "--queue", url, "--save-dir", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        where = f"error: --queue postgresql://127.0.0.1:{port}/postgres: the database does"
+        assert said.startswith(where)
+        assert said.count("\n") == 1
+        assert PASSWORD not in said
+        assert "cr%2Fet" not in said
+    # libpq quotes what it cannot read.
+    assert main([*words[:2], database.url.replace("cr%2F", "cr%zz"), *words[3:]]) == 2
+    said = capsys.readouterr().err
+    assert "se%3Acr" not in said
+    assert said.count("\n") == 1

@@ -1,0 +1,272 @@
+"""Files of step schedules, the values of --step-cache, and what follows from the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opensora_sp.base.errors import UserError
+from opensora_sp.jobs.identity import difference, identity_of
+from opensora_sp.parallel.mesh import Mesh
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.peaks import denoising_peak
+from opensora_sp.planner.plan import Options, make_plan
+from opensora_sp.planner.requests import shape_of
+from opensora_sp.request.memory_modes import FASTEST
+from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
+from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_choice import (
+    OWN_FILE,
+    check_step_cache,
+    choose_schedule,
+    general_pattern,
+    tokens_of,
+)
+from opensora_sp.request.step_schedule import (
+    StepSchedule,
+    choose,
+    fill_weights,
+    read_schedules,
+    write_schedules,
+)
+
+VIDEO = Request(prompt="p", height=64, width=96, num_frames=17)
+TOKENS = tokens_of(VIDEO)
+SCHEDULE = StepSchedule(
+    name="own",
+    steps=30,
+    computed=(*range(9), 12, 20, 29),
+    fill="quadratic",
+    tokens=(TOKENS, TOKENS + 1),
+    cfg_scale=(6.5, 7.0),
+    model="ab12",
+    psnr=54.25,
+    prompts=4,
+)
+LINES = """\
+- name: own
+  steps: 30
+  computed: [0, 4, 29]
+  fill: hold
+"""
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    image = replace(SCHEDULE, name="picture", images=True, model=None, psnr=None, prompts=None)
+    path = tmp_path / "new" / "s.yaml"
+    write_schedules(path, [SCHEDULE, image])
+    assert read_schedules(path) == (SCHEDULE, image)
+    assert "  computed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 20, 29]\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (LINES, "", "is not a list of 1 to 1000 schedules"),
+        (LINES, "a: 1\n", "is not a list of 1 to 1000 schedules"),
+        (LINES, "- [0]\n", r"schedule 1 \[0\] is not a group"),
+        ("hold", "hold\n  colour: red", "schedule 1: 'colour' is not a key; it takes name, steps"),
+        ("  fill: hold\n", "", "schedule 1: the key fill is missing"),
+        ("hold", "hold\n  fill: linear", "line 5: the key 'fill' is there twice"),
+        ("hold", "cubic", "schedule 1: fill 'cubic' is not one of hold, linear, quadratic"),
+        ("own", "../own", "schedule 1: name '../own' is not a name of at most 64"),
+        ("[0, 4, 29]", "[4, 29]", "schedule 1: computed .* is not a list of ascending"),
+        ("[0, 4, 29]", "[0, 4, 4]", "schedule 1: computed .* is not a list of ascending"),
+        ("[0, 4, 29]", "[0, true]", "schedule 1: computed .* is not a list of ascending"),
+        ("[0, 4, 29]", "[0, 30]", "computed has step 30, but of 30 steps the last is 29"),
+        ("30", "30.0", "schedule 1: steps 30.0 is not a whole number from 1"),
+        ("hold", "hold\n  tokens: [5, 5]", "schedule 1: tokens .* the first below the second"),
+        ("hold", "hold\n  cfg_scale: [7, .nan]", "schedule 1: cfg_scale .* is not a list of two"),
+        ("hold", "hold\n  model: ['a']", "schedule 1: model .* is not the fingerprint"),
+        ("hold", "!!python/object:os.system hold", "is not YAML"),
+        ("[0, 4, 29]", "&a [*a]", r"the alias \*a is not read"),
+        ("[0, 4, 29]", "[0, 4", "is not YAML at line"),
+        ("hold", "hold" + " " * 2**20, "is larger than 1 MiB"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(LINES.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(UserError, match=said) as refused:
+        check_step_cache(str(path))
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"steps": 29},
+        {"tokens": TOKENS + 1},
+        {"tokens": TOKENS - 1},
+        {"cfg_scale": 7.1},
+        {"model": "cd34"},
+        {"model": None},
+        {"images": True},
+        {"name": "fast"},
+    ],
+)
+def test_a_schedule_is_chosen_for_what_it_was_made_for_alone(other: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"name": None, "steps": 30, "tokens": TOKENS, "cfg_scale": 7.0}
+    asked["model"] = "ab12"
+    assert choose([SCHEDULE], **asked) == SCHEDULE
+    assert choose([SCHEDULE], **asked | other) is None
+
+
+def known(text: str) -> Callable[[], str]:
+    return lambda: text
+
+
+def test_a_level_is_the_checkpoints_own_and_else_a_pattern_that_says_so(tmp_path: Path) -> None:
+    asked = replace(VIDEO, step_cache="fast")
+    own = replace(SCHEDULE, name="fast")
+    write_schedules(tmp_path / OWN_FILE, [SCHEDULE, own])
+    chosen = choose_schedule(asked, tmp_path, known("ab12"))
+    assert chosen.schedule == own
+    assert chosen.said == (
+        "step cache fast: 12 of 30 steps are computed (0-8 12 20 29), the others filled "
+        "(quadratic); measured over 4 prompts: 54.2 dB against all steps"
+    )
+    # A plan takes any model for the one that was measured.
+    assert choose_schedule(asked, tmp_path).schedule == replace(own, model=None)
+    for request, model in (
+        (asked, "cd34"),
+        (replace(asked, cfg_scale=4.0), "ab12"),
+        (replace(asked, timestep_transform=False), "ab12"),
+        (replace(asked, num_frames=1), "ab12"),
+        (replace(asked, steps=50), "ab12"),
+    ):
+        chosen = choose_schedule(request, tmp_path, known(model))
+        pattern = general_pattern("fast", request.steps, images=request.is_image)
+        assert chosen.schedule == pattern
+        assert "a general pattern" in chosen.said
+        assert "was not measured" in chosen.said
+
+
+def test_a_general_pattern_computes_the_beginning_and_leaves_no_long_gap() -> None:
+    near, fast = (general_pattern(level, 30).computed for level in ("near-lossless", "fast"))
+    assert near == (*range(9), 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 29)
+    assert fast == (0, 1, 2, 3, 4, 5, 7, 9, 11, 13, 16, 19, 22, 25, 28)
+    for steps in range(10, 120):
+        for level, gap in (("near-lossless", 2), ("fast", 3)):
+            computed = [*general_pattern(level, steps).computed, steps]
+            gaps = [after - before for before, after in pairwise(computed)]
+            assert max(gaps) <= gap
+            assert gaps[:-2] == sorted(gaps[:-2])
+    with pytest.raises(UserError, match="--step-cache fast: of 9 steps none is left out"):
+        general_pattern("fast", 9)
+
+
+def test_a_file_is_taken_whole_or_by_a_name_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    second = replace(SCHEDULE, name="second", model=None)
+    write_schedules(path, [SCHEDULE, second])
+
+    def chosen(value: str, model: str = "ab12", **fields: Any) -> StepSchedule | None:
+        request = replace(VIDEO, step_cache=value, **fields)
+        return choose_schedule(request, tmp_path, known(model)).schedule
+
+    assert chosen(str(path)) == SCHEDULE
+    assert chosen(str(path), "cd34") == second
+    assert chosen(f"{path}:second") == second
+    with pytest.raises(UserError, match=r"has no schedule 'third'; it has own, second"):
+        chosen(f"{path}:third")
+    with pytest.raises(UserError, match=r"has no schedule for a video of 20 steps, .*the first is"):
+        chosen(str(path), steps=20)
+    with pytest.raises(UserError, match="was measured on another transformer"):
+        chosen(f"{path}:own", "cd34")
+    with pytest.raises(UserError, match="its steps lie at other times"):
+        chosen(str(path), timestep_transform=False)
+    with pytest.raises(UserError, match=r"neither off, .* did you mean fast\?"):
+        check_step_cache("fats")
+    with pytest.raises(UserError, match="there is no such file"):
+        check_step_cache(str(tmp_path / "other.yaml"))
+
+
+def test_an_outputs_identity_is_what_is_computed_whatever_it_is_called(tmp_path: Path) -> None:
+    def identity(value: Any) -> dict[str, Any]:
+        task = Task(request=replace(VIDEO, step_cache=value), output=tmp_path / "a.mp4")
+        return identity_of(task, EngineSettings(), JobSettings(), {"dit": "d"})
+
+    renamed = replace(SCHEDULE, name="other", psnr=None, tokens=(1, 99999), model=None)
+    assert identity(SCHEDULE) == identity(renamed)
+    assert difference(identity(SCHEDULE), identity(replace(SCHEDULE, fill="hold"))) is not None
+    assert identity("off") == identity(replace(SCHEDULE, computed=tuple(range(30))))
+    before = {k: v for k, v in identity("off").items() if k != "step cache"}
+    assert difference(before, identity("off")) is None
+    said = difference(before, identity(SCHEDULE))
+    assert said == "its step cache was 'off' and is 'quadratic, steps 0-8 12 20 29 of 30' now"
+
+
+def test_a_plan_counts_the_computed_steps_and_the_velocities_that_are_held(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    write_schedules(path, [SCHEDULE])
+    settings, models = EngineSettings(), ModelSizes()
+    every, some = (
+        shape_of(replace(VIDEO, step_cache=value), settings, 2, None)
+        for value in ("off", str(path))
+    )
+    plans = [make_plan(shape, 2, FASTEST, models, Options()) for shape in (every, some)]
+    for one in ("denoise", "sent"):
+        whole, less = (getattr(plan.cost, one) for plan in plans)
+        assert whole > 0
+        assert less / whole == pytest.approx(12 / 30)
+    peaks = [denoising_peak(shape, Mesh(), Runtime(), models) for shape in (every, some)]
+    assert peaks[1] - peaks[0] == 3 * 2 * TOKENS * 16 * 4  # three, of two samples, in float32
+
+
+def test_weights_of_a_fill_sum_to_one_and_fewer_times_are_a_lower_order() -> None:
+    for fill, order in (("hold", 1), ("linear", 2), ("quadratic", 3)):
+        for count in range(1, 5):
+            weights = fill_weights(fill, [900.0, 700.0, 600.0, 400.0][:count], 300.0)
+            assert len(weights) == min(order, count)
+            assert sum(weights) == pytest.approx(1)
+    with pytest.raises(ValueError, match="give none at 5"):
+        fill_weights("linear", [7.0, 7.0], 5.0)
+
+
+class Notes:
+    """A job's store that keeps the notes of its progress."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+
+    def put_progress(self, job_id: str, note: Any) -> None:
+        self.notes.append(note)
+
+    def cancel_asked(self, job_id: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_server_says_what_is_left_by_the_steps_that_are_computed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: int
+) -> None:
+    pytest.importorskip("dbos")
+    from opensora_sp.engine.progress import Position
+    from opensora_sp.server import engine_group
+
+    clock = [1000.0]
+    monkeypatch.setattr("opensora_sp.server.engine_group.time.time", lambda: clock[0])
+    request = replace(VIDEO, num_frames=34, loop=2, step_cache=SCHEDULE)
+    task = Task(request=request, output=tmp_path / "a.mp4")
+    job = Job(
+        engine=EngineSettings(),
+        settings=JobSettings(save_dir=tmp_path, batch_size=1, num_sample=1),
+        tasks=(task,),
+    )
+    store = Notes()
+    reporter = engine_group.JobReporter(store, "id", True)  # type: ignore[arg-type]
+    reporter.begin(job, Position(0, start))
+    for step in range(start, 60):
+        clock[0] += 100.0 if step % 30 in SCHEDULE.computed else 0.5
+        reporter.on_step_end(step, 0.0, None)
+        left = sum(later % 30 in SCHEDULE.computed for later in range(step + 1, 60))
+        said = store.notes[-1].eta_s
+        if step > start + 1:
+            assert said == pytest.approx(100 * left, rel=0.05), step
