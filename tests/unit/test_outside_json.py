@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from reports import draft_of, validator
 
+from opensora_sp.base.cpu_threads import transformer_width
 from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.outside_json import read_object
 from opensora_sp.base.outside_yaml import parse_yaml
@@ -163,6 +164,11 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(UserError, match="not a regular file"):
             read_object(path)
+    os.mkfifo(tmp_path / "config.json")
+    assert transformer_width(tmp_path) is None
+    os.mkfifo(tmp_path / "spiece.model")
+    with pytest.raises(CheckpointError):
+        TextEncoder.tokenizer(tmp_path)
 
 
 def test_the_plan_of_a_broken_checkpoint_is_one_line(
