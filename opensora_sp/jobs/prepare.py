@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from opensora_sp.base.processes import Process
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.records import FOLDER
@@ -25,7 +26,8 @@ def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job
     """
     _require_same_list(job, whole)
     planned = job
-    looked = whole.control.together(lambda: look_up_work(planned, models), leading_only=True)
+    own = whole.control.all_gather_object(Process.current())
+    looked = whole.control.together(lambda: look_up_work(planned, models, own), leading_only=True)
     found = whole.control.broadcast_object(looked)
     job = renamed(job, found)
     states = dict(zip(job.tasks, found, strict=True))

@@ -216,6 +216,7 @@ def _finish(
 
 
 def _write_stage(task: Task, identity: Identity, stage: Stage) -> None:
+    faults.reach("record")
     try:
         write_record(task.output, identity, stage)
     except (UserError, OSError) as error:

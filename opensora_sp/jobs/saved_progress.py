@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from opensora_sp.base import faults
 from opensora_sp.base.errors import Stopped, UserError
 from opensora_sp.base.screen import warn_once
 from opensora_sp.engine.progress import Gather, Position, Progress, ResumePoint
@@ -129,6 +130,7 @@ class SavedProgress(Progress):
         position, gather = self._unsaved
         z = gather() if self._files else None
         if z is not None:
+            faults.reach("save-step")
             rows = [None] * len(z) if self._mask is None else list(self._mask)
             for files, latents, mask in zip(self._files, z, rows, strict=True):
                 self._try(partial(files.save_step, position, latents, mask))
@@ -138,6 +140,7 @@ class SavedProgress(Progress):
         """Save a clip's final latents [B,4,T,H,W] on the rank that has them, before decoding."""
         self._unsaved = None
         if latents is not None and self._files:
+            faults.reach("save-clip")
             for files, own in zip(self._files, latents, strict=True):
                 self._try(partial(files.save_clip, clip, own))
         if last and self._on_latents is not None:
