@@ -58,8 +58,8 @@ POINTS: Mapping[str, Point] = {
     "encode-to-file": Point("write", leading=True),
     # Files that are written on the way, by the leading rank.
     "save-step": Point("denoise", ("kill",), leading=True, needs=("--save-every", "1")),
-    "save-clip": Point("denoise", ("kill",), leading=True),
-    "record": Point("denoise", ("kill",), leading=True),
+    "save-clip": Point("save", ("kill",), leading=True),
+    "record": Point("save", ("kill",), leading=True),
     "between-outputs": Point("between outputs"),
     "replica-work": Point("replica work", needs=("--replicas", "2")),
     "report": Point(

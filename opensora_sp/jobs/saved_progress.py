@@ -139,12 +139,13 @@ class SavedProgress(Progress):
     def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
         """Save a clip's final latents [B,4,T,H,W] on the rank that has them, before decoding."""
         self._unsaved = None
-        if latents is not None and self._files:
-            faults.reach("save-clip")
-            for files, own in zip(self._files, latents, strict=True):
-                self._try(partial(files.save_clip, clip, own))
-        if last and self._on_latents is not None:
-            self._on_latents()
+        with self._session.control.stage("save"):
+            if latents is not None and self._files:
+                faults.reach("save-clip")
+                for files, own in zip(self._files, latents, strict=True):
+                    self._try(partial(files.save_clip, clip, own))
+            if last and self._on_latents is not None:
+                self._on_latents()
         self._leave(self._all_asked())
 
     def _try(self, save: Callable[[], None]) -> None:
