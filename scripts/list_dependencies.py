@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterable
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
+import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -92,7 +93,7 @@ def closure(requirements: Iterable[str]) -> tuple[dict[str, Distribution], set[s
 
 def licence(about: Distribution) -> str:
     """What a package says of its licence, in one line."""
-    metadata = about.metadata
+    metadata: Any = about.metadata
     if expression := metadata.get("License-Expression"):
         return str(expression)
     own = " ".join((metadata.get("License") or "").split())
