@@ -1,7 +1,7 @@
 """Hours of mixed jobs: whether memory, descriptors, threads and results stay as they were.
 
-    python scripts/soak.py --jobs 500 --ranks 2 --to docs/benchmarks/soak-ranks
-    python scripts/soak.py --jobs 500 --ranks 2 --server --to docs/benchmarks/soak-server
+    python scripts/soak.py --jobs 500 --ranks 2 --every 10 --to docs/benchmarks/soak-ranks
+    python scripts/soak.py --jobs 500 --ranks 2 --every 10 --server --to docs/benchmarks/soak-server
     python scripts/soak.py --jobs 100000 --seconds 7200 --ranks 2 --to soak-hours
 
 Without --server every rank is a process that makes one job after another through the Python API
@@ -16,7 +16,8 @@ some moment begins to keep it. The first --warm jobs are left out of the slopes.
 says how sure a slope is.
 
 Writes TO.json and TO.svg. A series is flat when the upper end of its slope's 95 % interval, over
-the time that was looked at, is at most what MOST_GROWTH allows. Ends with 1 where a series is not
+the time that was looked at, is at most what MOST_GROWTH allows, or when all its samples lie that
+close together. Ends with 1 where a series is not
 flat, where there are too few samples to tell, or where a request gave other bytes than before.
 """
 
@@ -378,7 +379,9 @@ def fitted(found: Found) -> list[dict[str, Any]]:
         line, span = trend(x, y), x[-1] - x[0]
         gain = line.slope * span
         most = None if line.high is None else line.high * span
-        if most is not None and most <= MOST_GROWTH[quantity]:
+        if max(y) - min(y) <= MOST_GROWTH[quantity]:
+            verdict = "flat"  # whatever its shape: steps too have neighbours that are alike
+        elif most is not None and most <= MOST_GROWTH[quantity]:
             verdict = "flat"
         elif line.low is not None and line.low > 0 and gain > MOST_GROWTH[quantity]:
             verdict = "GROWS"
