@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--server", action="store_true", help="through opensora-sp serve")
     parser.add_argument("--every", type=float, default=60.0, help="seconds of a sample")
-    parser.add_argument("--warm", type=int, default=4 * len(KINDS), help="jobs before the slopes")
+    parser.add_argument("--warm", type=int, default=8 * len(KINDS), help="jobs before the slopes")
     parser.add_argument("--to", type=Path, default=Path("soak"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
