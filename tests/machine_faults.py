@@ -258,7 +258,7 @@ def launcher(cell: Cell, folder: Path, outcome: Outcome) -> None:
     finally:
         run.kill()
     _read(run, outcome)
-    expected = "error: rank [01], denoise.*the launcher that started .* is gone.*"
+    expected = "error: rank [01], .*the launcher that started .* is gone.*"
     if stopped:
         expected = "error: rank 0, denoise.*the launcher, which keeps the store.*has not answered.*"
     _expect(outcome, None, [expected], unnoticed=HEARTBEAT_S + PATIENCE_S if stopped else 0.0)
