@@ -8,8 +8,8 @@ The costs are processor milliseconds of the database, one for each call of `Shar
 docs/benchmarks/groups-costs.json, times a factor (`read_costs`). How often each is called follows
 from the code: its periods are imported. So the load is a sum (`load`). The wait between two jobs of
 a group follows from round trips, flushes of the log and the queue for the database's processors,
-which is taken as M/M/c (`wait_seconds`, Erlang's formula). Groups that wait make fewer jobs, so both
-are solved together (`carried`).
+which is taken as M/M/c (`wait_seconds`, Erlang's formula). Groups that wait make fewer jobs, so
+both are solved together (`carried`).
 
 --measure starts a Postgres of its own. Each cost is the least of some rounds, because other work
 disturbs. Then groups that sleep run against it, and what they use is compared with the calculation.
@@ -217,8 +217,8 @@ def tables(costs: Costs, assumed: Assumed) -> str:
             f"{assumed.full:.0%} of {assumed.cores} cores are in use from so many groups on:",
             limits(costs, assumed),
             f"With max_connections = {assumed.connections}, connections are enough for {there:,} "
-            f"groups at most. Jobs put one by one: at most {1000 / assumed.flush_ms:,.0f} a second, "
-            "because a transaction that notifies holds a lock until its flush.",
+            f"groups at most. Jobs put one by one: at most {1000 / assumed.flush_ms:,.0f} a second,"
+            " because a transaction that notifies holds a lock until its flush.",
         )
     )
 

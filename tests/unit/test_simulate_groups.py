@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,15 @@ def test_costs_that_are_doubled_double_the_load() -> None:
     for field in fields(Costs):  # and each of them counts
         more = load(replace(ROUND, **{field.name: 2 * getattr(ROUND, field.name)}), ONE, 80, 20, 5)
         assert sum(more.values()) > sum(once.values())
+
+
+def test_costs_are_raised_by_what_groups_that_slept_used_more(tmp_path: Path) -> None:
+    slept = [{"database_cores": used, "calculated_cores": 0.2} for used in (0.1, 0.5, 0.3)]
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"costs_ms": asdict(ROUND), "groups_that_sleep": slept}))
+    assert read_costs(path) == scaled(ROUND, 2.5)
+    path.write_text(json.dumps({"costs_ms": asdict(ROUND), "groups_that_sleep": slept[:1]}))
+    assert read_costs(path) == ROUND  # less is no reason to count on less
 
 
 def test_the_wait_is_that_of_a_queue_with_two_servers() -> None:
