@@ -12,7 +12,9 @@ which is taken as M/M/c (`wait_seconds`, Erlang's formula). Groups that wait mak
 both are solved together (`carried`).
 
 --measure starts a Postgres of its own. Each cost is the least of some rounds, because other work
-disturbs. Then groups that sleep run against it, and what they use is compared with the calculation.
+disturbs. A call that comes after a pause costs more than one of many in a row: both are measured,
+and the tables count with the first unless --in-a-row is given. Then groups that sleep run against
+it, and what they use is compared with the calculation.
 """
 
 from __future__ import annotations
@@ -289,7 +291,9 @@ def measure(rounds: int) -> dict[str, Any]:
         postgres.start()
         meter = Meter(postgres)
         # In the first round the connections read the tables' definitions and prepare statements.
-        found = [meter.costs() for _ in range(rounds + 1)][1:]
+        meter.costs(0.0)
+        in_a_row = meter.costs(0.0)
+        found = [meter.costs(PAUSE) for _ in range(rounds)]
         least = {name: min(one[name] for one in found) for name in found[0]}
         costs = {field.name: least.pop(field.name) for field in fields(Costs)}
         more = {name: meter.server(name) for name in ("server_version", "fsync")}
@@ -304,6 +308,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "postgres": more,
         "rounds": rounds,
         "costs_ms": costs,
+        "costs_in_a_row_ms": {name: in_a_row[name] for name in costs},
         "largest_ms": {name: max(one[name] for one in found) for name in costs},
         **least,
         "groups_that_sleep": checks,
@@ -328,7 +333,7 @@ class Meter:
         self._turns = itertools.cycle(self._all)
         # VACUUM cannot be in a transaction. It stays open: a process is counted while it lives.
         self._vacuum = psycopg.connect(self._url, autocommit=True)
-        self._number = 0
+        self._number, self._pause = 0, 0.0
 
     def close(self) -> None:
         """Give the connections back."""
@@ -340,8 +345,13 @@ class Meter:
         """A setting of the database."""
         return str(self._sql(f"SHOW {name}")[0][0])
 
-    def costs(self) -> dict[str, float]:
-        """One round: every cost, and a gateway's own time for its look."""
+    def costs(self, pause: float) -> dict[str, float]:
+        """One round: every cost, and a gateway's own time for its look.
+
+        pause: seconds between two calls. Without any the database's processes stay in the
+        processor's caches, as where it is full.
+        """
+        self._pause = pause
         queue, turn, count = self._queue, self._turns.__next__, 480
         found: dict[str, float] = {}
         self._clear()
@@ -373,7 +383,7 @@ class Meter:
         found["look_row"] = 1000 * (self.cpu() - spent) / count
         taken = self._cost(lambda: turn().give_out_again(), 160)
         found["sweep_row"] = max(0.0, (taken - found["sweep"]) / count)
-        found["beat"] = self._cost(beat, 2000, vacuum="groups")
+        found["beat"] = self._cost(beat, 960, vacuum="groups")
         found["empty_claim"] = self._cost(lambda: turn().claim("g1", 1, (), lambda *_: True), count)
         ended = iter(claims)
         found["publish"] = self._cost(
@@ -449,7 +459,7 @@ class Meter:
         spent = self.cpu()
         for _ in range(times):
             call()
-            time.sleep(PAUSE)
+            time.sleep(self._pause)
         if vacuum:
             self._vacuum.execute(f"VACUUM opensora_sp.{vacuum}")
         time.sleep(0.25)  # what writes the log works a little later
@@ -464,6 +474,7 @@ class Meter:
         def tell() -> None:
             self._sql(f"NOTIFY {CHANNEL}")
 
+        self._pause = max(self._pause, 0.002)  # so that each is a wake of its own
         alone = self._cost(tell, times)
         there = [psycopg.connect(self._url, autocommit=True) for _ in range(listeners)]
         for one in there:
@@ -590,12 +601,15 @@ def _putter(queue: Any, spec: Callable[[], Any], rate: float, end: threading.Eve
         queue.put(spec())
 
 
-def read_costs(path: Path) -> Costs:
-    """The measured costs of a file that --measure wrote.
+def read_costs(path: Path, *, in_a_row: bool = False) -> Costs:
+    """The measured costs of a file that --measure wrote, of calls after pauses or in a row.
 
-    All are multiplied by one number where groups that slept used more than was calculated.
+    Those after pauses are multiplied by one number where groups that slept used more than was
+    calculated.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
+    if in_a_row:
+        return Costs(**found["costs_in_a_row_ms"])
     used = (one["database_cores"] / one["calculated_cores"] for one in found["groups_that_sleep"])
     return scaled(Costs(**found["costs_ms"]), max(1.0, *used))
 
@@ -612,7 +626,10 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--costs", type=Path, default=COSTS, help="a file that --measure wrote")
     parser.add_argument("--measure", action="store_true", help="write --costs anew first")
-    parser.add_argument("--rounds", type=int, default=3, help="of --measure (default 3)")
+    parser.add_argument(
+        "--in-a-row", action="store_true", help="count with the costs of calls without pauses"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="of --measure (default 1)")
     for field in fields(Assumed):
         if field.name != "alone":
             name = "--" + field.name.replace("_", "-")
@@ -622,7 +639,7 @@ def main(words: Sequence[str] | None = None) -> int:
         text = json.dumps(measure(asked.rounds), indent=1) + "\n"
         asked.costs.write_text(text, encoding="utf-8")
     assumed = {f.name: getattr(asked, f.name) for f in fields(Assumed) if f.name != "alone"}
-    print(tables(read_costs(asked.costs), Assumed(**assumed)))
+    print(tables(read_costs(asked.costs, in_a_row=asked.in_a_row), Assumed(**assumed)))
     return 0
 
 
