@@ -123,8 +123,7 @@ class Carried:
 def load(costs: Costs, assumed: Assumed, busy: int, idle: int, rate: float) -> dict[str, float]:
     """Cores of the database by cause, where busy groups make `rate` jobs/s and others wait.
 
-    Every busy group has one job that is taken. An idle one tries a claim with every word of a new
-    job and once a tick.
+    Every busy group has one job that is taken. An idle one tries a claim once a tick.
     """
     groups, looks = busy + idle, assumed.gateways / LOOK_SECONDS
     puts = rate if assumed.alone else 0.0
@@ -139,9 +138,18 @@ def load(costs: Costs, assumed: Assumed, busy: int, idle: int, rate: float) -> d
         + assumed.gateways * CHANGES * rate * costs.look_row,
         "looks for dead groups": sweeps * sweep,
         "waking all groups": puts * groups * costs.wake,
-        "claims of nothing": (puts * idle + idle / TICK_SECONDS) * costs.empty_claim,
+        "claims of nothing": empty_claims(busy, idle, puts) * costs.empty_claim,
     }
     return {name: value / 1000 for name, value in milliseconds.items()}
+
+
+def empty_claims(busy: int, idle: int, puts: float) -> float:
+    """Claims a second that find nothing.
+
+    All groups hear of each job, and all but one claim in vain: idle ones at once, busy ones for
+    each word that they have kept, when they are idle. Where none is ever idle, no word is answered.
+    """
+    return puts * (busy + idle - 1) + idle / TICK_SECONDS if idle else 0.0
 
 
 def waiting_factor(cores: int, used: float) -> float:
@@ -181,7 +189,7 @@ def carried(costs: Costs, assumed: Assumed, busy: int, idle: int, seconds: float
         else:
             low = rate
     puts = low if assumed.alone else 0.0
-    claims = low + idle / TICK_SECONDS + puts * idle
+    claims = low + empty_claims(busy, idle, puts)
     return Carried(low, wait(low), load(costs, assumed, busy, idle, low), claims)
 
 
@@ -403,9 +411,9 @@ class Meter:
         """
         self._clear()
         seconds, end, assumed = 1.0, threading.Event(), Assumed(alone=idle > 0)
-        done = [0]
+        done, nothing = [0], [0]
         threads = [
-            threading.Thread(target=_sleeper, args=(self._url, number, seconds, end, done))
+            threading.Thread(target=_sleeper, args=(self._url, number, seconds, end, done, nothing))
             for number in range(busy + idle)
         ]
         threads += [
@@ -423,9 +431,10 @@ class Meter:
             putter.start()
             threads.append(putter)
         time.sleep(14)  # each has made enough jobs for its statements to be prepared
-        begun, spent, first = time.monotonic(), self.cpu(), done[0]
+        begun, spent, first, empty = time.monotonic(), self.cpu(), done[0], nothing[0]
         time.sleep(12)
         took, spent, jobs = time.monotonic() - begun, self.cpu() - spent, done[0] - first
+        empty = nothing[0] - empty
         end.set()
         for thread in threads:
             thread.join()
@@ -435,6 +444,10 @@ class Meter:
             "idle": idle,
             "job_s": seconds,
             "jobs_per_s": round(jobs / took, 2),
+            "empty_claims_per_s": round(empty / took, 1),
+            "calculated_empty_claims_per_s": round(
+                empty_claims(busy, idle, jobs / took if assumed.alone else 0.0), 1
+            ),
             "database_cores": round(spent / took, 4),
             "calculated_cores": round(sum(parts.values()), 4),
             "parts": {name: round(value, 4) for name, value in parts.items()},
@@ -542,7 +555,14 @@ class Meter:
         return self._queue.link.run(run)
 
 
-def _sleeper(url: str, number: int, seconds: float, end: threading.Event, done: list[int]) -> None:
+def _sleeper(
+    url: str,
+    number: int,
+    seconds: float,
+    end: threading.Event,
+    done: list[int],
+    nothing: list[int],
+) -> None:
     """A group that sleeps, with the calls of a real one."""
     from opensora_sp.server.shared_queue import SharedQueue
 
@@ -566,6 +586,7 @@ def _sleeper(url: str, number: int, seconds: float, end: threading.Event, done: 
             queue.give_out_again()
         claim = queue.claim(name, epoch, (), lambda *_: True)
         if claim is None:
+            nothing[0] += 1
             until = time.monotonic() + TICK_SECONDS
             while time.monotonic() < until and not end.is_set() and not queue.link.wait(0.2):
                 beat(None)

@@ -41,11 +41,13 @@ def test_the_load_of_ten_groups_is_what_is_worked_out_by_hand() -> None:
         # Once a second by the gateway and each idle group, and before each claim.
         "looks for dead groups": (1 + 2 + 4) * (6 + 8 * 0.1),
         "waking all groups": 4 * 10 * 0.5,
-        "claims of nothing": (4 * 2 + 2) * 5,
+        # All but one for each put, at once or when they are idle, and idle ones once a second.
+        "claims of nothing": (4 * 9 + 2) * 5,
     }
     listed = load(ROUND, replace(ONE, alone=False), busy=8, idle=2, rate=4)
     assert listed["waking all groups"] == 0
     assert listed["claims of nothing"] == pytest.approx(0.010)
+    assert load(ROUND, ONE, busy=10, idle=0, rate=4)["claims of nothing"] == 0
 
 
 def test_costs_that_are_doubled_double_the_load() -> None:
@@ -63,6 +65,8 @@ def test_costs_are_raised_by_what_groups_that_slept_used_more(tmp_path: Path) ->
     assert read_costs(path) == scaled(ROUND, 2.5)
     path.write_text(json.dumps({"costs_ms": asdict(ROUND), "groups_that_sleep": slept[:1]}))
     assert read_costs(path) == ROUND  # less is no reason to count on less
+    path.write_text(json.dumps({"costs_in_a_row_ms": asdict(scaled(ROUND, 3))}))
+    assert read_costs(path, in_a_row=True) == scaled(ROUND, 3)
 
 
 def test_the_wait_is_that_of_a_queue_with_two_servers() -> None:
