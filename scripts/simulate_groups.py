@@ -2,7 +2,7 @@
 
     python scripts/simulate_groups.py                       # the tables, from measured costs
     python scripts/simulate_groups.py --cores 8 --flush-ms 5
-    python scripts/simulate_groups.py --measure             # measure the costs anew: two minutes
+    python scripts/simulate_groups.py --measure             # measure the costs anew: some minutes
 
 The costs are processor milliseconds of the database, one for each call of `SharedQueue`, in
 docs/benchmarks/groups-costs.json, times a factor (`read_costs`). How often each is called follows
