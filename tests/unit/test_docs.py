@@ -169,8 +169,7 @@ def test_the_two_readmes_are_one_page() -> None:
         "code": lambda text: sorted(set(INLINE.findall(without_code(text)))),
         "rows": lambda text: re.findall(r"^\|", text, re.MULTILINE),
         "numbers": lambda text: [
-            re.findall(r"\d+(?:\.\d+)?", line)
-            for line in re.findall(r"^\|.*", text, re.MULTILINE)
+            re.findall(r"\d+(?:\.\d+)?", line) for line in re.findall(r"^\|.*", text, re.MULTILINE)
         ],
     }
     for name, of in parts.items():
