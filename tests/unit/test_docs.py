@@ -158,6 +158,20 @@ def test_a_command_of_the_readme_is_accepted(words: list[str]) -> None:
     accept(words)
 
 
+def test_a_command_of_the_readme_says_what_it_needs_beside_a_cpu() -> None:
+    needs = {"gcu": "GCU", "TopsRider": "GCU", "cuda": "GPU", "--no-engine": "Postgres"}
+    needs |= {"$WEIGHTS": "weights", "weights/": "weights", "--check": "weights"}
+    needs |= {"download weights": "network"}
+    lines = [line for _, body in FENCED.findall(read("README.md")) for line in body.splitlines()]
+    assert len(lines) > 25
+    for line in lines:
+        command, _, comment = line.partition("    #")
+        if command.startswith(("WEIGHTS=", "pip install ", "export ")):
+            continue
+        missing = [needs[word] for word in needs if word in command and needs[word] not in comment]
+        assert not missing, line
+
+
 def test_the_two_readmes_are_one_page() -> None:
     """Headings, commands, links, pictures, code and the rows of tables; only words may differ."""
     english, chinese = (read(page) for page in READMES)
