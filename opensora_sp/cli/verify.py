@@ -95,13 +95,15 @@ def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
             "--step-kernels",
             choices=("auto", "plain", "folded"),
             default="auto",
-            help="as for generate (default auto: by size, and a suite's cases are small)",
+            help="as for generate (default auto: by size)"
+            if only == "parity"
+            else "as for generate (default auto: by size, and a suite's cases are small)",
         )
         parser.add_argument(
             "--enable-compile",
             choices=("true", "false"),
             default="false",
-            help="as for generate: examine the compiled blocks; a suite takes minutes to compile",
+            help="as for generate: examine the compiled blocks, which take minutes to compile",
         )
     if only in (None, "verify"):
         parser.add_argument(

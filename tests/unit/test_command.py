@@ -67,7 +67,7 @@ def test_help_is_short_and_names_installed_commands(
     assert not OLD_NAMES.search(short)
     assert max(map(len, short.splitlines())) <= 100
     flags = set(re.findall(r"^  (?:-h, )?(--[a-z0-9-]+)", short, re.MULTILINE))
-    assert len(flags) <= 18
+    assert len(flags) <= 20
     if command in PROGRAM_COMMANDS:
         assert 5 <= len(flags) <= 15
         assert f"opensora-sp {command} --help all" in short

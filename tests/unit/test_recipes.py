@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import pytest
@@ -19,6 +19,9 @@ import yaml
 
 from opensora_sp.cli import serve, work
 from opensora_sp.cli.infer import main as generate
+
+if TYPE_CHECKING:
+    from opensora_sp.server.durable import JobQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "configs" / "deploy"
@@ -206,7 +209,7 @@ def test_dashboards_and_scaling_ask_for_metrics_that_exist(tmp_path: Path) -> No
     from opensora_sp.server.job_store import JobStore
     from opensora_sp.server.metrics import Metrics
 
-    board = Board(JobStore(tmp_path), "one engine")
+    board = Board(JobStore(tmp_path), cast("JobQueue", None))
     shown = Metrics(board, lambda: Health("ready", "", 0)).text().decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", shown, re.M))
     known = {name for name, kind in kinds.items() if kind != "histogram"}
