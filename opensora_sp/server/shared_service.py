@@ -162,7 +162,7 @@ def _engine(group: GroupSettings) -> Iterator[EngineProcess]:
             return
         # Its ranks are gone: another group need not wait for the end of the lease.
         try:
-            if queue.give_back(group.group_name, died=True):
+            if queue.engine_died(group.group_name, group.parent):
                 log.warning("the job of this group is given out again")
         except QueueLost as error:
             log.warning("the queue's database does not answer: %s", error)
