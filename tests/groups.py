@@ -36,6 +36,16 @@ class Gateway(Server):
                 break
         raise AssertionError(f"the gateway does not answer:\n{self.log.read_text()[-3000:]}")
 
+    def listed(self, status: str, seconds: float = 60.0) -> str:
+        """The id of a video of this status, as soon as there is one."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for video in self.call("GET", "/v1/videos?limit=100")[1]["data"]:
+                if video["status"] == status:
+                    return str(video["id"])
+            time.sleep(0.05)
+        raise AssertionError(f"no video is {status}:\n{self.log.read_text()[-3000:]}")
+
 
 class GroupProcess:
     """`opensora-sp work` as a process."""
