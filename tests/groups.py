@@ -39,12 +39,13 @@ class Gateway(Server):
     def listed(self, status: str, seconds: float = 60.0) -> str:
         """The id of a video of this status, as soon as there is one."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for video in self.call("GET", "/v1/videos?limit=100")[1]["data"]:
+        while True:
+            videos = self.call("GET", "/v1/videos?limit=100")[1]["data"]
+            for video in videos:
                 if video["status"] == status:
                     return str(video["id"])
+            assert time.monotonic() < end, videos
             time.sleep(0.05)
-        raise AssertionError(f"no video is {status}:\n{self.log.read_text()[-3000:]}")
 
 
 class GroupProcess:

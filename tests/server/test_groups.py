@@ -200,11 +200,15 @@ def test_a_killed_groups_job_goes_on_with_another_on_two_ranks(pool: Pool) -> No
     wanted = frames(pool.first.content(undisturbed))
     assert np.array_equal(frames(pool.first.content(job)), wanted)
     assert len(pool.outputs(job)) == 1
+    # The database has ended this gateway's connection: it may say so, and has deleted nothing then.
+    deletes = [pool.second.call("DELETE", f"/v1/videos/{undisturbed}")[0] for _ in range(2)]
+    assert deletes in ([503, 200], [200, 404])
+    pool.first.gone(undisturbed)
     # Whoever waits for a picture at a gateway that is stopped gets its id, and it is made.
     with ThreadPoolExecutor(1) as threads:
-        picture = {"prompt": "a cat", "size": "96x64", "num_inference_steps": 400}
+        picture = {"prompt": "a cat", "size": "96x64", "num_inference_steps": 200}
         answer = threads.submit(pool.second.call, "POST", "/v1/images/generations", picture, None)
-        found = pool.first.listed("in_progress")
+        found = pool.first.listed("in_progress", 30)
         assert pool.second.process is not None
         pool.second.process.send_signal(signal.SIGTERM)
         status, refused = answer.result(60)
@@ -345,11 +349,13 @@ def test_a_gateway_shows_what_was_made_again_and_what_was_sent_again(
     assert told.count(one) == told.count(two) == 2
     # Deleted here, and sent again at once; deleted and sent again elsewhere between two looks.
     for _ in range(2):
+        before = queue.row(one)
+        assert before is not None
         queue.remove(one)
         board.remove(one)
-        board._since = None  # a look that had begun before
-        board.look()
+        board._take_in(before, begins=False)  # by a look that had begun before
         assert status(one) is None
+        board.look()
         queue.put(a_job(1))
         board.look()
         assert status(one) == "queued"
@@ -598,7 +604,6 @@ def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
         "near-lossless, fast, and put schedules into step_cache.yaml beside the weights of the "
         "groups\n",
     )
-    assert sent("list.txt", "--camera-motion", "x" * 5000)[1].count("\n") == 1
     assert sent("list.txt", "--dtype", "fp32")[0] == 2
     assert sent("nothing.txt")[1].startswith("error: --prompt-path 'nothing.txt': No such file")
 
