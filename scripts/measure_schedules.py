@@ -92,37 +92,55 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="the JSON; default: WORK/step-cache.json")
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts (default 40)")
     parser.add_argument("--quick", action="store_true", help="4 prompts, one size, three lists")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="only the first so many")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=COUNTS, metavar="N",
+        help="numbers of computed steps beside those of the schedules",
+    )  # fmt: skip
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    sizes, prompts = SIZES, asked.prompts
-    counts: tuple[int, ...] = COUNTS
     if asked.quick:
-        sizes, counts, prompts = SIZES[:1], (15, 10, 7), 4
-    bench = Bench(asked.work, prompts)
+        asked.sizes, asked.counts, asked.prompts = 1, (15, 10, 7), 4
+    bench = Bench(asked.work, asked.prompts)
     rows: list[dict[str, Any]] = []
-    for size in sizes:
-        lists = lists_of(calibrated(asked.work, size), counts)
-        for kind in ("text", "image"):
-            rows += bench.measure(Case(kind, size), lists)
-    levels = [one for one in lists_of(calibrated(asked.work, SIZES[0]), ()) if one.level]
-    for scale in SCALES[:1] if asked.quick else SCALES:
-        rows += bench.measure(Case("text", SIZES[0], scale), levels)
-    for size in UNSEEN[:1] if asked.quick else UNSEEN:
-        rows += bench.measure(Case("text", size), levels)
-    machine = describe_machine(bench.pipeline.session.device, asked.work)
-    content = {
-        "steps": STEPS,
-        "prompts": prompts,
-        "levels": {name: vars(level) for name, level in LEVELS.items()},
-        "machine": machine,
-    }
     to = asked.to or asked.work / "step-cache.json"
-    with atomic_output(to) as temporary:
-        text = json.dumps(content | {"rows": rows}, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    for case, lists in _cases(asked):
+        rows += bench.measure(case, lists)
+        # After each case: what ends early has what was measured until then.
+        _write(to, asked, bench, rows, complete=False)
+    _write(to, asked, bench, rows, complete=True)
     for line in tables(rows):
         print(line)
     print(f"\n{to}", flush=True)
+
+
+def _write(
+    to: Path, asked: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]], *, complete: bool
+) -> None:
+    content = {
+        "command": " ".join(["python scripts/measure_schedules.py", *sys.argv[1:]]),
+        "complete": complete,
+        "steps": STEPS,
+        "prompts": asked.prompts,
+        "levels": {name: vars(level) for name, level in LEVELS.items()},
+        "machine": describe_machine(bench.pipeline.session.device, asked.work),
+        "rows": rows,
+    }
+    with atomic_output(to) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _cases(asked: argparse.Namespace) -> Iterator[tuple[Case, list[Listed]]]:
+    """What is measured, in order, and the lists of each: those of the size it was calibrated on."""
+    for size in SIZES[: asked.sizes]:
+        lists = lists_of(calibrated(asked.work, size), asked.counts)
+        yield Case("text", size), lists
+        yield Case("image", size), lists
+    levels = [one for one in lists_of(calibrated(asked.work, SIZES[0]), ()) if one.level]
+    for scale in SCALES[:1] if asked.quick else SCALES:
+        yield Case("text", SIZES[0], scale), levels
+    for size in UNSEEN[:1] if asked.quick else UNSEEN:
+        yield Case("text", size), levels
 
 
 def calibrated(work: Path, size: Size) -> Path:

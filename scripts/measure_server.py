@@ -1,14 +1,12 @@
 """Measures of the server with the embedded model, on an idle machine:
 
     python scripts/measure_server.py warm    docs/benchmarks/serving-warm.json
-    python scripts/measure_server.py soak    docs/benchmarks/serving-soak.json
     python scripts/measure_server.py kills   docs/benchmarks/serving-kills.json
     python scripts/measure_server.py cancel  docs/benchmarks/serving-cancel.json
     python scripts/measure_server.py clients docs/benchmarks/serving-clients.json
     python scripts/measure_server.py flood   docs/benchmarks/serving-flood.json
 
 warm     a job's time in the server beside `Pipeline.generate` in a loop, on one rank
-soak     200 jobs of 8 shapes: memory, open files and threads of the gateway and of each rank
 kills    SIGKILL of rank 0, rank 1, the gateway or all at random moments: bytes, time to ready
 cancel   from the request to delete a running job to ranks that rest
 clients  100 clients that send, poll, list and delete, and what the engine loses by them
@@ -43,10 +41,8 @@ sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
 from serving import Server  # noqa: E402
 
 from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
-from scripts.soak_outputs import MOST_GROWTH_MB, growth, look  # noqa: E402
+from scripts.soak_outputs import look  # noqa: E402
 
-SIZES = ("48x32", "64x48", "96x64", "160x96")
-SHAPES = tuple((size, frames) for size in SIZES for frames in (1, 17))
 # The reference of `warm`: the same requests through the Python API, in a process of its own.
 LOOP = """
 import json, sys, time
@@ -153,35 +149,6 @@ def warm(asked: argparse.Namespace) -> dict[str, Any]:
 
 def _result(server: Server, job: str) -> bytes:
     return (server.save_dir / "jobs" / job / "result.json").read_bytes()
-
-
-# --- soak -------------------------------------------------------------------------------------
-
-
-def soak(asked: argparse.Namespace) -> dict[str, Any]:
-    """Every process of the server after every job. A first round of shapes is not counted."""
-    with serving(asked.ranks) as server:
-        assert server.process is not None
-        names = {"gateway": server.process.pid}
-        names |= {f"rank {n}": pid for n, pid in enumerate(server.engine_pids())}
-        seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for number in range(-len(SHAPES), asked.count):
-            size, frames = SHAPES[number % len(SHAPES)]
-            job = server.create(size=size, num_frames=frames, prompt=f"ball {number}")
-            video = server.wait(job)
-            assert video["status"] == "completed", video
-            server.content(job, "thumbnail")
-            if number >= 0:
-                for name, pid in names.items():
-                    seen[name].append(look(pid))
-        same = server.engine_pids() == [pid for name, pid in names.items() if name != "gateway"]
-    grown = {name: growth(each) for name, each in seen.items()}
-    found: dict[str, Any] = {"jobs": asked.count, "shapes": len(SHAPES), "seen": seen}
-    flat = same
-    for name, each in grown.items():
-        found[f"{name}: second half against first"] = str(each)
-        flat &= each["rss_mb"] <= MOST_GROWTH_MB and max(each["files"], each["threads"]) <= 1
-    return {**found, "holds": flat}
 
 
 # --- kills ------------------------------------------------------------------------------------
@@ -424,7 +391,6 @@ def flood(asked: argparse.Namespace) -> dict[str, Any]:
 # What is measured: the function, how often it is done, ranks.
 MEASURES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int, int]] = {
     "warm": (warm, 20, 1),
-    "soak": (soak, 200, 2),
     "kills": (kills, 20, 2),
     "cancel": (cancel, 10, 2),
     "clients": (clients, 100, 2),

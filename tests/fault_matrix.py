@@ -101,19 +101,19 @@ def run_cell(
         VARIABLE: f"rank={cell.rank} point={cell.point} way={cell.way}",
         LOG_VARIABLE: str(logs),
     }
-    run: Copies | _Torchrun
+    run: Copies | Torchrun
     if forked:
         own = [{**environment, **each} for each in environments(ranks)]
         run = Copies(flags, own, said, program=point.program)
     else:
         command = [f"launch/{point.program}.py", *flags]
-        run = _Torchrun(command, environment, said, ranks, max_restarts)
+        run = Torchrun(command, environment, said, ranks, max_restarts)
     outcome = Outcome()
     try:
         _watch(run, logs, outcome)
     finally:
         run.kill()
-        for pid in _rank_pids(logs):
+        for pid in rank_pids(logs):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     outcome.log = said.read_text()
@@ -121,7 +121,7 @@ def run_cell(
     return outcome
 
 
-class _Torchrun:
+class Torchrun:
     """The real launcher."""
 
     def __init__(
@@ -154,14 +154,14 @@ class _Torchrun:
         self._process.wait()
 
 
-def _watch(run: _Torchrun | Copies, logs: Path, outcome: Outcome) -> None:
+def _watch(run: Torchrun | Copies, logs: Path, outcome: Outcome) -> None:
     """Wait for the end; note how long the ranks of the attempt that failed took to be gone."""
     end = time.monotonic() + GIVE_UP_S
     failing: dict[int, Process] = {}
     while time.monotonic() < end:
         fault = logs / "fault"
         if fault.exists() and not failing:
-            failing = {pid: Process(pid, "", "") for pid in _rank_pids(logs)}
+            failing = {pid: Process(pid, "", "") for pid in rank_pids(logs)}
         gone = bool(failing) and all(p.state() == "gone" for p in failing.values())
         if gone and outcome.seconds is None:
             outcome.seconds = time.time() - float(fault.read_text())
@@ -173,7 +173,7 @@ def _watch(run: _Torchrun | Copies, logs: Path, outcome: Outcome) -> None:
     outcome.wrong.append(f"still running after {GIVE_UP_S:g} s")
 
 
-def _rank_pids(logs: Path) -> list[int]:
+def rank_pids(logs: Path) -> list[int]:
     return [int(text) for path in logs.glob("rank*.pid") if (text := path.read_text())]
 
 

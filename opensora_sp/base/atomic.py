@@ -45,7 +45,8 @@ def atomic_output(path: Path) -> Iterator[Path]:
             _sync(temporary)  # quota and network file systems report late errors here
             os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only keeps it; the error says why
+            temporary.unlink(missing_ok=True)
         raise
     finally:
         _unfinished.discard(temporary)

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
 
+from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import read_launch
+from opensora_sp.base.outside_json import read_object
 
 VARIABLE = "OMP_NUM_THREADS"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -93,9 +93,8 @@ def transformer_width(directory: Path | None) -> int | None:
     if directory is None:
         return 0
     try:
-        content: Any = json.loads(_text(directory / "config.json"))
-        width = content.get("hidden_size", None)
-    except (ValueError, AttributeError, RecursionError):
+        width = read_object(directory / "config.json").get("hidden_size", None)
+    except UserError:
         return None  # loading the model will report what is wrong with the file
     return width if isinstance(width, int) else None
 

@@ -26,6 +26,7 @@ _KIND_OF_STAGE = {
     "denoise": "step",
     "decode": "decode",
     "write": "write",
+    "save": "write",
 }
 
 

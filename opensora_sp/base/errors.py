@@ -4,9 +4,29 @@
 class UserError(Exception):
     """A mistake in a request, a file or the environment.
 
-    The message is one line. It names the value, what is allowed and what to do. The command line
-    prints it from rank 0 and exits with code 2.
+    The message is one printable line. It names the value, what is allowed and what to do. The
+    command line prints it from rank 0 and exits with code 2. White space of other kinds in it
+    becomes spaces and control characters escapes, because it may quote a file or another library,
+    and whoever uses the package from Python prints it as it is.
     """
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        text = str(message)
+        if not text.isprintable():
+            text = printable("".join(" " if c.isspace() else c for c in text))
+        super().__init__(text, *more)
+
+
+def printable(text: str) -> str:
+    """Text without control, format and lone surrogate characters: they become escapes (\\x1b)."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else escaped(c) for c in text)
+
+
+def escaped(character: str) -> str:
+    """A character as an escape of Python, in ASCII."""
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 class NoSpaceError(UserError):

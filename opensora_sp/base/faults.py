@@ -23,6 +23,10 @@ VARIABLE, LOG_VARIABLE = "OPENSORA_SP_FAULT", "OPENSORA_SP_FAULT_LOG"
 ENDS = ("exception", "kill", "stop", "exit")
 WAYS = (*ENDS, "hang", "corrupt", "slow")
 SLOW_S = 8.0
+# At every point: stand until the file `go` is in the log directory, while whoever injects the fault
+# does something to the machine, such as fill its disk.
+AWAIT = "await"
+AWAIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ POINTS: Mapping[str, Point] = {
     "last-gather": Point("denoise", middle=1),  # ranks 2 and 3 hold the same latents again
     "decode": Point("decode", (*ENDS, "slow"), leading=True),
     "encode-to-file": Point("write", leading=True),
+    # Files that are written on the way, by the leading rank.
+    "save-step": Point("denoise", ("kill",), leading=True, needs=("--save-every", "1")),
+    "save-clip": Point("save", ("kill",), leading=True),
+    "record": Point("save", ("kill",), leading=True),
     "between-outputs": Point("between outputs"),
     "replica-work": Point("replica work", needs=("--replicas", "2")),
     "report": Point(
@@ -83,7 +91,7 @@ def _planned(text: str | None) -> Plan | None:
         return None
     given = dict(part.split("=", 1) for part in text.split())
     plan = Plan(given["rank"], given["point"], given["way"], int(given.get("after", "0")))
-    if plan.way not in POINTS[plan.point].ways:
+    if plan.way not in (*POINTS[plan.point].ways, AWAIT):
         raise ValueError(f"{VARIABLE}={text!r}: at {plan.point} only {POINTS[plan.point].ways}")
     return plan
 
@@ -119,6 +127,12 @@ def _fail(plan: Plan) -> bool:
         time.sleep(3600)
     if plan.way == "slow":
         time.sleep(SLOW_S)
+    if plan.way == AWAIT:
+        go, end = Path(os.environ[LOG_VARIABLE]) / "go", time.monotonic() + AWAIT_S
+        while not go.exists():
+            if time.monotonic() > end:
+                raise InjectedFault(f"nobody came within {AWAIT_S:g} s at {plan.point}")
+            time.sleep(0.02)
     return plan.way == "corrupt"
 
 

@@ -1,22 +1,87 @@
 """JSON from outside the program: its size is limited before parsing, and its types are checked.
 
+Everything that a person, a file, another process or the network gives as JSON is read here. What is
+refused is the same everywhere: too many bytes, bytes that are not UTF-8, what JSON does not allow
+(NaN is not JSON), nesting beyond 64 levels, long numbers, and one key twice.
+
 Imports no torch, because planning and the first checks of a run read such files too.
 """
 
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import ValueType, shown
 
 MOST_BYTES = 64 * 2**20
 _DEEPEST = 64
 _LONGEST_NUMBER = 40  # characters; sizes, counts and measures are shorter
+_LONGEST_REASON = 160
+
+
+class NotJson(ValueError):  # noqa: N818 (what the text is, said of it)
+    """The text is not JSON that is read. Its message is said of the text: "is nested too deeply".
+
+    key: the key that is there twice, if that is what is wrong.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def parse_json(raw: bytes | str, *, most_bytes: int = MOST_BYTES) -> Any:
+    """The value that bytes in UTF-8, or a text, hold.
+
+    Raises NotJson for more than `most_bytes` (characters of a text), bytes that are not UTF-8, what
+    is not JSON, nesting deeper than 64 levels, a number of over 40 characters or beyond a float,
+    and a key that is twice in one object. Half a character (a lone surrogate) is not refused,
+    because Python writes those bytes of a path so that are not UTF-8.
+    """
+    if len(raw) > most_bytes:
+        raise NotJson(f"has {len(raw)} bytes: at most {most_bytes} are read")
+    too_deep = f"is nested too deeply: {_DEEPEST} levels are read"
+    try:
+        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+        content = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_refuse_constant,
+            parse_int=_whole,
+            parse_float=_fraction,
+        )
+    except RecursionError:
+        raise NotJson(too_deep) from None
+    except NotJson:
+        raise
+    except ValueError as problem:
+        reason = " ".join(str(problem).split())[:_LONGEST_REASON]
+        raise NotJson(f"is not readable JSON: {reason}") from None
+    if _is_deeper(content, _DEEPEST):
+        raise NotJson(too_deep)
+    return content
+
+
+def parse_object(
+    raw: bytes | str,
+    what: str,
+    *,
+    most_bytes: int = MOST_BYTES,
+    error: type[UserError] = UserError,
+) -> dict[str, Any]:
+    """The object that bytes or a text hold. Raises `error`, which begins with `what`."""
+    try:
+        content = parse_json(raw, most_bytes=most_bytes)
+    except NotJson as problem:
+        raise error(f"{what} {problem}") from None
+    if not isinstance(content, dict):
+        raise error(f"{what} must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 def read_object(
@@ -29,42 +94,36 @@ def read_object(
     """The object in a JSON file.
 
     what: how a message names the file, by default its path. Raises `error` for a file that is not
-    regular, larger than `most_bytes`, not UTF-8, not JSON (NaN is not JSON), nested deeper than 64
-    levels, or not an object.
+    regular or larger than `most_bytes`, and for what `parse_json` refuses or is not an object.
     """
     said = str(path) if what is None else what
+    return parse_object(_read(path, said, most_bytes, error), said, error=error)
+
+
+def _read(path: Path, said: str, most_bytes: int, error: type[UserError]) -> bytes:
     try:
-        # Checked before opening: opening a pipe would wait, and a device has no end.
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise error(f"{said} is not a regular file")
-        if found.st_size > most_bytes:
-            raise error(
-                f"{said} has {found.st_size} bytes: at most {most_bytes} are read, no such file "
-                "is larger"
+        if access.exists(path) and not access.is_file(path):
+            raise UserError(f"{said} is not a regular file")
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise UserError(
+                f"{said} has {size} bytes: at most {most_bytes} are read, no such file is larger"
             )
-        with path.open("rb") as file:
-            raw = file.read(most_bytes + 1)
+        return access.read_bytes(path, limit=most_bytes, what=said)
+    except UserError as problem:
+        raise error(str(problem)) from None
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
         raise error(f"{said} cannot be read: {reason}") from None
-    try:
-        content = json.loads(
-            raw.decode("utf-8-sig"),
-            parse_constant=_refuse_constant,
-            parse_int=_whole,
-            parse_float=_fraction,
-        )
-    except RecursionError:
-        raise error(f"{said} is nested too deeply: {_DEEPEST} levels are read") from None
-    except ValueError as problem:
-        reason = " ".join(str(problem).split())[:160]
-        raise error(f"{said} is not readable JSON: {reason}") from None
-    if _is_deeper(content, _DEEPEST):
-        raise error(f"{said} is nested too deeply: {_DEEPEST} levels are read")
-    if not isinstance(content, dict):
-        raise error(f"{said} must hold a JSON object, not a {type(content).__name__}")
-    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise NotJson(f"is not readable JSON: the key {shown(key)} is there twice", key)
+        found[key] = value
+    return found
 
 
 def _refuse_constant(text: str) -> NoReturn:

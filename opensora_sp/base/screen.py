@@ -20,22 +20,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import wraps
 from typing import Any, TextIO
 
+from opensora_sp.base.errors import escaped, printable
 from opensora_sp.base.redaction import redacted
 
 MOST_SHOWN = 800  # characters of one message
 _REPLACED = "opensora_sp.replaced"
 _noted: set[str] = set()
-
-
-def printable(text: str) -> str:
-    """Text without control, format and lone surrogate characters: they become escapes (\\x1b)."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 def one_line(message: object) -> str:
@@ -134,7 +124,7 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
         0xDC80 <= ord(c) <= 0xDCFF for c in found
     ):
         return found.encode("utf-8", "surrogateescape"), error.end
-    return "".join(_escaped(c) for c in found), error.end
+    return "".join(escaped(c) for c in found), error.end
 
 
 codecs.register_error(_REPLACED, _replaced)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opensora_sp.base import access
-from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import note, on_any_screen, printable, result
+from opensora_sp.base.errors import UserError, printable
+from opensora_sp.base.screen import note, on_any_screen, result
 from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.cli.parser import RefusingParser
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from opensora_sp.base.processes import Process
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Position
 from opensora_sp.engine.step_cache.settle import settle
@@ -30,7 +31,8 @@ def unfinished(job: Job, whole: Session, models: Mapping[str, str]) -> tuple[Job
     """
     _require_same_list(job, whole)
     planned = job = with_step_schedules(job, whole, lambda: models["dit"])
-    looked = whole.control.together(lambda: look_up_work(planned, models), leading_only=True)
+    own = whole.control.all_gather_object(Process.current())
+    looked = whole.control.together(lambda: look_up_work(planned, models, own), leading_only=True)
     found = whole.control.broadcast_object(looked)
     job = renamed(job, found)
     states = dict(zip(job.tasks, found, strict=True))

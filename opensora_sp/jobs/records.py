@@ -8,13 +8,15 @@ write the same file.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.base.hashes import sha256
+from opensora_sp.base.outside_json import parse_json
+from opensora_sp.base.processes import Process
 from opensora_sp.jobs.identity import Identity, digest
 
 FOLDER = ".opensora-sp"
@@ -24,13 +26,24 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of one output. size, mtime_ns, sha256: of its file, once it is done."""
+    """What is known of one output. size, mtime_ns, sha256: of its file, once it is done.
+
+    maker: the process that wrote the record, None in those of an older version.
+    """
 
     identity: Identity
     stage: Stage
     size: int | None = None
     mtime_ns: int | None = None
     sha256: str | None = None
+    maker: Process | None = None
+
+    def made_by(self) -> Process | None:
+        """The process of this machine that is making the output now; None where there is none."""
+        maker = self.maker
+        if self.stage == "done" or maker is None or not maker.here or maker.state() == "gone":
+            return None
+        return maker
 
     def fits(self, output: Path) -> bool:
         """Whether the file exists unchanged. It is read only where its time has changed."""
@@ -57,8 +70,7 @@ def read_record(output: Path) -> Record | None:
         return None
     content = access.read_bytes(path, limit=access.RECORD_LIMIT)
     try:
-        text = content.decode("utf-8")
-        found: Any = json.loads(text)
+        found: Any = parse_json(content)
         if found["version"] != _VERSION or found["stage"] not in get_args(Stage):
             return None
         if found["digest"] != digest(found["identity"]):
@@ -69,9 +81,19 @@ def read_record(output: Path) -> Record | None:
             size=found["size"],
             mtime_ns=found["mtime_ns"],
             sha256=found["sha256"],
+            maker=_maker(found.get("maker")),
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _maker(found: Any) -> Process | None:
+    if found is None:
+        return None
+    pid, started, node = found["pid"], found["started"], found["node"]
+    if not (type(pid) is int and 0 < pid < 2**31 and type(started) is type(node) is str):
+        raise ValueError("not a process")
+    return Process(pid, started, node)
 
 
 def write_record(output: Path, identity: Identity, stage: Stage) -> None:
@@ -87,6 +109,7 @@ def write_record(output: Path, identity: Identity, stage: Stage) -> None:
         "size": None,
         "mtime_ns": None,
         "sha256": None,
+        "maker": asdict(Process.current()),
         "identity": identity,
     }
     if stage == "done":

@@ -21,8 +21,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import printable
+from opensora_sp.base.errors import UserError, printable
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import reason
 from opensora_sp.request.llm_endpoint import (
@@ -253,8 +253,8 @@ def _post(endpoint: Endpoint, payload: bytes) -> _Answer:
 
 def _content(endpoint: Endpoint, body: bytes) -> str:
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        content = parse_json(body)["choices"][0]["message"]["content"]
+    except (NotJson, LookupError, TypeError):
         content = 0
     if content is None:  # a refusal, or tokens spent on reasoning
         return ""
@@ -290,8 +290,8 @@ def _code(endpoint: Endpoint, answer: _Answer) -> str:
     A code is lower-case words, so nothing that looks like a key passes.
     """
     try:
-        code = json.loads(answer.body)["error"]["code"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        code = parse_json(answer.body)["error"]["code"]
+    except (NotJson, LookupError, TypeError):
         return ""
     if not isinstance(code, str) or endpoint.key in code:
         return ""

@@ -129,7 +129,8 @@ def make_batch(
         _finish(job, work, files, sheet, time.perf_counter() - started)
 
     if not work.denoised:
-        note_stage("denoising")
+        with pipeline.session.control.stage("save"):
+            note_stage("denoising")
     requests = [task.request for task in work.tasks]
     with open_outputs(
         pipeline, job, work.tasks, sheet, finishing=finishing, done=complete
@@ -216,6 +217,7 @@ def _finish(
 
 
 def _write_stage(task: Task, identity: Identity, stage: Stage) -> None:
+    faults.reach("record")
     try:
         write_record(task.output, identity, stage)
     except (UserError, OSError) as error:

@@ -28,6 +28,7 @@ from torch import Tensor
 from opensora_sp.base import access, geometry
 from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference
@@ -196,7 +197,7 @@ class StateFiles:
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 about: dict[str, str] = file.metadata() or {}
-                before: Any = json.loads(about["identity"])
+                before: Any = parse_json(about["identity"])
                 if not isinstance(before, dict):
                     raise ValueError("its identity is not an object")
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

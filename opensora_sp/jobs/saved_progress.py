@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from opensora_sp.base import faults
 from opensora_sp.base.errors import Stopped, UserError
 from opensora_sp.base.screen import warn_once
 from opensora_sp.engine.progress import (
@@ -155,6 +156,7 @@ class SavedProgress(Progress):
         z = gather() if self._files else None
         held = gather_held() if self._files and gather_held is not None else None
         if z is not None:
+            faults.reach("save-step")
             rows = [None] * len(z) if self._mask is None else list(self._mask)
             for place, (files, latents, mask) in enumerate(zip(self._files, z, rows, strict=True)):
                 saved = SavedStep(latents, mask, _of_sample(held, place))
@@ -164,11 +166,13 @@ class SavedProgress(Progress):
     def finish(self, clip: int, latents: Tensor | None, *, last: bool) -> None:
         """Save a clip's final latents [B,4,T,H,W] on the rank that has them, before decoding."""
         self._unsaved = None
-        if latents is not None and self._files:
-            for files, own in zip(self._files, latents, strict=True):
-                self._try(partial(files.save_clip, clip, own))
-        if last and self._on_latents is not None:
-            self._on_latents()
+        with self._session.control.stage("save"):
+            if latents is not None and self._files:
+                faults.reach("save-clip")
+                for files, own in zip(self._files, latents, strict=True):
+                    self._try(partial(files.save_clip, clip, own))
+            if last and self._on_latents is not None:
+                self._on_latents()
         self._leave(self._all_asked())
 
     def _try(self, save: Callable[[], None]) -> None:

@@ -6,25 +6,30 @@ looks at the files, because other ranks may see another file system.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import one_line
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference, identity_of, latents_identity
-from opensora_sp.jobs.records import FOLDER, Record, read_record, write_record
+from opensora_sp.jobs.records import FOLDER, Record, Stage, read_record, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
 from opensora_sp.request.naming import number_of, numbered
 from opensora_sp.request.request import Job, JobSettings, Task
 
 _log = logging.getLogger(__name__)
 
+LOCK_SECONDS = 5.0
 _OTHERWISE = "choose another --sample-name or --save-dir, or make it anew with --overwrite"
 
 
@@ -40,20 +45,31 @@ class WorkState:
     output: Path | None = None
 
 
-def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
+def look_up_work(
+    job: Job, models: Mapping[str, str], own: Collection[Process] = ()
+) -> list[WorkState]:
     """The state of each of the job's tasks. Prints what is skipped and what is resumed.
 
     An output without a name from the user gets a free name where another request's file has its
     name. A task that is to be made gets a record with the stage "waiting". With --overwrite its
-    saved state is removed. models: as from `weight_digests.model_digests`. Raises UserError, before
-    anything is changed, where an output or a saved state is of another request, changed or damaged.
+    saved state is removed. models: as from `weight_digests.model_digests`. own: the processes of
+    this run, beside this one. Raises UserError, before anything is changed, where an output or a
+    saved state is of another request, changed or damaged, or where another run of this machine is
+    making the output.
     """
+    with _alone_in(job.settings.save_dir):
+        return _look_up(job, models, {Process.current(), *own})
+
+
+def _look_up(job: Job, models: Mapping[str, str], own: Collection[Process]) -> list[WorkState]:
     settings = job.settings
     identities = [identity_of(task, job.engine, settings, models) for task in job.tasks]
     pairs = [
         (_named(task, identity, settings), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
     ]
+    for task, _ in pairs:
+        _require_nobody(task.output, own)
     states = [
         replace(_state_of(task, identity, settings), output=task.output) for task, identity in pairs
     ]
@@ -62,8 +78,7 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
             continue
         if settings.overwrite and not settings.decode_only:
             StateFiles(task.output, {}).remove()
-        if state.position == Position():
-            write_record(task.output, identity, "waiting")
+        write_record(task.output, identity, _stage_to_write(task, state.position))
     _say_names(job.tasks, states, settings)
     if settings.resume and all(state.position == Position() for state in states):
         _log.warning(
@@ -71,6 +86,51 @@ def look_up_work(job: Job, models: Mapping[str, str]) -> list[WorkState]:
             "starts from the beginning"
         )
     return states
+
+
+def _stage_to_write(task: Task, position: Position) -> Stage:
+    """The stage of a task that this run is going to make: the record then names this process."""
+    if position == Position():
+        return "waiting"
+    return "latents saved" if position.clip >= task.request.loop else "denoising"
+
+
+def _require_nobody(output: Path, own: Collection[Process]) -> None:
+    """Two runs that make one output would remove each other's saved state."""
+    record = read_record(output)
+    maker = None if record is None else record.made_by()
+    if maker is not None and maker not in own:
+        raise UserError(
+            f"{output} is being made by process {maker.pid} of this machine: wait until that run "
+            "has ended, end it, or choose another --sample-name or --save-dir"
+        )
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory, so that two runs do not choose the same names at one moment.
+
+    Where that cannot be had, because the directory is not there yet and cannot be made, or its file
+    system has no locks, or whoever holds it does so for long, the block runs without.
+    """
+    handle = None
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        end = time.monotonic() + LOCK_SECONDS
+        while handle is not None and time.monotonic() < end:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                break
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def renamed(job: Job, states: Sequence[WorkState]) -> Job:

@@ -6,7 +6,6 @@ references are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.media.fetch import open_file
 from opensora_sp.media.reader import _Frames, _opened
 
@@ -127,8 +127,8 @@ def _settings(comment: object) -> dict[str, Any] | None:
     if not isinstance(comment, str) or len(comment) > _MOST_SETTINGS:
         return None
     try:
-        found = json.loads(comment)
-    except (ValueError, RecursionError):
+        found = parse_json(comment)
+    except NotJson:
         return None
     return found if isinstance(found, dict) else None
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.atomic import atomic_output, is_ffmpeg_error, reported
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,7 +273,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             is_png = file.read(len(_PNG_MAGIC)) == _PNG_MAGIC
         comment = (_png_comment if is_png else _container_comment)(path)
-        settings = json.loads(comment)
+        settings = parse_json(comment)
     except ValueError as error:  # not JSON
         raise UserError(_no_settings(path)) from error
     except Exception as error:

@@ -13,9 +13,18 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.outside_json import check_keys, inner_object, read_object
-from opensora_sp.base.value_types import ValueType, boolean, integer, number, optional, shown
+from opensora_sp.base.value_types import (
+    ValueType,
+    boolean,
+    file_stem,
+    integer,
+    number,
+    optional,
+    shown,
+)
 
 _MOST_BYTES = 2**20
+_SHARD = file_stem()
 _WIDTH, _COUNT, _LAYERS = integer(1, 65536), integer(1, 4096), integer(1, 512)
 _CHANNELS = integer(1, 8192)
 
@@ -163,12 +172,16 @@ def read_shards(index: Path) -> dict[str, str]:
     listed = read_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} has no weight_map: download it again")
-    for shard in set(map(str, listed.values())):
-        if Path(shard).name != shard or not access.is_file(index.parent / shard):
+    known: set[str] = set()
+    for shard in listed.values():
+        if isinstance(shard, str) and shard in known:
+            continue
+        if not _SHARD.legal(shard) or not access.is_file(index.parent / shard):
             raise CheckpointError(
                 f"{index.name} names the shard {shown(shard)}, which is not in {index.parent}"
             )
-    return {name: str(shard) for name, shard in listed.items()}
+        known.add(shard)
+    return dict(listed)
 
 
 def checked(

@@ -128,7 +128,7 @@ def _inspect_zip(path: Path) -> None:
 
 def _inspect_old_form(path: Path) -> None:
     """Refuse a tar, and on an old torch every file of the form before torch 1.6."""
-    if tarfile.is_tarfile(path):
+    if _is_tar(path):
         raise _holds_code(path, "a tar archive, which torch would unpack and run")
     with path.open("rb") as file:
         # Magic number, protocol, system, the object: each a pickle of its own; storages follow.
@@ -140,6 +140,20 @@ def _inspect_old_form(path: Path) -> None:
             f"{path} has the form of torch before 1.6, which torch {torch.__version__} reads in a "
             "way that can run code: save it anew with torch.save on torch 2.6 or later"
         )
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether torch would read it as a tar. It opens none that is compressed.
+
+    `tarfile.is_tarfile` tries to decompress: 66 bytes that look like LZMA ask for 4 GB there.
+    """
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
+    except Exception as error:  # a broken header ends in whatever its fields lead to
+        raise corrupt(path, error) from error
 
 
 def _inspect_pickle(path: Path, pickled: IO[bytes]) -> None:

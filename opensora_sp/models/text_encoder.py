@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_sp.base import access
-from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.configs import T5, checked
 from opensora_sp.models.kernels.int8_linear import quantize_
@@ -23,6 +23,7 @@ from opensora_sp.models.offload import OffloadedModuleList
 _WEIGHT_STEMS = ("pytorch_model", "model")
 _LAYERS = "encoder.block."
 _PIECES_FILE = "spiece.model"
+_MOST_PIECES_BYTES = 64 << 20  # T5's has 0.8 MB
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,11 @@ def _load_pieces(path: Path) -> Any:
             f"no {path.name} in {path.parent}: give the directory of T5 v1.1's encoder"
         )
     try:
-        pieces = SentencePieceProcessor(model_proto=path.read_bytes())
+        raw = access.read_bytes(path, limit=_MOST_PIECES_BYTES)
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+    try:
+        pieces = SentencePieceProcessor(model_proto=raw)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a SentencePiece model: download it again"

@@ -9,6 +9,7 @@ from typing import Any
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_yaml import parse_yaml
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.named_configs import find_config
 
@@ -25,21 +26,14 @@ def read_config(path: str) -> dict[str, Raw]:
 
     Raises UserError naming the file and the line.
     """
-    import yaml
+    from yaml import MappingNode
 
     what = f"--config {shown(path)}"
     text = access.read_text(find_config(path), limit=access.CONFIG_LIMIT, what=what)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    # ValueError and OverflowError: a number in an escape or in the YAML version is too large.
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise UserError(f"{what} is not YAML{line}: {' '.join(str(problem).split())}") from None
+    node = parse_yaml(text, what)
     if node is None:
         return {}
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, MappingNode):
         raise UserError(f"{what} is not a list of `key: value` lines")
     values: dict[str, Raw] = {}
     for key_node, value_node in node.value:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import Request
 from opensora_sp.request.setting import settings_of
@@ -342,19 +342,16 @@ def _one_of(key: str) -> str:
 
 
 def _load(what: str, text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise UserError(f"{what} gives a field twice: {shown([key for key, _ in pairs])}")
-        return dict(pairs)
-
     try:
-        return json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not JSON: {' '.join(str(error).split())}") from None
+        return parse_json(text)
+    except NotJson as error:
+        if error.key is not None:
+            raise UserError(f"{what} gives the field {shown(error.key)} twice") from None
+        raise UserError(f"{what} {error}") from None
 
 
 def _json_or_none(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except NotJson:
         return None

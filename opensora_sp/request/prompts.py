@@ -7,12 +7,12 @@ syntax is Open-Sora 1.2's.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import Request
 
@@ -56,13 +56,17 @@ def parse_prompt_json(raw: str, *, reference_path: str = "", mask_strategy: str 
 
 def _read_json(raw: str, text: str) -> dict[str, str]:
     try:
-        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
+        found: dict[str, Any] = parse_json(text)  # it begins with a brace
+    except NotJson as error:
+        if error.key is not None:
+            raise UserError(
+                f"prompt {shown(raw)} gives a key twice in its JSON: give each once"
+            ) from None
         raise UserError(
-            f"prompt {shown(raw)}: what follows '{{' is not JSON ({error}); "
+            f"prompt {shown(raw)}: what follows '{{' {error}; "
             f'write {{"reference_path": "..."}} at its end, or leave the brace out'
-        ) from error
-    for key, value in pairs:
+        ) from None
+    for key, value in found.items():
         if key not in _JSON_KEYS:
             raise UserError(
                 f"prompt {shown(raw)}: unknown key {shown(key)} in its JSON; "
@@ -73,9 +77,7 @@ def _read_json(raw: str, text: str) -> dict[str, str]:
                 f"prompt {shown(raw)}: {key} must be a string (join several with ';'), "
                 f"not {shown(value)}"
             )
-    if len(dict(pairs)) < len(pairs):
-        raise UserError(f"prompt {shown(raw)} gives a key twice in its JSON: give each once")
-    return dict(pairs)
+    return found
 
 
 def split_loops(prompt: str) -> dict[int, str]:

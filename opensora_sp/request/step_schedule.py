@@ -18,6 +18,7 @@ from typing import Any
 from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_yaml import yaml_values
 from opensora_sp.base.value_types import shown
 
 # What fills a step left out, of the guided velocities computed before it: the last one, or the
@@ -221,44 +222,12 @@ def read_schedules(path: access.AnyPath, what: str | None = None) -> tuple[StepS
     cannot be read, is larger than 1 MiB, is no YAML, or says something else than schedules.
     """
     said = what or shown(str(path))
-    content = _yaml(access.read_text(path, limit=access.CONFIG_LIMIT, what=what), said)
+    content = yaml_values(access.read_text(path, limit=access.CONFIG_LIMIT, what=what), said)
     if not isinstance(content, list) or not 0 < len(content) <= MOST_SCHEDULES:
         raise UserError(
             f"{said} is not a list of 1 to {MOST_SCHEDULES} schedules, each of `key: value` lines"
         )
     return tuple(_schedule(one, f"{said} schedule {i + 1}") for i, one in enumerate(content))
-
-
-def _yaml(text: str, said: str) -> Any:
-    """The document in a text, of plain values only."""
-    import yaml
-
-    try:
-        # Aliases could make a small file a very large object, and no schedule needs them.
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{said}: the alias *{event.anchor} is not read; write it out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_twice(node, said)
-        return yaml.safe_load(text)
-    # ValueError and OverflowError: a number or a date that cannot be.
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise UserError(f"{said} is not YAML{line}: {' '.join(str(problem).split())}") from None
-
-
-def _refuse_twice(node: Any, said: str) -> None:
-    """Refuse a key that a schedule has twice, of which YAML would silently take the last."""
-    import yaml
-
-    for item in node.value if isinstance(node, yaml.SequenceNode) else []:
-        keys = [key.value for key, _ in item.value] if isinstance(item, yaml.MappingNode) else []
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                line = item.value[place][0].start_mark.line + 1
-                raise UserError(f"{said} line {line}: the key {shown(key)} is there twice")
 
 
 def _schedule(content: Any, where: str) -> StepSchedule:

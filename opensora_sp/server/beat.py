@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import read_object
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.control import ControlPlane
@@ -126,7 +127,7 @@ def drain_path(save_dir: Path) -> Path:
 def read_beat(save_dir: Path) -> Sign | None:
     """The engine's last sign of life; None where there is none."""
     try:
-        found: dict[str, Any] = json.loads(beat_path(save_dir).read_text(encoding="ascii"))
+        found: dict[str, Any] = read_object(beat_path(save_dir), most_bytes=1 << 16)
         return Sign(**found)
-    except (OSError, ValueError, TypeError):
+    except (UserError, TypeError):
         return None

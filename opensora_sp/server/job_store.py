@@ -22,11 +22,13 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import parse_json
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
 _LARGEST_FILE = 4 << 20
@@ -96,6 +98,29 @@ class JobResult:
     together: int = 1
 
 
+_Kind = TypeVar("_Kind", JobSpec, JobProgress, JobResult)
+
+
+def _made(kind: type[_Kind], found: dict[str, Any]) -> _Kind | None:
+    """What a file holds; None where a value is missing or of another type.
+
+    Keys that are not known are left out: a newer version may have written them.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return cast(_Kind, _adapter(cast(Any, kind)).validate_python(found))
+    except ValidationError:
+        return None
+
+
+@cache
+def _adapter(kind: type[Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 class JobStore:
     """All jobs of a save directory."""
 
@@ -141,8 +166,10 @@ class JobStore:
         found = self._get(job_id, "job.json")
         if found is None:
             raise KeyError(job_id)
-        found["arguments"] = tuple(found["arguments"])
-        return JobSpec(**found)
+        spec = _made(JobSpec, found)
+        if spec is None:
+            raise KeyError(job_id)
+        return spec
 
     def put_progress(self, job_id: str, progress: JobProgress) -> None:
         """Write how far it is."""
@@ -151,7 +178,7 @@ class JobStore:
     def progress(self, job_id: str) -> JobProgress | None:
         """How far it is; None before it is begun."""
         found = self._get(job_id, "progress.json")
-        return None if found is None else JobProgress(**found)
+        return None if found is None else _made(JobProgress, found)
 
     def put_result(self, job_id: str, result: JobResult) -> None:
         """Write how it ended; the preview goes."""
@@ -161,7 +188,7 @@ class JobStore:
     def result(self, job_id: str) -> JobResult | None:
         """How it ended; None while it has not."""
         found = self._get(job_id, "result.json")
-        return None if found is None else JobResult(**found)
+        return None if found is None else _made(JobResult, found)
 
     def put_together(self, job_ids: Iterable[str]) -> None:
         """The jobs that are made together now; none or one: nothing is made together."""
@@ -175,10 +202,12 @@ class JobStore:
     def together(self) -> list[str]:
         """What `put_together` wrote last."""
         try:
-            found = json.loads((self.root / _TOGETHER).read_bytes())
+            found = parse_json((self.root / _TOGETHER).read_bytes(), most_bytes=_LARGEST_FILE)
         except (OSError, ValueError):
             return []
-        return found if isinstance(found, list) else []
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            return []
+        return found
 
     def ask_to_cancel(self, job_id: str) -> None:
         """The engine stops at the next step of this job."""
@@ -242,7 +271,7 @@ class JobStore:
         try:
             if path.stat().st_size > _LARGEST_FILE:
                 return None
-            found = json.loads(path.read_bytes())
+            found = parse_json(path.read_bytes(), most_bytes=_LARGEST_FILE)
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None

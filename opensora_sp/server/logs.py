@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import IO, Any, TextIO
 
+from opensora_sp.base.errors import printable
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.redaction import redacted
-from opensora_sp.base.screen import printable
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning")
@@ -159,8 +160,8 @@ def as_json(text: str, rank: int | None = None) -> str | None:
     text = text.rstrip("\r").rpartition("\r")[2]  # of a bar that was redrawn, the last state
     if not text.strip():
         return None
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text) if text.startswith("{") else None
+    with contextlib.suppress(NotJson):
+        found = parse_json(text) if text.startswith("{") else None
         if isinstance(found, dict) and found.keys() >= {"time", "level", "message"}:
             for key in ("message", "exception"):
                 if isinstance(found.get(key), str):

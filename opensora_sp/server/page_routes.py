@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -13,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.server.board import Board
 from opensora_sp.server.job_store import JobStore
 from opensora_sp.server.live import Feed
@@ -91,7 +91,7 @@ async def _token_of(request: Request) -> str:
         if len(raw) > _LONGEST_LOGIN:
             raise HTTPException(413, "a token is shorter than this")
     try:
-        token = json.loads(raw)["token"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        token = parse_json(raw)["token"]
+    except (NotJson, KeyError, TypeError):
         raise HTTPException(400, 'send {"token": "..."}') from None
     return str(token).strip()

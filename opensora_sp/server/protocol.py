@@ -7,15 +7,14 @@ the same words.
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.setting import Setting
@@ -154,25 +153,16 @@ def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
 def read_json(raw: bytes) -> dict[str, Any]:
     """The fields of a body of JSON. Raises BadRequest for no object, and for a field twice."""
     try:
-        fields = json.loads(raw, object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise BadRequest("the body is not JSON") from None
+        fields = parse_json(raw)
+    except NotJson as error:
+        if error.key is not None:
+            raise BadRequest(
+                f"{shown(error.key)} came twice: one value is taken", printable(error.key)
+            ) from None
+        raise BadRequest(f"the body {error}") from None
     if not isinstance(fields, dict):
         raise BadRequest("the body is not a JSON object")
     return fields
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = Counter(name for name, _ in pairs)
-        twice = next(name for name in names if names[name] > 1)
-        raise BadRequest(f"{shown(twice)} came twice: one value is taken", printable(twice))
-    return found
-
-
-def _no_number(text: str) -> Any:
-    raise BadRequest(f"{text} is not JSON: numbers are written in digits")
 
 
 def printable(text: str) -> str:

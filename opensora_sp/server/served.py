@@ -15,6 +15,7 @@ from typing import Any
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import read_object
 from opensora_sp.base.value_types import shown
 from opensora_sp.planner.devices import parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
@@ -117,9 +118,9 @@ def write_facts(place: Path, warm: WarmEngine, digest: str) -> None:
 def read_facts(group: GroupSettings) -> WarmEngine | None:
     """What the engine has; None before it has opened, and for a file of other settings."""
     try:
-        found = json.loads(facts_path(group.place).read_text(encoding="ascii"))
+        found = read_object(facts_path(group.place), most_bytes=1 << 20)
         return WarmEngine.from_dict(found) if found["settings"] == group.digest() else None
-    except (OSError, ValueError, TypeError, KeyError, UserError):
+    except (ValueError, TypeError, KeyError, UserError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import read_object
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,8 @@ def load_cases(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file of the suite."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    """The object in a JSON file of the suite. Raises UserError."""
+    return read_object(path)
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_sp.base import access
-from opensora_sp.base.errors import CheckpointError
+from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.hashes import SUMS, sha256
 from opensora_sp.models.checkpoint import WeightFiles, read_config
 from opensora_sp.models.video_vae import older_attention_names
@@ -99,9 +99,9 @@ def _compare(kind: str, directory: Path) -> str | None:
 def _compare_hashes(directory: Path) -> str | None:
     wrong = []
     try:
-        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        return f"{SUMS} is not readable text ({type(error).__name__})"
+        lines = access.read_text(directory / SUMS, limit=access.CONFIG_LIMIT).splitlines()
+    except UserError as error:
+        return str(error)
     for number, line in enumerate(lines, 1):
         expected, _, name = line.partition("  ")
         file = directory / name

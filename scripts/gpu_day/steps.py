@@ -14,7 +14,7 @@ from scripts.gpu_day.day import Day
 from scripts.gpu_day.rows import Row, failed, left_out
 from scripts.gpu_day.sizes import Case
 from scripts.gpu_day.timing import Budget, release, spread, timed
-from scripts.gpu_day.variants import NOT_HERE, NotInThisVersionError, Scene, Step, variants
+from scripts.gpu_day.variants import LeftOutError, Scene, Step, variants
 
 PART = "step"
 
@@ -47,8 +47,8 @@ def measure(day: Day, budget: Budget, case: Case) -> Iterator[Row]:
             trouble: Row | None = None
             try:
                 ready[name] = _warmed_up(make(), day.device)
-            except NotInThisVersionError:
-                trouble = left_out(PART, case.name, NOT_HERE, name)
+            except LeftOutError as error:
+                trouble = left_out(PART, case.name, str(error), name)
             except Exception as error:  # out of memory, most of all
                 trouble = failed(PART, case.name, error, name)
             if trouble is not None:

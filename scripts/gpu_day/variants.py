@@ -35,8 +35,8 @@ _ACTIVE = "opensora_sp.models.kernels.active"
 Step = Callable[[], Tensor]
 
 
-class NotInThisVersionError(Exception):
-    """The program has no such variant."""
+class LeftOutError(Exception):
+    """The variant is not measured; its words say why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +78,13 @@ class Scene:
 
 
 def variants(scene: Scene) -> dict[str, Callable[[], Step]]:
-    """Each variant's name → what makes its step, or raises NotInThisVersionError."""
+    """Each variant's name → what makes its step, or raises LeftOutError."""
     made = {
         "plain": lambda: program_step(scene, step_kernels="plain"),
         "folded": lambda: program_step(scene, step_kernels="folded", needs="step_kernels"),
         "plain, the device's kernels": lambda: _with_kernels(scene, "plain"),
         "folded, the device's kernels": lambda: _with_kernels(scene, "folded", "step_kernels"),
-        "compiled": lambda: program_step(scene, compile=True, needs="compile"),
+        "compiled": lambda: _compiled(scene),
     }
     # The last: it needs most memory.
     return {**made, ORACLE: lambda: oracle_step(scene)}
@@ -96,7 +96,7 @@ def program_step(scene: Scene, needs: str | None = None, **settings: Any) -> Ste
     needs: the setting that makes this variant what it is. Others are given where they are known.
     """
     if needs is not None and needs not in _SETTINGS:
-        raise NotInThisVersionError
+        raise LeftOutError(NOT_HERE)
     known = {name: value for name, value in settings.items() if name in _SETTINGS}
     runtime = Runtime.of("speed", **known)
     denoiser = parallelize(scene.model, None, scene.layout, runtime)
@@ -133,10 +133,17 @@ def _oracle_module() -> Any:
     return import_module("oracle_stdit3")
 
 
+def _compiled(scene: Scene) -> Step:
+    """A step whose pieces are compiled."""
+    if scene.day.device.type == "meta":
+        raise LeftOutError("what is compiled is compared, for which tensors need contents")
+    return program_step(scene, compile=True, needs="compile")
+
+
 def _with_kernels(scene: Scene, step_kernels: str, needs: str | None = None) -> Step:
     """A step with the fused kernels and the fastest attention kernels that the device has."""
     if find_spec(_ACTIVE) is None:
-        raise NotInThisVersionError
+        raise LeftOutError(NOT_HERE)
     step = program_step(scene, needs, step_kernels=step_kernels)
     kernels = _device_kernels(scene)
 

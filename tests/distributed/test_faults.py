@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import machine_faults
 import pytest
 from fault_matrix import Cell, run_cell
 from forked import Copies
@@ -119,6 +120,17 @@ CELLS = [
 def test_one_ends_all_end(cell: Cell, tmp_path: Path) -> None:
     """All ranks gone in time, the right one and its stage named, nothing left that is not whole."""
     outcome = run_cell(cell, tmp_path, forked=True)
+    assert not outcome.wrong, outcome.log
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [machine_faults.Cell("two-runs", "velocity"), machine_faults.Cell("memory", "decode")],
+    ids=lambda cell: cell.fault,
+)
+def test_faults_of_the_machine(cell: machine_faults.Cell, tmp_path: Path) -> None:
+    """All end in time with one line, and the same command then makes the same bytes."""
+    outcome = machine_faults.run_cell(cell, tmp_path)
     assert not outcome.wrong, outcome.log
 
 

@@ -13,19 +13,10 @@ import sys
 from typing import Any
 
 import pytest
+from plain_captions import PLAIN
 
 from opensora_sp.request import captions
 
-_HOST = r"[a-z\d.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@)"
-_TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
-PLAIN = {
-    "http addresses and hosts": (rf"\b(?:https?:(?:/{{1,3}}|[a-z\d%])|{_HOST})", ""),
-    "www: addresses and hosts": (rf"\b(?:www:(?:/{{1,3}}|[a-z\d%])|{_HOST})", ""),
-    "file names": (rf"\S+\.{_TYPES}", ""),
-    "lonely dots": (r"\s+\.\s+", " "),
-    "codes such as j2d1a2a": (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),
-    "sizes such as 1920x1080": (r"\b\d+\.?\d*[x\u0445×]\d+\.?\d*\b", ""),
-}
 _NAMES = [*"aé1.-/@: x%", "http:", "https://", "www:", ".com", ".co", ".it", "com", "_"]
 PIECES = {
     "http addresses and hosts": _NAMES,

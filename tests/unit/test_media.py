@@ -1,5 +1,6 @@
 """Writing videos and images: what is read back is what was given, and no half file ever shows."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -346,6 +347,17 @@ def test_errors_of_the_body_pass_unchanged(tmp_path: Path) -> None:
         fails()
     assert caught.value is error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_became_read_only_does_not_hide_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(UserError, match="cannot write it"), atomic_output(tmp_path / "a"):
+        raise UserError("cannot write it")
 
 
 def test_frame_rates() -> None:

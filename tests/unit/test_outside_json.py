@@ -6,20 +6,25 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from reports import draft_of, validator
 
+from opensora_sp.base.cpu_threads import transformer_width
 from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.outside_json import read_object
+from opensora_sp.base.outside_yaml import parse_yaml
 from opensora_sp.benchmark.report.files import SCHEMA_FILE, read_report
 from opensora_sp.benchmark.report.schema_check import CHECKED, IGNORED, first_problem
 from opensora_sp.cli.benchmark import main as benchmark
 from opensora_sp.cli.plan import main as plan
+from opensora_sp.models.configs import read_shards
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.models.video_vae import VideoVAE
+from opensora_sp.parallel.watchdog.store import StatusStore
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.requests import EMBEDDED
 from opensora_sp.request.request import Checkpoints
@@ -110,6 +115,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "a list": ("[1]", "not a list"),
     "nothing": ("", "not readable JSON"),
     "not UTF-8": (b"\xff\xfe\x00", "not readable JSON"),
+    "a key twice": ('{"depth": 1, "depth": 2}', "the key 'depth' is there twice"),
     "too large": (" " * (2**20 + 1), "at most"),
 }
 
@@ -127,11 +133,42 @@ def test_files_that_cannot_be_read(kind: str, models: dict[str, Path]) -> None:
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("shard", ['"../x.bin"', '"' + "a" * 300 + '"', "[1]", "null", '".hidden"'])
+def test_an_index_that_names_no_neighbour(shard: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.bin.index.json"
+    index.write_text('{"weight_map": {"w": ' + shard + "}}")
+    with pytest.raises(CheckpointError, match="names the shard"):
+        read_shards(index)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"5", b"[]", b'{"rank": "x", "stage": "s", "what": "w"}', b'{"rank": 1}', b"\xff", b"[" * 500],
+)
+def test_an_entry_of_the_store_that_no_rank_wrote(raw: bytes) -> None:
+    """Whoever reaches the port can write there; the watchdog's searches take a ValueError."""
+    store = SimpleNamespace(check=lambda _: True, get=lambda _: raw)
+    with pytest.raises((ValueError, TypeError)):
+        StatusStore(store, 0, 2).fault()
+
+
+def test_yaml_is_read_to_16_levels() -> None:
+    assert parse_yaml("a: " + "[" * 15 + "]" * 15, "x") is not None
+    for text in ("\na: " + "[" * 16 + "]" * 16, "\n" + "[" * 300, "\n" + "- " * 300):
+        with pytest.raises(UserError, match="x is nested too deeply at line 2: 16 levels"):
+            parse_yaml(text, "x")
+
+
 def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(UserError, match="not a regular file"):
             read_object(path)
+    os.mkfifo(tmp_path / "config.json")
+    assert transformer_width(tmp_path) is None
+    os.mkfifo(tmp_path / "spiece.model")
+    with pytest.raises(CheckpointError):
+        TextEncoder.tokenizer(tmp_path)
 
 
 def test_the_plan_of_a_broken_checkpoint_is_one_line(

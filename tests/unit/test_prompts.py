@@ -56,8 +56,8 @@ def test_json_wins_over_the_flags_key_by_key() -> None:
     [
         ('a {"reference_path": "x"} {"mask_strategy": "0"}', "second '{'"),
         ('a {"reference_path": "x{y"}', "second '{'"),
-        ("a {b}", "not JSON"),
-        ('a {"reference_path": "x"} and more', "not JSON"),
+        ("a {b}", "not readable JSON"),
+        ('a {"reference_path": "x"} and more', "not readable JSON"),
         ('a {"refernce_path": "x"}', "unknown key 'refernce_path'"),
         ('a {"reference_path": ["x"]}', "must be a string"),
         ('a {"mask_strategy": 0}', "must be a string"),

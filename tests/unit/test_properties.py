@@ -1,4 +1,7 @@
-"""Properties that hold for any input: splits, decode plans, tiles, strategies, meshes, lists."""
+"""Properties of arithmetic that hold for any input, from splits and exchanges to plans and lists.
+
+What people give is in test_properties_outside.py. tests/properties.py tries more cases of both.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,20 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sampled import few
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.geometry import latent_frames
 from opensora_sp.engine.clips import apply_strategy
+from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.schedule import deal, regroup
 from opensora_sp.models.tiling import tiles
@@ -26,8 +34,15 @@ from opensora_sp.parallel.decode_plan import (
     decoded_frames,
     plan_decode,
 )
+from opensora_sp.parallel.exchange import Comm, Exchange, Transfer
 from opensora_sp.parallel.layout import Layout, bounds, share, split
 from opensora_sp.parallel.mesh import Mesh, legal_meshes, plan_mesh
+from opensora_sp.parallel.overlap import cut
+from opensora_sp.planner.models import ModelSizes
+from opensora_sp.planner.peaks import Shape
+from opensora_sp.planner.plan import Options, best, plans
+from opensora_sp.planner.reasons import surprises
+from opensora_sp.planner.requests import sizes_of
 from opensora_sp.request.mask_strategy import (
     END,
     FrameLayout,
@@ -131,6 +146,178 @@ def test_the_last_round_costs_no_more_than_the_best_of_all_cuts(
         for cut in itertools.combinations_with_replacement(range(len(groups) + 1), ranks - 1)
     )
     assert max(cost(unit) for unit in plan_decode(chunks, ranks, group)[-1]) == best
+
+
+# --- exchanges -----------------------------------------------------------------------------------
+
+
+@few(25)
+@given(
+    ranks=st.integers(1, 6),
+    streams=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 5)), min_size=1, max_size=2),
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    chunks=st.integers(1, 4),
+)
+def test_what_is_exchanged_comes_whole_and_goes_back_where_it_was(
+    ranks: int, streams: list[tuple[int, int]], size: tuple[int, int], chunks: int
+) -> None:
+    """All ranks in one process: what they send is handed over when all have sent."""
+    channels = 2
+    layout = Layout(frames=max(frames for _, frames in streams), size=size, ranks=ranks)
+    patches = layout.patch_count
+    places = bounds(layout.patch_split)
+    calls: list[tuple[torch.Tensor, torch.Tensor, list[int], list[int]]] = []
+
+    def all_to_all(recv: torch.Tensor, send: torch.Tensor, *sizes: Any, **_: Any) -> Any:
+        calls.append((recv, send, *sizes))
+        return SimpleNamespace(wait=lambda: None)
+
+    def handed(transfers: list[Transfer]) -> list[torch.Tensor]:
+        for me, (recv, _, arriving, _) in enumerate(calls):
+            sent = [send.split(leaving)[me] for _, send, _, leaving in calls]
+            assert [part.numel() for part in sent] == list(arriving)
+            recv.copy_(torch.cat(sent))
+        calls.clear()
+        return [transfer.wait() for transfer in transfers]
+
+    exchanges = [Exchange(Comm(None, rank, ranks), layout) for rank in range(ranks)]
+    wholes = [
+        torch.arange(batch * frames * patches * channels, dtype=torch.float32)
+        .add(1000.0 * number)
+        .view(batch, frames, patches, channels)
+        for number, (batch, frames) in enumerate(streams)
+    ]
+    held = [0] * ranks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", all_to_all)
+        for chunk in itertools.chain(*cut(streams, chunks)):
+            part = wholes[chunk.stream][:, chunk.start : chunk.stop]
+            local = [part[:, :, start:stop] for start, stop in places]
+            sends = [ex.to_frames(h, chunk) for ex, h in zip(exchanges, local, strict=True)]
+            frames_of = handed(sends)
+            # Every rank has whole frames, in the order of the ranks.
+            assert torch.equal(torch.cat(frames_of), part.flatten(0, 1))
+            held = [had + len(frames) for had, frames in zip(held, frames_of, strict=True)]
+            backs = [
+                ex.to_patches(frames, chunk, part.shape[0])
+                for ex, frames in zip(exchanges, frames_of, strict=True)
+            ]
+            for got, expected in zip(handed(backs), local, strict=True):
+                assert torch.equal(got, expected)
+    assert max(held) - min(held) <= 1, "over all chunks together"
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+drawn_for = st.builds(
+    Request,
+    prompt=st.just("p"),
+    seed=st.integers(0, 2**63 - 1),
+    prompt_index=st.integers(0, 10**6),
+    sample_index=st.integers(0, 99),
+    height=st.just(16),
+    width=st.just(16),
+    num_frames=st.just(5),
+)
+
+
+@given(
+    requests=st.lists(drawn_for, min_size=1, max_size=4),
+    clip=st.integers(0, 9),
+    step=st.none() | st.integers(0, 999),
+    order=st.randoms(use_true_random=False),
+)
+def test_noise_is_of_its_name_alone_in_every_batch(
+    requests: list[Request], clip: int, step: int | None, order: Any
+) -> None:
+    together = draw_noise(requests, clip, step)
+    shuffled = list(range(len(requests)))
+    order.shuffle(shuffled)
+    torch.manual_seed(order.randrange(2**32))  # whatever was drawn before
+    again = draw_noise([requests[i] for i in shuffled], clip, step)
+    assert torch.equal(again, together[shuffled])
+    for one, request in zip(together, requests, strict=True):
+        assert torch.equal(draw_noise([request], clip, step)[0], one)
+        others = [
+            draw_noise([request], clip + 1, step),
+            draw_noise([request], clip, 0 if step is None else step + 1),
+            draw_noise([request], clip, 0 if step is None else None),
+            draw_noise([dataclasses.replace(request, seed=request.seed ^ 1)], clip, step),
+            draw_noise([dataclasses.replace(request, prompt_index=10**7)], clip, step),
+            draw_noise([dataclasses.replace(request, sample_index=100)], clip, step),
+        ]
+        assert not any(bool((other[0] == one).any()) for other in others)
+    # Names that are written alike are not one name: 1 and 23 against 12 and 3.
+    names = {(r.seed, r.prompt_index, r.sample_index) for r in requests}
+    assert len({tuple(one.flatten().tolist()) for one in together}) == len(names)
+
+
+# --- the planner ---------------------------------------------------------------------------------
+
+sides = st.integers(16, 200) | st.integers(16, 4096)
+shapes = st.builds(
+    Shape,
+    height=sides,
+    width=sides,
+    num_frames=st.just(1) | st.integers(1, 500),
+    batch=st.integers(1, 7),
+    guided=st.booleans(),
+    dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
+    micro_batch=st.integers(1, 17),
+    micro_frames=st.sampled_from([5, 9, 17, 33]),
+    encodes=st.booleans(),
+)
+options_of = st.builds(
+    Options,
+    serial_guidance=st.booleans(),
+    vae_decode=st.sampled_from(["auto", "rank0", "shared"]),
+    t5_on_cpu=st.booleans(),
+    t5_int8=st.booleans(),
+    chunks=st.integers(1, 8),
+)
+memories = st.integers(0, 100).map(lambda step: 1e8 * 2000 ** (step / 100))  # to 200 GB
+
+
+@few(30)
+@given(
+    shape=shapes,
+    options=options_of,
+    embedded=st.booleans(),
+    ranks=st.integers(1, 12),
+    more=st.integers(1, 8),
+    memory=memories,
+    factor=st.sampled_from([1.0, 1.5, 4.0, 16.0]),
+    side=st.sampled_from(["height", "width", "num_frames", "batch"]),
+)
+def test_more_memory_more_ranks_and_smaller_sizes_are_never_worse_without_a_reason(
+    shape: Shape,
+    options: Options,
+    embedded: bool,
+    ranks: int,
+    more: int,
+    memory: float,
+    factor: float,
+    side: str,
+) -> None:
+    models = sizes_of(None) if embedded else ModelSizes()
+    candidates = plans(shape, ranks, models, options)
+    chosen = [best(candidates, given) for given in (memory, memory * factor)]
+    if chosen[0] is not None:
+        assert chosen[1] is not None
+        assert candidates.index(chosen[1]) <= candidates.index(chosen[0]), "a slower mode"
+    larger = plans(
+        dataclasses.replace(shape, **{side: getattr(shape, side) + more}), ranks, models, options
+    )
+    for small, large in zip(candidates, larger, strict=True):
+        for one, other in zip(small.stages, large.stages, strict=True):
+            assert one.total <= other.total, one.name
+        assert small.flops <= large.flops * (1 + 1e-9)
+    for fewer, plan in zip(candidates, plans(shape, ranks + more, models, options), strict=True):
+        if plan.peak > fewer.peak:
+            assert "would need less" in " ".join(surprises(plan))
+    for before, after in itertools.pairwise(candidates):
+        if after.peak > before.peak:
+            assert f"needs less than {after.mode}" in " ".join(surprises(after))
 
 
 # --- tiles ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
+from opensora_sp.base.errors import PromptFault, UserError, printable
 from opensora_sp.base.screen import (
     MOST_SHOWN,
     note,
     one_line,
-    printable,
     result,
     robust_screen,
     warn_once,
@@ -286,3 +287,10 @@ def test_what_is_logged_is_shown_bounded_and_printable(
     assert err.startswith(head)
     assert len(err.splitlines()) == (2 if level == "INFO" else 1)
     assert (len(err) < MOST_SHOWN + 20) == (level != "INFO")
+
+
+def test_an_error_is_one_printable_line_in_python_too() -> None:
+    error = UserError("a\nb \x1b[31m\x00\u2028c \udcff é 猫")
+    assert str(error) == "a b \\x1b[31m\\x00 c \\udcff é 猫"
+    fault = pickle.loads(pickle.dumps(PromptFault("x\x07", 3)))
+    assert (str(fault), fault.place) == ("x\\x07", 3)

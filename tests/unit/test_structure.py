@@ -282,3 +282,36 @@ def test_the_drawing_of_the_house_is_of_this_code() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# Who reads JSON or YAML beside the two readers of base/, and why its bytes are the program's own.
+OWN_BYTES = {
+    "opensora_sp/base/outside_json.py": "the reader",
+    "opensora_sp/base/outside_yaml.py": "the reader",
+    "opensora_sp/verification/weights.py": "a file of the package",
+    "opensora_sp/request/sizes.py": "a file of the package",
+    "opensora_sp/benchmark/report/schema_check.py": "a file of the package",
+    "opensora_sp/benchmark/profile.py": "a trace that torch wrote in this process just before",
+    "opensora_sp/jobs/identity.py": "text that json.dumps made in the same line",
+    "opensora_sp/server/settings.py": "an argument that the server gives to its own ranks",
+}
+
+
+def test_json_and_yaml_from_outside_pass_the_readers() -> None:
+    readers = re.compile(
+        r"json\.(load|loads|JSONDecoder)|yaml\.(\w*load\w*|compose\w*|parse|scan|\w*Loader)"
+    )
+    found = {
+        f"{relative(path)}:{node.lineno}: {name}": relative(path)
+        for path in package_files()
+        for node in ast.walk(tree(path))
+        if isinstance(node, (ast.Attribute, ast.ImportFrom))
+        for name in (
+            [dotted(node) or ""]
+            if isinstance(node, ast.Attribute)
+            else [f"{node.module}.{item.name}" for item in node.names]
+        )
+        if readers.fullmatch(name)
+    }
+    assert not [place for place, file in found.items() if file not in OWN_BYTES]
+    assert set(found.values()) == set(OWN_BYTES), "a file of the list reads nothing"

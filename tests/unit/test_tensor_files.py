@@ -5,7 +5,10 @@ The archives here are harmless: what they would run makes a file beside them.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import shutil
@@ -263,3 +266,23 @@ def test_the_training_scripts_refuse_it(tmp_path: Path, make: Callable[[Path, Pa
     with pytest.raises(CheckpointError, match="holds code"):
         restore(model, tmp_path / "states", step=0, again=False)
     assert not marker.exists()
+
+
+def test_a_file_that_looks_compressed_is_not_decompressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that LZMA reads as a dictionary of 4 GB, found by fuzzing; and packed archives."""
+    for opener in ("gzopen", "bz2open", "xzopen"):
+        monkeypatch.setattr(tarfile.TarFile, opener, lambda *_, **__: pytest.fail("decompressed"))
+    file = tmp_path / "model.bin"
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    packed = [pack(tar.getvalue()) for pack in (gzip.compress, bz2.compress, lzma.compress)]
+    for content in (b"\0" + b"\xff" * 50 + b"\x8a\x0a\x94\x03", *packed):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="is corrupt or cut short"):
+            load_tensor_file(file)
+    file.write_bytes(tar.getvalue())
+    with pytest.raises(CheckpointError, match="a tar archive, which torch would unpack"):
+        load_tensor_file(file)

@@ -193,6 +193,16 @@ def test_a_store_that_is_lost_is_rank_0s_fault_and_the_lowest_that_runs_says_so(
     assert [rank.claim(found[0]) for rank in run.ranks[1:]] == [True, False]
 
 
+def test_a_launcher_that_keeps_the_store_and_does_not_answer_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    run = Run()
+    run.keys.gone = True
+    found = run.watch(HEARTBEAT + PATIENCE_S + TICK)
+    assert "the launcher, which keeps the store of the run, has not answered" in found[0].what
+
+
 def test_a_rank_that_stood_still_itself_accuses_nobody() -> None:
     run = Run()
     with run.ranks[0].stages.enter("denoise"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import torch
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.hashes import sampled_digest
+from opensora_sp.base.processes import Process, this_node
 from opensora_sp.engine.progress import Position
+from opensora_sp.jobs import worklist
 from opensora_sp.jobs.identity import difference, identity_of, latents_identity
 from opensora_sp.jobs.records import read_record, record_path, write_record
 from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
@@ -69,6 +74,45 @@ def test_finished_outputs_are_skipped_and_the_rest_waits(tmp_path: Path) -> None
     assert record is not None
     assert record.stage == "waiting"
     assert positions(job(tmp_path, done, new, overwrite=True)) == [Position(), Position()]
+
+
+def test_an_output_that_another_run_makes_is_refused_until_that_run_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = task(tmp_path, 0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        maker = Process(other.pid, started, this_node())
+        with monkeypatch.context() as patch:
+            patch.setattr(Process, "current", lambda: maker)
+            assert positions(job(tmp_path, one)) == [Position()]
+        before = record_path(one.output).read_bytes()
+        for settings in ({}, {"overwrite": True}):
+            with pytest.raises(UserError, match=rf"is being made by process {other.pid} of this"):
+                positions(job(tmp_path, one, **settings))
+        assert record_path(one.output).read_bytes() == before
+        assert look_up_work(job(tmp_path, one), MODELS, [maker])  # a rank of this very run
+        other.communicate()
+    assert positions(job(tmp_path, one)) == [Position()]
+
+
+def test_two_runs_do_not_choose_a_name_at_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process holds the folder; this one looks only when it lets go."""
+    holds = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True)"
+    command = [sys.executable, "-c", f"{holds}; input()", str(tmp_path)]
+    looked = threading.Event()
+    monkeypatch.setattr(worklist, "_look_up", lambda *_: looked.set())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        waits = threading.Thread(target=look_up_work, args=(job(tmp_path, task(tmp_path, 0)), {}))
+        waits.start()
+        assert not looked.wait(0.3)
+        other.communicate(b"")
+        waits.join()
+    assert looked.is_set()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from opensora_sp.base.atomic import atomic_output, remove_leftovers, reported
+from opensora_sp.base.outside_json import read_object
 from opensora_sp.benchmark.calibration.comparing import Comparison, frames_written
 from opensora_sp.benchmark.calibration.search import Floats
 from opensora_sp.benchmark.calibration.trajectory import Trajectory
@@ -96,7 +97,7 @@ class FullRuns:
         name = f"{schedule.fill} {' '.join(map(str, schedule.computed))}"
         known: dict[str, list[float]] = {}
         if session.leads and path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_object(path)
         found: list[float] | None = session.control.broadcast_object(known.get(name))
         if found is not None:
             return found

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from opensora_sp.base.screen import note
 from opensora_sp.benchmark.calibration.full_runs import FullRuns, times_of
 from opensora_sp.benchmark.calibration.options import CalibrationOptions, Sizes
 from opensora_sp.benchmark.calibration.result import (
@@ -34,6 +34,7 @@ from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Request
 
 # What confirming takes: about so many lists, of so many of the steps in the mean.
+_log = logging.getLogger(__name__)
 _LISTS, _SHARE = 12, 0.4
 
 
@@ -67,7 +68,7 @@ def run_calibration(job: Job, options: CalibrationOptions) -> int:
         def measure(one: Candidate) -> Sequence[float]:
             found = runs.compare(schedule_of("trial", one, requests[0], None))
             if says:
-                note(
+                _log.info(
                     f"{one.count} of {requests[0].steps} steps, {one.fill}: "
                     f"{fmean(found):.1f} dB, worst {min(found):.1f} dB"
                 )
@@ -112,13 +113,13 @@ def _make_full_runs(runs: FullRuns, *, says: bool) -> None:
     session.control.together(lambda: sizes.check(runs.folder.parent, len(left)), leading_only=True)
     whole = count * (1 + _LISTS * _SHARE)
     if says:
-        note(
+        _log.info(
             f"calibrating takes about as long as {whole:.0f} full runs: {count} full runs of "
             f"{request.steps} steps, then about {_LISTS} lists of steps for each prompt; "
             f"{amount(sizes.run + count * sizes.frames)} of disk in {runs.folder} on the way"
         )
         if len(left) < count:
-            note(f"{count - len(left)} of {count} full runs are there already")
+            _log.info(f"{count - len(left)} of {count} full runs are there already")
     pipeline.text.encode(
         [caption(one, 0) for one in runs.requests], pipeline.models.max_length(request)
     )
@@ -128,7 +129,7 @@ def _make_full_runs(runs: FullRuns, *, says: bool) -> None:
         seconds = runs.make(number)
         if says:
             rest = (len(left) - 1 - left.index(number) + count * _LISTS * _SHARE) * seconds
-            note(
+            _log.info(
                 f"full run {number + 1} of {count}: {units.seconds(seconds)}; about "
                 f"{units.seconds(rest)} are left in all"
             )

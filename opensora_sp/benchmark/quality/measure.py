@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.benchmark.quality.sides import Pair
 from opensora_sp.media import metrics
 from opensora_sp.media.output_frames import OutputFrames, open_output_frames
@@ -244,8 +244,8 @@ def _latents(pair: Pair) -> tuple[Facts, LatentQuality]:
     settings = []
     for about in (about_a, about_b):
         try:
-            settings.append(json.loads(about["identity"]))
-        except (KeyError, ValueError, RecursionError):
+            settings.append(parse_json(about["identity"]))
+        except (KeyError, NotJson):
             settings.append(None)
     _, frames, height, width = a.shape
     count = "1 latent frame" if frames == 1 else f"{frames} latent frames"

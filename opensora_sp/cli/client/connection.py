@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from opensora_sp.base import access
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.screen import one_line
 from opensora_sp.base.value_types import shown
 
@@ -158,8 +159,8 @@ class Connection:
     def _object(self, answer: http.client.HTTPResponse) -> dict[str, Any]:
         raw = self._read(answer, _MOST_ANSWER)
         try:
-            found: Any = json.loads(raw)
-        except (ValueError, RecursionError):
+            found: Any = parse_json(raw)
+        except NotJson:
             found = None
         if not isinstance(found, dict):
             raise UserError(
@@ -199,6 +200,9 @@ def _heads(form: Form, edge: str) -> list[tuple[bytes, int, Path | None]]:
         start = f'--{edge}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n'
         heads.append((start.encode() + value + b"\r\n", 0, None))
     for name, path in form.files:
+        if access.exists(path) and not access.is_file(path):  # opening a pipe would wait
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {shown(str(path))} is not a regular file")
         try:
             size = path.stat().st_size
             with path.open("rb"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from opensora_sp.base.launcher import launcher_keeps_store
 from opensora_sp.base.processes import Process
 from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark
 from opensora_sp.parallel.watchdog.own_clock import OwnClock
@@ -82,10 +83,18 @@ class FailureDetector:
         return fault
 
     def lost_store(self) -> Fault | None:
-        """The store has not answered for longer than a peer may be silent."""
+        """The store has not answered for longer than a peer may be silent.
+
+        Where the launcher keeps it, no rank is at fault.
+        """
         silent = self._now() - self._answered
         if self.store is None or silent < self._limits.heartbeat + PATIENCE_S:
             return None
+        if launcher_keeps_store():
+            return self.own_fault(
+                "the launcher, which keeps the store of the run, has not answered for "
+                f"{silent:.0f} s: was it stopped (SIGSTOP), or is its machine gone?"
+            )
         what = f"the store of the run, kept there, has not answered for {silent:.0f} s"
         return Fault(rank=0, stage=self._stage_of(0), what=what)
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from opensora_sp.base.outside_json import parse_json
 
 _TIMEOUT = timedelta(seconds=30)
 PATIENCE_S = 2.0
@@ -84,7 +86,7 @@ class StatusStore:
         for rank in ranks:
             with self._exclusive():
                 if self._store.check([f"beat/{rank}"]):
-                    found[rank] = Beat(**json.loads(self._store.get(f"beat/{rank}")))
+                    found[rank] = _made(Beat, self._store.get(f"beat/{rank}"))
         return found
 
     def finish(self) -> None:
@@ -101,14 +103,33 @@ class StatusStore:
         """Put the fault up, unless there is one already; the one that stands."""
         text = json.dumps(asdict(fault))
         with self._exclusive():
-            return Fault(**json.loads(self._store.compare_set("fault", "", text)))
+            return _made(Fault, self._store.compare_set("fault", "", text))
 
     def fault(self) -> Fault | None:
         """The fault that stands, if any."""
         with self._exclusive():
             if not self._store.check(["fault"]):
                 return None
-            return Fault(**json.loads(self._store.get("fault")))
+            return _made(Fault, self._store.get("fault"))
+
+
+_Entry = TypeVar("_Entry", Beat, Fault)
+_KINDS = {"rank": int, "stage": str, "what": str, "code": int, "stopped": bool, "recorded": bool}
+_MOST_BYTES = 1 << 20
+
+
+def _made(kind: type[_Entry], raw: bytes) -> _Entry:
+    """An entry of the store. Raises ValueError or TypeError for one that no rank wrote.
+
+    Whoever reaches the store's port can write into it, and what it says is printed and exited with.
+    """
+    found = parse_json(raw, most_bytes=_MOST_BYTES)
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    for name, value in found.items():
+        if not isinstance(value, _KINDS.get(name, object)):
+            raise ValueError(f"{name} is not {_KINDS[name].__name__}")
+    return kind(**found)
 
 
 def connect_store(page: str, timeout: timedelta) -> Any:

@@ -78,7 +78,7 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     _same(
         "--save-dir --sample-name",
-        *("output", "out", "o", "output-path", "output-dir", "outdir", "out-dir", "save-file"),
+        *("output", "o", "output-path", "output-dir", "outdir", "out-dir", "save-file"),
         *("save-path", "output-file", "output-video-path", "output-folder", "result-dir"),
         *("save-name", "filename", "output-name", "save-video-path", "results-dir", "save"),
         why="the folder, and the start of the file names in it",

@@ -1,0 +1,18 @@
+"""How many cases of a property the suite tries; tests/properties.py tries as many as it is asked.
+
+`@few(20)` stands for the 100 of Hypothesis where a case takes long. The whole run sets
+OPENSORA_SP_EXAMPLES, and then every property has that many cases a round.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+
+ROUND = "OPENSORA_SP_EXAMPLES"
+
+
+def few(cases: int) -> hypothesis.settings:
+    """A decorator: so many cases in the suite."""
+    return hypothesis.settings(max_examples=int(os.environ.get(ROUND, cases)))
