@@ -208,7 +208,7 @@ def test_a_killed_groups_job_goes_on_with_another_on_two_ranks(pool: Pool) -> No
     with ThreadPoolExecutor(1) as threads:
         picture = {"prompt": "a cat", "size": "96x64", "num_inference_steps": 200}
         answer = threads.submit(pool.second.call, "POST", "/v1/images/generations", picture, None)
-        found = pool.first.listed("in_progress", 30)
+        found = pool.second.listed("in_progress", 30)
         assert pool.second.process is not None
         pool.second.process.send_signal(signal.SIGTERM)
         status, refused = answer.result(60)
