@@ -67,6 +67,10 @@ _WORDS: list[tuple[list[str], list[str]]] = [
     (["--prompt", "x", "--num-frames", "2.5"], ["--num-frames", "2.5", "16s"]),
     (["--prompt", "x", "--num-frames", "-4"], ["--num-frames", "-4"]),
     (["--prompt", "x", "--num-sampling-steps", "0"], ["--num-sampling-steps", "0"]),
+    (
+        ["--prompt", "x", "--step-cache", "fast", "--num-sampling-steps", "5"],
+        ["--step-cache fast", "--num-sampling-steps of at least 10"],
+    ),
     (["--prompt", "x", "--cfg-scale", "nan"], ["--cfg-scale", "nan"]),
     (["--prompt", "x", "--cfg-scale=-inf"], ["--cfg-scale", "-inf"]),
     (["--prompt", "x", "--cfg-scale", "-1"], ["--cfg-scale", "-1"]),

@@ -56,15 +56,15 @@ def rehearse(
     mesh = models.mesh(request)
     masks = tuple(None if way is None else str(way.tolist()) for way in ways)
     shape = (batch, frames, denoiser.size, mesh, guided, masks)
-    if shape in compiler.rehearsed:
+    if compiler.knows(shape):
         return
-    compiler.rehearsed.add(shape)
-    before, compiler.quiet = compiler.graphs, True
+    before, compiler.quiet = compiler.compilations, True
     if show and compiler.trouble is None:
         _log.info("compiling the blocks by %s, once for each size", compiler.backend.name)
-    for generate in ways:
-        if compiler.trouble is None:
-            denoiser.rehearse(batch, frames, generate, guided=guided)
+    with compiler.rehearsing(shape):
+        for generate in ways:
+            if compiler.trouble is None:
+                denoiser.rehearse(batch, frames, generate, guided=guided)
     compiler.quiet = False
     troubles = models.session.control.all_gather_object(compiler.trouble)
     trouble = next((said for said in troubles if said is not None), None)
@@ -72,7 +72,7 @@ def rehearse(
         compiler.trouble = trouble
     if trouble is not None and models.session.whole.leads:
         _log.warning("compilation is off: %s: the run goes on without it", trouble)
-    elif show and compiler.graphs > before:
+    elif show and compiler.compilations > before:
         _log.info("compiled by %s", compiler.described())
 
 

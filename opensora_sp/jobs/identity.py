@@ -38,10 +38,14 @@ class _Output:
     models: Mapping[str, str]
 
 
-def _references(output: _Output) -> list[str]:
-    # Where a reference lies does not matter, what it shows does.
-    paths = reference_paths(output.task.request)
+def reference_digests(request: Request) -> list[str]:
+    """Which references a request has: where one lies does not matter, what it shows does."""
+    paths = reference_paths(request)
     return [sampled_digest([Path(p)]) if access.is_file(p) else address_identity(p) for p in paths]
+
+
+def _references(output: _Output) -> list[str]:
+    return reference_digests(output.task.request)
 
 
 def _prompt(output: _Output) -> str:

@@ -27,7 +27,8 @@ Kind = Literal["video", "picture"]
 
 # Pictures that keep every pixel, by the first bytes of their files: PNG, BMP, TIFF, PNM.
 _EXACT_PICTURES = (b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*", b"P5", b"P6")
-_EXACT_ANIMATIONS = (b"\x89PNG", b"GIF8")
+_LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "lerc", "jpeg2000")
+_EXACT_ANIMATIONS = (b"\x89PNG",)  # not GIF, which has at most 256 colours
 _EXACT_CODECS = ("ffv1", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "png", "qtrle")
 _MOST_SETTINGS = 1 << 20  # characters of the JSON that this program writes into its outputs
 
@@ -81,7 +82,8 @@ def _picture(image: Image, path: Path, start: bytes, notes: tuple[str, ...]) -> 
     return OutputFrames(
         kind="picture",
         encoding=_ending(path),
-        exact=start.startswith(_EXACT_PICTURES),
+        exact=start.startswith(_EXACT_PICTURES)
+        and image.info.get("compression") not in _LOSSY_IN_TIFF,
         rate=None,
         announced=1,
         settings=_settings(image.info.get("comment")),

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -41,6 +42,11 @@ class Backend:
     options: Mapping[str, Any] | None = None
 
 
+# Shapes of videos whose graphs are kept: a server may be asked for any number of them.
+MOST_SHAPES = 16
+# Numbers that are compared at once.
+_AT_ONCE = 1 << 22
+
 # By type of device. GCU's is registered by torch_gcu, and its options are the vendor's.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("inductor"),
@@ -53,14 +59,13 @@ class Compiler:
     """Runs the pieces of one transformer's blocks from compiled graphs; called as `directly`.
 
     A graph is made for each piece and each form of its inputs: shapes, strides, numbers that are
-    no tensors. It is kept as long as this object. At its first call a graph is compared with the
-    piece itself. One that cannot be made, or that computes something else, ends compilation:
-    `trouble` says why, and every piece is computed directly from then on.
+    no tensors. Those of the last `MOST_SHAPES` shapes of videos are kept. At its first call a graph
+    is compared with the piece itself. One that cannot be made, or that computes something else,
+    ends compilation: `trouble` says why, and every piece is computed directly from then on.
 
     seconds: spent on making graphs, their first calls included. compilations: calls of the
     backend; as many as graphs, unless something was compiled twice. quiet: trouble is not logged,
-    because somebody else says it. rehearsed: what was done beforehand, see
-    `opensora_sp.engine.compiling`.
+    because somebody else says it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,13 +74,16 @@ class Compiler:
         self.seconds = 0.0
         self.compilations = 0
         self.quiet = False
-        self.rehearsed: set[Any] = set()
         self._graphs: dict[Any, _Graph] = {}
+        # The graphs of each shape that was rehearsed, by key; what was asked for last is last.
+        self._shapes: dict[Any, set[Any]] = {}
+        self._latest: set[Any] = set()
+        self._rehearsing = False
         _set_up_inductor()
 
     @property
     def graphs(self) -> int:
-        """Graphs that were made."""
+        """Graphs that are kept."""
         return len(self._graphs)
 
     def described(self) -> str:
@@ -84,6 +92,31 @@ class Compiler:
             return f"off: {self.trouble}"
         count = f"{self.graphs} graph{'' if self.graphs == 1 else 's'}"
         return f"{self.backend.name}, {count} in {self.seconds:.1f} s"
+
+    def knows(self, shape: Any) -> bool:
+        """Whether a shape was rehearsed and its graphs are kept; it is the last one used then."""
+        keys = self._shapes.pop(shape, None)
+        if keys is None:
+            return False
+        self._shapes[shape] = self._latest = keys
+        return True
+
+    @contextmanager
+    def rehearsing(self, shape: Any) -> Iterator[None]:
+        """A block whose calls are all that a shape needs; drops graphs that only old shapes need.
+
+        See `opensora_sp.engine.compiling`.
+        """
+        self._shapes[shape] = self._latest = set()
+        self._rehearsing = True
+        try:
+            yield
+        finally:
+            self._rehearsing = False
+        while len(self._shapes) > MOST_SHAPES:
+            old = self._shapes.pop(next(iter(self._shapes)))
+            for key in old.difference(*self._shapes.values()):
+                self._graphs.pop(key, None)
 
     def stop(self, trouble: str) -> None:
         """Compute every piece directly from now on, for this reason."""
@@ -111,6 +144,8 @@ class Compiler:
         )
         graph = self._graphs.get(key)
         if graph is not None:
+            if self._rehearsing:
+                self._latest.add(key)
             return graph([*weights, *tensors])
         started = time.perf_counter()
         try:
@@ -126,36 +161,47 @@ class Compiler:
         weights: list[Tensor],
         tensors: list[Tensor],
     ) -> Any:
-        """Make a graph and call it; compare it with the piece, whose result counts if it errs."""
-        saved: dict[int, Tensor] = {}
+        """Compute the piece directly, make its graph, and compare what the two compute.
+
+        The piece's own result counts. Until the graph was called, what the piece updates is held
+        once more, and then the results of both. Whatever fails on the way, running out of memory
+        included, ends compilation and not the run.
+        """
+        before: dict[int, Tensor] = {}
+        updated: dict[int, Tensor] = {}
+        expected = None
         try:
-            with using(replace(active(), fused=None)):  # its kernels cannot be traced
+            # Fused kernels cannot be traced. The piece does without them too: with them it may
+            # return other tensors, whose products alone are equal.
+            with using(replace(active(), fused=None)):
                 graph = _Graph(piece, form, weights, tensors, self._compile)
-            saved = {i: tensors[i].clone() for i in graph.updated}
-            found = graph([*weights, *tensors])
+                before = {i: tensors[i].clone() for i in graph.updated}
+                expected = piece(*_put_together(form, iter(tensors)))
+                for i in graph.updated:
+                    updated[i] = tensors[i].clone()
+                    tensors[i].copy_(before.pop(i))
+                # On the inputs themselves: a copy of a tile has other strides.
+                far = _farthest(
+                    [*_all(graph([*weights, *tensors])), *(tensors[i] for i in updated)],
+                    [*_all(expected), *updated.values()],
+                )
+            if far <= LIMITS[_all(expected)[0].dtype]:  # not so for NaN
+                self._graphs[key] = graph
+                self._latest.add(key)
+            else:
+                self.stop(
+                    f"{self.backend.name} computes something else in {graph.name}, by {far:.1e}"
+                )
         except Exception as error:  # whatever a compiler may raise: the run needs none
-            for i, before in saved.items():
-                tensors[i].copy_(before)
             said = " ".join(str(error).split())[:160]
             self.stop(f"{self.backend.name} failed: {type(error).__name__}: {said}")
-            return piece(*_put_together(form, iter(tensors)))
-        copies = [saved.get(i, tensor) for i, tensor in enumerate(tensors)]
-        expected = piece(*_put_together(form, iter(copies)))
-        far = max(
-            [
-                *(_distance(a, b) for a, b in zip(_all(found), _all(expected), strict=True)),
-                *(_distance(tensors[i], updated) for i, updated in saved.items()),
-            ],
-            default=0.0,
-        )
-        limit = LIMITS[_all(expected)[0].dtype]
-        if far <= limit:  # not so for NaN
-            self._graphs[key] = graph
-            return found
-        for i, updated in saved.items():
-            tensors[i].copy_(updated)
-        self.stop(f"{self.backend.name} computes something else in {graph.name}, by {far:.1e}")
-        return graph.with_inputs(expected, copies, tensors)
+        # Not before the error and what its frames hold are gone.
+        for i, tensor in (before if expected is None else updated).items():
+            tensors[i].copy_(tensor)
+        if expected is not None:
+            return expected
+        before.clear()
+        return piece(*_put_together(form, iter(tensors)))
 
     def _compile(self, graph: Any) -> Callable[..., Any]:
         """A traced graph by the backend: never for symbolic shapes, never silently eager."""
@@ -250,14 +296,6 @@ class _Graph:
         ]
         return out[0] if self._single else tuple(out)
 
-    def with_inputs(self, out: Any, copies: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
-        """A result that was computed on copies, with the inputs themselves in their places."""
-        made = [
-            one if place is None else inputs[place]
-            for one, place in zip(_all(out), self._places, strict=True)
-        ]
-        return made[0] if self._single else tuple(made)
-
 
 class _Method(nn.Module):
     """A method of a module as a module of its own, whose weights can be stood in for."""
@@ -313,7 +351,18 @@ def _all(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
+def _farthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative RMS difference of two tensors of a pair."""
+    return max((_distance(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+
+
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The relative RMS difference."""
-    size = float(other.float().norm())
-    return float((one.float() - other.float()).norm()) / (size or 1.0)
+    """The relative RMS difference, in float32, of which only a part is held at once."""
+    axis = max(range(other.ndim), key=other.shape.__getitem__)
+    length = max(1, _AT_ONCE * other.shape[axis] // other.numel())
+    errors, sizes = [], []
+    for a, b in zip(one.split(length, axis), other.split(length, axis), strict=True):
+        sizes.append(b.float().norm())
+        errors.append((a.float() - b.float()).norm())
+    size = float(torch.stack(sizes).norm())
+    return float(torch.stack(errors).norm()) / (size or 1.0)

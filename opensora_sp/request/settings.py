@@ -26,6 +26,7 @@ from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.request import sizes
 from opensora_sp.request.conditions import Facts
 from opensora_sp.request.config_file import Raw, read_config, write_config
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.flags.foreign import explain
 from opensora_sp.request.flags.rules import check_combinations
 from opensora_sp.request.flags.shortcuts import compose, flags_of
@@ -304,7 +305,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
     save_dir = check_save_dir(values["save_dir"])
     engine = EngineSettings(checkpoints=checkpoints, **from_flags(EngineSettings, values))
     if leading:  # only rank 0 reads a file of schedules
-        check_step_cache(values["step_cache"])
+        check_step_cache(requests, (checkpoints or embedded_checkpoints()).dit)
     check_attention(engine.attention, engine.device, engine.dtype)
     settings = JobSettings(**from_flags(JobSettings, values) | {"save_dir": save_dir})
     tasks = _tasks(requests, settings)

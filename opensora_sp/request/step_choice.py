@@ -32,10 +32,19 @@ _FLAG = "--step-cache"
 FEWEST_STEPS = 10  # of which a general pattern leaves any out
 
 
-def check_step_cache(value: str | StepSchedule) -> None:
-    """Read the file that a value names. Raises UserError where there is none, or it is wrong."""
-    if isinstance(value, str) and value != OFF and value not in LEVELS:
-        _named(*_file_and_name(value))
+def check_step_cache(requests: Sequence[Request], directory: Path | None) -> None:
+    """Read the files that the requests' values name, and look for schedules that fit.
+
+    directory: as for `choose_schedule`. Raises UserError as it does, whichever model is there.
+    """
+    # What a choice depends on; a list may have very many prompts.
+    different = {
+        (one.step_cache, one.steps, one.cfg_scale, one.timestep_transform, tokens_of(one)): one
+        for one in requests
+        if one.step_cache != OFF
+    }
+    for request in different.values():
+        planned_schedule(request, directory)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ relative errors are small, with a, b ≥ 0; one shape alone gives b.
     seconds = steps · denoise(FLOPs of a step) + decode(FLOPs) + the median of everything else
 
 Writing the file counts with decoding. A shape that was made already takes the median of its last
-jobs. Before the first job has ended nothing is known. What the first job loads is not counted. Each
-job of a batch counts with its share of the batch's time, so that the times of a queue add up.
+jobs. Before the first job has ended nothing is known. What the first job loads is not counted, nor
+what the first of a shape compiles. Each job of a batch counts with its share of the batch's time,
+so that the times of a queue add up.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ class Estimator:
             or decode <= 0
         ):
             return
+        # No later job of the shape compiles.
+        seconds = result.seconds - stages.get("compile", 0.0)
         load, share = stages.get("load", 0.0), max(1, result.together)
         name = str(cost["shape"])
         with self._lock:
@@ -132,8 +135,8 @@ class Estimator:
                 del self._shapes[next(iter(self._shapes))]
             shape.denoise.append(denoise / share)
             shape.decode.append(decode / share)
-            shape.total.append((result.seconds - load) / share)
-            self._rest.append((result.seconds - load - denoise - decode) / share)
+            shape.total.append((seconds - load) / share)
+            self._rest.append((seconds - load - denoise - decode) / share)
             self._loads.append(load / share)
             self._lines = None
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from ranks import run_ranks
 
+from opensora_sp.benchmark.calibration import run
 from opensora_sp.benchmark.calibration.full_runs import FullRuns
 from opensora_sp.benchmark.calibration.trajectory import Trajectory
 from opensora_sp.cli.main import main
+from opensora_sp.engine.weight_digests import model_digests
 from opensora_sp.request.step_schedule import read_schedules
 
 FLAGS = ["--image-size", "32", "48", "--num-frames", "9", "--num-sampling-steps", "5"]
@@ -43,8 +46,6 @@ def found(folder: Path) -> tuple[Any, list[Any], list[Any]]:
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A picture to start from."""
-    from PIL import Image
-
     path = tmp_path_factory.mktemp("picture") / "start.png"
     Image.effect_mandelbrot((48, 32), (-2, -1, 1, 1), 30).convert("RGB").save(path)
     return str(path)
@@ -93,3 +94,25 @@ def test_two_ranks_find_what_one_finds_and_a_killed_run_goes_on(
     monkeypatch.setattr(FullRuns, "make", None)
     assert calibrate(killed, *more) == 0
     assert found(killed)[:2] == one[:2]
+
+    # Nor is it taken for what another VAE made, or what was made from another picture.
+    there = []
+
+    def stop(_pipeline: Any, _requests: Any, folder: Path) -> None:
+        there.append(folder.exists())
+        raise KeyboardInterrupt
+
+    def start() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(killed, *more)
+
+    monkeypatch.setattr(run, "FullRuns", stop)
+    start()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            run, "model_digests", lambda given: model_digests(given) | {"vae3d": "another"}
+        )
+        start()
+    Image.new("RGB", (48, 32)).save(picture)
+    start()
+    assert there == [True, False, False]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
+import weakref
 from dataclasses import replace
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor
 from opensora_sp.models import compiler
 from opensora_sp.models.compiler import Backend, Compiler
 from opensora_sp.models.folded_step import FoldedStep
+from opensora_sp.models.kernels import reference
+from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.step_kernels import PlainStep
 
 pytestmark = pytest.mark.slow
@@ -89,6 +94,77 @@ def test_a_compiler_that_is_missing_or_wrong_costs_one_line(
         model.pairs[0][0].to_text(wanted, *given)
     assert torch.equal(found, wanted)
     assert compiling.trouble == "breaks failed: RuntimeError: in the middle"
+
+
+class _FusedNorms:
+    """Fused kernels in plain torch. As Triton's, they give each of q and k its own weight."""
+
+    def takes_heads(self, q: Tensor, k: Tensor) -> bool:
+        return True
+
+    def norm_rotary_(self, q: Tensor, k: Tensor, *more: Any) -> None:
+        for own, x in zip((q, k), reference.norm_rotary(q, k, *more), strict=True):
+            own.copy_(x)
+
+    residual_norm_ = staticmethod(reference.residual_norm_)
+
+
+def test_fused_norms_do_not_end_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling, model = compiler_of(monkeypatch, "eager"), tiny_transformer()
+    with using(Kernels(fused=cast(ModuleType, _FusedNorms()))):
+        expected = through_blocks(model, FoldedStep(), None)
+        assert distance(through_blocks(model, FoldedStep(None, compiling), None), expected) <= 1e-6
+    assert compiling.trouble is None
+
+
+def test_running_out_of_memory_beside_a_graph_ends_compilation_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+
+    def piece(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        x += y
+        if len(calls) == failing:
+            raise RuntimeError("no memory for both")
+        return x, x * y
+
+    def no_memory(*_: Any) -> float:
+        raise RuntimeError("no memory to compare")
+
+    for failing, said in ((2, "for both"), (0, "to compare")):  # the first call is traced
+        calls.clear()
+        compiling = compiler_of(monkeypatch, "eager")
+        x = torch.ones(2, 3)
+        with torch.no_grad(), monkeypatch.context() as patched:
+            if not failing:
+                patched.setattr(compiler, "_distance", no_memory)
+            own, product = compiling(piece, x, torch.full((2, 3), 2.0))
+        assert own is x
+        assert (x.unique().tolist(), product.unique().tolist()) == ([3.0], [6.0])
+        assert str(compiling.trouble).endswith(f"RuntimeError: no memory {said}")
+
+
+def test_graphs_that_only_old_shapes_need_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "MOST_SHAPES", 2)
+    compiling, block = compiler_of(monkeypatch, "eager"), tiny_transformer().pairs[0][0]
+
+    def rehearsed(shape: str, *lengths: int) -> None:
+        if not compiling.knows(shape):
+            with compiling.rehearsing(shape), torch.no_grad():
+                for length in lengths:
+                    compiling(block.to_mlp, *[normal(1, 1, length, 32)] * 4, False)
+
+    rehearsed("one", 2, 3)
+    rehearsed("two", 3, 4)
+    rehearsed("one", 2, 3)
+    dropped = [weakref.ref(graph) for graph in compiling._graphs.values()]
+    rehearsed("three", 5)  # "two" is older than "one", which needs 3 too
+    gc.collect()
+    assert [graph() is None for graph in dropped] == [False, False, True]
+    assert (compiling.compilations, compiling.graphs) == (4, 3)
+    rehearsed("two", 3, 4)
+    assert (compiling.compilations, compiling.graphs) == (5, 3)
 
 
 def _spoiling(module: Any, inputs: Any) -> Any:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from opensora_sp.benchmark.quality import measure
+from opensora_sp.benchmark.quality.sides import Pair
 from opensora_sp.cli.main import main
 from opensora_sp.media.line_plot import COLOURS, Line, Panel, write_plot
 from opensora_sp.media.writer import VideoWriter, write_image
@@ -192,6 +193,23 @@ def test_outputs_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFix
     exact = video(tmp_path / "exact.mp4", clip(9, 32, 48))
     said = quality(capsys, exact, frames["b"])
     assert "B alone is encoded with loss (h264 yuv420p)" in said
+
+
+def test_a_gif_and_a_jpeg_in_a_tiff_are_encoded_with_loss(tmp_path: Path) -> None:
+    first, *more = (Image.fromarray(frame) for frame in clip())
+
+    def written(name: str, animated: bool = False, **how: Any) -> str | None:
+        path = tmp_path / name
+        if animated:
+            how |= {"save_all": True, "append_images": more}
+        first.save(path, **how)
+        return measure.look(Pair(name, path, path)).loss
+
+    assert written("a.png", animated=True) is None
+    assert "encoded with loss (gif)" in str(written("a.gif", animated=True))
+    for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate"):
+        assert written("a.tiff", compression=compression) is None
+    assert "encoded with loss (tiff)" in str(written("a.tiff", compression="jpeg"))
 
 
 @pytest.mark.parametrize(

@@ -310,11 +310,14 @@ def spec(name: str, flops: float, *, steps: int = 10, engine: str = "e") -> JobS
     return JobSpec(id=name, created_at=0.0, arguments=(), shown={"cost": cost})
 
 
-def made(job: JobSpec, *, load: float = 0.0, steps: int | None = None) -> JobResult:
+def made(
+    job: JobSpec, *, load: float = 0.0, compiled: float = 0.0, steps: int | None = None
+) -> JobResult:
     """0.01 s and a picosecond a FLOP for a step, half a second in all for the rest."""
     cost = job.shown["cost"]
     denoise = cost["steps"] * 0.01 + cost["denoise"] * 1e-12
     stages = {"denoise": denoise, "decode": cost["decode"] * 1e-12, "write": 0.1, "load": load}
+    stages["compile"] = compiled
     seconds = sum(stages.values()) + 0.4
     steps = cost["steps"] if steps is None else steps
     return JobResult(finished_at=0.0, file="x", seconds=seconds, stages=stages, steps_made=steps)
@@ -333,7 +336,9 @@ def test_times_of_shapes_that_were_never_made_follow_from_those_that_were() -> N
         assert known.seconds(new.shown["cost"]) is None
     for number, flops in enumerate((1e9, 1e11, 1e12, 1e12)):
         job = spec(str(number), flops)
-        known.learn(job, made(job, load=60.0 if number == 0 else 0.0))  # the first loads models
+        # The first loads models, and the first of a shape compiles.
+        load, compiled = 60.0 if number == 0 else 0.0, 0.0 if number == 3 else 90.0
+        known.learn(job, made(job, load=load, compiled=compiled))
         assert known.seconds(job.shown["cost"]) == pytest.approx(made(job).seconds)
     assert known.seconds(new.shown["cost"]) == pytest.approx(made(new).seconds, rel=0.01)
     assert known.seconds(None) is None

@@ -149,7 +149,11 @@ class Saving(Progress):
     saves = True
 
 
-def test_what_a_policy_of_the_runtime_makes_is_not_saved() -> None:
+def test_what_cannot_be_saved_and_what_is_not_settled_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="step_cache 'fast' of a request is not a schedule yet: call Pipeline"
+    ):
+        loaded().generate_to([replace(REQUEST, step_cache="fast")], [Collector()])
     with pytest.raises(UserError, match="step cache every second of the runtime is not part of"):
         loaded(step_cache=EverySecond()).generate_to([REQUEST], [Collector()], progress=Saving())
 

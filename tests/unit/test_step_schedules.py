@@ -93,7 +93,7 @@ def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, old: str, new: str, sa
     path = tmp_path / "s.yaml"
     path.write_text(LINES.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(UserError, match=said) as refused:
-        check_step_cache(str(path))
+        check_step_cache([replace(VIDEO, step_cache=str(path))], None)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -183,9 +183,9 @@ def test_a_file_is_taken_whole_or_by_a_name_in_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its steps lie at other times"):
         chosen(str(path), timestep_transform=False)
     with pytest.raises(UserError, match=r"neither off, .* did you mean fast\?"):
-        check_step_cache("fats")
+        chosen("fats")
     with pytest.raises(UserError, match="there is no such file"):
-        check_step_cache(str(tmp_path / "other.yaml"))
+        chosen(str(tmp_path / "other.yaml"))
 
 
 def test_an_outputs_identity_is_what_is_computed_whatever_it_is_called(tmp_path: Path) -> None:

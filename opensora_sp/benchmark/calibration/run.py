@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +27,8 @@ from opensora_sp.benchmark.calibration.selection import (
     candidates_of,
 )
 from opensora_sp.benchmark.report import units
-from opensora_sp.engine.weight_digests import transformer_digest
+from opensora_sp.engine.weight_digests import model_digests
+from opensora_sp.jobs.identity import reference_digests
 from opensora_sp.jobs.open import announce, load_pipeline, mesh_of, open_engine_session
 from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.request.preflight import amount
@@ -48,12 +50,18 @@ def run_calibration(job: Job, options: CalibrationOptions) -> int:
     with open_engine_session(job.engine) as session:
         mesh = mesh_of(job, session.world_size)
         pipeline = load_pipeline(job, session, mesh)
-        directory = pipeline.models.checkpoints.dit
-        model = session.control.broadcast_object(
-            session.control.together(lambda: transformer_digest(directory), leading_only=True)
+        sources = session.control.broadcast_object(
+            session.control.together(
+                lambda: _Sources(
+                    model_digests(pipeline.models.checkpoints),
+                    [reference_digests(request) for request in requests],
+                ),
+                leading_only=True,
+            )
         )
-        assert model is not None
-        digest = _digest(job, requests, model)
+        assert sources is not None
+        model = sources.models["dit"]
+        digest = _digest(job, requests, sources)
         ensure_agreement(session, {"list of requests": digest})
         folder = options.out.with_name(f"{options.out.name}.runs-{digest[:12]}")
         runs = FullRuns(pipeline, requests, folder)
@@ -135,11 +143,23 @@ def _make_full_runs(runs: FullRuns, *, says: bool) -> None:
             )
 
 
-def _digest(job: Job, requests: Sequence[Request], model: str) -> str:
+@dataclass(frozen=True)
+class _Sources:
+    """Digests of the files that the full runs are made from: models by name, requests' references.
+
+    The leading rank's: only it need see the files.
+    """
+
+    models: dict[str, str]
+    references: list[list[str]]
+
+
+def _digest(job: Job, requests: Sequence[Request], sources: _Sources) -> str:
     """What decides the full runs: a folder belongs to one."""
     facts = {
         "requests": [request.digest() for request in requests],
-        "model": model,
+        "models": sources.models,
+        "references": sources.references,
         "dtype": job.engine.dtype,
         "step kernels": job.engine.step_kernels,
         "text weights": job.engine.t5_weights,

@@ -144,7 +144,7 @@ def look(pair: Pair) -> Facts:
         UserError: a file cannot be read, or kinds, sizes, rates or numbers of frames differ.
     """
     if pair.of_latents:
-        return _latents(pair)[0]
+        return _facts_of_latents(*_latents(pair))
     with ExitStack() as stack:
         a, b = (stack.enter_context(open_output_frames(path)) for path in (pair.a, pair.b))
         if a.kind != b.kind:
@@ -174,7 +174,14 @@ def measure(pair: Pair) -> Quality:
     Raises:
         UserError: a file is damaged, or one ends before the other.
     """
-    return _latents(pair)[1] if pair.of_latents else _frames(pair)
+    if not pair.of_latents:
+        return _frames(pair)
+    a, b = (values for _, values in _latents(pair))
+    return LatentQuality(
+        metrics.relative_error(a, b),
+        metrics.relative_errors_by_frame(a, b).tolist(),
+        float(abs(b - a).max()),
+    )
 
 
 def _frames(pair: Pair) -> FrameQuality:
@@ -224,8 +231,14 @@ def _parts(pair: Pair) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
             yield np.stack([x for x, _ in held]), np.stack([y for _, y in held])
 
 
-def _latents(pair: Pair) -> tuple[Facts, LatentQuality]:
-    """Latents are small: they are read whole, also to be looked at."""
+_Latents = tuple[Mapping[str, str], "NDArray[np.float32]"]
+
+
+def _latents(pair: Pair) -> tuple[_Latents, _Latents]:
+    """What both files say of their latents, and the values [4, T, H, W], which can be compared.
+
+    Latents are small: they are read whole, also to be looked at.
+    """
     from opensora_sp.jobs.saved_latents import read_latents
 
     (about_a, tensor_a), (about_b, tensor_b) = read_latents(pair.a), read_latents(pair.b)
@@ -240,23 +253,22 @@ def _latents(pair: Pair) -> tuple[Facts, LatentQuality]:
                 f"{pair.a} was saved at {name} {about_a.get(name)}, but {pair.b} at {name} "
                 f"{about_b.get(name)}: give latents of one clip and step"
             )
-    a, b = tensor_a.numpy(), tensor_b.numpy()
+    return (about_a, tensor_a.numpy()), (about_b, tensor_b.numpy())
+
+
+def _facts_of_latents(a: _Latents, b: _Latents) -> Facts:
     settings = []
-    for about in (about_a, about_b):
+    for about, _ in (a, b):
         try:
             settings.append(parse_json(about["identity"]))
         except (KeyError, NotJson):
             settings.append(None)
-    _, frames, height, width = a.shape
+    _, frames, height, width = a[1].shape
     count = "1 latent frame" if frames == 1 else f"{frames} latent frames"
     return Facts(
         kind="latents",
         what=f"{count} of {height}x{width} cells",
         differ_in=_differences(*settings),
-    ), LatentQuality(
-        metrics.relative_error(a, b),
-        metrics.relative_errors_by_frame(a, b).tolist(),
-        float(abs(b - a).max()),
     )
 
 

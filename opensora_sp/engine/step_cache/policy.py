@@ -46,8 +46,8 @@ class StepCache(Protocol):
 def policy_of(request: Request, runtime: Runtime) -> StepCache | None:
     """The policy of a request, else the runtime's; None where every step is computed.
 
-    Raises UserError where both have one, and where the runtime's is none. The request's has been
-    settled: see `opensora_sp.engine.step_cache.settle`.
+    Raises UserError where both have one, where the runtime's is none, and where the request's is
+    still a level or a file: see `opensora_sp.engine.step_cache.settle`.
     """
     policy = runtime.step_cache
     if policy is not None:
@@ -61,7 +61,10 @@ def policy_of(request: Request, runtime: Runtime) -> StepCache | None:
             f"{shown(policy.name)} of the runtime: leave one of them out"
         )
     if not isinstance(asked, StepSchedule):
-        raise ValueError(f"the step cache {asked!r} of a request has not been settled")
+        raise UserError(
+            f"step_cache {shown(asked)} of a request is not a schedule yet: call "
+            "Pipeline.generate, which looks up what levels and files mean, or give a StepSchedule"
+        )
     return asked if asked.left_out else None
 
 
