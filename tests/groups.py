@@ -36,6 +36,17 @@ class Gateway(Server):
                 break
         raise AssertionError(f"the gateway does not answer:\n{self.log.read_text()[-3000:]}")
 
+    def listed(self, status: str, seconds: float = 60.0) -> str:
+        """The id of a video of this status, as soon as there is one."""
+        end = time.monotonic() + seconds
+        while True:
+            videos = self.call("GET", "/v1/videos?limit=100")[1]["data"]
+            for video in videos:
+                if video["status"] == status:
+                    return str(video["id"])
+            assert time.monotonic() < end, videos
+            time.sleep(0.05)
+
 
 class GroupProcess:
     """`opensora-sp work` as a process."""
@@ -76,8 +87,9 @@ class GroupProcess:
                 continue
             if b"opensora_sp.cli.serve_engine" not in words:
                 continue
-            if f'"group_name": "{self.name}"'.encode() not in b" ".join(words):
-                continue
+            of_mine = f'"group_name": "{self.name}"', f'"save_dir": "{self.save_dir.resolve()}"'
+            if any(word.encode() not in b" ".join(words) for word in of_mine):
+                continue  # another group, or another run of these tests
             if b"torch.distributed.run" in words and not every:
                 continue
             rank = next((e[5:] for e in environ if e.startswith(b"RANK=")), b"-1")

@@ -259,6 +259,8 @@ class _Failures:
 def _specs(words: Sequence[str], save_dir: Path) -> Spec:
     """What makes a job of a prompt, with the flags of all. Raises UserError for a wrong flag."""
     from opensora_sp.cli.client.forms import forms_of
+    from opensora_sp.request.step_cache import LEVELS, OFF
+    from opensora_sp.request.step_choice import OWN_FILE
     from opensora_sp.server.checking import judge
     from opensora_sp.server.job_store import JobSpec
     from opensora_sp.server.protocol import BadRequest, read_fields
@@ -268,9 +270,21 @@ def _specs(words: Sequence[str], save_dir: Path) -> Spec:
     if form.files:
         raise UserError("files go with one video, not with a list: opensora-sp submit sends them")
     fields = {name: value for name, value in form.fields.items() if name != "prompt"}
+    levels = ("", OFF, *LEVELS)
+    if (level := fields.get("step_cache") or "") not in levels:
+        raise UserError(
+            f"--step-cache {shown(level)} is a file, which a queue does not take: give "
+            f"{', '.join(levels[1:])}, and put schedules into {OWN_FILE} beside the weights of the "
+            "groups"
+        )
     group = GroupSettings(save_dir.resolve(), "", ())
-    arguments = read_fields({"prompt": "a list", **fields}).arguments
-    told = judge(group, arguments, [], save_dir / "jobs")
+    try:
+        arguments = read_fields({"prompt": "a list", **fields}).arguments
+        told = judge(group, arguments, [], save_dir / "jobs")
+    except BadRequest as error:
+        raise UserError(str(error)) from None
+    # Nobody here knows which model the groups have. Gateways work out what a job costs.
+    told["cost"].pop("engine")
     alike = json.dumps(fields, sort_keys=True)
 
     def spec(text: str) -> JobSpec:

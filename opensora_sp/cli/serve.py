@@ -22,7 +22,7 @@ from opensora_sp.cli.parser import RefusingParser
 if TYPE_CHECKING:
     from opensora_sp.server.settings import GroupSettings, Operations, ServiceSettings
 
-MOST_BATCH_JOBS = 64
+MOST_BATCH_JOBS, LEASE = 64, "15"
 
 
 @on_any_screen
@@ -112,7 +112,7 @@ def add_queue(parser: argparse.ArgumentParser, *, brief: bool = False) -> None:
         else "what this group is called (default: the machine's name and a number)",
     )  # fmt: skip
     parser.add_argument(
-        "--lease-seconds", default="15", metavar="S",
+        "--lease-seconds", metavar="S",
         help=argparse.SUPPRESS
         if brief
         else "a group without a sign of life for so long loses its job to another (default 15)",
@@ -249,11 +249,17 @@ def group_of(
         sharing = {
             "group_name": _group_name(found.group_name),
             "parent": secrets.token_hex(8),
-            "lease_s": _number("--lease-seconds", found.lease_seconds, 3600, 3),
+            "lease_s": _number(
+                "--lease-seconds",
+                LEASE if found.lease_seconds is None else found.lease_seconds,
+                3600,
+                3,
+            ),
         }
         sharing |= _nodes(found)
-    elif found.group_name:
-        raise UserError("--group-name belongs to --queue: without it there is one group")
+    elif found.group_name or found.lease_seconds is not None:
+        flag = "--group-name" if found.group_name else "--lease-seconds"
+        raise UserError(f"{flag} belongs to --queue: without it there is one group")
     group = GroupSettings(
         save_dir=found.save_dir.resolve(),
         queue=queue,
@@ -277,6 +283,11 @@ def _nodes(found: argparse.Namespace) -> dict[str, Any]:
     """The nodes of a group, as `work` was told. Raises UserError."""
     nodes: int = getattr(found, "nnodes", 1)
     if nodes == 1:
+        if getattr(found, "node_rank", 0) != 0:
+            raise UserError(
+                f"--node-rank {found.node_rank} needs --nnodes N: without it this is a group of "
+                "one node"
+            )
         return {}
     if not 1 < nodes <= 64:
         raise UserError(f"--nnodes {nodes} is not a number of nodes from 1 to 64")
@@ -284,6 +295,8 @@ def _nodes(found: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"--node-rank {found.node_rank} is not one of {nodes} nodes: give 0 to {nodes - 1}"
         )
+    if not found.group_name:  # each node would make up another one
+        raise UserError(f"--nnodes {nodes} needs --group-name NAME, the same on each node")
     if not re.fullmatch(r"[A-Za-z0-9._:-]{1,253}", found.master_addr):
         raise UserError(
             f"--master-addr {shown(found.master_addr)} is not the address of node 0, which "

@@ -336,6 +336,8 @@ def remove(gateway: Gateway, entry: Entry) -> None:
     if entry.live:
         gateway.store.ask_to_cancel(job_id)
         gateway.jobs.cancel(job_id)
+    elif gateway.board.others:
+        gateway.jobs.forget(job_id)  # first: it is refused as a whole where the queue is not there
     now = gateway.board.get(job_id) or entry
     if not gateway.board.remove(job_id):
         return  # somebody else deletes it just now

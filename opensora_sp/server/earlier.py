@@ -31,7 +31,8 @@ def files_of_earlier_jobs(
     """The uploads of a new job, with what its fields ask for of earlier ones.
 
     The files become the new job's own, so that the earlier one may be deleted. sees: whose jobs the
-    caller may use. Raises BadRequest for an id that is not there or has no such file.
+    caller may use. Raises BadRequest for an id that is not there or has no such file, and QueueLost
+    where a shared queue would have to be asked and does not answer.
     """
     found = list(uploads)
     for name in (EXTEND, REUSE):
@@ -39,6 +40,8 @@ def files_of_earlier_jobs(
         if asked in (None, ""):
             continue
         entry = board.get(asked) if isinstance(asked, str) else None
+        if isinstance(asked, str) and board.others and (entry is None or entry.live):
+            entry = board.seek(asked)  # another gateway may know more of it already
         if entry is None or not sees(entry):
             raise BadRequest(f"{name} {shown(asked)} is not one of the videos", name)
         if name == REUSE:

@@ -100,7 +100,13 @@ class EngineProcess:
         return self._process is not None and self._process.poll() is None
 
     def makes_a_job(self) -> bool:
-        """Whether a job is made now, as far as the last sign of life says."""
+        """Whether a job is made now, as far as the last sign of life says.
+
+        A node that does not lead has no sign of life: there, whether its ranks run, which node 0
+        ends when the job has ended.
+        """
+        if self._settings.node > 0:
+            return self._runs()
         sign = self._seen[0]
         return sign is not None and not sign.idle
 

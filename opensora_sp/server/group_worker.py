@@ -6,6 +6,7 @@ is still this group's. Where it is not, the ranks leave it at the next step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import shutil
@@ -54,15 +55,15 @@ class GroupStore(SharedStore):
         self.claim: Claim | None = None
         self.told: JobProgress | None = None
         self.made: JobResult | None = None
-        # Set by the sign of life: the job is another attempt's, or was deleted.
-        self.lost = threading.Event()
+        # Set by the sign of life: this claim is another attempt's by now, or was deleted. It may
+        # come when the next job has begun, which is not lost then.
+        self.lost: Claim | None = None
         # Wakes whoever gives the sign of life: a job has begun.
         self.news = threading.Event()
 
     def begin(self, claim: Claim | None) -> None:
         """Make this job from here on; None: none."""
         self.claim, self.told, self.made = claim, None, None
-        self.lost.clear()
 
     def spec(self, job_id: str) -> JobSpec:
         """What was asked for."""
@@ -83,7 +84,8 @@ class GroupStore(SharedStore):
 
     def cancel_asked(self, job_id: str) -> bool:
         """Whether somebody wants it to stop, or another attempt has it."""
-        return self.lost.is_set() or (self.folder(job_id) / "cancel").exists()
+        lost = self.claim is not None and self.lost is self.claim
+        return lost or (self.folder(job_id) / "cancel").exists()
 
     def delete(self, job_id: str) -> None:
         """Leave it: what stays of it is decided when the queue has been asked."""
@@ -169,6 +171,9 @@ class GroupWorker:
                 self._say_lost(error)
                 time.sleep(min(RETRY_SECONDS, max(0.0, left)))
                 continue
+            # One that was deleted and sent again: what was asked of the deleted one is no more.
+            with contextlib.suppress(OSError):
+                (self._store.folder(claim.id) / "cancel").unlink()
             self._store.begin(claim)
             self._see(claim)
             return claim.id
@@ -199,11 +204,10 @@ class GroupWorker:
         try:
             if made is not None:
                 state = self._queue.publish(claim, made)
-            elif (self._store.folder(claim.id) / "cancel").exists():
-                self._queue.remove(claim.id)
-                state = "gone"
             else:
-                state = self._queue.standing(claim)
+                asked = (self._store.folder(claim.id) / "cancel").exists()
+                name = self._settings.group_name
+                state = self._queue.let_go(name, self._epoch, claim, deleted=asked)
         except QueueLost as error:
             self._say_lost(error)
             time.sleep(RETRY_SECONDS)
@@ -247,7 +251,7 @@ class GroupWorker:
             time.sleep(RETRY_SECONDS)
             return None
         if self._unsure:  # a claim of which the answer was lost may have been made
-            self._queue.give_back(self._settings.group_name, died=False)
+            self._queue.give_back(self._settings.group_name, self._epoch)
             self._unsure = False
         while True:
             known = len(self._unfit)
@@ -286,8 +290,10 @@ class GroupWorker:
         A job of a list has none until a group takes it.
         """
         spec = self._store.local(claim.spec)
-        if spec == claim.spec and not self._store.folder(claim.id).exists():  # without uploads
-            self._store.put_spec(spec)
+        if spec == claim.spec:  # without uploads
+            # Its folder may be what was left of one that was deleted and sent again.
+            if not (self._store.folder(claim.id) / "job.json").is_file():
+                self._store.put_spec(spec)
             return
         end = time.monotonic() + SEEN_SECONDS
         while not (self._store.folder(claim.id) / "job.json").is_file():
@@ -307,7 +313,8 @@ class GroupWorker:
         if state in ("queued", "taken", "ended elsewhere"):
             # What it has saved stays until the job has ended: the next attempt may go on from it.
             log.warning(
-                "%s, attempt %d: another attempt has the job; nothing of this one is published",
+                "%s, attempt %d: another attempt has the job or will get it; nothing of this one "
+                "is published",
                 claim.id, claim.attempt,
             )  # fmt: skip
 
@@ -335,8 +342,8 @@ class GroupWorker:
         )
         if held is None:
             self._replaced = True
-        if not held and claim is not None and claim is self._store.claim:
-            self._store.lost.set()
+        if not held and claim is not None:
+            self._store.lost = claim
 
     def _run(self) -> None:
         while not self._end.is_set():

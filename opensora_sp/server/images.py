@@ -130,10 +130,12 @@ def add_images(app: FastAPI, intake: Intake) -> None:
                     ids.append(await intake.put(each, owner))
             outcome = await _wait(request, intake, ids)
         finally:
-            if outcome != "ended":
+            # Other gateways have the jobs of a shared queue, too: what is queued is made.
+            stays = outcome == "stopping" and intake.board.others
+            if outcome != "ended" and not stays:
                 await run_in_threadpool(_remove_all, intake, ids)
         if outcome != "ended":
-            return _not_made(intake, outcome)
+            return _not_made(intake, outcome, ids)
         entries = [intake.board.get(job_id) for job_id in ids]
         for entry in entries:
             if entry is None or entry.result is None or entry.result.error is not None:
@@ -188,7 +190,7 @@ def _remove_all(intake: Intake, ids: Sequence[str]) -> None:
             intake.remove(entry)
 
 
-def _not_made(intake: Intake, outcome: Outcome) -> Response:
+def _not_made(intake: Intake, outcome: Outcome, ids: Sequence[str]) -> Response:
     if outcome == "late":
         seconds = intake.seconds
         return intake.refuse(
@@ -196,6 +198,14 @@ def _not_made(intake: Intake, outcome: Outcome) -> Response:
             f"it was not made within {seconds:g} s and is cancelled: send num_frames 1 to "
             "/v1/videos, which answers at once",
             code="timeout",
+        )
+    if intake.board.others:
+        names = " and ".join(ids)
+        return intake.refuse(
+            503,
+            f"this gateway is being stopped; what was asked for is made all the same: ask another "
+            f"gateway for /v1/videos/ID of {names}",
+            code="stopping",
         )
     return intake.refuse(503, "the server is being stopped; the request is cancelled")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from opensora_sp.server.shared_store import SharedStore
 SWEEP_SECONDS, TIDY_SECONDS = 1.0, 600.0
 # A job that was deleted here is not shown again by a look that had begun before.
 FORGOTTEN_SECONDS = 60.0
+MOST_PRICES = 1000
 NOBODY = "no group is there to make it"
 log = logging.getLogger(__name__)
 
@@ -64,13 +65,25 @@ class GatewayQueue:
 
 
 class SharedBoard(Board):
-    """All jobs, kept in step with the database. `lost`: why it does not answer now, or None."""
+    """All jobs, kept in step with the database. `lost`: why it does not answer now, or None.
+
+    price: what a job of a list costs on this gateway's engine, for who queues a list knows no
+    engine.
+    """
 
     others = True
 
-    def __init__(self, store: JobStore, queue: SharedQueue, engine: str = "") -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        queue: SharedQueue,
+        engine: str = "",
+        price: Callable[[JobSpec], Mapping[str, Any] | None] = lambda spec: None,
+    ) -> None:
         # All that asks the one-machine queue is written anew here.
         super().__init__(store, cast(JobQueue, queue), engine)
+        self._price = price
+        self._prices: dict[str, Mapping[str, Any] | None] = {}
         self._queue = queue
         self._looking = threading.Lock()
         self.groups: Sequence[Group] = ()
@@ -80,7 +93,8 @@ class SharedBoard(Board):
         # Rows of jobs that have not ended; attempts and results of all.
         self._rows: dict[str, Row] = {}
         self._attempts: dict[str, int] = {}
-        self._forgotten: dict[str, float] = {}
+        # When a job was deleted here, and the time in its spec: one that is sent again has another.
+        self._forgotten: dict[str, tuple[float, float]] = {}
         self._swept, self._tidied = 0.0, 0.0
         self._said: set[str] = set()
         # Called with every look that the database answers.
@@ -118,14 +132,11 @@ class SharedBoard(Board):
                 self._take_in(row, begins=False)
         return self.get(job_id)
 
-    def add(self, spec: JobSpec) -> Entry:
-        """A new job that is written and about to be queued."""
-        entry = super().add(spec)
-        return entry
-
     def remove(self, job_id: str) -> bool:
         """A job is gone. False where it was gone before."""
-        self._forgotten[job_id] = time.monotonic()
+        entry = self.get(job_id)
+        if entry is not None:
+            self._forgotten[job_id] = time.monotonic(), entry.spec.created_at
         self._rows.pop(job_id, None)
         self._attempts.pop(job_id, None)
         return super().remove(job_id)
@@ -204,7 +215,7 @@ class SharedBoard(Board):
             # Contact was lost meanwhile, for how long nobody knows: rows may have gone.
             whole = True
             rows, since = self._queue.changes(None)
-        self._since, self._contact = since, self._queue.link.contact
+        contact = self._queue.link.contact
         if whole and not begins:
             there = {row.id for row in rows}
             fresh = time.time() - FORGOTTEN_SECONDS  # may be on its way into the database
@@ -212,20 +223,30 @@ class SharedBoard(Board):
                 if entry.spec.id not in there and entry.spec.created_at < fresh:
                     self.remove(entry.spec.id)
         old = time.monotonic() - FORGOTTEN_SECONDS
-        for job_id in [name for name, moment in self._forgotten.items() if moment < old]:
-            del self._forgotten[job_id]
+        # Copies: requests delete jobs meanwhile.
+        for job_id, (moment, _) in self._forgotten.copy().items():
+            if moment < old:
+                self._forgotten.pop(job_id, None)
         for row in rows:
             self._take_in(row, begins=begins)
+        # Only now: where something was raised above, the next look sees the same rows again.
+        self._since, self._contact = since, contact
 
     def _take_in(self, row: Row, *, begins: bool) -> None:
         job_id = row.id
         if row.state == "gone":
+            self._rows.pop(job_id, None)
             if self.get(job_id) is not None:
                 self.remove(job_id)
             return
-        if job_id in self._forgotten:
+        _, deleted = self._forgotten.get(job_id, (0.0, None))
+        if deleted == row.spec.created_at:
             return
+        row = self._priced(row)
         entry = self.get(job_id)
+        if entry is not None and entry.spec.created_at != row.spec.created_at:
+            super().remove(job_id)  # it was deleted and sent again between two looks
+            entry = None
         if row.attempt:
             self._attempts[job_id] = row.attempt
         if row.state == "ended":
@@ -237,6 +258,8 @@ class SharedBoard(Board):
             if entry is None:
                 entry = Entry(row.spec, "queued")
                 self._put(entry)
+            elif entry.result is not None and entry.result != row.result:
+                entry = self._begun_again(entry, row)
             if entry.result is None:
                 self._keep(entry, ended)
             return
@@ -245,11 +268,36 @@ class SharedBoard(Board):
         self._rows[job_id] = row
         if entry is None:
             self._put(Entry(row.spec, "queued"))
+        elif not entry.live:
+            self._begun_again(entry, row)
+
+    def _priced(self, row: Row) -> Row:
+        """A row with what its job costs here, asked once for each shape: a list has few."""
+        cost = row.spec.shown.get("cost")
+        if not isinstance(cost, Mapping) or "engine" in cost:
+            return row
+        shape = str(cost.get("shape"))
+        if shape not in self._prices:
+            if len(self._prices) >= MOST_PRICES:
+                self._prices.clear()
+            self._prices[shape] = self._price(row.spec)
+        found = self._prices[shape]
+        if found is None:
+            return row
+        return replace(row, spec=replace(row.spec, shown=row.spec.shown | {"cost": found}))
+
+    def _begun_again(self, ended: Entry, row: Row) -> Entry:
+        """A job that had failed is made once more: how it ended is no more."""
+        entry = Entry(row.spec, "queued")
+        self._keep(ended, entry)
+        self._changed = True
+        return entry
 
     def _show(self) -> None:
         """Work out places, progress and times left of all jobs that have not ended."""
         late = time.monotonic() - self._whole_look > WHOLE_LOOK_SECONDS
-        taken = [row for row in self._rows.values() if row.state == "taken"]
+        rows = list(self._rows.copy().values())  # a copy: requests delete jobs meanwhile
+        taken = [row for row in rows if row.state == "taken"]
         makers = {(group.name, group.epoch): group for group in self.groups}
         if not (self._changed or late):
             for row in taken:
@@ -260,7 +308,7 @@ class SharedBoard(Board):
                     self._keep(entry, replace(found, place=entry.place, eta_s=eta))
             return
         self._changed, self._whole_look = False, time.monotonic()
-        live = sorted(self._rows.values(), key=_place)
+        live = sorted(rows, key=_place)
         places = {row.id: place for place, row in enumerate(live)}
         now = {row.id: _taken(row, makers) for row in taken}
         waiting = [now.get(row.id) or self.get(row.id) for row in live]

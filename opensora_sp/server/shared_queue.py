@@ -470,7 +470,7 @@ class SharedQueue:
             ).fetchone()
             if found is None:
                 return None
-            _give_back(connection, name, but=int(found[0]), died=1)
+            _give_back(connection, name, "epoch IS DISTINCT FROM %(only)s", int(found[0]), died=1)
             return int(found[0])
 
         return self.link.run(begin)
@@ -577,30 +577,53 @@ class SharedQueue:
 
         return self.link.run(write)
 
-    def standing(self, claim: Claim) -> str:
-        """The state that a job has now; "ended elsewhere" as for `publish`."""
+    def engine_died(self, name: str, parent: str) -> int:
+        """Give out again what an engine of this parent had, which has died; how many jobs that is.
 
-        def read(connection: Any) -> str:
+        It counts among the ends after which a job is given up. Another command may have the name by
+        now, or have had it all along: its jobs stay with it.
+        """
+        return self.link.run(
+            lambda connection: _give_back(
+                connection,
+                name,
+                "epoch IN (SELECT g.epoch FROM opensora_sp.groups g"
+                " WHERE g.name = %(name)s AND g.parent = %(only)s)",
+                parent,
+                died=1,
+            )
+        )
+
+    def give_back(self, name: str, epoch: int) -> int:
+        """Give out again what this engine has, and does not make; it counts as no death."""
+        return self.link.run(
+            lambda connection: _give_back(connection, name, "epoch = %(only)s", epoch, died=0)
+        )
+
+    def let_go(self, name: str, epoch: int, claim: Claim, *, deleted: bool) -> str:
+        """This engine makes a job no more: the state that the job has then, as for `publish`.
+
+        Where it still is this attempt's it is given out again, or removed where it is to be
+        deleted. Else nothing changes: another attempt, or a job that was sent again, has it.
+        """
+
+        def end(connection: Any) -> str:
+            connection.execute(
+                f"UPDATE opensora_sp.jobs SET state = %s, result = NULL, {_CHANGED} WHERE id = %s"
+                " AND state = 'taken' AND group_name = %s AND epoch = %s AND attempt = %s",
+                ["gone" if deleted else "queued", claim.id, name, epoch, claim.attempt],
+            )
+            _tell(connection)
             state, attempt = self._standing(connection, claim)
             return "ended elsewhere" if state == "ended" and attempt != claim.attempt else state
 
-        return self.link.run(read)
-
-    def give_back(self, name: str, *, died: bool, but: int | None = None) -> int:
-        """Give out again what engines of this group had; how many jobs that were.
-
-        died: whether it counts among the ends after which a job is given up. but: leave out the
-        jobs of this epoch.
-        """
-        return self.link.run(
-            lambda connection: _give_back(connection, name, but=but, died=int(died))
-        )
+        return self.link.run(end)
 
     def leave(self, name: str, epoch: int) -> None:
         """The group ends in order; what it had is given out again, and counts as no death."""
 
         def end(connection: Any) -> None:
-            _give_back(connection, name, but=None, died=0)
+            _give_back(connection, name, "epoch = %(only)s", epoch, died=0)
             connection.execute(
                 "DELETE FROM opensora_sp.groups WHERE name = %s AND epoch = %s", [name, epoch]
             )
@@ -631,11 +654,12 @@ class SharedQueue:
         return ("gone", 0) if found is None else (str(found[0]), int(found[1]))
 
 
-def _give_back(connection: Any, name: str, *, but: int | None, died: int) -> int:
+def _give_back(connection: Any, name: str, which: str, only: int | str, *, died: int) -> int:
+    """Give out again what engines of a group have. which: of them, a condition on %(only)s."""
     found = connection.execute(
         f"UPDATE opensora_sp.jobs SET {_BACK} WHERE state = 'taken'"
-        " AND group_name = %(name)s AND epoch IS DISTINCT FROM %(but)s::bigint",
-        {"died": died, "name": name, "but": but},
+        f" AND group_name = %(name)s AND {which}",
+        {"died": died, "name": name, "only": only},
     )
     if found.rowcount:
         _tell(connection)

@@ -13,15 +13,17 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from opensora_sp.base.errors import UserError
 from opensora_sp.server.engine_process import EngineProcess, Health
-from opensora_sp.server.health_port import answering_health
+from opensora_sp.server.health_port import answering_health, health_socket
+from opensora_sp.server.job_store import JobSpec
 from opensora_sp.server.logs import hide_in_lines
 from opensora_sp.server.queue_url import shown_url
 from opensora_sp.server.restarts import REFUSED
@@ -49,7 +51,7 @@ def serve_shared(
     the folder is another.
     """
     from opensora_sp.server.app import remove
-    from opensora_sp.server.checking import Judge
+    from opensora_sp.server.checking import Judge, judge
     from opensora_sp.server.gateway import Gateway
     from opensora_sp.server.metrics import Metrics
     from opensora_sp.server.retention import Kept, Retention
@@ -61,7 +63,18 @@ def serve_shared(
         lambda job_id: board.attempt_of(job_id),
         lambda job_id: board.result_of(job_id),
     )
-    board = SharedBoard(store, queue, group.digest())
+    # No group's facts: what none of them can make waits, for another may come.
+    no_group = replace(group, own_dir=group.save_dir / "no engine")
+
+    def price(spec: JobSpec) -> Mapping[str, Any] | None:
+        try:
+            found = judge(no_group, spec.arguments, [], group.save_dir / "jobs", refuse=False)
+        except UserError:
+            return None  # it fails with that
+        cost: Mapping[str, Any] = found["cost"]
+        return cost
+
+    board = SharedBoard(store, queue, group.digest(), price)
     board.load()
     metrics = Metrics(board, board.health)
     kept = Kept(operations.keep_days, operations.keep_gb)
@@ -77,8 +90,7 @@ def serve_shared(
         store=store,
         jobs=jobs,
         board=board,
-        # No group's facts: what none of them can make waits, for another may come.
-        judge=Judge(replace(group, own_dir=group.save_dir / "no engine")),
+        judge=Judge(no_group),
         health=board.health,
         metrics=metrics,
         tokens=settings.tokens,
@@ -88,11 +100,16 @@ def serve_shared(
         log_prompts=operations.log_prompts,
     )
     retention = Retention(store, gateway.jobs, board, kept, partial(remove, gateway))
+
+    def end() -> None:
+        _drain(engine, operations)
+        gateway.finishing = False  # whoever waits for a picture yet is answered
+
     with bound(settings) as listening, contextlib.ExitStack() as stack:
         engine = stack.enter_context(_engine(group)) if with_engine else None
         retention.start()
         try:
-            answer(settings, gateway, listening, say, partial(_drain, engine, operations))
+            answer(settings, gateway, listening, say, end)
         finally:
             retention.close()
             requests.close()
@@ -124,7 +141,8 @@ def work(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with _engine(group) as engine, answering_health(health_port, engine.health):
+    listening = health_socket(health_port)  # a port that is taken is refused before an engine
+    with _engine(group) as engine, answering_health(listening, engine.health):
         part = f", node {group.node} of {group.nodes}," if group.nodes > 1 else ""
         say(f"group {group.group_name}{part} works for the queue {shown_url(group.queue)}")
         while not asked.wait(LOOK_SECONDS) and engine.given_up is None:
@@ -162,7 +180,7 @@ def _engine(group: GroupSettings) -> Iterator[EngineProcess]:
             return
         # Its ranks are gone: another group need not wait for the end of the lease.
         try:
-            if queue.give_back(group.group_name, died=True):
+            if queue.engine_died(group.group_name, group.parent):
                 log.warning("the job of this group is given out again")
         except QueueLost as error:
             log.warning("the queue's database does not answer: %s", error)
@@ -179,7 +197,10 @@ def _engine(group: GroupSettings) -> Iterator[EngineProcess]:
 
 
 def _drain(engine: EngineProcess | None, operations: Operations) -> None:
-    """End the engine; first let it finish its job where that was asked for."""
+    """End the engine; first let it finish its job where that was asked for.
+
+    On a node that does not lead its group: first let its ranks be ended by node 0.
+    """
     if engine is None:
         return
     if operations.drain == "finish":

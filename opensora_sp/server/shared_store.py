@@ -25,10 +25,10 @@ from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
 from opensora_sp.server.queue_url import shown_url
+from opensora_sp.server.shared_queue import QueueLost, SharedQueue
 
 if TYPE_CHECKING:
     from opensora_sp.request.request import Job
-    from opensora_sp.server.shared_queue import SharedQueue
 
 TOKEN_FILE = "queue-token"
 # A file that another machine has just written may take this long to be seen on a network folder.
@@ -105,7 +105,12 @@ def require_same_folder(save_dir: Path, queue: SharedQueue, url: str) -> None:
     refusal = f"--save-dir {save_dir} is not the folder of the queue {shown_url(url)}"
     found = _read_token(path)
     proposed = found or secrets.token_hex(16)
-    wanted = queue.folder_token(proposed)
+    try:
+        wanted = queue.folder_token(proposed)
+    except QueueLost as error:
+        raise UserError(
+            f"--queue {shown_url(url)}: the database does not answer: {error}; try again"
+        ) from None
     if wanted == proposed and found is None:
         with atomic_output(path) as temporary:
             temporary.write_text(wanted + "\n", encoding="ascii")
@@ -156,9 +161,19 @@ def take_over(store: SharedStore, job_id: str, number: int, job: Job, engine: An
     from opensora_sp.jobs.identity import difference, identity_of, latents_identity
     from opensora_sp.jobs.records import FOLDER, read_record, record_path
     from opensora_sp.jobs.saved_latents import StateFiles
+    from opensora_sp.request.embedded import embedded_checkpoints
+    from opensora_sp.request.step_cache import OFF
+    from opensora_sp.request.step_choice import choose_schedule
 
     task = job.tasks[0]
     own = store.attempt(job_id, number)
+    try:
+        # Records and states are those of the schedule that a level means, not of its name.
+        weights = (engine.settings.checkpoints or embedded_checkpoints()).dit
+        chosen = choose_schedule(task.request, weights, lambda: engine.digests["dit"])
+    except UserError:
+        return  # the job itself fails with it
+    task = replace(task, request=replace(task.request, step_cache=chosen.schedule or OFF))
     identity = identity_of(task, engine.settings, job.settings, engine.digests)
     for earlier in store.attempts(job_id):
         before = store.attempt(job_id, earlier)

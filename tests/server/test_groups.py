@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -23,14 +23,18 @@ import pytest
 from groups import LEASE_SECONDS, Gateway, GroupProcess
 from postgres import PASSWORD, Postgres, programs
 
+from opensora_sp.base.errors import UserError
 from opensora_sp.cli import on_queue
 from opensora_sp.cli.main import main
 from opensora_sp.server import shared_store
+from opensora_sp.server.board import Entry
+from opensora_sp.server.group_worker import GroupStore, GroupWorker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.queue_url import parse_queue_url
+from opensora_sp.server.settings import GroupSettings
 from opensora_sp.server.shared_board import SharedBoard
-from opensora_sp.server.shared_queue import SharedQueue
-from opensora_sp.server.shared_store import SharedStore
+from opensora_sp.server.shared_queue import QueueLost, SharedQueue
+from opensora_sp.server.shared_store import TOKEN_FILE, SharedStore, require_same_folder
 
 pytest.importorskip("dbos")
 pytest.importorskip("psycopg")
@@ -55,7 +59,8 @@ class Pool:
     def __init__(self, save_dir: Path, url: str) -> None:
         self.save_dir, self.url = save_dir, url
         self.groups = {name: GroupProcess(name, save_dir, url) for name in ("a", "b")}
-        self.first, self.second = (Gateway(name, save_dir, url) for name in ("one", "two"))
+        self.first = Gateway("one", save_dir, url)
+        self.second = Gateway("two", save_dir, url, "--drain", "finish")
 
     def maker(self, job: str, *, but: str = "") -> str:
         """The group that makes a job now, and is not `but`."""
@@ -131,7 +136,7 @@ def test_a_suspended_group_publishes_nothing_of_what_another_has_taken_over(
     made = pool.save_dir / "jobs" / job / pool.outputs(job)[0]
     before = made.stat()
     end = time.monotonic() + 30
-    while "another attempt has the job" not in asleep.log.read_text():
+    while "another attempt has the job or will get it" not in asleep.log.read_text():
         assert time.monotonic() < end, asleep.log.read_text()[-2000:]
         time.sleep(0.1)
     after = made.stat()
@@ -174,8 +179,12 @@ def test_groups_go_on_when_the_database_was_away(
     assert not any(PASSWORD in log.read_text() for log in logs)
 
 
-def test_a_killed_groups_job_goes_on_with_another_on_two_ranks(pool: Pool, wanted: Video) -> None:
-    job = pool.first.create(**LONG)
+def test_a_killed_groups_job_goes_on_with_another_on_two_ranks(pool: Pool) -> None:
+    # With a step cache, whose level has to mean the same for the one that goes on.
+    asked = LONG | {"step_cache": "fast"}
+    undisturbed = pool.first.create(**asked)
+    pool.digest(undisturbed)
+    job = pool.first.create(**asked)
     name = pool.maker(job)
     while pool.second.call("GET", f"/v1/videos/{job}")[1].get("step", 0) < 20:
         time.sleep(0.02)
@@ -188,8 +197,25 @@ def test_a_killed_groups_job_goes_on_with_another_on_two_ranks(pool: Pool, wante
     assert video["status"] == "completed", video
     assert f"{job} goes on after clip 0, step" in pair.log.read_text()
     # The file says on how many ranks it was made; the frames are the same.
-    assert np.array_equal(frames(pool.first.content(job)), frames(wanted.content))
+    wanted = frames(pool.first.content(undisturbed))
+    assert np.array_equal(frames(pool.first.content(job)), wanted)
     assert len(pool.outputs(job)) == 1
+    # The database has ended this gateway's connection: it may say so, and has deleted nothing then.
+    deletes = [pool.second.call("DELETE", f"/v1/videos/{undisturbed}")[0] for _ in range(2)]
+    assert deletes in ([503, 200], [200, 404])
+    pool.first.gone(undisturbed)
+    # Whoever waits for a picture at a gateway that is stopped gets its id, and it is made.
+    with ThreadPoolExecutor(1) as threads:
+        picture = {"prompt": "a cat", "size": "96x64", "num_inference_steps": 200}
+        answer = threads.submit(pool.second.call, "POST", "/v1/images/generations", picture, None)
+        found = pool.second.listed("in_progress", 30)
+        assert pool.second.process is not None
+        pool.second.process.send_signal(signal.SIGTERM)
+        status, refused = answer.result(60)
+        assert (status, refused["error"]["code"]) == (503, "stopping")
+        assert found in refused["error"]["message"]
+        assert pool.second.process.wait(60) == 0
+    assert pool.first.wait(found)["status"] == "completed"
 
 
 def a_job(number: int, shape: str = "small", **more: Any) -> JobSpec:
@@ -247,6 +273,149 @@ def test_a_later_attempt_owns_the_output(queue: SharedQueue) -> None:
     assert row.state == "queued"
 
 
+def test_a_command_whose_name_is_in_use_gives_back_nothing_of_the_one_that_has_it(
+    queue: SharedQueue,
+) -> None:
+    take = lambda epoch: queue.claim("g", epoch, [], lambda *_: True)
+    state = lambda: (row := queue.row(a_job(1).id)) and row.state
+    old = queue.register("g", "old", {}, 0.0)
+    new = queue.register("g", "new", {}, 60.0)
+    assert old is not None
+    assert new is not None
+    queue.put(a_job(1))
+    claim = take(new)
+    assert claim is not None
+    # One was refused and has ended; the one that was replaced ends in order, or is unsure.
+    assert queue.register("g", "refused", {}, 60.0) is None
+    assert queue.engine_died("g", "refused") == queue.engine_died("g", "old") == 0
+    assert queue.give_back("g", old) == 0
+    queue.leave("g", old)
+    assert queue.let_go("g", old, claim, deleted=True) == "taken"
+    assert state() == "taken"
+    # What it stopped making is not held any longer, though it lives.
+    assert queue.let_go("g", new, claim, deleted=False) == "queued"
+    assert take(new) is not None
+    assert queue.let_go("g", new, claim, deleted=True) == "taken"  # a later attempt has it
+    assert queue.engine_died("g", "new") == 1
+    assert state() == "queued"
+
+
+def test_a_gateway_shows_what_was_made_again_and_what_was_sent_again(
+    queue: SharedQueue, tmp_path: Path
+) -> None:
+    board = SharedBoard(SharedStore(tmp_path, lambda _: 0, lambda _: None), queue)
+    board.load()
+    told: list[str] = []
+
+    def tell(entry: Entry) -> None:
+        told.append(entry.spec.id)
+        if len(told) == 1:
+            raise OSError("a full disk")
+
+    board.on_end.append(tell)
+    epoch = queue.register("g", "g", {}, 60.0)
+    assert epoch is not None
+    one, two = a_job(1).id, a_job(2).id
+
+    def make(error: str | None) -> None:
+        claim = queue.claim("g", epoch, [], lambda *_: True)
+        assert claim is not None
+        queue.publish(claim, JobResult(time.time(), "v.mp4", error=error))
+
+    def status(job_id: str) -> str | None:
+        entry = board.get(job_id)
+        return None if entry is None else entry.status
+
+    queue.put(a_job(1))
+    queue.put(a_job(2))
+    board.look()
+    make("it is bad")
+    make("it is bad")
+    with pytest.raises(OSError, match="full disk"):
+        board.look()
+    board.look()
+    assert (status(one), status(two)) == ("failed", "failed")
+    assert set(told) == {one, two}
+    # Made again: seen while it waits, and seen when it has ended since the last look.
+    queue.make_again([one])
+    board.look()
+    assert status(one) == "queued"
+    queue.make_again([two])
+    for _ in range(2):
+        make(None)
+    board.look()
+    assert (status(one), status(two)) == ("completed", "completed")
+    assert (board.attempt_of(one), board.attempt_of(two)) == (2, 2)
+    assert told.count(one) == told.count(two) == 2
+    # Deleted here, and sent again at once; deleted and sent again elsewhere between two looks.
+    for _ in range(2):
+        before = queue.row(one)
+        assert before is not None
+        queue.remove(one)
+        board.remove(one)
+        board._take_in(before, begins=False)  # by a look that had begun before
+        assert status(one) is None
+        board.look()
+        queue.put(a_job(1))
+        board.look()
+        assert status(one) == "queued"
+    queue.remove(one)
+    queue.put(a_job(1))
+    board.look()
+    assert [entry.spec.id for entry in board.all()] == [one, two]
+    assert board.remove(one)
+    assert board.remove(two)
+    assert board.all() == []
+
+
+def test_a_group_leaves_no_job_behind_that_it_was_told_wrongly_to_leave(
+    queue: SharedQueue, tmp_path: Path
+) -> None:
+    import torch
+
+    (tmp_path / TOKEN_FILE).write_text("token\n")
+    settings = GroupSettings(tmp_path, queue.url, (), group_name="g", parent="g", lease_s=60.0)
+    store = GroupStore(settings)
+    control: Any = None
+    worker = GroupWorker(settings, store, control, torch.device("cpu"), None)
+    worker._epoch, worker._fit = queue.register("g", "g", {}, 60.0) or 0, {"small"}
+    job = a_job(1).id
+
+    def state() -> tuple[str, int] | None:
+        row = queue.row(job)
+        return None if row is None else (row.state, row.attempt)
+
+    try:
+        # It was deleted while a group made it, and sent again.
+        store.folder(job).mkdir(parents=True)
+        store.ask_to_cancel(job)
+        queue.put(a_job(1))
+        assert worker.next(10) == job
+        assert not store.cancel_asked(job)
+        store.lost = store.claim
+        assert store.cancel_asked(job)
+        assert worker.done()
+        assert state() == ("queued", 1)
+        # The word of the last claim says nothing of the next.
+        assert worker.next(10) == job
+        assert not store.cancel_asked(job)
+        # Deleted, and sent again before the group has left it.
+        store.ask_to_cancel(job)
+        queue.remove(job)
+        queue.put(a_job(1))
+        assert worker.done()
+        assert state() == ("queued", 2)
+        assert (store.folder(job) / "job.json").exists()
+        # Deleted by a gateway that died before it told the database.
+        assert worker.next(10) == job
+        store.ask_to_cancel(job)
+        assert worker.done()
+        assert state() is None
+        assert not store.folder(job).exists()
+    finally:
+        worker.close()
+
+
 def test_groups_that_take_at_once_get_each_job_once_and_in_order(queue: SharedQueue) -> None:
     for number in range(60):
         queue.put(a_job(number, priority=1 if number >= 50 else 100))
@@ -280,7 +449,7 @@ def test_a_job_whose_group_died_five_times_is_given_up(queue: SharedQueue) -> No
     queue.put(a_job(1))
     for died in (True, True, False, True, True, True):  # one was stopped in order
         assert queue.claim("g", epoch, [], lambda *_: True) is not None
-        queue.give_back("g", died=died)
+        assert (queue.engine_died("g", "g") if died else queue.give_back("g", epoch)) == 1
     row = queue.row(a_job(1).id)
     assert row is not None
     assert row.result is not None
@@ -417,9 +586,33 @@ def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
     finally:
         group.end.set()
         group.join(10)
-    # A flag of the groups, and a file that is not there, are refused.
+    # What a job costs is for gateways to say, who know the model.
+    asked_for: list[JobSpec] = []
+
+    def price(spec: JobSpec) -> dict[str, Any]:
+        asked_for.append(spec)
+        return {"engine": "e", "shape": "priced", "steps": 7}
+
+    board = SharedBoard(SharedStore(tmp_path, lambda _: 0, lambda _: None), queue, "e", price)
+    board.load()
+    assert [entry.spec.shown["cost"]["shape"] for entry in board.all()] == ["priced"] * 600
+    assert len(asked_for) == 1
+    # A file of schedules, a flag of the groups, and a file that is not there, are refused.
+    assert sent("list.txt", "--step-cache", "x.yaml") == (
+        2,
+        "error: --step-cache 'x.yaml' is a file, which a queue does not take: give off, "
+        "near-lossless, fast, and put schedules into step_cache.yaml beside the weights of the "
+        "groups\n",
+    )
     assert sent("list.txt", "--dtype", "fp32")[0] == 2
     assert sent("nothing.txt")[1].startswith("error: --prompt-path 'nothing.txt': No such file")
+
+
+class GoneQueue:
+    """A database that has just gone away."""
+
+    def folder_token(self, proposed: str) -> str:
+        raise QueueLost("it is gone")
 
 
 @pytest.mark.parametrize("place", ["serve", "work"])
@@ -454,6 +647,9 @@ def test_another_folder_or_a_database_that_does_not_answer_is_refused(
         assert said.count("\n") == 1
         assert PASSWORD not in said
         assert "cr%2Fet" not in said
+    # It may go away between two statements.
+    with pytest.raises(UserError, match="the database does not answer: it is gone; try again"):
+        require_same_folder(tmp_path, cast(SharedQueue, GoneQueue()), "postgresql://db/v")
     # libpq quotes what it cannot read.
     assert main([*words[:2], database.url.replace("cr%2F", "cr%zz"), *words[3:]]) == 2
     said = capsys.readouterr().err

@@ -29,14 +29,23 @@ def entry(number: int, owner: str = "anna", status: str = "queued", **shown: Any
 
 
 class FakeBoard:
+    others = False
+
     def __init__(self, *entries: Entry) -> None:
         self.entries = {one.spec.id: one for one in entries}
+        self.elsewhere: dict[str, Entry] = {}
 
     def all(self) -> list[Entry]:
         return list(self.entries.values())
 
     def get(self, job_id: str) -> Entry | None:
         return self.entries.get(job_id)
+
+    def seek(self, job_id: str) -> Entry | None:
+        """As of a shared queue: what another gateway has just queued, or seen end, is found."""
+        if job_id in self.elsewhere:
+            self.entries[job_id] = self.elsewhere[job_id]
+        return self.get(job_id)
 
     def video(self, one: Entry) -> dict[str, Any]:
         return {"id": one.spec.id, "status": one.status}
@@ -101,6 +110,15 @@ def test_files_of_earlier_jobs_become_the_new_jobs_own_and_only_an_owners(tmp_pa
     assert Path(path) == store.uploads(IDS[3]) / "1.mp4"
     assert Path(path).read_bytes() == b"video_0000.mp4"
     assert ask(files_of_video_id=IDS[0])[1][::2] == ("image", "picture")
+    # Other gateways know of a job, or of its end, a quarter of a second earlier.
+    board.others, board.elsewhere = True, {IDS[0]: done}
+    for known in ({}, {IDS[0]: replace(done, status="queued")}):
+        board.entries = known
+        Path(path).unlink()
+        assert ask(extend_video_id=IDS[0])[1][::2] == ("extend", "video")
+        assert board.entries[IDS[0]] == done
+    board.others, board.elsewhere = False, {}
+    board.entries = {one.spec.id: one for one in (done, entry(1, "ben", "completed"), entry(2))}
     store.delete(IDS[0])
     assert Path(path).read_bytes() == b"video_0000.mp4"
     for wrong in (IDS[1], IDS[3], "../" + IDS[0], 7, ["x"]):

@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,19 +35,20 @@ from opensora_sp.cli.serve import _settings
 from opensora_sp.parallel.control import ControlPlane
 from opensora_sp.parallel.watchdog.detector import FailureDetector
 from opensora_sp.parallel.watchdog.stages import Limits
-from opensora_sp.server import engine_process, logs
+from opensora_sp.server import engine_process, health_port, logs, shared_service
 from opensora_sp.server.app import build_app, remove
 from opensora_sp.server.beat import Sign, beat_path, sign_of, stuck
 from opensora_sp.server.board import Board
 from opensora_sp.server.durable import QueuedJob
 from opensora_sp.server.engine_process import EngineProcess, Health
 from opensora_sp.server.gateway import Gateway
+from opensora_sp.server.health_port import answering_health, health_socket
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
 from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.protocol import BadRequest
 from opensora_sp.server.restarts import MOST_FRUITLESS, MOST_QUICK, Restarts
 from opensora_sp.server.retention import DAY_SECONDS, Kept, Retention
-from opensora_sp.server.settings import GroupSettings, read_tokens
+from opensora_sp.server.settings import GroupSettings, Operations, read_tokens
 from opensora_sp.server.settings import Limits as GatewayLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,9 +135,9 @@ def quick_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     monkeypatch.setattr(engine_process, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr("opensora_sp.server.restarts.RESTART_SECONDS", 0.01)
 
-    def engine(program: str) -> EngineProcess:
+    def engine(program: str, **settings: Any) -> EngineProcess:
         monkeypatch.setattr(engine_process, "command", lambda _: [sys.executable, "-c", program])
-        started.append(EngineProcess(GroupSettings(tmp_path, "", ())))
+        started.append(EngineProcess(GroupSettings(tmp_path, "", (), **settings)))
         started[0].start()
         return started[0]
 
@@ -170,6 +175,51 @@ def test_an_engine_that_stays_stuck_is_killed_and_started_again(
     engine = quick_engine(program)
     assert "have not met" in until("failed", engine).reason
     assert until("ready", engine, restarts=1).restarts == 1
+
+
+def test_a_node_that_does_not_lead_lets_its_ranks_be_ended_by_node_0(
+    quick_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_service, "SIGN_SECONDS", 0.0)
+    ended = tmp_path / "ended"
+    program = f"import pathlib, time; time.sleep(1); pathlib.Path({str(ended)!r}).touch()"
+    engine = quick_engine(program, nodes=2, node=1)
+    until("ready", engine)
+    shared_service._drain(engine, Operations(drain="finish"))
+    assert ended.exists()
+    assert engine.health().state == "stopped"
+
+
+def test_the_health_port_answers_on_every_address_and_is_taken_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health_port, "_SECONDS", 60.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--health-port {port} cannot be listened on"):
+            health_socket(port)
+    now = [Health("ready")]
+    with answering_health(health_socket(port), lambda: now[0]):
+        hosts = ["127.0.0.1", "[::1]"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
+        for host in hosts:
+            with urllib.request.urlopen(f"http://{host}:{port}/ready", timeout=10) as answer:
+                assert json.load(answer) == {"status": "ready", "restarts": 0}
+        now[0] = Health("failed", "it ended")
+        for path in ("health", "ready"):
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10)
+        # Who connects and asks nothing takes no more than the places that there are.
+        before = threading.active_count()
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        with contextlib.ExitStack() as open_ones:
+            for one in idle:
+                open_ones.enter_context(one)
+            idle[-1].settimeout(10)
+            assert idle[-1].recv(1) == b""  # hung up on
+            assert threading.active_count() - before <= 16
+    again = health_socket(port)  # given back
+    assert again is not None
+    again.close()
 
 
 # Logs.
@@ -336,6 +386,16 @@ class HeldJudge:
         """As the gateway's."""
 
 
+class Agreeing:
+    """A judge that agrees to everything."""
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """As the gateway's."""
+
+
 def test_pictures_pass_the_same_gate_as_videos(bench: Bench) -> None:
     judge: Any = HeldJudge()
     bench.gateway.judge, bench.gateway.limits = judge, GatewayLimits(queued=8)
@@ -356,6 +416,27 @@ def test_pictures_pass_the_same_gate_as_videos(bench: Bench) -> None:
         assert [one.result(30) for one in waiting] == [400] * 6
     assert judge.most == 4
     assert (bench.gateway.arriving.total, bench.gateway.arriving.bytes) == (0, 0)
+
+
+def test_a_picture_of_a_shared_queue_is_made_though_this_gateway_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.board, "others", True, raising=False)
+    judge: Any = Agreeing()
+    bench.gateway.judge = judge
+    asked = {"prompt": "a", "n": 2}
+    with bench.client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(bench.client.post, "/v1/images/generations", json=asked)
+        end = time.monotonic() + 30
+        while len(bench.queue.live()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        bench.gateway.draining = True
+        refused = answer.result(30)
+    assert refused.status_code == 503
+    ids = [job.id for job in bench.queue.live()]
+    assert len(ids) == 2
+    assert all(job_id in refused.json()["error"]["message"] for job_id in ids)
 
 
 ANN, BOB, ADMIN = "a" * 20, "b" * 20, "c" * 20

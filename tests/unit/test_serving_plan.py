@@ -272,6 +272,7 @@ def test_a_server_refuses_at_its_start_what_it_cannot_serve(
         ([*shared, "--lease-seconds", "1"], "--lease-seconds '1' is not a number from 3 to 3600"),
         ([*shared, "--group-name", "a b"], "--group-name 'a b' is not 1 to 64 letters"),
         (["--group-name", "a"], "--group-name belongs to --queue"),
+        (["--lease-seconds", "15"], "--lease-seconds belongs to --queue"),
         (["--no-engine"], "--no-engine belongs to --queue"),
     ):
         assert main([*flags, "--save-dir", str(tmp_path / "save")]) == 2
@@ -279,8 +280,15 @@ def test_a_server_refuses_at_its_start_what_it_cannot_serve(
         assert said in error
         assert error.count("\n") == 1
         assert "secret" not in error
-    assert work.main(["--save-dir", str(tmp_path / "save")]) == 2
-    assert "work needs --queue URL" in capsys.readouterr().err
+    nodes = [*shared, "--nnodes", "2", "--master-addr", "node0"]
+    for flags, said in (
+        ([], "work needs --queue URL"),
+        ([*shared, "--node-rank", "1", "--master-addr", "a"], "--node-rank 1 needs --nnodes N"),
+        (nodes, "--nnodes 2 needs --group-name NAME, the same on each node"),
+        ([*nodes, "--group-name", "a", "--node-rank", "2"], "--node-rank 2 is not one of 2 nodes"),
+    ):
+        assert work.main([*flags, "--save-dir", str(tmp_path / "save")]) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "save").exists()
 
 
