@@ -181,7 +181,8 @@ class Link:
 
         with self._lock:
             try:
-                return any(True for _ in self._opened().notifies(timeout=seconds, stop_after=1))
+                # All that have come, not the first: each of the others would end a wait later on.
+                return bool(list(self._opened().notifies(timeout=seconds, stop_after=1)))
             except (KeyboardInterrupt, SystemExit):
                 self._drop()
                 raise
@@ -553,6 +554,9 @@ class SharedQueue:
             ).fetchone()[0]
             return Claim(found[0], int(attempt), spec)
 
+        # Words that came while a job was made are of what this look sees. They would be kept without
+        # bound in a group that is never idle.
+        self.link.wait(0)
         return self.link.run(take)
 
     def publish(self, claim: Claim, result: JobResult) -> str:

@@ -443,6 +443,23 @@ def test_groups_that_take_at_once_get_each_job_once_and_in_order(queue: SharedQu
         assert places == sorted(places)
 
 
+def test_words_that_came_while_a_job_was_made_end_no_wait_later_on(queue: SharedQueue) -> None:
+    own = SharedQueue(queue.url, listens=True)
+    epoch = own.register("own", "own", {}, 60.0)
+    assert epoch is not None
+    assert not own.link.wait(0)  # listens from here on
+    for number in range(5):
+        queue.put(a_job(number))
+        own.beat("own", epoch, state="ready")  # receives what has come
+    assert own.link.wait(10)
+    assert not own.link.wait(0.1)
+    queue.put(a_job(5))
+    while own.claim("own", epoch, [], lambda *_: True) is not None:
+        pass
+    assert not own.link.wait(0.1)
+    own.close()
+
+
 def test_a_job_whose_group_died_five_times_is_given_up(queue: SharedQueue) -> None:
     epoch = queue.register("g", "g", {}, 60.0)
     assert epoch is not None
