@@ -89,12 +89,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ("hold", "hold" + " " * 2**20, "is larger than 1 MiB"),
     ],
 )
-def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, old: str, new: str, said: str) -> None:
-    path = tmp_path / "s.yaml"
-    path.write_text(LINES.replace(old, new, 1), encoding="utf-8")
+def test_a_file_that_is_wrong_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a long path would be shortened in the message
+    Path("s.yaml").write_text(LINES.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(UserError, match=said) as refused:
-        check_step_cache([replace(VIDEO, step_cache=str(path))], None)
-    assert str(path) in str(refused.value)
+        check_step_cache([replace(VIDEO, step_cache="s.yaml")], None)
+    assert "s.yaml" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
