@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -488,6 +489,7 @@ def test_a_changed_record_is_none_or_of_the_same_identity(
 def test_changed_files_of_the_server_are_whole_or_nothing(
     damaged: Callable[[bytes], bytes],
 ) -> None:
+    pytest.importorskip("dbos")
     from opensora_sp.server.beat import Sign, beat_path, read_beat
     from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 
