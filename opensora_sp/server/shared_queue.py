@@ -554,8 +554,8 @@ class SharedQueue:
             ).fetchone()[0]
             return Claim(found[0], int(attempt), spec)
 
-        # Words that came while a job was made are of what this look sees. They would be kept without
-        # bound in a group that is never idle.
+        # Words that came while a job was made are of what this look sees. A group that is never
+        # idle would keep them without bound.
         self.link.wait(0)
         return self.link.run(take)
 
