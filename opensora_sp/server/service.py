@@ -21,6 +21,9 @@ from opensora_sp.server.settings import LOCAL_HOSTS, ServiceSettings
 if TYPE_CHECKING:
     from opensora_sp.server.board import Board, Entry
     from opensora_sp.server.gateway import Gateway
+    from opensora_sp.server.metrics import Metrics
+    from opensora_sp.server.retention import Kept
+    from opensora_sp.server.settings import Operations
 
 # Lines about a job may still come for this long after it has ended.
 LINES_SECONDS = 60.0
@@ -33,10 +36,9 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Judge
     from opensora_sp.server.durable import JobQueue
-    from opensora_sp.server.gateway import Gateway
     from opensora_sp.server.job_store import JobStore
     from opensora_sp.server.metrics import Metrics
-    from opensora_sp.server.retention import Kept, Retention
+    from opensora_sp.server.retention import Retention
     from opensora_sp.server.served import facts_path
 
     group, operations = settings.group, settings.operations
@@ -48,24 +50,11 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
         facts_path(group.save_dir).unlink(missing_ok=True)  # another engine may have written it
         engine = EngineProcess(group, lambda: metrics.completed)
         metrics = Metrics(board, engine.health)
-        kept = Kept(operations.keep_days, operations.keep_gb)
-        board.kept_seconds = kept.seconds
-        board.on_end += [metrics.job_ended, partial(log_end, log_prompts=operations.log_prompts)]
-        if not operations.log_prompts:
-            hide_in_lines(partial(without_prompts, board))
-        gateway = Gateway(
-            store=store,
-            jobs=jobs,
-            board=board,
-            judge=Judge(group),
-            health=engine.health,
-            metrics=metrics,
-            tokens=settings.tokens,
-            limits=settings.limits,
-            hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
-            embedded=not any("ckpt" in word for word in group.arguments),
-            log_prompts=operations.log_prompts,
-        )
+        kept = tended(board, metrics, operations)
+        gateway = gateway_of(
+            settings, store=store, jobs=jobs, board=board, judge=Judge(group),
+            health=engine.health, metrics=metrics,
+        )  # fmt: skip
         retention = Retention(store, jobs, board, kept, partial(remove, gateway))
         with bound(settings) as listening:
             engine.start()
@@ -80,6 +69,32 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
                 retention.close()
                 jobs.close()
     return 0
+
+
+def tended(board: Board, metrics: Metrics, operations: Operations) -> Kept:
+    """What is kept of ended jobs; the board is told, and metrics and logs hear of jobs that end."""
+    from opensora_sp.server.retention import Kept
+
+    kept = Kept(operations.keep_days, operations.keep_gb)
+    board.kept_seconds = kept.seconds
+    board.on_end += [metrics.job_ended, partial(log_end, log_prompts=operations.log_prompts)]
+    if not operations.log_prompts:
+        hide_in_lines(partial(without_prompts, board))
+    return kept
+
+
+def gateway_of(settings: ServiceSettings, **parts: Any) -> Gateway:
+    """The gateway of these settings. parts: the fields of `Gateway` that no setting decides."""
+    from opensora_sp.server.gateway import Gateway
+
+    return Gateway(
+        tokens=settings.tokens,
+        limits=settings.limits,
+        hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
+        embedded=not any("ckpt" in word for word in settings.group.arguments),
+        log_prompts=settings.operations.log_prompts,
+        **parts,
+    )
 
 
 def log_end(entry: Entry, *, log_prompts: bool) -> None:

@@ -24,12 +24,10 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.server.engine_process import EngineProcess, Health
 from opensora_sp.server.health_port import answering_health, health_socket
 from opensora_sp.server.job_store import JobSpec
-from opensora_sp.server.logs import hide_in_lines
 from opensora_sp.server.queue_url import shown_url
 from opensora_sp.server.restarts import REFUSED
-from opensora_sp.server.service import answer, bound, log_end, without_prompts
+from opensora_sp.server.service import answer, bound, gateway_of, tended
 from opensora_sp.server.settings import (
-    LOCAL_HOSTS,
     GroupSettings,
     Operations,
     ServiceSettings,
@@ -52,9 +50,8 @@ def serve_shared(
     """
     from opensora_sp.server.app import remove
     from opensora_sp.server.checking import Judge, judge
-    from opensora_sp.server.gateway import Gateway
     from opensora_sp.server.metrics import Metrics
-    from opensora_sp.server.retention import Kept, Retention
+    from opensora_sp.server.retention import Retention
 
     group, operations = settings.group, settings.operations
     queue = _open_queue(group, "opensora-sp gateway")
@@ -77,28 +74,15 @@ def serve_shared(
     board = SharedBoard(store, queue, group.digest(), price)
     board.load()
     metrics = Metrics(board, board.health)
-    kept = Kept(operations.keep_days, operations.keep_gb)
-    board.kept_seconds = kept.seconds
-    board.on_end += [metrics.job_ended, partial(log_end, log_prompts=operations.log_prompts)]
-    if not operations.log_prompts:
-        hide_in_lines(partial(without_prompts, board))
+    kept = tended(board, metrics, operations)
     # The board has the queue's one connection from here on; requests have another.
     requests = SharedQueue(group.queue, "opensora-sp requests")
     jobs = GatewayQueue(requests, store)
     board.on_contact.append(jobs.withdraw_unsure)
-    gateway = Gateway(
-        store=store,
-        jobs=jobs,
-        board=board,
-        judge=Judge(no_group),
-        health=board.health,
-        metrics=metrics,
-        tokens=settings.tokens,
-        limits=settings.limits,
-        hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
-        embedded=not any("ckpt" in word for word in group.arguments),
-        log_prompts=operations.log_prompts,
-    )
+    gateway = gateway_of(
+        settings, store=store, jobs=jobs, board=board, judge=Judge(no_group),
+        health=board.health, metrics=metrics,
+    )  # fmt: skip
     retention = Retention(store, gateway.jobs, board, kept, partial(remove, gateway))
 
     def end() -> None:
