@@ -33,9 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.machine import describe_machine
+from opensora_sp.benchmark.calibration.comparing import MOST_DB
 from opensora_sp.benchmark.calibration.selection import LEVELS
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.timing import Clock
+from opensora_sp.media.metrics import psnr
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
 from opensora_sp.request.step_schedule import StepSchedule
@@ -221,7 +223,7 @@ class Bench:
             right = [judged(video, a) for video, a in zip(full, words, strict=True)]
             for one, into in zip(lists, found, strict=True):
                 made, cost = self._make([replace(r, step_cache=one.schedule) for r in batch])
-                into.psnr += [psnr(v, f) for v, f in zip(made, full, strict=True)]
+                into.psnr += [min(MOST_DB, psnr(v, f)) for v, f in zip(made, full, strict=True)]
                 into.full_seconds += np.array(spent)
                 into.seconds += np.array(cost)
                 into.right_full += right
@@ -336,12 +338,6 @@ def judged(video: NDArray[np.uint8], asked: Asked) -> tuple[bool, ...]:
     """Whether the largest object has the colour, the shape and the motion that were asked for."""
     seen = look(video)
     return tuple(bool(seen) and getattr(seen[0], n) == getattr(asked, n) for n in JUDGED)
-
-
-def psnr(frames: NDArray[np.uint8], full: NDArray[np.uint8]) -> float:
-    """Decibels of uint8 frames against others; 100 where they are equal."""
-    error = float(np.mean((frames.astype(np.float64) - full.astype(np.float64)) ** 2))
-    return 100.0 if error == 0 else min(100.0, 10 * float(np.log10(255**2 / error)))
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

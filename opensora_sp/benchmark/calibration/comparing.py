@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from opensora_sp.base.atomic import atomic_output, reported
+from opensora_sp.media.metrics import decibels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,6 +61,4 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio in dB over all frames written; at most MOST_DB."""
-        if self.squares == 0:
-            return MOST_DB
-        return min(MOST_DB, 10 * math.log10(255**2 * self.values / self.squares))
+        return min(MOST_DB, decibels(self.squares / self.values if self.values else 0.0))
