@@ -7,8 +7,10 @@ OPENSORA_SP_EXAMPLES, and then every property has that many cases a round.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import hypothesis
+from hypothesis import strategies as st
 
 ROUND = "OPENSORA_SP_EXAMPLES"
 
@@ -16,3 +18,7 @@ ROUND = "OPENSORA_SP_EXAMPLES"
 def few(cases: int) -> hypothesis.settings:
     """A decorator: so many cases in the suite."""
     return hypothesis.settings(max_examples=int(os.environ.get(ROUND, cases)))
+
+# Libraries of the older stack make the processor flush subnormal numbers to zero, and Hypothesis
+# refuses to draw them then.
+floats = partial(st.floats, allow_subnormal=False)

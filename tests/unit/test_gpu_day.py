@@ -160,6 +160,8 @@ def test_the_other_tasks_of_the_full_size_on_tensors_without_memory(task: Task) 
         stages.DECODE,
         stages.TEXT,
     )
+    if task.part == stages.TEXT and torch.__version__.startswith("2.3."):
+        pytest.skip("accelerate cannot build a model of torch 2.3's tensors without memory")
     with without_memory():
         rows = list(task.measure(replace(FULL, sizes=SHALLOW), Budget.of(1e6)))
     assert rows

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sampled import few
+from sampled import few, floats
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.geometry import latent_frames
@@ -356,7 +356,7 @@ groups_of = st.builds(
     ref_start=starts | st.just(END),
     target_start=starts,
     length=st.integers(0, 12),
-    edit_ratio=st.floats(0, 1).map(lambda ratio: round(ratio, 4)),
+    edit_ratio=floats(0, 1).map(lambda ratio: round(ratio, 4)),
 )
 aligns = st.none() | st.integers(1, 6)
 

@@ -20,7 +20,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from plain_captions import clean_plainly
-from sampled import few
+from sampled import few, floats
 
 from opensora_sp.base.deadlines import DEADLINES, parse_deadlines
 from opensora_sp.base.errors import CheckpointError, UserError
@@ -180,11 +180,11 @@ def test_any_file_is_prompts_or_one_line(content: bytes, ending: str) -> None:
 
 VALUES: dict[str, st.SearchStrategy[str]] = {
     "num_sampling_steps": st.integers(1, 1000).map(str),
-    "cfg_scale": st.floats(1, 100).map(str),
+    "cfg_scale": floats(1, 100).map(str),
     "seed": st.integers(0, 2**63 - 1).map(str),
     "fps": st.integers(1, 1000).map(str),
     "loop": st.integers(1, 9).map(str),
-    "aes": st.none().map(lambda _: "none") | st.floats(0, 10).map(str),
+    "aes": st.none().map(lambda _: "none") | floats(0, 10).map(str),
     "aspect_ratio": st.sampled_from(["9:16", "1:1", "3:4"]),
     "camera_motion": st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
         lambda text: text.strip()
@@ -265,7 +265,7 @@ def test_any_text_is_a_legal_value_or_one_line(key: str, text: str) -> None:
 
 @given(
     value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        st.none() | st.booleans() | st.integers() | floats() | st.text() | st.binary(),
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     )
 )
@@ -310,7 +310,7 @@ JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(10**38), 10**38)
-    | st.floats(allow_nan=False, allow_infinity=False)
+    | floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
@@ -408,7 +408,7 @@ def state() -> tuple[StateFiles, bytes, bytes, Record]:
 def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     """Bytes changed, cut, put in, taken out or repeated, at up to three places."""
     kinds = ["set", "flip", "cut", "insert", "remove", "copy", *["digit"] * 4]
-    places = st.floats(0, 1, exclude_max=True)
+    places = floats(0, 1, exclude_max=True)
     steps = draw(
         st.lists(
             st.tuples(st.sampled_from(kinds), places, places, st.integers(0, 255)),
