@@ -19,6 +19,7 @@ def few(cases: int) -> hypothesis.settings:
     """A decorator: so many cases in the suite."""
     return hypothesis.settings(max_examples=int(os.environ.get(ROUND, cases)))
 
+
 # Libraries of the older stack make the processor flush subnormal numbers to zero, and Hypothesis
 # refuses to draw them then.
 floats = partial(st.floats, allow_subnormal=False)

@@ -31,6 +31,7 @@ from opensora_sp.engine.step_cache.filled import Computed, FilledVelocity
 from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.text import Text, TextStage
 from opensora_sp.engine.timing import Clock
+from opensora_sp.engine.working_memory import kept_in_decoding, kept_in_steps
 from opensora_sp.media.fetch import Remote
 from opensora_sp.media.sinks import Sink
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
@@ -263,7 +264,7 @@ def denoise(
             # Before the rehearsal: what attention returns depends on its kernel.
             chosen = choose_kernels(models, requests, texts)
             rehearse(models, denoiser, request, start, times[start.step :], show=show)
-    with clock.stage("denoise"):
+    with clock.stage("denoise"), kept_in_steps(models, request, len(requests)):
         with clock.part("prepare"):
             chosen = choose_kernels(models, requests, texts) or chosen
             if chosen and show:
@@ -356,9 +357,10 @@ def decode(
     elif latents is None:
         return
     else:
-        parts = decode_alone(models.vae(request), latents, request.num_frames, keep_from)
+        vae = models.vae(request)
+        parts = decode_alone(vae, latents, request.num_frames, keep_from)
     while True:
-        with models.clock.stage("decode"):
+        with models.clock.stage("decode"), kept_in_decoding(models, request, vae):
             faults.reach("decode")
             decoded = next(parts, None)
         if decoded is None:

@@ -111,6 +111,12 @@ class SpatialVAE(nn.Module):
         factor: int = 2 ** (len(self.module.config.block_out_channels) - 1)
         return factor
 
+    @property
+    def pixel_width(self) -> int:
+        """Channels that its decoder computes for every pixel, after the last upsampling."""
+        widths = self.module.config.block_out_channels
+        return int(widths[min(1, len(widths) - 1)])
+
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior (mean, std), each [N, 4, h, w] and unscaled, of frames [N, 3, H, W]."""
         posterior = self.module.encode(frames, return_dict=False)[0]
