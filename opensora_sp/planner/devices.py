@@ -19,7 +19,7 @@ _ROUNDING = 0.04
 
 def usable(memory: float) -> float:
     """Bytes that tensors can have of a device with so many."""
-    return memory * (1 - _ROUNDING) - _CONTEXT
+    return max(0.0, memory * (1 - _ROUNDING) - _CONTEXT)
 
 
 def parse_memory(text: str) -> float:

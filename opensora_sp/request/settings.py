@@ -58,6 +58,7 @@ _TYPED = ("image", "last_image", "extend", "edit")
 PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
 
 
+_MODELS = ("dit", "t5", "vae2d", "vae3d")
 _LEFT_OUT = "# left out of the addresses below: user, password and query; put them in again\n"
 
 
@@ -134,6 +135,11 @@ def _refuse_extra(token: str) -> NoReturn:
         raise UserError(
             f"{shown(name)} is not a flag{_nearest(name, (flag.name for flag in all_flags()))} "
             "(--help lists them all)"
+        )
+    if token.endswith(".py"):
+        raise UserError(
+            f"{shown(token)} is not expected here: configurations are YAML, given by --config "
+            "(docs/porting.md has Open-Sora's keys)"
         )
     raise UserError(f"{shown(token)} is not expected here; quote a value that has spaces")
 
@@ -254,13 +260,13 @@ def size_of(values: Values) -> tuple[int, int]:
     return sizes.resolve_size(values["resolution"], values["aspect_ratio"], values["image_size"])
 
 
-def check_request(values: Values, *, world_size: int = 1) -> list[str]:
+def check_request(values: Values, *, world_size: int = 1, embedded: bool = False) -> list[str]:
     """Everything about the values that needs no file: sizes, combinations, ranks.
 
-    Returns what is worth telling a person. Raises UserError.
+    embedded: the embedded model makes it. Returns what is worth telling a person. Raises UserError.
     """
     height, width = size_of(values)
-    notes = sizes.size_notes(height, width, values["num_frames"])
+    notes = sizes.size_notes(height, width, values["num_frames"], embedded=embedded)
     notes += check_combinations(values)
     for flag in all_flags():
         if flag.note is not None and values[flag.key] != flag.default:
@@ -277,8 +283,7 @@ def check_request(values: Values, *, world_size: int = 1) -> list[str]:
 
 def _checkpoints(values: Values, *, leading: bool) -> Checkpoints | None:
     """The four directories; those that only the leading rank sees are looked at there alone."""
-    names = ("dit", "t5", "vae2d", "vae3d")
-    given = {name: values[f"ckpt_path_{name}"] for name in names}
+    given = {name: values[f"ckpt_path_{name}"] for name in _MODELS}
     if not leading and values["weights_from"] == "rank0" and None not in given.values():
         return Checkpoints(**{name: Path(path) for name, path in given.items()})
     return check_checkpoints(given)
@@ -291,7 +296,8 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
 
     Raises UserError.
     """
-    notes = check_request(values, world_size=world_size)
+    embedded = all(values[f"ckpt_path_{name}"] is None for name in _MODELS)
+    notes = check_request(values, world_size=world_size, embedded=embedded)
     check_launcher(values["launcher"])
     if values["llm_refine"]:
         from opensora_sp.request.llm_endpoint import check_endpoint

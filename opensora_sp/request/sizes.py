@@ -18,6 +18,9 @@ SMALLEST_SIDE = 16  # one whole patch
 LARGEST_SIDE = 16384  # the largest side of an H.264 picture
 MOST_FRAMES = 100_000
 LONGEST_TRAINED = 408  # 16 s at 24 fps
+# What the embedded model has learnt (assets/embedded/README.md): sides in pixels, and frames.
+EMBEDDED_SIDES = (64, 144)
+EMBEDDED_FRAMES = 51
 
 # Resolutions of the table that are larger than what the model was trained on.
 UNTRAINED = frozenset({"1080p", "2k", "2048", "2880", "4k"})
@@ -111,8 +114,13 @@ def is_trained(height: int, width: int) -> bool:
     return bool(_resolutions_of(height, width) - UNTRAINED)
 
 
-def size_notes(height: int, width: int, frames: int) -> list[str]:
-    """Notes for the user about a size that is legal but unusual, a line each."""
+def size_notes(height: int, width: int, frames: int, *, embedded: bool = False) -> list[str]:
+    """Notes for the user about a size that is legal but unusual, a line each.
+
+    embedded: the embedded model makes it, which has learnt other sizes than the published one.
+    """
+    if embedded:
+        return _embedded_notes(height, width, frames)
     notes = []
     found = _resolutions_of(height, width)
     if not found:
@@ -130,3 +138,15 @@ def size_notes(height: int, width: int, frames: int) -> list[str]:
             f"{frames} frames are more than the {LONGEST_TRAINED} (16 s) the model was trained on"
         )
     return notes
+
+
+def _embedded_notes(height: int, width: int, frames: int) -> list[str]:
+    smallest, largest = EMBEDDED_SIDES
+    sides = sorted((height, width))
+    if smallest <= sides[0] and sides[1] <= largest and frames <= EMBEDDED_FRAMES:
+        return []
+    return [
+        f"{frames} frame{'s' * (frames > 1)} of {height}x{width} (height x width): the small "
+        f"embedded model has learnt sides from {smallest} to {largest} and up to "
+        f"{EMBEDDED_FRAMES} frames; others look worse (--config embedded is a size that it knows)"
+    ]

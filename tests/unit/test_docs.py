@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from page_commands import commands, pages
 from PIL import Image
 
 from opensora_sp.cli import plan, serve, verify, work
 from opensora_sp.cli.client import submit
 from opensora_sp.cli.main import COMMANDS
 from opensora_sp.request.flags.table import all_flags
-from opensora_sp.request.settings import check_request, parse_command_line, resolve
+from opensora_sp.verification import leading, parity, sharded
+from opensora_sp.verification.conformance import LEADING_PARTS, SHARDED_PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh-CN.md")
-SKIPPED = {".git", "build", "dist"}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # A linked file of the package, and the names in code font behind it, up to the next link.
 PLACE = re.compile(r"\]\(\.\./(opensora_sp/[^)]+)\)((?:[,\s]*`[^`]+`)*)")
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
-
-
-def pages() -> list[Path]:
-    found = [
-        path
-        for path in sorted(ROOT.rglob("*.md"))
-        if not any(p in SKIPPED or p.startswith(".venv") for p in path.relative_to(ROOT).parts)
-    ]
-    assert len(found) > 15
-    return found
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
@@ -82,6 +71,55 @@ def test_every_name_of_the_glossary_is_in_its_file() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_name_of_the_numerics_is_in_its_file() -> None:
+    table = rows("docs/numerics.md", "Operation")
+    assert len(table) > 12
+    wrong = [f"{row[0]}: {one}" for row in table for one in absent(row[2])]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_limits_of_the_numerics_are_those_of_the_code() -> None:
+    conformance = {row[0].strip("`"): row[2] for row in rows("docs/numerics.md", "Part")}
+    limits = {
+        "dit": sharded.FORWARD_LIMIT,
+        "dit_bf16": sharded.BF16_LIMIT,
+        "sampler": sharded.SAMPLER_LIMIT,
+        "vae3d": leading.VAE_LIMIT,
+        "t5": leading.TEXT_LIMIT,
+        "media": leading.VIDEO_LIMIT,
+    }
+    for part, limit in limits.items():
+        assert limit in numbers(conformance[part]), part
+    assert 100 * leading.OFF_PIXELS_LIMIT in numbers(conformance["media"])
+    assert sharded.TIMESTEP_LIMIT in numbers(conformance["sampler"])
+    assert set(conformance) == {*SHARDED_PARTS, *LEADING_PARTS}
+    ranks = {row[0]: numbers(row[1]) for row in rows("docs/numerics.md", "What | Limit")}
+    assert ranks["one float32 forward, N ranks against one"] == [parity.FORWARD_LIMIT]
+    folded = ranks["folded against plain: float32; half precision"]
+    assert folded == [parity.FOLDED_LIMIT, parity.FOLDED_FACTOR]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(one) for one in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-\d+)?", text)]
+
+
+def test_what_the_pages_quote_is_what_the_program_says() -> None:
+    """Words in quotation marks in the first cell of a table of symptoms."""
+    said = " ".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "opensora_sp").rglob("*.py")
+    )
+    quoted = [
+        words
+        for page in ("docs/debugging.md", "README.md")
+        for line in read(page).splitlines()
+        if line.startswith("|")
+        for words in re.findall(r'"([a-z][^"]+)"', line.split(" | ")[0])
+    ]
+    assert len(quoted) > 8
+    parts = [words.removeprefix("torch_gcu ") for words in quoted]  # a backend's row has the name
+    assert [words for words in parts if words not in said] == []
+
+
 @pytest.mark.parametrize("row", rows("docs/architecture.md", "Where is …"), ids=lambda row: row[0])
 def test_searching_for_the_field_s_word_finds_the_place(row: list[str]) -> None:
     _, words, place = row
@@ -96,80 +134,6 @@ def read(page: str) -> str:
 
 def without_code(text: str) -> str:
     return FENCED.sub("", text)
-
-
-def commands(page: str) -> list[list[str]]:
-    """The words of each command of a page's fenced blocks, without comments, $NAME filled in."""
-    found: list[list[str]] = []
-    named: dict[str, str] = {}
-    for _, body in FENCED.findall(read(page)):
-        for line in body.replace("\\\n", " ").splitlines():
-            filled = re.sub(r"\$(\w+)", lambda match: named[match[1]], line)
-            words = shlex.split(filled, comments=True)
-            if len(words) == 1 and (given := re.fullmatch(r"([A-Z]+)=(.*)", words[0])):
-                named[given[1]] = given[2]
-            elif words:
-                found.append(words)
-    return found
-
-
-def accept(words: list[str]) -> None:
-    """Refuse a command that does not exist, by the program's own reading of its words."""
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words = words[1:]
-    ranks = 1
-    if words[0] == "torchrun":
-        assert words[1] == "--nproc_per_node"
-        assert words[3] == "--no-python"
-        ranks, words = int(words[2]), words[4:]
-    if words[0] == "opensora-sp":
-        accept_own(words[1], words[2:], ranks)
-    elif words[0].startswith("scripts/"):
-        assert os.access(ROOT / words[0], os.X_OK), words[0]
-        assert words[1:] == []
-    elif words[:2] == ["pip", "install"]:
-        files = [words[at + 1] for at, word in enumerate(words) if word == "-c"]
-        assert all((ROOT / file).is_file() for file in files)
-        for extra in re.findall(r"\[(\w+)\]", " ".join(words)):
-            assert f"\n{extra} = [" in read("pyproject.toml")
-    else:
-        assert words[0] in ("export", "./TopsRider_{filename}.run"), words[0]
-
-
-def accept_own(name: str, rest: list[str], ranks: int) -> None:
-    """Refuse what `opensora-sp NAME` does not take, as far as it can be told without files."""
-    command = COMMANDS[name]
-    if command.program is not None:
-        values = resolve(parse_command_line(rest), program=command.program)
-        check_request(values, world_size=ranks)
-        return
-    module = import_module(f"opensora_sp.cli.{command.module}")
-    if module is verify:
-        verify.parser_of().parse_args([*command.before, *rest])
-    elif module in (serve, work, submit):
-        _, others = module.parser().parse_known_args(rest)
-        resolve(parse_command_line(others))
-    else:
-        module.parser().parse_args(rest)
-
-
-@pytest.mark.parametrize("words", commands("README.md"), ids=lambda words: " ".join(words)[:50])
-def test_a_command_of_the_readme_is_accepted(words: list[str]) -> None:
-    accept(words)
-
-
-def test_a_command_of_the_readme_says_what_it_needs_beside_a_cpu() -> None:
-    needs = {"gcu": "GCU", "TopsRider": "GCU", "cuda": "GPU", "--no-engine": "Postgres"}
-    needs |= {"$WEIGHTS": "weights", "weights/": "weights", "--check": "weights"}
-    needs |= {"download weights": "network"}
-    lines = [line for _, body in FENCED.findall(read("README.md")) for line in body.splitlines()]
-    assert len(lines) > 25
-    for line in lines:
-        command, _, comment = line.partition("    #")
-        if command.startswith(("WEIGHTS=", "pip install ", "export ")):
-            continue
-        missing = [needs[word] for word in needs if word in command and needs[word] not in comment]
-        assert not missing, line
 
 
 def test_the_two_readmes_are_one_page() -> None:
@@ -188,7 +152,9 @@ def test_the_two_readmes_are_one_page() -> None:
     }
     for name, of in parts.items():
         assert of(chinese) == of(english), name
-    assert commands(READMES[1]) == commands(READMES[0])
+    of_each = [[one.text for one in commands(ROOT / page)] for page in READMES]
+    assert len(of_each[0]) > 25
+    assert of_each[1] == of_each[0]
 
 
 def test_a_reader_sees_a_result_within_a_screen() -> None:

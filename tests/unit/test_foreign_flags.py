@@ -51,14 +51,18 @@ def test_no_flag_is_there_twice_or_is_one_of_ours() -> None:
         (["--output", "x.mp4"], "here it is --save-dir and --sample-name"),
         (["-o", "x.mp4"], "here it is --save-dir"),
         (["--ckpt", "x"], "--ckpt-path-dit"),
+        (["--teacache-thresh", "0.1"], "here it is --step-cache"),
+        (["--port", "8000"], "opensora-sp serve"),
+        (["--multi_resolution", "STDiT2"], "not supported: size, length and frame rate"),
         (["--no-watermark"], "did you mean --watermark"),
+        (["configs/sample.py"], "configurations are YAML, given by --config"),
         (["--promt", "x"], "did you mean --prompt?"),
     ],
 )
 def test_one_line_says_what_to_write(
     argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--prompt", "x", *argv]) == 2
+    assert main([*argv, "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -325,3 +325,8 @@ def decoding_peak_of(shape: Shape, ranks: int, vae_decode: str) -> int:
         shape, ranks, MEMORY_MODES["speed"], MODELS, replace(FREE, vae_decode=vae_decode)
     )
     return next(stage.peak for stage in plan.stages if stage.name == "decode")
+
+
+def test_a_device_smaller_than_what_is_set_aside_has_nothing_for_tensors() -> None:
+    assert usable(0.5 * GB) == 0
+    assert usable(24 * GB) == pytest.approx(22.04 * GB)

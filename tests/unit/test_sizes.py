@@ -104,3 +104,25 @@ def test_sizes_beyond_the_training_are_told() -> None:
     assert sizes.is_trained(240, 426)
     assert not sizes.is_trained(2160, 3840)
     assert not sizes.is_trained(96, 160)
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "said"),
+    [
+        ((64, 96), 17, ""),
+        ((144, 144), 51, ""),
+        ((240, 426), 51, "sides from 64 to 144"),
+        ((48, 64), 1, "1 frame of 48x64"),
+        ((64, 64), 52, "up to 51 frames"),
+    ],
+)
+def test_the_embedded_model_is_judged_by_what_it_has_learnt(
+    size: tuple[int, int], frames: int, said: str
+) -> None:
+    notes = sizes.size_notes(*size, frames, embedded=True)
+    assert bool(notes) == bool(said)
+    assert all(said in note and "size table" not in note for note in notes)
+    card = (sizes.TABLE_FILE.parent / "embedded" / "README.md").read_text(encoding="utf-8")
+    smallest, largest = sizes.EMBEDDED_SIDES
+    assert f"Sizes from {smallest}×{smallest} to {largest}×{largest}" in card
+    assert f"or {sizes.EMBEDDED_FRAMES} frames" in " ".join(card.split())

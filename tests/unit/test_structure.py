@@ -273,9 +273,10 @@ def test_the_top_of_the_package_is_its_rooms() -> None:
     assert files <= {"__init__.py", "__main__.py", "py.typed"}
 
 
-def test_the_drawing_of_the_house_is_of_this_code() -> None:
+@pytest.mark.parametrize("script", ["draw_house.py", "draw_sharding.py"])
+def test_the_drawings_are_of_this_code(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, "scripts/draw_house.py", "--check"],
+        [sys.executable, f"scripts/{script}", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -327,13 +327,14 @@ FOREIGN: tuple[Foreign, ...] = (
     _none(
         "the timestep shift follows from the size and length, as the model was trained",
         *("shift", "flow-shift", "sample-shift", "time-shift", "flow-reverse", "shift-scale"),
+        *("use-timestep-transform",),
     ),
-    _none(
-        "every step is computed: nothing is cached or left out, so that N ranks give what one "
-        "gives",
+    _same(
+        "--step-cache",
         *("use-teacache", "teacache", "teacache-thresh", "enable-teacache", "use-cache", "cache"),
         *("use-fbcache", "use-fora", "enable-pab", "pab", "use-pab", "cache-dit", "deepcache"),
         *("enable-cache", "fast-mode", "cache-type", "step-caching", "enable-cache-dit"),
+        why="near-lossless or fast leaves steps out; it changes the video",
     ),
     _none(
         "only the text encoder can be quantised (--t5-weights int8)",
@@ -344,18 +345,27 @@ FOREIGN: tuple[Foreign, ...] = (
     _none(
         "there is one model, Open-Sora 1.2; what is made follows from the flags that are given",
         *("task", "model-type", "model-config", "pipeline", "cond-type", "generate-type", "mode"),
-        *("model-resolution", "class-name", "version-type"),
+        *("model-resolution", "class-name", "version-type", "type"),
+    ),
+    _none(
+        "size, length and frame rate are always told to the model, as it was trained",
+        "multi-resolution",
+    ),
+    _none(
+        "the frames that --loop carries over are kept as they are; --mask-strategy has an edit "
+        "ratio for references",
+        "condition-frame-edit",
+    ),
+    _none(
+        "nothing is trained: this program only generates",
+        *("data-path", "outputs", "lr", "wandb", "start-from-scratch", "warmup-steps"),
+        *("record-time", "epochs", "grad-checkpoint", "ema-decay"),
     ),
     _none("nothing is filtered or checked for safety", "enable-safety-checker", "safety-checker"),
     _none(
-        "nothing is served: one command makes its outputs and ends",
-        "port",
-        "host",
-        "server",
-        "share",
-        "listen",
-        "gradio",
-        "serve",
+        "opensora-sp serve is the command that keeps the models loaded and listens (opensora-sp "
+        "serve --help)",
+        *("port", "host", "server", "share", "listen", "gradio", "serve"),
     ),
     _none(
         "Hugging Face is never asked at run time: opensora-sp download fetches weights",
