@@ -78,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
         "--token-file", type=Path, metavar="FILE",
         help="NAME:TOKEN a line; needed where --host is not this machine alone",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="let scripts of other sites' pages use the API, one origin each, such as "
+        "http://localhost:8080 (default: none)",
+    )  # fmt: skip
     add_engine(parser)
     parser.add_argument(
         "--limit", action="append", default=[], metavar="NAME=NUMBER",
@@ -193,7 +198,13 @@ def _settings(words: Sequence[str]) -> tuple[ServiceSettings, bool]:
 
     Raises UserError.
     """
-    from opensora_sp.server.settings import LOCAL_HOSTS, ServiceSettings, read_limits, read_tokens
+    from opensora_sp.server.settings import (
+        LOCAL_HOSTS,
+        ServiceSettings,
+        read_limits,
+        read_origins,
+        read_tokens,
+    )
 
     found, engine = parser().parse_known_args(list(words))
     operations = operations_of(found)
@@ -204,13 +215,14 @@ def _settings(words: Sequence[str]) -> tuple[ServiceSettings, bool]:
             f"--host {found.host} lets other machines in, which needs --token-file FILE; "
             "--host 127.0.0.1 serves this machine alone"
         )
+    origins = read_origins(found.allow_origin)
     tokens = {} if found.token_file is None else read_tokens(found.token_file)
     group = group_of(found, engine, operations)
     if found.no_engine and not group.shared:
         raise UserError("--no-engine belongs to --queue: without it nobody would make the videos")
     limits = read_limits(found.limit)
     settings = ServiceSettings(
-        found.host, found.port, group, tokens, limits=limits, operations=operations
+        found.host, found.port, group, tokens, origins, limits=limits, operations=operations
     )
     return settings, not found.no_engine
 

@@ -7,10 +7,11 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -57,6 +58,8 @@ def build_app(gateway: Gateway) -> FastAPI:
     )
     app.add_middleware(Polls, gateway=gateway)
     app.add_middleware(Guard, gateway=gateway)  # outside of Polls
+    if gateway.origins:
+        _allow_origins(app, gateway.origins)
     add_refusals(app)
     _add_models(app)
     _add_videos(app, gateway)
@@ -67,6 +70,22 @@ def build_app(gateway: Gateway) -> FastAPI:
     # Last: what counts requests stands outside of the guard.
     add_operations(app, gateway.health, lambda: gateway.draining, gateway.metrics)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let scripts of other sites' pages send requests and read the answers (CORS).
+
+    It stands outside of the guard: a browser asks first, without a token, whether it may send one,
+    and a page has to read why it is refused. Cookies are not taken from there, only tokens.
+    """
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("openai-poll-after-ms", "retry-after"),
+        max_age=600,
+    )
 
 
 def _intake(gateway: Gateway) -> Intake:

@@ -57,9 +57,11 @@ class Arriving:
 class Gateway:
     """What the routes share.
 
-    tokens: token → its owner's name; empty lets everybody in. health: of the engine. log_prompts:
-    whether prompts may be logged. draining: the server is being stopped; finishing: the job that is
-    made is finished before. judging: held while a request is judged and queued.
+    tokens: token → its owner's name; empty lets everybody in. hosts: the names that the server
+    answers for; empty for all. origins: of other sites' pages that may use the API. health: of the
+    engine. log_prompts: whether prompts may be logged. draining: the server is being stopped;
+    finishing: the job that is made is finished before. judging: held while a request is judged and
+    queued.
     """
 
     store: JobStore
@@ -71,6 +73,7 @@ class Gateway:
     tokens: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
     embedded: bool = True
     draining: bool = False
     finishing: bool = False

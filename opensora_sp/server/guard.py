@@ -67,7 +67,7 @@ def _refused(gateway: Gateway, scope: Scope) -> Response | None:
         return refusal(421, f"this server does not answer for the host {host[:100]!r}")
     origin = headers.get(b"origin")
     own = origin is None or origin.split("://", 1)[-1] == given
-    if not own and scope["method"] not in ("GET", "HEAD"):
+    if not own and origin not in gateway.origins and scope["method"] not in ("GET", "HEAD"):
         return refusal(403, "requests from pages of other sites are refused")
     owner: str | None = ""
     path = scope["path"]

@@ -91,6 +91,7 @@ def gateway_of(settings: ServiceSettings, **parts: Any) -> Gateway:
         tokens=settings.tokens,
         limits=settings.limits,
         hosts=LOCAL_HOSTS if settings.host in LOCAL_HOSTS else (),
+        origins=settings.origins,
         embedded=not any("ckpt" in word for word in settings.group.arguments),
         log_prompts=settings.operations.log_prompts,
         **parts,

@@ -7,12 +7,14 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.errors import NoSpaceError, UserError
+from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.queue_url import QUEUE_VARIABLE, is_postgres
@@ -160,12 +162,17 @@ class Operations:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """A server. tokens: token → its owner's name; empty lets everybody in."""
+    """A server.
+
+    tokens: token → its owner's name; empty lets everybody in. origins: of pages of other sites
+    whose scripts may use the API.
+    """
 
     host: str
     port: int
     group: GroupSettings
     tokens: Mapping[str, str] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     operations: Operations = field(default_factory=Operations)
 
@@ -195,6 +202,33 @@ def read_limits(words: Sequence[str]) -> Limits:
         if not 0 < found[name] < 1 << 50:
             raise UserError(f"--limit {word}: {name} is a number above 0, such as {known[name]}")
     return Limits(**found)
+
+
+def read_origins(words: Sequence[str]) -> tuple[str, ...]:
+    """Origins as browsers send them, each once: SCHEME://HOST or SCHEME://HOST:PORT.
+
+    Raises UserError for what no browser sends, and for what would let every page in.
+    """
+    found: list[str] = []
+    for word in words:
+        if word in ("*", "null"):
+            why = "any page" if word == "*" else "any page that was opened as a file"
+            raise UserError(
+                f"--allow-origin {word} would let {why} use this server: name the pages' own "
+                "origin, such as http://localhost:8080"
+            )
+        origin = word.lower()
+        parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?", origin)
+        if parts is None or int(parts[3] or 1) not in range(1, 65536):
+            raise UserError(
+                f"--allow-origin {shown(word)} is not an origin: give http or https, the host and "
+                "the port, without a path or a slash at the end, such as http://localhost:8080"
+            )
+        scheme, host, port = parts.groups()
+        # A browser leaves out the port that the scheme stands for.
+        usual = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+        found.append(f"{scheme}://{host}" if usual else f"{scheme}://{host}:{int(port)}")
+    return tuple(dict.fromkeys(found))
 
 
 def read_tokens(path: Path) -> dict[str, str]:

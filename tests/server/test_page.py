@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,31 @@ TOKEN = "a-token-of-the-tests"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
 LONG = "400"  # steps: what is to be seen while it is made
 SECONDS = 90_000.0
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Files of a folder, without a line on the screen for each."""
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def site() -> Iterator[int]:
+    """The port of another site, which has the example of a client."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(EXAMPLES))) as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield one.server_port
+        one.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, site: int) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("page")
     (folder / "tokens").write_text(f"tests:{TOKEN}\n")
-    one = Server(folder / "save", "--token-file", str(folder / "tokens")).start()
+    flags = ("--token-file", str(folder / "tokens"), "--allow-origin", f"http://localhost:{site}")
+    one = Server(folder / "save", *flags).start()
     try:
         yield one
     finally:
@@ -269,6 +290,76 @@ def test_the_keyboard_alone_sends_plays_and_deletes(page: Any, made: str) -> Non
     page.keyboard.press("Enter")
     one.wait_for(state="detached")
     assert page.evaluate("document.activeElement.id") == "gallery"
+
+
+def test_the_example_of_a_client_makes_watches_and_cancels_from_another_site(
+    server: Server, browser: Any, site: int
+) -> None:
+    context = browser.new_context(viewport={"width": 760, "height": 900})
+    context.set_default_timeout(SECONDS)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+
+    def ask(**fields: str) -> None:
+        for name, value in fields.items():
+            page.fill(f"#{name}", value)
+        page.click("#send")
+
+    def prompts() -> list[str]:
+        return [one["prompt"] for one in server.call("GET", "/v1/videos", None, HEADERS)[1]["data"]]
+
+    def said(words: str) -> None:
+        until(page, f"document.querySelector('#status').textContent.includes({words!r})")
+
+    page.goto(f"http://127.0.0.1:{site}/client.html")  # an origin that is not allowed
+    ask(server=server.url, token=TOKEN)
+    said(f"--allow-origin http://127.0.0.1:{site}")
+    assert page.input_value("#prompt") not in prompts()
+
+    page.goto(f"http://localhost:{site}/client.html")
+    ask(server=f"{server.url}/", token="another-token-of-somebody")
+    said("a token is needed")
+    ask(token=TOKEN, size="<b>big</b>")
+    said("<b>big</b>")
+    assert page.locator("#status *").count() == 0
+
+    ask(prompt="a ball of the client", size="48x32", num_frames="17", num_inference_steps=LONG)
+    said(f"of {LONG}")
+    until(page, "document.querySelector('#picture').naturalWidth > 0")
+    page.click("#cancel")
+    said("Cancelled.")
+    assert page.locator("#picture").is_hidden()
+    assert "a ball of the client" not in prompts()
+
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32), "blue").save(file, "PNG")
+    blue = {"name": "blue.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    page.set_input_files("#file", blue)
+    ask(num_inference_steps="2")
+    said("Done in")
+    until(page, "document.querySelector('#video').currentTime > 0")
+    newest = server.call("GET", "/v1/videos?limit=1", None, HEADERS)[1]["data"][0]
+    assert (newest["prompt"], newest["files"]) == ("a ball of the client", ["input_reference"])
+    with page.expect_download() as kept:
+        page.click("#save")
+    assert kept.value.suggested_filename == f"{newest['id']}.mp4"
+    assert kept.value.path().read_bytes() == downloaded(server, newest["id"])
+
+    # The page's own policy refuses HTML out of strings, whatever its script does.
+    page.evaluate("() => { try { document.body.innerHTML = 'x'; } catch {} }")
+    assert page.locator("#form").count() == 1
+    assert context.cookies() == []
+    context.close()
+    assert wrong == []
+
+
+def downloaded(server: Server, video_id: str) -> bytes:
+    server.headers = HEADERS
+    try:
+        return server.content(video_id)
+    finally:
+        server.headers = {}
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

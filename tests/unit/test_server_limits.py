@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.server.settings import Limits, read_limits
+from opensora_sp.server.settings import Limits, read_limits, read_origins
 
 
 def test_limits_that_are_given_are_taken_and_the_others_stay() -> None:
@@ -22,6 +22,21 @@ def test_limits_that_are_given_are_taken_and_the_others_stay() -> None:
 def test_what_is_no_limit_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=f"--limit {word}: "):
         read_limits([word])
+
+
+def test_origins_are_told_as_browsers_send_them() -> None:
+    given = ["http://LOCALHOST:8080", "https://a.example:443", "http://[::1]:80", "http://a:0081"]
+    told = ("http://localhost:8080", "https://a.example", "http://[::1]", "http://a:81")
+    assert read_origins([*given, given[0]]) == told
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["*", "null", "", "a.example", "ftp://a", "http://a/", "http://a:65536", "http://u@a", "//a"],
+)
+def test_what_is_no_origin_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match=r"--allow-origin .*such as http://localhost:8080"):
+        read_origins([word])
 
 
 def test_an_answer_s_body_does_not_wait_for_the_acknowledgement_of_its_head() -> None:

@@ -318,7 +318,7 @@ class Queue:
 class Bench:
     """A gateway over a queue in memory, and jobs in any state."""
 
-    def __init__(self, folder: Path, tokens: dict[str, str]) -> None:
+    def __init__(self, folder: Path, tokens: dict[str, str], origins: tuple[str, ...] = ()) -> None:
         self.store, self.queue = JobStore(folder), Queue()
         queue: Any = self.queue
         self.board = Board(self.store, queue)
@@ -334,6 +334,7 @@ class Bench:
             health=lambda: self.health,
             metrics=self.metrics,
             tokens=tokens,
+            origins=origins,
         )
         self.client = TestClient(build_app(self.gateway))
         self._made = 0
@@ -655,3 +656,42 @@ def test_the_systemd_unit_is_right() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert path.name not in done.stderr, done.stderr
+
+
+def test_an_allowed_origin_s_page_asks_sends_and_reads_and_no_other(tmp_path: Path) -> None:
+    page, other, token = "http://localhost:8080", "http://localhost:8081", "t" * 16
+    bench = Bench(tmp_path, {token: "ann"}, (page,))
+    video = bench.job("ann")
+
+    def call(method: str, origin: str, **headers: str) -> tuple[int, str | None]:
+        answer = bench.client.request(
+            method, f"/v1/videos/{video}", headers={"origin": origin, **headers}
+        )
+        return answer.status_code, answer.headers.get("access-control-allow-origin")
+
+    asking = {
+        "access-control-request-method": "DELETE",
+        "access-control-request-headers": "authorization, x-stainless-lang",
+    }
+    own = {"authorization": f"Bearer {token}"}
+    with bench.client:
+        assert call("OPTIONS", page, **asking) == (200, page)
+        assert call("OPTIONS", other, **asking) == (400, None)
+        # Why it is refused can be read, but nothing is let in by the origin alone.
+        assert call("GET", page) == (401, page)
+        assert call("DELETE", page) == (401, page)
+        assert call("DELETE", other, **own) == (403, None)
+        assert call("GET", other, **own) == (200, None)
+        found = bench.client.get(f"/v1/videos/{video}", headers={"origin": page, **own})
+        assert "openai-poll-after-ms" in found.headers["access-control-expose-headers"]
+        assert "access-control-allow-credentials" not in found.headers
+        assert call("DELETE", page, **own) == (200, page)
+
+
+def test_without_allowed_origins_no_page_of_another_site_is_answered(bench: Bench) -> None:
+    asking = {"origin": "http://localhost:8080", "access-control-request-method": "POST"}
+    with bench.client:
+        for method in ("OPTIONS", "POST", "GET"):
+            answer = bench.client.request(method, "/v1/videos", headers=asking)
+            assert answer.status_code == (200 if method == "GET" else 403)
+            assert "access-control-allow-origin" not in answer.headers
