@@ -44,6 +44,7 @@ SKIPPED = {".git", "build", "dist"}
 NO_COMMANDS = {"CHANGELOG.md", "docs/bad_inputs.md", "docs/cases.md"}
 FENCE = re.compile(r"^ *```(\w*)")
 VARIABLES = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S*)\s+)+")
+ASSIGNMENT = re.compile(r"""([A-Z]+)=("[^"]*"|\$\(.*\)|[^\s"$]+)""")
 # What a command may need beside a CPU and an installation, as it is written behind its `#`.
 NEEDS = (
     *("GCU", "GPU", "weights", "network", "Postgres", "root", "long", "another shell"),
@@ -148,8 +149,9 @@ def commands(page: Path) -> Iterator[Command]:
         if text and (whole or is_command(text)):
             command, comment = without_comment(text)
             filled = re.sub(r"\$(\w+)", lambda match: named[match[1]], command)
-            if (given := re.fullmatch(r'([A-Z]+)="(.*)"', command)) is not None:
-                named[given[1]] = given[2]
+            if (given := ASSIGNMENT.fullmatch(command)) is not None:
+                # What a command gives is not known here: a placeholder of the name.
+                named[given[1]] = given[1] if given[2].startswith("$(") else given[2].strip('"')
             elif filled:
                 yield Command(name, start, filled, comment)
 

@@ -24,8 +24,31 @@ _TRIM_THRESHOLD, _MMAP_MAX = (-1, -1, 128 * 1024), (-4, 0, 65536)
 # Where one of these is set, the user has decided. GLIBC_TUNABLES counts if it is about malloc.
 _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
-_lock = Lock()
-_keeping = 0
+
+class _Keepers:
+    """How many threads compute now with what they free kept; the C library is told for all."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._count = 0
+
+    def join(self) -> bool:
+        """One more, unless the C library cannot be told or the user has decided."""
+        with self._lock:
+            if _user_decided(os.environ) or not keep_freed(True):
+                return False
+            self._count += 1
+            return True
+
+    def leave(self) -> None:
+        """One less; after the last all goes back."""
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                keep_freed(False)
+
+
+_keepers = _Keepers()
 
 
 @contextmanager
@@ -36,33 +59,16 @@ def freed_memory_kept(device: torch.device, needed: float) -> Iterator[bool]:
     other sizes. Yields whether memory is kept: on a CPU, by glibc, where the machine has so much
     free for each of its ranks, and where the user has not set how memory is allocated.
     """
-    kept = device.type == "cpu" and _is_there(needed) and _begin()
+    kept = device.type == "cpu" and _is_there(needed) and _keepers.join()
     try:
         yield kept
     finally:
         if kept:
-            _end()
+            _keepers.leave()
 
 
 def _is_there(needed: float) -> bool:
     return needed * read_launch().local_world_size <= free_bytes(torch.device("cpu"))
-
-
-def _begin() -> bool:
-    global _keeping
-    with _lock:
-        if _user_decided(os.environ) or not keep_freed(True):
-            return False
-        _keeping += 1
-        return True
-
-
-def _end() -> None:
-    global _keeping
-    with _lock:
-        _keeping -= 1
-        if not _keeping:  # no other thread computes
-            keep_freed(False)
 
 
 def keep_freed(on: bool) -> bool:
