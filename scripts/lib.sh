@@ -125,7 +125,7 @@ ensure_venv() { # NAME STACK (current, gcu2.3 or gcu2.10); returns with ROOT/NAM
     case "$stack" in
         current) versions=(3.11 3.12 3.10) ;;
         gcu2.3) versions=(3.10) ;;
-        gcu2.10) versions=(3.12 3.10) ;; # those that torch_gcu 2.10 has a build for
+        gcu2.10) versions=(3.12) ;;
         *) die "unknown stack '$stack': it is current, gcu2.3 or gcu2.10" ;;
     esac
     python="$(find_python "${versions[@]}")" || die \
