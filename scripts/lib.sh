@@ -73,6 +73,9 @@ ensure_postgres() {
         say "setup: postgresql could not be installed: the tests of the shared queue are skipped"
 }
 
+# What the tests need on the stacks of a GCU, where neither linters nor the server are installed.
+TEST_TOOLS=(pytest pytest-xdist hypothesis ninja jsonschema shtab wheel "setuptools>=77")
+
 requirements_of() { # STACK DIR; fills the array REQUIREMENTS
     case "$1" in
         current)
@@ -83,7 +86,10 @@ requirements_of() { # STACK DIR; fills the array REQUIREMENTS
             fi
             ;;
         gcu2.3)
-            REQUIREMENTS=(-c constraints/gcu2.3.txt "torch==2.3.0" -e . pytest pytest-xdist hypothesis ninja jsonschema shtab wheel)
+            REQUIREMENTS=(-c constraints/gcu2.3.txt "torch==2.3.0" -e . "${TEST_TOOLS[@]}")
+            ;;
+        gcu2.10)
+            REQUIREMENTS=(-c constraints/gcu2.10.txt "torch==2.10.0" -e . "${TEST_TOOLS[@]}")
             ;;
     esac
 }
@@ -114,12 +120,13 @@ ensure_triton() { # NAME; NAME is a virtual environment that is there
     fi
 }
 
-ensure_venv() { # NAME STACK (current or gcu2.3); returns with ROOT/NAME/bin ready to use
+ensure_venv() { # NAME STACK (current, gcu2.3 or gcu2.10); returns with ROOT/NAME/bin ready to use
     local dir="$ROOT/$1" stack="$2" versions python identity checksum
     case "$stack" in
         current) versions=(3.11 3.12 3.10) ;;
         gcu2.3) versions=(3.10) ;;
-        *) die "unknown stack '$stack': it is current or gcu2.3" ;;
+        gcu2.10) versions=(3.12) ;;
+        *) die "unknown stack '$stack': it is current, gcu2.3 or gcu2.10" ;;
     esac
     python="$(find_python "${versions[@]}")" || die \
         "found no Python that can make a virtual environment, on PATH or under pyenv: install one" \

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUITE = Path(__file__).resolve().parent.parent / "opensora_sp" / "assets" / "conformance"
+SUITE = Path(__file__).resolve().parent.parent / "opensora_sp_conformance"
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Runs the checks: scripts/test.sh [--stack current|gcu2.3] [pytest arguments...]
+# Runs the checks: scripts/test.sh [--stack current|gcu2.3|gcu2.10] [pytest arguments...]
 #
-# The current stack is linted, type-checked and tested; gcu2.3 (Python 3.10, torch 2.3.0, the stack
-# of the GCU guide) is tested only, as the linters belong to the current one. Everything runs even
-# when something before it failed, and pytest's closing line is the last thing printed.
+# The current stack is linted, type-checked and tested. gcu2.3 (Python 3.10, torch 2.3.0, the stack of
+# the GCU guide) and gcu2.10 (Python 3.12, torch 2.10.0, the stack of torch_gcu 2.10) are tested
+# only, as the linters belong to the current one. Their torch is the index's: on x86_64 a CUDA build
+# of several GB. Everything runs even when something before it failed, and pytest's closing line is
+# the last thing printed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -11,7 +13,7 @@ stack=current
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --stack)
-            [[ $# -ge 2 ]] || die "--stack needs a value: current or gcu2.3"
+            [[ $# -ge 2 ]] || die "--stack needs a value: current, gcu2.3 or gcu2.10"
             stack="$2"
             shift 2
             ;;
@@ -20,7 +22,7 @@ while [[ $# -gt 0 ]]; do
             shift
             ;;
         -h | --help)
-            printf 'usage: scripts/test.sh [--stack current|gcu2.3] [pytest arguments...]\n'
+            printf 'usage: scripts/test.sh [--stack current|gcu2.3|gcu2.10] [pytest arguments...]\n'
             exit 0
             ;;
         *) break ;;
@@ -29,8 +31,8 @@ done
 
 case "$stack" in
     current) venv=.venv ;;
-    gcu2.3) venv=.venv-gcu2.3 ;;
-    *) die "unknown stack '$stack': it is current or gcu2.3" ;;
+    gcu2.3 | gcu2.10) venv=".venv-$stack" ;;
+    *) die "unknown stack '$stack': it is current, gcu2.3 or gcu2.10" ;;
 esac
 
 cd "$ROOT"

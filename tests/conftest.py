@@ -29,19 +29,19 @@ os.environ["XDG_CACHE_HOME"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 hypothesis.configuration.set_hypothesis_home_dir(_CACHE)
 
-ASSETS = Path(__file__).resolve().parent.parent / "opensora_sp" / "assets"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def suite_dir() -> Path:
     """The conformance suite: manifest.json, sizes.json, prompts.json, dit/, t5/, vae2d/, ..."""
-    return ASSETS / "conformance"
+    return ROOT / "opensora_sp_conformance"
 
 
 @pytest.fixture(scope="session")
 def embedded_dir() -> Path:
     """The embedded default model: dit/, t5/, vae2d/, vae3d/."""
-    return ASSETS / "embedded"
+    return ROOT / "opensora_sp" / "assets" / "embedded"
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from opensora_sp.cli.parser import RefusingParser
 from opensora_sp.models.kernels.attention import AUTO, KERNELS, check_attention
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
+from opensora_sp.verification.packaged_suite import packaged_suite
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--doctor and --parity are two examinations: ask for one at a time")
         if arguments.reference is not None and not access.is_dir(arguments.reference):
             raise UserError(f"--reference {arguments.reference}: no such directory")
+        if arguments.reference is None and not (arguments.doctor or arguments.parity):
+            arguments.reference = packaged_suite()
     except UserError as error:
         return refuse(error, same_everywhere=True)
     try:
@@ -110,7 +113,7 @@ def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
             "--reference",
             type=Path,
             metavar="DIR",
-            help="a conformance suite; default: the one inside the package",
+            help="a conformance suite; default: that of the package opensora_sp_conformance",
         )
         parser.add_argument(
             "--parity", action="store_true", help="compare all ranks with rank 0 alone instead"
@@ -258,10 +261,10 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
 def _conformance(arguments: argparse.Namespace, session: Session) -> int:
     from opensora_sp.engine.model_set import DTYPES as TORCH_DTYPES
     from opensora_sp.request.runtime import Runtime
-    from opensora_sp.verification.conformance import EMBEDDED_SUITE, run_suite
+    from opensora_sp.verification.conformance import run_suite
     from opensora_sp.verification.suite import table
 
-    suite = arguments.reference or EMBEDDED_SUITE
+    suite: Path = arguments.reference
     runtime = Runtime(
         step_kernels=arguments.step_kernels, compile=arguments.enable_compile == "true"
     )

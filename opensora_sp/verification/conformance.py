@@ -15,7 +15,6 @@ from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification import leading, sharded
 from opensora_sp.verification.suite import Check, skipped
 
-EMBEDDED_SUITE = Path(__file__).parent.parent / "assets" / "conformance"
 # The files that each part needs. A suite may hold only some of the parts.
 SHARDED_PARTS = {
     "dit": ("dit/cases.safetensors", "dit/model.safetensors", "dit/config.json"),
@@ -57,7 +56,8 @@ def run_suite(
     ):
         raise UserError(
             f"--reference {suite}: no conformance suite there (none of dit/cases.safetensors, "
-            "sampler/cases.json, prompts.json, …); leave it out for the one in the package"
+            "sampler/cases.json, prompts.json, …); leave it out for the one in the package "
+            "opensora_sp_conformance"
         )
     exact = dtype == torch.float32
     float32_only = "its limits are float32's"

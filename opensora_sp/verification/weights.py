@@ -14,7 +14,7 @@ from opensora_sp.models.checkpoint import WeightFiles, read_config
 from opensora_sp.models.video_vae import older_attention_names
 from opensora_sp.verification.published import SDXL_VAE
 
-MANIFEST = Path(__file__).parents[1] / "assets" / "conformance" / "manifest.json"
+MANIFEST = Path(__file__).parents[1] / "assets" / "manifest.json"
 STEMS = {"dit": ("model",), "t5": ("pytorch_model", "model"), "vae3d": ("model", "pytorch_model")}
 _MAY_LACK = {"encoder.embed_tokens.weight"}  # some files repeat the weight `shared` by it
 _NAMED = 3

@@ -20,7 +20,7 @@ from opensora_sp.request.request import Checkpoints, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "latents.safetensors"
-SUITE = ROOT / "opensora_sp" / "assets" / "conformance"
+SUITE = ROOT / "opensora_sp_conformance"
 REQUEST = Request(prompt="A red ball, rolling!", height=32, width=48, num_frames=20, steps=4)
 
 

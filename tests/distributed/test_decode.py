@@ -11,7 +11,6 @@ import torch.distributed as dist
 from peak import PeakBytes
 from ranks import run_ranks
 
-import opensora_sp
 from opensora_sp.base.errors import SharedFault
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
 from opensora_sp.models.video_vae import VideoVAE, latent_frames
@@ -19,7 +18,7 @@ from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.session import Session, open_session
 
-SUITE = Path(opensora_sp.__file__).parent / "assets" / "conformance"
+SUITE = Path(__file__).resolve().parents[2] / "opensora_sp_conformance"
 LENGTHS = (1, 17, 20, 51, 60, 102)
 SIDE = (1, 2)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -265,60 +263,6 @@ def test_completion_without_shtab_says_what_to_install(
     _, err = said(capsys, "completion", "bash", code=2)
     assert "needs shtab" in err
     assert "pip install 'opensora_sp[completion]'" in err
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this code, unpacked where nothing of the checkout is beside it."""
-    pytest.importorskip("setuptools")
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("opensora_sp", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
-    done = start("-c", build, cwd=source)
-    assert done.returncode == 0, done.stderr
-    (built,) = folder.glob("*.whl")
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(folder / "unpacked")
-    shutil.rmtree(source)
-    return folder / "unpacked"
-
-
-def test_the_wheel_holds_every_package_and_all_that_they_read(wheel: Path) -> None:
-    kept = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "opensora_sp").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    kept |= {
-        f"opensora_sp/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
-        for path in (ROOT / "configs").rglob("*.yaml")
-    }
-    held = {path.relative_to(wheel).as_posix() for path in (wheel / "opensora_sp").rglob("*")}
-    assert kept <= held
-    (scripts,) = wheel.glob("*.dist-info/entry_points.txt")
-    assert "opensora-sp = opensora_sp.cli.main:main" in scripts.read_text(encoding="utf-8")
-
-
-def test_the_wheel_works_in_another_folder(wheel: Path, tmp_path: Path) -> None:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        return start("-m", "opensora_sp", *words, cwd=tmp_path, PYTHONPATH=str(wheel))
-
-    ask = "import opensora_sp; print(opensora_sp.__file__)"
-    where = start("-c", ask, cwd=tmp_path, PYTHONPATH=str(wheel))
-    assert where.stdout.startswith(str(wheel))
-    printed = command("generate", "--config", "720p-16s", "--print-config")
-    assert printed.returncode == 0, printed.stderr
-    assert "latents 120x90x160" in printed.stdout
-    planned = command("plan", "--device-memory", "H100", "--config", "720p-16s")
-    assert planned.returncode == 0, planned.stderr
-    made = command("generate", "--config", "embedded", "--prompt", "a red ball", *TINY)
-    assert made.returncode == 0, made.stderr
-    assert (tmp_path / made.stdout.strip()).stat().st_size > 0
 
 
 def test_torchrun_starts_the_command_without_a_script(tmp_path: Path) -> None:

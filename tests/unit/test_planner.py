@@ -102,9 +102,7 @@ def test_text_peaks_are_those_that_are_counted(offloaded: bool, eight_bits: bool
 
 
 def test_weights_are_the_published_ones() -> None:
-    manifest = json.loads(
-        (ROOT / "opensora_sp/assets/conformance/manifest.json").read_text(encoding="utf-8")
-    )
+    manifest = json.loads((ROOT / "opensora_sp/assets/manifest.json").read_text(encoding="utf-8"))
 
     def count(names: dict[str, list[int]]) -> int:
         return sum(int(torch.Size(shape).numel()) for shape in names.values())

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import opensora_sp
 from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.geometry import split_chunks
 from opensora_sp.models.temporal_vae import CausalConv3d, TemporalVAEConfig
 from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE, VideoVAEConfig, latent_frames
 
-SUITE = Path(opensora_sp.__file__).parent / "assets" / "conformance"
+SUITE = Path(__file__).resolve().parents[2] / "opensora_sp_conformance"
 CASES = load_file(SUITE / "vae3d" / "cases.safetensors")
 NAMES = sorted({name.split(".")[0] for name in CASES})
 

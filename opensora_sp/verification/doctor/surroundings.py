@@ -30,14 +30,15 @@ from opensora_sp.verification.doctor.check_result import (
     skipped,
 )
 
-# The oldest versions that the program is tested with; see pyproject.toml.
+# The oldest versions that the program is tested with, as in pyproject.toml; a test compares them.
 OLDEST = {
     "torch": (2, 3),
     "transformers": (4, 44),
     "diffusers": (0, 29),
     "accelerate": (1, 0),
     "safetensors": (0, 4),
-    "av": (14, 1),
+    "huggingface_hub": (0, 24),
+    "av": (17, 0, 1),
     "pillow": (10, 1),
     "numpy": (1,),
     "sentencepiece": (0, 2),
