@@ -72,8 +72,8 @@ def _signed_by(output: _Output) -> str | None:
 
 
 def _file_digest(path: str | None) -> str | None:
-    """What a file holds, wherever it lies."""
-    return None if path is None else sha256(Path(path))
+    """What a file holds, wherever it lies; the path of one that is not there."""
+    return sha256(Path(path)) if path is not None and access.is_file(path) else path
 
 
 def _step_kernels(output: _Output) -> str:

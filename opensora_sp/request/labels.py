@@ -29,7 +29,8 @@ def mark_style(settings: JobSettings) -> MarkStyle | None:
     """How the mark in the picture looks; None where there is none."""
     if settings.label != "cn" and not settings.watermark:
         return None
-    texts = None if settings.watermark_text is None else (settings.watermark_text,)
+    own = settings.watermark_text
+    texts: tuple[str, ...] | None = None if own is None else (own,)
     size = settings.watermark_size
     if settings.label == "cn":
         texts, size = texts or CN_TEXTS, size or CN_LEAST_SIZE

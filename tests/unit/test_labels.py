@@ -274,10 +274,13 @@ def test_the_european_mark_is_in_xmp_and_in_the_keys(tmp_path: Path) -> None:
         assert sum(1 for _ in container.decode(video=0)) == 3
 
 
-@pytest.mark.parametrize("label", [cn_label("X", "1"), eu_label(None)], ids=["cn", "eu"])
-def test_a_label_leaves_files_the_same_bytes_each_time(label: FileLabel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("law", ["cn", "eu"])
+def test_a_label_leaves_files_the_same_bytes_each_time(law: str, tmp_path: Path) -> None:
     for make, end in ((video, "mp4"), (picture, "png")):
-        one, other = (make(tmp_path / f"{name}.{end}", label) for name in "ab")
+        one, other = (
+            make(tmp_path / f"{name}.{end}", cn_label("X", "1") if law == "cn" else eu_label(None))
+            for name in "ab"
+        )
         assert one.read_bytes() == other.read_bytes()
 
 
@@ -308,7 +311,8 @@ def pem_files(folder: Path) -> tuple[Path, Path]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("Test CA", "Test signer")}
-    now, made = datetime.now(timezone.utc), []
+    now = datetime.now(timezone.utc)
+    made: list[Any] = []
     for subject, key in keys.items():
         above, issuer = subject == "Test CA", keys["Test CA"]
         names = [
