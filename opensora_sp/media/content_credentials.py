@@ -14,13 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
 
 # IPTC's word for content that a trained model made. C2PA takes its words from there.
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _MANIFEST = {
-    "claim_generator_info": [{"name": "opensora_sp", "version": __version__}],
+    "claim_generator_info": [{"name": "opensora_sp"}],  # the settings in the file have its version
     "assertions": [
         {
             "label": "c2pa.actions",
