@@ -133,7 +133,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="make one step of these configurations before jobs are taken: 720p-16s,480p-2s",
     )  # fmt: skip
     parser.add_argument(
-        "--label-by-request", action="store_true",
+        "--other-labels", action="store_true",
         help="with --label: a request may ask for another label, or for none (default: refused)",
     )  # fmt: skip
 
@@ -275,7 +275,7 @@ def group_of(
         serves=serves,
         log_format=operations.log_format,
         log_level=operations.log_level,
-        label_by_request=found.label_by_request,
+        other_labels=found.other_labels,
         **sharing,
     )
     first = group.first_job()

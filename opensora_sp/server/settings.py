@@ -40,7 +40,7 @@ class GroupSettings:
     Of a group of several nodes: nodes: how many; node: which one this is, 0 leads; master:
     HOST:PORT of node 0, where torchrun's agents meet. ranks counts those of all nodes.
 
-    label_by_request: whether a request may have another label than the one of arguments.
+    other_labels: whether a request may have another label than the one of arguments.
     """
 
     save_dir: Path
@@ -59,7 +59,7 @@ class GroupSettings:
     nodes: int = 1
     node: int = 0
     master: str = ""
-    label_by_request: bool = False
+    other_labels: bool = False
 
     @property
     def shared(self) -> bool:
@@ -124,7 +124,7 @@ class GroupSettings:
         """Raise UserError for a label that this service does not let a request have."""
         own = service_label(self.arguments)
         asked = values["label"]
-        if own.label not in ("none", asked) and not self.label_by_request:
+        if own.label not in ("none", asked) and not self.other_labels:
             raise UserError(
                 f"--label {asked}: this service labels all that it makes with {own.label}, and "
                 "lets no request choose"

@@ -419,7 +419,15 @@ def test_a_service_keeps_its_label(tmp_path: Path) -> None:
         assert (refusal.param, str(refusal)[: len(other) + 7]) == ("label", f"label {other}:")
     with pytest.raises(UserError, match="does not say what --label cn has to"):
         settings(group, watermark_text="mine")
-    allowed = GroupSettings(tmp_path, "", words, label_by_request=True)
+    # serve's own flags are not taken for those of a label, nor the other way round.
+    from opensora_sp.cli.serve import _settings
+
+    flags = ["--label", "cn", "--label-producer", "X", "--save-dir", str(tmp_path / "served")]
+    for more in ([], ["--other-labels"]):
+        served = _settings([*flags, "--device", "cpu", *more])[0].group
+        assert service_label(served.arguments) == label
+        assert served.other_labels == bool(more)
+    allowed = GroupSettings(tmp_path, "", words, other_labels=True)
     assert settings(allowed, label="none").label == "none"
     # A group without a label of its own makes a gateway's jobs with the gateway's.
     plain = GroupSettings(tmp_path, "", ("--device=cpu",))
