@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
         description=(
             "Keeps the models loaded and makes videos that come over HTTP: an API that the openai "
             "client speaks, and a page. Flags of generate that say how the engine runs (--device, "
-            "--dtype, --memory, --ckpt-path-dit ...) are taken too."
+            "--dtype, --memory, --ckpt-path-dit ...), and how all that it makes is labelled "
+            "(--label, --label-producer ...), are taken too."
         ),
         add_help=False,
     )
@@ -135,6 +136,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup", default="", metavar="NAMES",
         help="make one step of these configurations before jobs are taken: 720p-16s,480p-2s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--other-labels", action="store_true",
+        help="with --label: a request may ask for another label, or for none (default: refused)",
     )  # fmt: skip
 
 
@@ -282,6 +287,7 @@ def group_of(
         serves=serves,
         log_format=operations.log_format,
         log_level=operations.log_level,
+        other_labels=found.other_labels,
         **sharing,
     )
     first = group.first_job()
@@ -349,6 +355,7 @@ def _require_engine_flags(words: Sequence[str]) -> None:
     command = parse_command_line(words)
     known = {one.key for one in settings_of(EngineSettings).values() if one.name}
     known |= {f"ckpt_path_{kind}" for kind in ("dit", "t5", "vae2d", "vae3d")}
+    known |= {"label", "label_producer", "label_certificate", "label_key"}
     for key in command.written:
         if key not in known:
             raise UserError(

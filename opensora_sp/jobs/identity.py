@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base import access
-from opensora_sp.base.hashes import sampled_digest
+from opensora_sp.base.hashes import sampled_digest, sha256
 from opensora_sp.base.redaction import address_identity
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task, reference_paths
@@ -63,6 +63,19 @@ def _lossless(output: _Output) -> bool:
     return output.settings.lossless and not output.task.request.is_image
 
 
+def _watermark_font(output: _Output) -> str | None:
+    return _file_digest(output.settings.watermark_font)
+
+
+def _signed_by(output: _Output) -> str | None:
+    return _file_digest(output.settings.label_certificate)
+
+
+def _file_digest(path: str | None) -> str | None:
+    """What a file holds, wherever it lies; the path of one that is not there."""
+    return sha256(Path(path)) if path is not None and access.is_file(path) else path
+
+
 def _step_kernels(output: _Output) -> str:
     return kernels_of(output.task.request, output.engine.step_kernels)
 
@@ -83,11 +96,18 @@ _MADE_OF: Mapping[str, tuple[str, Callable[[_Output], Any]]] = {
     "llm_refine": ("refined by", _refiner),
     "prompt_generator": ("refined by", _refiner),
     "lossless": ("lossless", _lossless),
+    "watermark_font": ("watermark font", _watermark_font),
+    "label_certificate": ("signed by", _signed_by),
     "step_kernels": ("step kernels", _step_kernels),
     "step_cache": ("step cache", _step_cache),
 }
 # Entries made of settings that came later, and what was in effect before.
-_BEFORE: Mapping[str, Any] = {"step kernels": "plain", "step cache": OFF}
+_BEFORE: Mapping[str, Any] = {
+    "step kernels": "plain",
+    "step cache": OFF,
+    "watermark font": None,
+    "signed by": None,
+}
 
 
 def _deciding(cls: type[Any]) -> Iterator[Setting]:

@@ -19,10 +19,12 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.finishing import Finishing
 from opensora_sp.jobs.sheet_sink import RunSheet
 from opensora_sp.media.background import HELD_CHUNKS, Background, BackgroundSink
+from opensora_sp.media.labels import FileLabel
 from opensora_sp.media.sinks import Collector, Sink
 from opensora_sp.media.watermark import Watermarked
 from opensora_sp.media.writer import VideoWriter
 from opensora_sp.request.caption_notes import captions
+from opensora_sp.request.labels import file_label, mark_style
 from opensora_sp.request.naming import numbered
 from opensora_sp.request.request import Job, Request, Task
 
@@ -42,8 +44,11 @@ def open_outputs(
     *,
     finishing: Finishing | None = None,
     done: Callable[[], None] = lambda: None,
+    numbers: Sequence[str] | None = None,
 ) -> Iterator[list[Sink]]:
     """A sink for each task of a batch. On the leading rank it is the task's file.
+
+    numbers: of each task's content, for its label; without, its request's digest.
 
     A thread writes the frames. When the block ends well it completes the files, which then appear,
     and calls done, on the leading rank only. finishing: lets that go on after the block; without,
@@ -56,7 +61,11 @@ def open_outputs(
     clock = pipeline.models.clock
     with ExitStack() as stack:
         with clock.stage("write"):
-            sinks = [stack.enter_context(open_output(pipeline, job, t, sheet)) for t in batch]
+            numbers = numbers or [task.request.digest() for task in batch]
+            sinks = [
+                stack.enter_context(open_output(pipeline, job, task, sheet, number=number))
+                for task, number in zip(batch, numbers, strict=True)
+            ]
         background = Background(held_bytes(batch[0].request, len(batch)))
         own = Finishing(clock)
         before = (finishing or own).settle  # or two batches' frames would wait
@@ -79,22 +88,25 @@ def held_bytes(request: Request, batch: int) -> int:
 
 @contextmanager
 def open_output(
-    pipeline: Pipeline, job: Job, task: Task, sheet: RunSheet | None = None
+    pipeline: Pipeline, job: Job, task: Task, sheet: RunSheet | None = None, *, number: str
 ) -> Iterator[Sink]:
     """A sink for the file of a task, which appears whole when the block ends well.
 
-    sheet: the contact sheet that shows the task, with the frames of the file.
+    sheet: the contact sheet that shows the task, with the frames of the file. number: of its
+    content, for its label.
     """
-    with _open_file(pipeline, job, task) as sink:
+    label = file_label(job.settings, number)
+    with _open_file(pipeline, job, task, label) as sink:
         if sheet is not None:
             sink = sheet.watch(task, sink)
-        if job.settings.watermark:
-            sink = Watermarked(sink, *task.request.decoded_size)
+        style = mark_style(job.settings)
+        if style is not None:
+            sink = Watermarked(sink, *task.request.decoded_size, style)
         yield sink
 
 
 @contextmanager
-def _open_file(pipeline: Pipeline, job: Job, task: Task) -> Iterator[Sink]:
+def _open_file(pipeline: Pipeline, job: Job, task: Task, label: FileLabel | None) -> Iterator[Sink]:
     request = task.request
     metadata = describe(pipeline, job, request)
     metadata["captions"] = captions(request)  # what the model was told, clip by clip
@@ -103,7 +115,7 @@ def _open_file(pipeline: Pipeline, job: Job, task: Task) -> Iterator[Sink]:
     if request.is_image:
         image = _ImageSink()
         yield image
-        image.save(task, metadata)
+        image.save(task, metadata, label)
         return
     height, width = request.decoded_size
     writer = VideoWriter(
@@ -113,6 +125,7 @@ def _open_file(pipeline: Pipeline, job: Job, task: Task) -> Iterator[Sink]:
         width=width,
         metadata=metadata,
         lossless=job.settings.lossless,
+        label=label,
     )
     with ExitStack() as stack:
         yield _LateSink(stack, writer)
@@ -142,13 +155,13 @@ class _ImageSink:
         """uint8 [1,H,W,3]."""
         self.frames = frames
 
-    def save(self, task: Task, metadata: dict[str, Any]) -> None:
+    def save(self, task: Task, metadata: dict[str, Any], label: FileLabel | None) -> None:
         """Write the PNG."""
         from opensora_sp.media.writer import write_image
 
         if self.frames is None:
             raise RuntimeError(f"nothing was decoded for {task.output}")
-        write_image(task.output, self.frames[0], metadata)
+        write_image(task.output, self.frames[0], metadata, label)
 
 
 def describe(pipeline: Pipeline, job: Job, request: Request) -> dict[str, Any]:
@@ -165,6 +178,7 @@ def describe(pipeline: Pipeline, job: Job, request: Request) -> dict[str, Any]:
         "checkpoints": "embedded" if job.engine.checkpoints is None else "given",
         "dtype": job.engine.dtype,
         "watermark": job.settings.watermark,
+        "label": job.settings.label,
         "device": session.device.type,
         "ranks": session.world_size,
         "versions": versions,

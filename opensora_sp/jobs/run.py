@@ -19,7 +19,7 @@ from opensora_sp.engine.clean_estimate import Previews
 from opensora_sp.engine.generate import StepEnd
 from opensora_sp.engine.timing import Clock
 from opensora_sp.jobs.finishing import Finishing
-from opensora_sp.jobs.identity import Identity, identity_of, latents_identity
+from opensora_sp.jobs.identity import Identity, digest, identity_of, latents_identity
 from opensora_sp.jobs.notes import Failure, report, say_captions, say_what_begins
 from opensora_sp.jobs.open import Engine, show_progress, tidy
 from opensora_sp.jobs.outputs import open_outputs, write_run_sheet
@@ -133,7 +133,13 @@ def make_batch(
             note_stage("denoising")
     requests = [task.request for task in work.tasks]
     with open_outputs(
-        pipeline, job, work.tasks, sheet, finishing=finishing, done=complete
+        pipeline,
+        job,
+        work.tasks,
+        sheet,
+        finishing=finishing,
+        done=complete,
+        numbers=[digest(identity) for identity in identities],
     ) as sinks:
         try:
             pipeline.generate_to(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_sp.media.contact_sheet import Picture, SheetEntry, chosen_frames, picture, write_sheet
 from opensora_sp.request.caption_notes import captions
-from opensora_sp.request.conditions import dropped_frames
+from opensora_sp.request.conditions import total_frames
 from opensora_sp.request.request import Request, Task
 
 if TYPE_CHECKING:
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from opensora_sp.media.sinks import Sink
 
 MOST_WIDE = 640  # pixels; a wider frame is scaled down
-
-
-def total_frames(request: Request) -> int:
-    """Frames of the whole output, without the frames that later clips repeat."""
-    repeated = min(dropped_frames(request), request.num_frames)
-    return request.num_frames + (request.loop - 1) * (request.num_frames - repeated)
 
 
 class PickingSink:

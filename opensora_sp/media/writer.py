@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_sp.base.atomic import atomic_output, is_ffmpeg_error, reported
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.outside_json import parse_json
+from opensora_sp.media.labels import FileLabel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,7 @@ TV_RANGE = 1
 FULL_RANGE = 2
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _COMMENT = "comment"
+_XMP = "XML:com.adobe.xmp"  # the keyword of PNG's text chunk for XMP
 _FRAMES_AT_ONCE = 8
 MAX_FPS = 1000
 # These options make the same frames give the same bytes. x264's macroblock tree depends on the
@@ -102,6 +104,7 @@ class VideoWriter:
         fps: frames per second.
         height, width: of every frame, in pixels.
         metadata: written as JSON into the container's comment tag; see `read_metadata`.
+        label: says that the content was generated.
         codec: an FFmpeg encoder that takes yuv420p and crf.
         crf: constant rate factor from 0, the best, to 51. 17 is nearly transparent.
         lossless: see above. `codec` and `crf` are then not used.
@@ -121,6 +124,7 @@ class VideoWriter:
         codec: str = "libx264",
         crf: int = 17,
         lossless: bool = False,
+        label: FileLabel | None = None,
     ) -> None:
         self.path = Path(path)
         self.frames_written = 0
@@ -130,6 +134,7 @@ class VideoWriter:
         self._crf = 0 if lossless else crf
         self._lossless = lossless
         self._comment = _to_json(metadata)
+        self._label = label or FileLabel()
         self._stack = ExitStack()
 
     def __enter__(self) -> VideoWriter:
@@ -170,10 +175,12 @@ class VideoWriter:
     def _open(self, temporary: Path) -> None:
         import av
 
-        self._container = av.open(
-            str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
-        )
+        # Without the second flag FFmpeg drops keys that are not its own, and says nothing.
+        flags = "+faststart+use_metadata_tags" if self._label.tags else "+faststart"
+        self._container = av.open(str(temporary), "w", format="mp4", options={"movflags": flags})
         self._container.metadata[_COMMENT] = self._comment
+        self._container.metadata.update(self._label.tags)
+        self._temporary = temporary
 
     def _add_stream(self) -> None:
         height, width, _ = self._shape
@@ -231,6 +238,7 @@ class VideoWriter:
                 for packet in self._stream.encode(None):
                     self._container.mux(packet)
                 self._container.close()
+                self._label.finish(self._temporary, "video/mp4")
         except BaseException:
             self._abandon()
             raise
@@ -241,10 +249,15 @@ class VideoWriter:
             self._container.close()
 
 
-def write_image(path: Path, frame: Tensor | NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+def write_image(
+    path: Path,
+    frame: Tensor | NDArray[np.uint8],
+    metadata: Mapping[str, Any],
+    label: FileLabel | None = None,
+) -> None:
     """Write one `[H, W, 3]` uint8 frame as PNG with `metadata` as JSON in a "comment" text chunk.
 
-    The file appears whole or not at all.
+    label: says that the content was generated. The file appears whole or not at all.
 
     Raises:
         UserError: the directory or the disk does not allow it.
@@ -258,8 +271,12 @@ def write_image(path: Path, frame: Tensor | NDArray[np.uint8], metadata: Mapping
         raise ValueError(f"a frame is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
     info = PngInfo()
     info.add_text(_COMMENT, _to_json(metadata))
+    label = label or FileLabel()
+    if label.picture_xmp is not None:
+        info.add_itxt(_XMP, label.picture_xmp)
     with atomic_output(path) as temporary, reported(path):
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
+        label.finish(temporary, "image/png")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

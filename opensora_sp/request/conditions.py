@@ -46,6 +46,12 @@ def dropped_frames(request: Request) -> int:
     return layout_of(request).frames_before(request.condition_frame_length)
 
 
+def total_frames(request: Request) -> int:
+    """Frames of the whole output, without those that later clips repeat."""
+    repeated = min(dropped_frames(request), request.num_frames)
+    return request.num_frames + (request.loop - 1) * (request.num_frames - repeated)
+
+
 def all_groups(request: Request) -> list[Group]:
     """A request's groups, followed by the groups with which each clip continues the one before.
 

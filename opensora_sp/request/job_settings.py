@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from opensora_sp.base.value_types import (
     ValueType,
     boolean,
+    choice,
     file_stem,
     integer,
+    number,
     optional,
     path,
     text,
 )
+from opensora_sp.media.labels import Law, is_producer
+from opensora_sp.media.watermark import Place
 from opensora_sp.request.setting import Declared, a_path, setting
 
 
@@ -23,6 +28,17 @@ def _verbosity() -> ValueType:
         return int(value) if value.strip().isdecimal() else int(truth.read(value))
 
     return ValueType("{0,1,2}", "0, 1, 2, true or false", read, level.legal)
+
+
+def _producer() -> ValueType:
+    """A name or a code, in the characters that GB 45438-2025 has for it."""
+    return ValueType(
+        "NAME",
+        "1 to 200 ASCII letters, digits and signs, without spaces, quotes and backslashes, such as "
+        "the provider's registered code",
+        str.strip,
+        lambda value: isinstance(value, str) and is_producer(value),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +110,70 @@ class JobSettings(Declared):
         "--watermark",
         boolean(),
         False,
-        "write 'AI generated' in the bottom right corner of every frame",
+        "write 'AI generated', or --watermark-text, in a corner of every frame",
         changes="file",
         feature="watermark",
+    )
+    watermark_text: str | None = setting(
+        "--watermark-text",
+        optional(text(empty=False), word="null"),
+        None,
+        "what the watermark says",
+        changes="file",
+        shown_default="AI generated, or less where there is no room; of --label cn Chinese",
+    )
+    watermark_size: float | None = setting(
+        "--watermark-size",
+        optional(number(1, 50, metavar="PERCENT"), word="auto"),
+        None,
+        "height of its capital letters, in percent of the picture's shorter side",
+        changes="file",
+        shown_default="small; 5 with --label cn",
+    )
+    watermark_place: str = setting(
+        "--watermark-place",
+        choice(*get_args(Place)),
+        "bottom-right",
+        "its corner",
+        changes="file",
+    )
+    watermark_font: str | None = setting(
+        "--watermark-font",
+        optional(path("FILE"), word="null"),
+        None,
+        "a font file (.otf, .ttf, .ttc) for characters that the package's own font lacks",
+        changes="file",
+        stored_as="watermark font",
+    )
+    label: str = setting(
+        "--label",
+        choice(*get_args(Law)),
+        "none",
+        "mark outputs as generated, as a law asks for: cn in the picture and in the file, eu in "
+        "the file (docs/labels.md)",
+        changes="file",
+    )
+    label_producer: str | None = setting(
+        "--label-producer",
+        optional(_producer(), word="null"),
+        None,
+        "name or code of who provides the service, which --label cn writes into the file",
+        changes="file",
+    )
+    label_certificate: str | None = setting(
+        "--label-certificate",
+        optional(path("FILE"), word="null"),
+        None,
+        "your certificate and those above it, PEM, with which --label eu signs a C2PA manifest",
+        changes="file",
+        stored_as="signed by",
+    )
+    label_key: str | None = setting(
+        "--label-key",
+        optional(path("FILE"), word="null"),
+        None,
+        "the private key of --label-certificate, PEM, not encrypted",
+        changes="nothing",
     )
     lossless: bool = setting(
         "--lossless",

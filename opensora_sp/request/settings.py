@@ -24,13 +24,14 @@ from opensora_sp.models.kernels.attention import check_attention
 from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.request import sizes
-from opensora_sp.request.conditions import Facts
+from opensora_sp.request.conditions import Facts, total_frames
 from opensora_sp.request.config_file import Raw, read_config, write_config
 from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.flags.foreign import explain
 from opensora_sp.request.flags.rules import check_combinations
 from opensora_sp.request.flags.shortcuts import compose, flags_of
 from opensora_sp.request.flags.table import all_flags
+from opensora_sp.request.labels import check_labels
 from opensora_sp.request.naming import output_stems
 from opensora_sp.request.preflight import (
     check_checkpoints,
@@ -314,6 +315,10 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
         check_step_cache(requests, (checkpoints or embedded_checkpoints()).dit)
     check_attention(engine.attention, engine.device, engine.dtype)
     settings = JobSettings(**from_flags(JobSettings, values) | {"save_dir": save_dir})
+    if leading:  # it alone draws and writes
+        one = requests[0]  # all have its size and length
+        seconds = None if one.is_image else total_frames(one) / one.save_fps
+        notes += check_labels(settings, one.decoded_size, seconds)
     tasks = _tasks(requests, settings)
     for task in tasks:
         check_output(task.output)

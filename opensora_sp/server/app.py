@@ -290,7 +290,7 @@ def queue_job(
         uploads = files_of_earlier_jobs(
             gateway.store, gateway.board, sees(gateway.tokens, owner), job_id, fields, uploads
         )
-        asked = read_fields(fields, uploads)
+        asked = read_fields(gateway.label.put_into(fields), uploads)
         outputs = gateway.store.outputs(job_id)
         shown = gateway.judge(asked.arguments, [path for _, path, _ in uploads], outputs)
     except BaseException as error:
@@ -303,7 +303,7 @@ def queue_job(
     spec = JobSpec(
         id=job_id,
         created_at=time.time(),
-        arguments=asked.arguments,
+        arguments=(*gateway.label.arguments, *asked.arguments),
         shown=asked.shown | shown,
         priority=asked.priority,
         owner=owner,

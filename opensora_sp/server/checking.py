@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.request.conditions import dropped_frames
+from opensora_sp.request.conditions import total_frames
 from opensora_sp.request.request import reference_paths
 from opensora_sp.server.protocol import UPLOADS, BadRequest, as_bad_request
 from opensora_sp.server.served import cost_of, plan_request, why_not
@@ -50,8 +50,7 @@ def judge(
     if refuse and reason is not None:
         raise UserError(reason)
     height, width = request.decoded_size
-    repeated = dropped_frames(request) if request.loop > 1 else 0
-    frames = request.num_frames + (request.loop - 1) * (request.num_frames - repeated)
+    frames = total_frames(request)
     found: dict[str, Any] = {
         "size": f"{width}x{height}",
         "seconds": f"{frames / request.save_fps:g}",

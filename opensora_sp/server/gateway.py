@@ -17,7 +17,7 @@ from opensora_sp.server.engine_process import Health
 from opensora_sp.server.job_store import JobStore
 from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.owners import sees
-from opensora_sp.server.settings import Limits
+from opensora_sp.server.settings import Limits, ServiceLabel
 
 
 @dataclass
@@ -59,9 +59,9 @@ class Gateway:
 
     tokens: token → its owner's name; empty lets everybody in. hosts: the names that the server
     answers for; empty for all. origins: of other sites' pages that may use the API. health: of the
-    engine. log_prompts: whether prompts may be logged. draining: the server is being stopped;
-    finishing: the job that is made is finished before. judging: held while a request is judged and
-    queued.
+    engine. log_prompts: whether prompts may be logged. label: of all that is made. draining: the
+    server is being stopped; finishing: the job that is made is finished before. judging: held while
+    a request is judged and queued.
     """
 
     store: JobStore
@@ -82,6 +82,7 @@ class Gateway:
     judging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     arriving: Arriving = field(default_factory=Arriving)
     log_prompts: bool = False
+    label: ServiceLabel = field(default_factory=ServiceLabel)
 
     def engine_state(self) -> str:
         """The engine's state, with the reason where it has failed."""

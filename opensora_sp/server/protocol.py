@@ -53,6 +53,10 @@ REQUEST_FIELDS = (
     "edit_strength",
     "lossless",
     "watermark",
+    "watermark_text",
+    "watermark_size",
+    "watermark_place",
+    "label",
 )
 # Files that may come with a request, and the flag that each becomes.
 UPLOADS: Mapping[str, str] = {

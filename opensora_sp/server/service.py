@@ -86,6 +86,7 @@ def tended(board: Board, metrics: Metrics, operations: Operations) -> Kept:
 def gateway_of(settings: ServiceSettings, **parts: Any) -> Gateway:
     """The gateway of these settings. parts: the fields of `Gateway` that no setting decides."""
     from opensora_sp.server.gateway import Gateway
+    from opensora_sp.server.settings import service_label
 
     return Gateway(
         tokens=settings.tokens,
@@ -94,6 +95,7 @@ def gateway_of(settings: ServiceSettings, **parts: Any) -> Gateway:
         origins=settings.origins,
         embedded=not any("ckpt" in word for word in settings.group.arguments),
         log_prompts=settings.operations.log_prompts,
+        label=service_label(settings.group.arguments),
         **parts,
     )
 

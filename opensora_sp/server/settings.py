@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class GroupSettings:
 
     Of a group of several nodes: nodes: how many; node: which one this is, 0 leads; master:
     HOST:PORT of node 0, where torchrun's agents meet. ranks counts those of all nodes.
+
+    other_labels: whether a request may have another label than the one of arguments.
     """
 
     save_dir: Path
@@ -58,6 +61,7 @@ class GroupSettings:
     nodes: int = 1
     node: int = 0
     master: str = ""
+    other_labels: bool = False
 
     @property
     def shared(self) -> bool:
@@ -106,6 +110,7 @@ class GroupSettings:
         """
         place = [f"--save-dir={outputs}", "--sample-name=video", "--verbose=0"]
         values = resolve(parse_command_line([*self.arguments, *arguments, *place]))
+        self._check_label(values)
         try:
             job = build_job(values, world_size=self.ranks)
         except NoSpaceError as error:  # in words of the server's: whoever asks is told no path
@@ -117,10 +122,49 @@ class GroupSettings:
             raise UserError(job.failed[0])
         return job
 
+    def _check_label(self, values: Mapping[str, Any]) -> None:
+        """Raise UserError for a label that this service does not let a request have."""
+        own = service_label(self.arguments)
+        asked = values["label"]
+        if own.label not in ("none", asked) and not self.other_labels:
+            raise UserError(
+                f"--label {asked}: this service labels all that it makes with {own.label}, and "
+                "lets no request choose"
+            )
+        if asked == "cn" and own.label != "cn" and values["label_producer"] is None:
+            raise UserError(
+                "--label cn: this service was not told its provider's name, which that label needs"
+            )
+
     def first_job(self) -> Job:
         """The job that the engine is opened for: it stands for those to come."""
         prompts = ["--prompt", *["warm up"] * self.batch_jobs]
         return self.job([*prompts, f"--batch-size={self.batch_jobs}"], self.place / "warmup")
+
+
+@dataclass(frozen=True)
+class ServiceLabel:
+    """The label of all that a service makes, and the provider that it names."""
+
+    label: str = "none"
+    producer: str | None = None
+
+    def put_into(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a request, with this label where they have none."""
+        given = fields.get("label") not in (None, "")
+        return dict(fields) if given or self.label == "none" else {**fields, "label": self.label}
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What a job's arguments hold beside the request's own, whichever group makes it."""
+        return () if self.producer is None else (f"--label-producer={self.producer}",)
+
+
+@cache
+def service_label(arguments: tuple[str, ...]) -> ServiceLabel:
+    """The label that the flags of an engine have."""
+    values = resolve(parse_command_line(arguments))
+    return ServiceLabel(values["label"], values["label_producer"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,6 +220,12 @@ FIELDS: dict[str, tuple[Any, str | None, str]] = {
     "loops of a picture": ({**A, "num_frames": 1, "loop": 2}, "loop", "loop 2"),
     "a strategy without files": ({**A, "mask_strategy": "0,7"}, None, "0,7"),
     "an unknown watermark": ({**A, "watermark": "maybe"}, "watermark", "maybe"),
+    "an unknown label": ({**A, "label": "us"}, "label", "none, cn, eu"),
+    "a label without a provider": ({**A, "label": "cn"}, "label", "provider's name"),
+    "a mark that no font has": (
+        {**A, "watermark": True, "watermark_text": "龘"}, "watermark_text", "龘"
+    ),
+    "a font of the server's": ({**A, "watermark_font": "/a.otf"}, "watermark_font", "not a field"),
     "a priority beyond": ({**A, "priority": 0}, "priority", "from 1 to 1000"),
     "a priority that is true": ({**A, "priority": True}, "priority", "from 1 to 1000"),
     "several at once": ({**A, "n": 2}, "n", "one request a video"),

@@ -64,6 +64,15 @@ MEETING: dict[str, list[str]] = {
     "--device cpu + --dtype fp16": ["--device", "cpu", "--dtype", "fp16"],
     "--resume + --overwrite": ["--resume", "--overwrite"],
     "--watermark + a small picture": ["--watermark", "true", "--image-size", "31", "64"],
+    "--watermark + --label cn": [
+        "--watermark",
+        "true",
+        "--label",
+        "cn",
+        "--label-producer",
+        "X",
+    ],
+    "--label-producer without --label cn": ["--label-producer", "X"],
     "--prompt-generator without --llm-refine": ["--prompt-generator", "some-model"],
     "--prompt-as-path + --sample-name": ["--prompt-as-path", "--sample-name", "x"],
 }

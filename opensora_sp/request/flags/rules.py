@@ -26,6 +26,12 @@ def _too_small_for_a_mark(values: Values) -> bool:
     return not fits(*size)
 
 
+def _styled(values: Values) -> bool:
+    """Whether the mark is not the plain one: where that has no room, the request is refused."""
+    own = any(values[f"watermark_{name}"] is not None for name in ("text", "size", "font"))
+    return own or values["label"] == "cn"
+
+
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         features="--prompt + --prompt-path",
@@ -178,9 +184,21 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         features="--watermark + a small picture",
         outcome="note",
-        meets=lambda v: v["watermark"] and _too_small_for_a_mark(v),
+        meets=lambda v: v["watermark"] and not _styled(v) and _too_small_for_a_mark(v),
         text="--watermark {watermark} has no effect: pictures under "
         f"{SMALLEST_HEIGHT}x{SMALLEST_WIDTH} (height x width) are too small for it",
+    ),
+    Combination(
+        features="--watermark + --label cn",
+        outcome="note",
+        meets=lambda v: v["watermark"] and v["label"] == "cn",
+        text="--watermark {watermark} adds nothing to --label cn, which has a mark of its own",
+    ),
+    Combination(
+        features="--label-producer without --label cn",
+        outcome="note",
+        meets=lambda v: v["label_producer"] is not None and v["label"] != "cn",
+        text="--label-producer {label_producer} has no effect without --label cn",
     ),
 )
 

@@ -31,7 +31,11 @@ _ORDER: dict[str, str] = {
         allow_remote allow_private align loop condition_frame_length loop_carry
     """,
     "Output": """
-        save_dir sample_name prompt_as_path lossless watermark sheet overwrite verbose log_dir
+        save_dir sample_name prompt_as_path lossless sheet overwrite verbose log_dir
+    """,
+    "Marks and labels of generated content": """
+        watermark watermark_text watermark_size watermark_place watermark_font
+        label label_producer label_certificate label_key
     """,
     "Saving and going on (in .opensora-sp/ of the save directory)": """
         save_every resume decode_only keep_state text_cache
