@@ -46,11 +46,12 @@ from postgres import Postgres, programs  # noqa: E402
 
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec  # noqa: E402
 from opensora_sp.server.queue_url import parse_queue_url  # noqa: E402
-from opensora_sp.server.shared_queue import QueueLost, SharedQueue  # noqa: E402
+from opensora_sp.server.shared_queue import LEASE_SECONDS as LEASE  # noqa: E402
+from opensora_sp.server.shared_queue import QueueLost, SharedQueue, Sweeper  # noqa: E402
 from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
 
 # Kinds of jobs, all small: (size, frames, steps, seed).
-KINDS = (("48x32", 17, 60, 1), ("64x48", 17, 40, 2), ("96x64", 1, 60, 3), ("48x32", 17, 120, 4))
+KINDS = (("48x32", 17, 30, 1), ("64x48", 17, 20, 2), ("96x64", 1, 40, 3), ("48x32", 17, 60, 4))
 VICTIMS = ("rank 0", "rank 1", "group", "gateway")
 MOST_SECONDS = 3600.0
 
@@ -72,6 +73,8 @@ def main() -> int:
     parser.add_argument("--groups", type=int, default=3, help="of chaos")
     parser.add_argument("--ranks", type=int, default=2, help="of each group of chaos")
     parser.add_argument("--every", type=float, default=20, help="mean seconds between two kills")
+    parser.add_argument("--most-kills", type=int, default=10_000, help="then nothing is disturbed")
+    parser.add_argument("--lease", type=float, default=LEASE_SECONDS, help="of chaos, seconds")
     parser.add_argument("--seed", type=int, default=1, help="of the kills")
     asked = parser.parse_args()
     if programs() is None:
@@ -108,7 +111,9 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
     with database() as postgres, tempfile.TemporaryDirectory() as folder:
         save = Path(folder) / "save"
         groups = [
-            GroupProcess(f"group-{number}", save, postgres.url, ranks=asked.ranks)
+            GroupProcess(
+                f"group-{number}", save, postgres.url, ranks=asked.ranks, lease=asked.lease
+            )
             for number in range(asked.groups)
         ]
         gateways = [Gateway(f"gateway-{number}", save, postgres.url) for number in range(2)]
@@ -122,7 +127,7 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
             watch.start()
             begun = time.monotonic()
             kills: list[dict[str, Any]] = []
-            disturber = Disturber(luck, groups, gateways, postgres, watch, kills, asked.every)
+            disturber = Disturber(luck, groups, gateways, postgres, watch, kills, asked)
             disturber.start()
             jobs = send(gateways, count, luck)
             accepted = watch.until_ended(list(jobs))
@@ -157,7 +162,7 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
     return {
         "groups": asked.groups,
         "ranks of each": asked.ranks,
-        "lease, s": LEASE_SECONDS,
+        "lease, s": asked.lease,
         "kills": kills,
         "number of kills": dict(Counter(kill["victim"] for kill in kills)),
         "jobs": len(jobs),
@@ -282,10 +287,10 @@ class Disturber:
         postgres: Postgres,
         watch: Watch,
         kills: list[dict[str, Any]],
-        every: float,
+        asked: argparse.Namespace,
     ) -> None:
         self._luck, self._groups, self._gateways = luck, groups, gateways
-        self._postgres, self._watch, self._kills, self._every = postgres, watch, kills, every
+        self._postgres, self._watch, self._kills, self._asked = postgres, watch, kills, asked
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -300,12 +305,14 @@ class Disturber:
 
     def _run(self) -> None:
         number = 0
-        while not self._end.wait(self._luck.expovariate(1 / self._every)):
+        while not self._end.wait(self._luck.expovariate(1 / self._asked.every)):
+            if len(self._kills) >= self._asked.most_kills:
+                break
             number += 1
             if number == 4:
                 self._note("database", "")
                 self._postgres.stop("immediate")
-                time.sleep(LEASE_SECONDS + 2)
+                time.sleep(self._asked.lease + 2)
                 self._postgres.start()
                 continue
             victim = self._luck.choice(VICTIMS)
@@ -335,6 +342,7 @@ class Disturber:
 
     def _note(self, victim: str, name: str) -> None:
         job = self._watch.held.get(name)
+        print(f"{len(self._kills) + 1}: {victim} {name}", file=sys.stderr, flush=True)
         self._kills.append(
             {
                 "victim": victim,
@@ -557,9 +565,9 @@ def stand_in(name: str, seconds: str) -> int:
     """A group that sleeps instead of making a video, with the calls of a real one."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     queue = SharedQueue(os.environ["MEASURED_QUEUE"], name, listens=True)
-    epoch = queue.register(name, name, {"ranks": 1}, 60.0)
+    epoch = queue.register(name, name, {"ranks": 1}, LEASE)
     assert epoch is not None
-    beaten = swept = 0.0
+    sweeper, beaten = Sweeper(queue), 0.0
 
     def beat(claim: Any) -> None:
         nonlocal beaten
@@ -571,9 +579,7 @@ def stand_in(name: str, seconds: str) -> int:
     takes: Callable[[str, JobSpec], bool] = lambda *_: True
     while True:
         beat(None)
-        if time.monotonic() - swept > 1:
-            swept = time.monotonic()
-            queue.give_out_again()
+        sweeper.sweep()
         claim = queue.claim(name, epoch, (), takes)
         if claim is None:
             end = time.monotonic() + 1

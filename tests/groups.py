@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
-from serving import ROOT, Server
+from serving import READY_SECONDS, ROOT, Server
 
 LEASE_SECONDS = 4
 
@@ -22,7 +23,7 @@ class Gateway(Server):
         super().__init__(save_dir, "--queue", url, "--no-engine", *flags)
         self.log = save_dir.parent / f"{name}.log"
 
-    def wait_ready(self, seconds: float = 60.0) -> None:
+    def wait_ready(self, seconds: float = READY_SECONDS) -> None:
         """Return when it answers."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -49,19 +50,31 @@ class Gateway(Server):
 
 
 class GroupProcess:
-    """`opensora-sp work` as a process."""
+    """`opensora-sp work` as a process.
 
-    def __init__(self, name: str, save_dir: Path, url: str, *flags: str, ranks: int = 1) -> None:
+    inside: words before the command, which run it somewhere else, such as `ip netns exec NAME`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        save_dir: Path,
+        url: str,
+        *flags: str,
+        ranks: int = 1,
+        lease: float = LEASE_SECONDS,
+        inside: Sequence[str] = (),
+    ) -> None:
         self.name, self.save_dir, self.url = name, save_dir, url
-        self.flags, self.ranks = flags, ranks
+        self.flags, self.ranks, self.lease, self.inside = flags, ranks, lease, inside
         self.log = save_dir.parent / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> GroupProcess:
         """Start it; it takes jobs some seconds later."""
-        command = [sys.executable, "-m", "opensora_sp", "work", "--queue", self.url]
+        command = [*self.inside, sys.executable, "-m", "opensora_sp", "work", "--queue", self.url]
         command += ["--save-dir", str(self.save_dir), "--nproc", str(self.ranks)]
-        command += ["--group-name", self.name, "--lease-seconds", str(LEASE_SECONDS)]
+        command += ["--group-name", self.name, "--lease-seconds", str(self.lease)]
         command += ["--device", "cpu", "--dtype", "fp32", *self.flags]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
