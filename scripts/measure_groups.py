@@ -3,6 +3,7 @@
     python scripts/measure_groups.py chaos      docs/benchmarks/groups-chaos.json
     python scripts/measure_groups.py throughput docs/benchmarks/groups-throughput.json
     python scripts/measure_groups.py list       docs/benchmarks/groups-list.json
+    python scripts/measure_groups.py split      docs/benchmarks/groups-split.json
 
 chaos       3 groups of 2 ranks and 2 gateways make 120 jobs of the embedded model while ranks,
             groups and gateways are killed at random moments and the database is restarted once:
@@ -11,6 +12,9 @@ throughput  groups that sleep instead of making a video: jobs per second of 1, 2
             what a job, an idle group and a gateway cost the database
 list        generate --queue with 100,000 prompts, a tenth of which stand twice, and a group that
             makes nothing; interrupted twice: memory of the command, jobs that were made twice
+split       two groups in network namespaces. The link of the one that makes a job is cut for less
+            than the lease, until the other one has the job, and until that one has ended it: bytes,
+            outputs of each job, seconds until it was taken over and until it ended. As root
 
 It prints a table and writes OUT.json with the command and the machine. It ends with 1 where what
 must hold does not: a lost job, other bytes, a second output. Times are measured, not judged.
@@ -41,7 +45,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
 
-from groups import LEASE_SECONDS, Gateway, GroupProcess  # noqa: E402
+from groups import LEASE_SECONDS, Gateway, GroupProcess, Pool  # noqa: E402
+from namespaces import Network, network, why_no_network  # noqa: E402
 from postgres import Postgres, programs  # noqa: E402
 
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec  # noqa: E402
@@ -52,6 +57,8 @@ from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
 
 # Kinds of jobs, all small: (size, frames, steps, seed).
 KINDS = (("48x32", 17, 30, 1), ("64x48", 17, 20, 2), ("96x64", 1, 40, 3), ("48x32", 17, 60, 4))
+# Long enough that a group is cut off in the middle of it.
+CUT_JOB = {"num_inference_steps": 400, "seed": 5}
 VICTIMS = ("rank 0", "rank 1", "group", "gateway")
 MOST_SECONDS = 3600.0
 
@@ -63,12 +70,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("chaos", "throughput", "list"))
+    parser.add_argument("what", choices=("chaos", "throughput", "list", "split"))
     parser.add_argument("out", type=Path)
     parser.add_argument(
         "--jobs",
         type=int,
-        help="120 of chaos, 100 for each group of throughput, 100000 of list",
+        help="120 of chaos, 100 for each group of throughput, 100000 of list, 5 of each cut of "
+        "split",
     )
     parser.add_argument("--groups", type=int, default=3, help="of chaos")
     parser.add_argument("--ranks", type=int, default=2, help="of each group of chaos")
@@ -81,7 +89,8 @@ def main() -> int:
         print("error: no Postgres here: apt-get install postgresql", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # asked to end, it ends what it started
-    found = {"chaos": chaos, "throughput": throughput, "list": a_list}[asked.what](asked)
+    measures = {"chaos": chaos, "throughput": throughput, "list": a_list, "split": split}
+    found = measures[asked.what](asked)
     found = {
         "command": " ".join(["python", *sys.argv]),
         "cpu": cpu_name(),
@@ -485,6 +494,74 @@ def sent_list(command: list[str], queue: SharedQueue, until: int, folder: str) -
         "jobs_ended": count_of(queue, "ended"),
         "peak_mb": max(memory, default=0.0),
         "mb_at_tenths": memory[:: max(1, len(memory) // 10)],
+    }
+
+
+def split(asked: argparse.Namespace) -> dict[str, Any]:
+    """Cut a group off that makes a job, and mend the link, at three moments."""
+    if (reason := why_no_network()) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    found: dict[str, Any] = {"lease, s": LEASE_SECONDS}
+    holds = True
+    with network(2) as net, tempfile.TemporaryDirectory() as folder:
+        postgres = Postgres(net.address)
+        inside = {name: net.inside(number, Path(folder)) for number, name in enumerate("ab")}
+        try:
+            postgres.start()
+            with Pool(Path(folder) / "save", postgres.url, inside) as pool:
+                begun = time.monotonic()
+                right = pool.digest(pool.first.create(**CUT_JOB))
+                found["seconds, undisturbed"] = round(time.monotonic() - begun, 1)
+                for until in ("half a lease", "taken over", "ended"):
+                    rounds = [
+                        cut_off(pool, net, right, until, found["lease, s"])
+                        for _ in range(asked.jobs or 5)
+                    ]
+                    found[f"cut until {until}"] = rounds
+                    holds = holds and all(one["bytes equal"] for one in rounds)
+                    holds = holds and all(one["outputs"] == 1 for one in rounds)
+                    for name in ("taken over, s", "ended, s"):
+                        known = [one[name] for one in rounds if one[name] is not None]
+                        if known:
+                            middle = statistics.median(known), max(known)
+                            found[f"cut until {until}: {name}: median, longest"] = middle
+        finally:
+            postgres.remove()
+    return found | {"holds": holds}
+
+
+def cut_off(pool: Pool, net: Network, right: str, until: str, lease: float) -> dict[str, Any]:
+    """One job, with the link of its group cut; seconds count from the cut."""
+    job = pool.first.create(**CUT_JOB)
+    name = pool.maker(job)
+    net.cut("ab".index(name))
+    cut, taken = time.monotonic(), None
+    if until == "half a lease":
+        time.sleep(lease / 2)
+    else:
+        pool.maker(job, but=name)
+        taken = round(time.monotonic() - cut, 1)
+    if until == "ended":
+        pool.digest(job)
+    else:
+        net.mend("ab".index(name))
+    same = pool.digest(job) == right
+    ended = round(time.monotonic() - cut, 1)
+    net.mend("ab".index(name))
+    # Until both are there again, and what the one that was cut off left is removed.
+    end = time.monotonic() + 120
+    attempts = pool.save_dir / "jobs" / job / "attempts"
+    while len(list(attempts.iterdir())) > 1 or b'{state="ready"} 2.0' not in pool.first.metrics():
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return {
+        "taken over, s": taken,
+        "ended, s": ended,
+        "bytes equal": same,
+        "outputs": len(pool.outputs(job)),
+        "attempt of the output": max(int(path.name) for path in attempts.iterdir()),
     }
 
 

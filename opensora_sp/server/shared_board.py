@@ -36,6 +36,8 @@ class GatewayQueue:
         # Jobs of which nobody knows whether they are queued: their clients were told that they
         # are not.
         self.unsure: set[str] = set()
+        # Jobs of which nobody knows whether they are deleted: their clients were told likewise.
+        self._deleted: set[str] = set()
 
     def put(self, job_id: str, priority: int) -> None:
         """Add a job that is written down."""
@@ -46,18 +48,26 @@ class GatewayQueue:
             raise
 
     def withdraw_unsure(self) -> None:
-        """Take out what was queued by calls of which the answer was lost. Raises QueueLost."""
+        """Undo or finish what was done by calls of which the answer was lost. Raises QueueLost."""
         for job_id in list(self.unsure):
             self._queue.remove(job_id)
             self.unsure.discard(job_id)
+        for job_id in list(self._deleted):
+            if self._queue.row(job_id) is None:
+                self._store.delete(job_id)
+            self._deleted.discard(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Take it out; a group that makes it hears of it within a second."""
-        self._queue.remove(job_id)
+        try:
+            self._queue.remove(job_id)
+        except QueueLost:
+            self._deleted.add(job_id)
+            raise
 
     def forget(self, job_id: str) -> None:
         """Remove a job that has ended."""
-        self._queue.remove(job_id)
+        self.cancel(job_id)
 
     def ended_before(self, moment: float) -> list[str]:
         """No job: rows and folders of deleted jobs go by themselves."""

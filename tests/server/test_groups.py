@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import signal
 import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
-from groups import LEASE_SECONDS, Gateway, GroupProcess
+from groups import LEASE_SECONDS, GroupProcess, Pool
 from postgres import PASSWORD, Postgres, programs
 
 from opensora_sp.base.errors import UserError
@@ -32,7 +30,7 @@ from opensora_sp.server.group_worker import GroupStore, GroupWorker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.queue_url import parse_queue_url
 from opensora_sp.server.settings import GroupSettings
-from opensora_sp.server.shared_board import SharedBoard
+from opensora_sp.server.shared_board import GatewayQueue, SharedBoard
 from opensora_sp.server.shared_queue import QueueLost, SharedQueue
 from opensora_sp.server.shared_store import TOKEN_FILE, SharedStore, require_same_folder
 
@@ -53,50 +51,10 @@ def database() -> Iterator[Postgres]:
         one.remove()
 
 
-class Pool:
-    """Two gateways and two groups of one rank on a queue."""
-
-    def __init__(self, save_dir: Path, url: str) -> None:
-        self.save_dir, self.url = save_dir, url
-        self.groups = {name: GroupProcess(name, save_dir, url) for name in ("a", "b")}
-        self.first = Gateway("one", save_dir, url)
-        self.second = Gateway("two", save_dir, url, "--drain", "finish")
-
-    def maker(self, job: str, *, but: str = "") -> str:
-        """The group that makes a job now, and is not `but`."""
-        end = time.monotonic() + 60
-        while True:
-            video = self.second.until(job, "in_progress")
-            if video["group"] and video["group"] != but:
-                return str(video["group"])
-            assert time.monotonic() < end, video
-            time.sleep(0.02)
-
-    def outputs(self, job: str) -> list[str]:
-        """Every video file of a job, of whatever attempt."""
-        folder = self.save_dir / "jobs" / job
-        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.mp4"))
-
-    def digest(self, job: str) -> str:
-        video = self.second.wait(job)
-        assert video["status"] == "completed", video
-        return hashlib.sha256(self.second.content(job)).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def pool(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    one = Pool(tmp_path_factory.mktemp("groups") / "save", database.url)
-    try:
-        for group in one.groups.values():
-            group.start()
-        one.first.start()
-        one.second.start()
+    with Pool(tmp_path_factory.mktemp("groups") / "save", database.url) as one:
         yield one
-    finally:
-        for group in one.groups.values():
-            group.kill()
-        one.first.stop()
-        one.second.stop()
 
 
 class Video(NamedTuple):
@@ -153,8 +111,7 @@ def test_a_suspended_group_publishes_nothing_of_what_another_has_taken_over(
     pool.first.gone(jobs[0])
     assert pool.digest(jobs[1]) == wanted.digest
     assert pool.first.call("GET", f"/v1/videos/{jobs[0]}")[0] == 404
-    with urllib.request.urlopen(f"{pool.first.url}/metrics", timeout=30) as answer:
-        assert b'opensora_sp_groups{state="ready"} 2.0' in answer.read()
+    assert b'opensora_sp_groups{state="ready"} 2.0' in pool.first.metrics()
 
 
 def test_groups_go_on_when_the_database_was_away(
@@ -298,6 +255,42 @@ def test_a_call_is_made_once_whenever_its_connection_was_lost(queue: SharedQueue
     assert len(calls) == 1
     assert queue.folder_token("another") == "another"
     assert {row.id for row in queue.changes(None)[0]} == {a_job(1).id, a_job(2).id}
+
+
+def test_calls_whose_answer_was_lost_leave_nothing_behind(
+    queue: SharedQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SharedStore(tmp_path, lambda _: 0, lambda _: None)
+    jobs = GatewayQueue(queue, store)
+    spec = a_job(1)
+
+    def loses(call: Callable[[Any], None], *, done: bool) -> Callable[[Any], None]:
+        def lost(what: Any) -> None:
+            if done:
+                call(what)
+            raise QueueLost("it is gone")
+
+        return lost
+
+    for done in (False, True):
+        store.put_spec(spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "put", loses(queue.put, done=done))
+            with pytest.raises(QueueLost):
+                jobs.put(spec.id, 100)
+        jobs.withdraw_unsure()
+        assert queue.row(spec.id) is None
+    for done in (False, True):
+        store.put_spec(spec)
+        jobs.put(spec.id, 100)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "remove", loses(queue.remove, done=done))
+            with pytest.raises(QueueLost):
+                jobs.cancel(spec.id)
+            assert store.folder(spec.id).exists()
+        jobs.withdraw_unsure()
+        assert store.folder(spec.id).exists() is not done
+        assert (queue.row(spec.id) is None) is done
 
 
 def test_the_moment_is_known_from_which_on_a_group_counts_as_dead(queue: SharedQueue) -> None:
