@@ -66,8 +66,12 @@ def test_a_group_that_is_cut_off_publishes_nothing_of_what_another_has_taken_ove
             assert pool.digest(job) == wanted
             print(f"taken over {taken - cut:.1f} s, ended {time.monotonic() - cut:.1f} s after it")
             log = pool.groups[name].log
+            attempts = tmp_path / "save" / "jobs" / job / "attempts"
             end = time.monotonic() + PATIENCE_SECONDS
-            while "another attempt has the job or will get it" not in log.read_text():
+            while (
+                "another attempt has the job or will get it" not in log.read_text()
+                or len(list(attempts.iterdir())) > 1
+            ):
                 assert time.monotonic() < end, log.read_text()[-2000:]
                 time.sleep(0.1)
             assert pool.outputs(job) == ["attempts/0002/video_0000.mp4"]
