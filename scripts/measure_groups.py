@@ -522,8 +522,9 @@ def split(asked: argparse.Namespace) -> dict[str, Any]:
         try:
             postgres.start()
             with Pool(Path(folder) / "save", postgres.url, inside) as pool:
+                right = pool.digest(pool.first.create(**CUT_JOB))  # groups were started meanwhile
                 begun = time.monotonic()
-                right = pool.digest(pool.first.create(**CUT_JOB))
+                pool.digest(pool.first.create(**CUT_JOB))
                 found["seconds, undisturbed"] = round(time.monotonic() - begun, 1)
                 for until in ("half a lease", "taken over", "ended"):
                     rounds = [
@@ -552,7 +553,7 @@ def cut_off(pool: Pool, net: Network, right: str, until: str, lease: float) -> d
     if until == "half a lease":
         time.sleep(lease / 2)
     else:
-        pool.maker(job, but=name)
+        pool.heir(job, name)
         taken = round(time.monotonic() - cut, 1)
     if until == "ended":
         pool.digest(job)

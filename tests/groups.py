@@ -186,6 +186,14 @@ class Pool:
             assert time.monotonic() < end, video
             time.sleep(0.02)
 
+    def heir(self, job: str, name: str) -> str:
+        """The group that has taken a job over from this one; it may have ended it by now."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while (group := self.second.call("GET", f"/v1/videos/{job}")[1]["group"]) in (None, name):
+            assert time.monotonic() < end, f"{job} stays with {name}"
+            time.sleep(0.02)
+        return str(group)
+
     def outputs(self, job: str) -> list[str]:
         """Every video file of a job, of whatever attempt."""
         folder = self.save_dir / "jobs" / job

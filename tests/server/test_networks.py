@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
     programs() is None, reason="no Postgres here: apt-get install postgresql"
 )
 NO_NETWORK = why_no_network()
-LONG = {"num_inference_steps": 200, "seed": 5}
+LONG = {"num_inference_steps": 300, "seed": 5}
 MANIFEST = ROOT / "configs" / "deploy" / "kubernetes" / "group-two-nodes.yaml"
 LEADER = "opensora-sp-pair-0.opensora-sp-pair.default"
 
@@ -60,7 +60,7 @@ def test_a_group_that_is_cut_off_publishes_nothing_of_what_another_has_taken_ove
             name = pool.maker(job)
             net.cut("ab".index(name))
             cut = time.monotonic()
-            other = pool.maker(job, but=name)
+            other = pool.heir(job, name)
             taken = time.monotonic()
             net.mend("ab".index(name))
             assert pool.digest(job) == wanted
