@@ -3,6 +3,7 @@
     python scripts/measure_groups.py chaos      docs/benchmarks/groups-chaos.json
     python scripts/measure_groups.py throughput docs/benchmarks/groups-throughput.json
     python scripts/measure_groups.py list       docs/benchmarks/groups-list.json
+    python scripts/measure_groups.py split      docs/benchmarks/groups-split.json
 
 chaos       3 groups of 2 ranks and 2 gateways make 120 jobs of the embedded model while ranks,
             groups and gateways are killed at random moments and the database is restarted once:
@@ -11,6 +12,9 @@ throughput  groups that sleep instead of making a video: jobs per second of 1, 2
             what a job, an idle group and a gateway cost the database
 list        generate --queue with 100,000 prompts, a tenth of which stand twice, and a group that
             makes nothing; interrupted twice: memory of the command, jobs that were made twice
+split       two groups in network namespaces. The link of the one that makes a job is cut for less
+            than the lease, until the other one has the job, and until that one has ended it: bytes,
+            outputs of each job, seconds until it was taken over and until it ended. As root
 
 It prints a table and writes OUT.json with the command and the machine. It ends with 1 where what
 must hold does not: a lost job, other bytes, a second output. Times are measured, not judged.
@@ -32,7 +36,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -41,18 +45,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
 
-from groups import LEASE_SECONDS, Gateway, GroupProcess  # noqa: E402
+from groups import LEASE_SECONDS, Gateway, GroupProcess, Pool  # noqa: E402
+from namespaces import Network, network, why_no_network  # noqa: E402
 from postgres import Postgres, programs  # noqa: E402
 
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec  # noqa: E402
 from opensora_sp.server.queue_url import parse_queue_url  # noqa: E402
-from opensora_sp.server.shared_queue import QueueLost, SharedQueue  # noqa: E402
+from opensora_sp.server.shared_queue import LEASE_SECONDS as LEASE  # noqa: E402
+from opensora_sp.server.shared_queue import QueueLost, SharedQueue, Sweeper  # noqa: E402
 from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
 
 # Kinds of jobs, all small: (size, frames, steps, seed).
-KINDS = (("48x32", 17, 60, 1), ("64x48", 17, 40, 2), ("96x64", 1, 60, 3), ("48x32", 17, 120, 4))
+KINDS = (("48x32", 17, 30, 1), ("64x48", 17, 20, 2), ("96x64", 1, 40, 3), ("48x32", 17, 60, 4))
+# Long enough that a group is cut off in the middle of it.
+CUT_JOB = {"num_inference_steps": 400, "seed": 5}
 VICTIMS = ("rank 0", "rank 1", "group", "gateway")
-MOST_SECONDS = 3600.0
 
 
 def main() -> int:
@@ -62,23 +69,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("chaos", "throughput", "list"))
+    parser.add_argument("what", choices=("chaos", "throughput", "list", "split"))
     parser.add_argument("out", type=Path)
     parser.add_argument(
         "--jobs",
         type=int,
-        help="120 of chaos, 100 for each group of throughput, 100000 of list",
+        help="120 of chaos, 100 for each group of throughput, 100000 of list, 5 of each cut of "
+        "split",
     )
     parser.add_argument("--groups", type=int, default=3, help="of chaos")
     parser.add_argument("--ranks", type=int, default=2, help="of each group of chaos")
     parser.add_argument("--every", type=float, default=20, help="mean seconds between two kills")
+    parser.add_argument("--most-seconds", type=float, default=3600, help="of chaos")
+    parser.add_argument("--most-kills", type=int, default=10_000, help="then nothing is disturbed")
+    parser.add_argument("--lease", type=float, default=LEASE_SECONDS, help="of chaos, seconds")
     parser.add_argument("--seed", type=int, default=1, help="of the kills")
     asked = parser.parse_args()
     if programs() is None:
         print("error: no Postgres here: apt-get install postgresql", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # asked to end, it ends what it started
-    found = {"chaos": chaos, "throughput": throughput, "list": a_list}[asked.what](asked)
+    measures = {"chaos": chaos, "throughput": throughput, "list": a_list, "split": split}
+    found = measures[asked.what](asked)
     found = {
         "command": " ".join(["python", *sys.argv]),
         "cpu": cpu_name(),
@@ -108,11 +120,15 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
     with database() as postgres, tempfile.TemporaryDirectory() as folder:
         save = Path(folder) / "save"
         groups = [
-            GroupProcess(f"group-{number}", save, postgres.url, ranks=asked.ranks)
+            GroupProcess(
+                f"group-{number}", save, postgres.url, ranks=asked.ranks, lease=asked.lease
+            )
             for number in range(asked.groups)
         ]
         gateways = [Gateway(f"gateway-{number}", save, postgres.url) for number in range(2)]
         watch = Watch(parse_queue_url(postgres.url))
+        kills: list[dict[str, Any]] = []
+        disturber = Disturber(luck, groups, gateways, postgres, watch, kills, asked)
         try:
             for gateway in gateways:
                 gateway.start()
@@ -121,16 +137,16 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
             right = [undisturbed(gateways[0], kind) for kind in KINDS]
             watch.start()
             begun = time.monotonic()
-            kills: list[dict[str, Any]] = []
-            disturber = Disturber(luck, groups, gateways, postgres, watch, kills, asked.every)
             disturber.start()
             jobs = send(gateways, count, luck)
-            accepted = watch.until_ended(list(jobs))
+            ended = watch.until_ended(list(jobs), asked.most_seconds)
             disturber.end()
             seconds = time.monotonic() - begun
             gateway = next(one for one in gateways if alive(one))
             wrong, doubled = [], []
             for job, kind in jobs.items():
+                if job not in ended:
+                    continue
                 video = gateway.wait(job)
                 content = gateway.content(job) if video["status"] == "completed" else b""
                 if hashlib.sha256(content).hexdigest() != right[kind]:
@@ -144,6 +160,7 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
                     doubled.append(job)
             again = watch.takeovers(kills)
         finally:
+            disturber.end()  # it would start again what is ended here
             watch.close()
             for group in groups:
                 group.kill()
@@ -157,11 +174,11 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
     return {
         "groups": asked.groups,
         "ranks of each": asked.ranks,
-        "lease, s": LEASE_SECONDS,
+        "lease, s": asked.lease,
         "kills": kills,
         "number of kills": dict(Counter(kill["victim"] for kill in kills)),
         "jobs": len(jobs),
-        "jobs that ended": accepted,
+        "jobs that ended": len(ended),
         "attempts": dict(Counter(watch.attempts.values())),
         "jobs with other bytes": wrong,
         "jobs with other than one output": doubled,
@@ -174,7 +191,7 @@ def chaos(asked: argparse.Namespace) -> dict[str, Any]:
             for name, some in known.items()
             if some
         },
-        "holds": not wrong and not doubled and accepted == len(jobs),
+        "holds": not wrong and not doubled and len(ended) == len(jobs),
     }
 
 
@@ -219,6 +236,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.attempts: dict[str, int] = {}
         self.held: dict[str, str] = {}  # the job of each group
+        self.ready: set[str] = set()  # groups that take jobs
         self._ended: set[str] = set()
         self._seen: list[tuple[float, str, int]] = []
 
@@ -233,12 +251,12 @@ class Watch:
             self._thread.join(30)
         self._queue.close()
 
-    def until_ended(self, jobs: Sequence[str]) -> int:
-        """Wait until all have ended; how many did in `MOST_SECONDS`."""
-        end = time.monotonic() + MOST_SECONDS
+    def until_ended(self, jobs: Sequence[str], seconds: float) -> set[str]:
+        """Wait until all have ended, or so long; those that have."""
+        end = time.monotonic() + seconds
         while not self._ended.issuperset(jobs) and time.monotonic() < end:
             time.sleep(0.2)
-        return len(self._ended.intersection(jobs))
+        return self._ended.intersection(jobs)
 
     def takeovers(self, kills: Sequence[dict[str, Any]]) -> int:
         """Note at each kill when the next attempt at the job began that was being made."""
@@ -269,6 +287,9 @@ class Watch:
                     del self.held[row.group or ""]
                 if row.state == "ended":
                     self._ended.add(row.id)
+            with suppress(QueueLost):
+                groups = self._queue.groups()
+                self.ready = {one.name for one in groups if one.alive and one.state == "ready"}
 
 
 class Disturber:
@@ -282,10 +303,10 @@ class Disturber:
         postgres: Postgres,
         watch: Watch,
         kills: list[dict[str, Any]],
-        every: float,
+        asked: argparse.Namespace,
     ) -> None:
         self._luck, self._groups, self._gateways = luck, groups, gateways
-        self._postgres, self._watch, self._kills, self._every = postgres, watch, kills, every
+        self._postgres, self._watch, self._kills, self._asked = postgres, watch, kills, asked
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -296,16 +317,19 @@ class Disturber:
     def end(self) -> None:
         """No more kills; what was killed is started again first."""
         self._end.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         number = 0
-        while not self._end.wait(self._luck.expovariate(1 / self._every)):
+        while not self._end.wait(self._luck.expovariate(1 / self._asked.every)):
+            if len(self._kills) >= self._asked.most_kills:
+                break
             number += 1
             if number == 4:
                 self._note("database", "")
                 self._postgres.stop("immediate")
-                time.sleep(LEASE_SECONDS + 2)
+                time.sleep(self._asked.lease + 2)
                 self._postgres.start()
                 continue
             victim = self._luck.choice(VICTIMS)
@@ -325,6 +349,10 @@ class Disturber:
             ranks = group.ranks_pids()
             if len(ranks) < group.ranks:
                 continue  # it is being started
+            # While its ranks load it is mostly left alone: else none would ever make a job where a
+            # start takes longer than the time between two kills.
+            if group.name not in self._watch.ready and self._luck.random() < 0.75:
+                continue
             self._note(victim, group.name)
             if victim == "group":
                 group.kill()
@@ -335,6 +363,7 @@ class Disturber:
 
     def _note(self, victim: str, name: str) -> None:
         job = self._watch.held.get(name)
+        print(f"{len(self._kills) + 1}: {victim} {name}", file=sys.stderr, flush=True)
         self._kills.append(
             {
                 "victim": victim,
@@ -480,6 +509,75 @@ def sent_list(command: list[str], queue: SharedQueue, until: int, folder: str) -
     }
 
 
+def split(asked: argparse.Namespace) -> dict[str, Any]:
+    """Cut a group off that makes a job, and mend the link, at three moments."""
+    if (reason := why_no_network()) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    found: dict[str, Any] = {"lease, s": LEASE_SECONDS}
+    holds = True
+    with network(2) as net, tempfile.TemporaryDirectory() as folder:
+        postgres = Postgres(net.address)
+        inside = {name: net.inside(number, Path(folder)) for number, name in enumerate("ab")}
+        try:
+            postgres.start()
+            with Pool(Path(folder) / "save", postgres.url, inside) as pool:
+                right = pool.digest(pool.first.create(**CUT_JOB))  # groups were started meanwhile
+                begun = time.monotonic()
+                pool.digest(pool.first.create(**CUT_JOB))
+                found["seconds, undisturbed"] = round(time.monotonic() - begun, 1)
+                for until in ("half a lease", "taken over", "ended"):
+                    rounds = [
+                        cut_off(pool, net, right, until, found["lease, s"])
+                        for _ in range(asked.jobs or 5)
+                    ]
+                    found[f"cut until {until}"] = rounds
+                    holds = holds and all(one["bytes equal"] for one in rounds)
+                    holds = holds and all(one["outputs"] == 1 for one in rounds)
+                    for name in ("taken over, s", "ended, s"):
+                        known = [one[name] for one in rounds if one[name] is not None]
+                        if known:
+                            middle = statistics.median(known), max(known)
+                            found[f"cut until {until}: {name}: median, longest"] = middle
+        finally:
+            postgres.remove()
+    return found | {"holds": holds}
+
+
+def cut_off(pool: Pool, net: Network, right: str, until: str, lease: float) -> dict[str, Any]:
+    """One job, with the link of its group cut; seconds count from the cut."""
+    job = pool.first.create(**CUT_JOB)
+    name = pool.maker(job)
+    net.cut("ab".index(name))
+    cut, taken = time.monotonic(), None
+    if until == "half a lease":
+        time.sleep(lease / 2)
+    else:
+        pool.heir(job, name)
+        taken = round(time.monotonic() - cut, 1)
+    if until == "ended":
+        pool.digest(job)
+    else:
+        net.mend("ab".index(name))
+    same = pool.digest(job) == right
+    ended = round(time.monotonic() - cut, 1)
+    net.mend("ab".index(name))
+    # Until both are there again, and what the one that was cut off left is removed.
+    end = time.monotonic() + 120
+    attempts = pool.save_dir / "jobs" / job / "attempts"
+    while len(list(attempts.iterdir())) > 1 or b'{state="ready"} 2.0' not in pool.first.metrics():
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return {
+        "taken over, s": taken,
+        "ended, s": ended,
+        "bytes equal": same,
+        "outputs": len(pool.outputs(job)),
+        "attempt of the output": max(int(path.name) for path in attempts.iterdir()),
+    }
+
+
 def looks(queue: SharedQueue, cpu: Callable[[], float]) -> dict[str, Any]:
     """What a look of a gateway costs with so many jobs in the list."""
     found = {}
@@ -557,9 +655,9 @@ def stand_in(name: str, seconds: str) -> int:
     """A group that sleeps instead of making a video, with the calls of a real one."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     queue = SharedQueue(os.environ["MEASURED_QUEUE"], name, listens=True)
-    epoch = queue.register(name, name, {"ranks": 1}, 60.0)
+    epoch = queue.register(name, name, {"ranks": 1}, LEASE)
     assert epoch is not None
-    beaten = swept = 0.0
+    sweeper, beaten = Sweeper(queue), 0.0
 
     def beat(claim: Any) -> None:
         nonlocal beaten
@@ -571,9 +669,7 @@ def stand_in(name: str, seconds: str) -> int:
     takes: Callable[[str, JobSpec], bool] = lambda *_: True
     while True:
         beat(None)
-        if time.monotonic() - swept > 1:
-            swept = time.monotonic()
-            queue.give_out_again()
+        sweeper.sweep()
         claim = queue.claim(name, epoch, (), takes)
         if claim is None:
             end = time.monotonic() + 1

@@ -37,15 +37,16 @@ sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
 from opensora_sp.server.beat import BEAT_SECONDS  # noqa: E402
 from opensora_sp.server.board import LOOK_SECONDS  # noqa: E402
 from opensora_sp.server.engine_group import TICK_SECONDS  # noqa: E402
-from opensora_sp.server.group_worker import RETRY_SECONDS  # noqa: E402
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec  # noqa: E402
-from opensora_sp.server.shared_board import SWEEP_SECONDS  # noqa: E402
+from opensora_sp.server.shared_queue import LEASE_SECONDS, SPREAD_SECONDS  # noqa: E402
 
 COSTS = ROOT / "docs" / "benchmarks" / "groups-costs.json"
 GROUPS, SECONDS = (1, 10, 100, 1_000), (1.0, 10.0, 100.0, 1_000.0)
 # psycopg sends BEGIN, each statement and COMMIT one after the other: the ways there and back of
 # publish, sweep and claim, which is all between two jobs. Two of the three write to the log.
 ROUND_TRIPS, FLUSHES = 3 + 3 + 5, 2
+# Signs of life come every second: so long after a look no group can count as dead that lived then.
+SWEEP_PERIOD = LEASE_SECONDS - BEAT_SECONDS + SPREAD_SECONDS / 2
 # Each job changes its row so often, and every gateway reads each change.
 CHANGES = 3
 # Calls that are measured: by so many connections in turn, so many seconds apart.
@@ -60,7 +61,7 @@ class Costs:
     """Processor milliseconds of the database.
 
     put, claim, publish: of a job. beat: a sign of life. empty_claim: a claim that finds no job.
-    sweep, sweep_row: a look for dead groups, and more for each job that is taken. look, look_group,
+    sweep, sweep_row: a look for dead groups, and more for each group. look, look_group,
     look_row: a gateway's look, and more for each group and each changed job. wake: more of a put
     for each connection that listens.
     """
@@ -127,9 +128,9 @@ def load(costs: Costs, assumed: Assumed, busy: int, idle: int, rate: float) -> d
     """
     groups, looks = busy + idle, assumed.gateways / LOOK_SECONDS
     puts = rate if assumed.alone else 0.0
-    sweep = costs.sweep + costs.sweep_row * busy
-    sweeps = assumed.gateways / SWEEP_SECONDS + idle / TICK_SECONDS
-    sweeps += min(rate, busy / RETRY_SECONDS)  # before a claim, but no more often
+    sweep = costs.sweep + costs.sweep_row * groups
+    sweeps = (assumed.gateways + idle) / SWEEP_PERIOD
+    sweeps += min(rate, busy / SWEEP_PERIOD)  # before a claim, but no more often
     milliseconds = {
         # A job tells once more that it has begun.
         "jobs": rate * (costs.put + costs.claim + costs.publish + costs.beat),
@@ -164,9 +165,9 @@ def waiting_factor(cores: int, used: float) -> float:
     return 1 + waits / (cores - used)
 
 
-def wait_seconds(costs: Costs, assumed: Assumed, busy: int, used: float) -> float:
+def wait_seconds(costs: Costs, assumed: Assumed, groups: int, used: float) -> float:
     """Seconds from the end of a job to the begin of the group's next one, where one is queued."""
-    work = costs.publish + costs.sweep + costs.sweep_row * busy + costs.claim
+    work = costs.publish + costs.sweep + costs.sweep_row * groups + costs.claim
     fixed = ROUND_TRIPS * assumed.round_trip_ms + FLUSHES * assumed.flush_ms
     return (fixed + work * waiting_factor(assumed.cores, used)) / 1000
 
@@ -179,7 +180,7 @@ def carried(costs: Costs, assumed: Assumed, busy: int, idle: int, seconds: float
 
     def wait(rate: float) -> float:
         used = sum(load(costs, assumed, busy, idle, rate).values())
-        return wait_seconds(costs, assumed, busy, used)
+        return wait_seconds(costs, assumed, busy + idle, used)
 
     low, high = 0.0, busy / seconds
     for _ in range(60):  # the rate at which a cycle takes as long as job and wait
@@ -390,7 +391,7 @@ class Meter:
         assert len(rows) == count
         found["look_row"] = 1000 * (self.cpu() - spent) / count
         taken = self._cost(lambda: turn().give_out_again(), 160)
-        found["sweep_row"] = max(0.0, (taken - found["sweep"]) / count)
+        found["sweep_row"] = max(0.0, (taken - found["sweep"]) / 999)
         found["beat"] = self._cost(beat, 960, vacuum="groups")
         found["empty_claim"] = self._cost(lambda: turn().claim("g1", 1, (), lambda *_: True), count)
         ended = iter(claims)
@@ -564,12 +565,12 @@ def _sleeper(
     nothing: list[int],
 ) -> None:
     """A group that sleeps, with the calls of a real one."""
-    from opensora_sp.server.shared_queue import SharedQueue
+    from opensora_sp.server.shared_queue import SharedQueue, Sweeper
 
     name, queue = f"sleeper-{number}", SharedQueue(url, f"sleeper-{number}", listens=True)
-    epoch = queue.register(name, name, {"ranks": 1}, 60.0)
+    sweeper, beaten = Sweeper(queue), 0.0
+    epoch = queue.register(name, name, {"ranks": 1}, LEASE_SECONDS)
     assert epoch is not None
-    beaten = swept = 0.0
 
     def beat(claim: Any, *, now: bool = False) -> None:
         nonlocal beaten
@@ -581,9 +582,7 @@ def _sleeper(
     end.wait(number % 20 / 10)  # not all at the same moment
     while not end.is_set():
         beat(None)
-        if time.monotonic() - swept > RETRY_SECONDS:
-            swept = time.monotonic()
-            queue.give_out_again()
+        sweeper.sweep()
         claim = queue.claim(name, epoch, (), lambda *_: True)
         if claim is None:
             nothing[0] += 1
@@ -603,16 +602,15 @@ def _sleeper(
 
 def _gateway(url: str, end: threading.Event) -> None:
     """What a gateway asks the database."""
-    from opensora_sp.server.shared_queue import SharedQueue
+    from opensora_sp.server.shared_queue import SharedQueue, Sweeper
 
-    queue, swept = SharedQueue(url, "gateway"), 0.0
+    queue = SharedQueue(url, "gateway")
+    sweeper = Sweeper(queue)
     _, since = queue.changes(None)
     while not end.wait(LOOK_SECONDS):
         _, since = queue.changes(since)
         queue.groups()
-        if time.monotonic() - swept > SWEEP_SECONDS:
-            swept = time.monotonic()
-            queue.give_out_again()
+        sweeper.sweep()
     queue.close()
 
 

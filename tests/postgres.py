@@ -25,9 +25,13 @@ def programs() -> Path | None:
 
 
 class Postgres:
-    """One server on a free port of this machine, with its data in a folder that goes with it."""
+    """One server on a free port of this machine, with its data in a folder that goes with it.
 
-    def __init__(self) -> None:
+    address: where it answers beside 127.0.0.1, such as that of a bridge; `url` has it.
+    """
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.address = address
         where = programs()
         assert where is not None
         self._bin = where
@@ -42,7 +46,7 @@ class Postgres:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
-        self.url = f"postgresql+psycopg://tester:{_QUOTED}@127.0.0.1:{self.port}/postgres"
+        self.url = f"postgresql+psycopg://tester:{_QUOTED}@{address}:{self.port}/postgres"
         secret = self.folder / "secret"
         secret.write_text(PASSWORD + "\n")
         secret.chmod(0o644)
@@ -50,10 +54,13 @@ class Postgres:
             "initdb", "-D", "data", "-U", "tester", "--pwfile=secret", "-A", "scram-sha-256",
             "-E", "UTF8", "--no-sync", "--locale=C",
         )  # fmt: skip
+        with (self.folder / "data" / "pg_hba.conf").open("a") as file:
+            file.write("host all all samenet scram-sha-256\n")
 
     def start(self) -> Postgres:
         """Start it, and return when it answers."""
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        addresses = ",".join({"127.0.0.1", self.address})
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses={addresses} -c fsync=off"
         self._run("pg_ctl", "-D", "data", "-w", "-l", "log", "-o", options, "start")
         return self
 

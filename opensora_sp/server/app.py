@@ -352,11 +352,12 @@ def _estimate(
 def remove(gateway: Gateway, entry: Entry) -> None:
     """Stop a job where it has not ended, and remove everything of it."""
     job_id = entry.spec.id
-    if entry.live:
+    if gateway.board.others:
+        # The database alone stops it. Where it does not answer nothing has happened.
+        gateway.jobs.cancel(job_id)
+    elif entry.live:
         gateway.store.ask_to_cancel(job_id)
         gateway.jobs.cancel(job_id)
-    elif gateway.board.others:
-        gateway.jobs.forget(job_id)  # first: it is refused as a whole where the queue is not there
     now = gateway.board.get(job_id) or entry
     if not gateway.board.remove(job_id):
         return  # somebody else deletes it just now
@@ -367,5 +368,5 @@ def remove(gateway: Gateway, entry: Entry) -> None:
     if entry.live:
         gateway.metrics.job_cancelled()
         log.info("%s is deleted before it ended", job_id, extra={"job": job_id})
-    else:
+    elif not gateway.board.others:
         gateway.jobs.forget(job_id)

@@ -6,7 +6,6 @@ is still this group's. Where it is not, the ranks leave it at the next step.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import platform
 import shutil
@@ -23,7 +22,7 @@ from opensora_sp.server.durable import QueuedJob
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.served import why_not
 from opensora_sp.server.settings import GroupSettings
-from opensora_sp.server.shared_queue import Claim, QueueLost, SharedQueue
+from opensora_sp.server.shared_queue import Claim, QueueLost, SharedQueue, Sweeper
 from opensora_sp.server.shared_store import (
     SEEN_SECONDS,
     SharedStore,
@@ -83,9 +82,8 @@ class GroupStore(SharedStore):
         self.preview(job_id).unlink(missing_ok=True)
 
     def cancel_asked(self, job_id: str) -> bool:
-        """Whether somebody wants it to stop, or another attempt has it."""
-        lost = self.claim is not None and self.lost is self.claim
-        return lost or (self.folder(job_id) / "cancel").exists()
+        """Whether it was deleted or another attempt has it, as the database says."""
+        return self.claim is not None and self.lost is self.claim
 
     def delete(self, job_id: str) -> None:
         """Leave it: what stays of it is decided when the queue has been asked."""
@@ -127,7 +125,7 @@ class GroupWorker:
         # Shapes that this group can make, and those that it cannot, with the reason.
         self._fit: set[str] = set()
         self._unfit: dict[str, str] = {}
-        self._swept = 0.0
+        self._sweeper = Sweeper(self._queue)
         self.idle, self.state = True, "starting"
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="group beat", daemon=True)
@@ -159,7 +157,10 @@ class GroupWorker:
         if self._replaced:
             raise RuntimeError(f"another engine has begun as the group {self._settings.group_name}")
         end = time.monotonic() + seconds
-        self._sweep()
+        try:
+            self._sweeper.sweep()  # an idle group looks after the dead, where no gateway does
+        except QueueLost as error:
+            self._say_lost(error)
         while (left := end - time.monotonic()) > 0:
             try:
                 claim = self._claim()
@@ -171,9 +172,6 @@ class GroupWorker:
                 self._say_lost(error)
                 time.sleep(min(RETRY_SECONDS, max(0.0, left)))
                 continue
-            # One that was deleted and sent again: what was asked of the deleted one is no more.
-            with contextlib.suppress(OSError):
-                (self._store.folder(claim.id) / "cancel").unlink()
             self._store.begin(claim)
             self._see(claim)
             return claim.id
@@ -196,7 +194,7 @@ class GroupWorker:
     def done(self, *, deleted: bool = False) -> bool:
         """Publish how the job ended; False where the database does not answer: call again.
 
-        deleted: whether it was deleted or is another's, as the folder says; the queue decides.
+        deleted: as the other kind of queue needs it; here the database knows.
         """
         claim, made = self._store.claim, self._store.made
         if claim is None:
@@ -205,9 +203,7 @@ class GroupWorker:
             if made is not None:
                 state = self._queue.publish(claim, made)
             else:
-                asked = (self._store.folder(claim.id) / "cancel").exists()
-                name = self._settings.group_name
-                state = self._queue.let_go(name, self._epoch, claim, deleted=asked)
+                state = self._queue.let_go(self._settings.group_name, self._epoch, claim)
         except QueueLost as error:
             self._say_lost(error)
             time.sleep(RETRY_SECONDS)
@@ -317,17 +313,6 @@ class GroupWorker:
                 "is published",
                 claim.id, claim.attempt,
             )  # fmt: skip
-
-    def _sweep(self) -> None:
-        """An idle group looks after the dead, where no gateway does."""
-        if time.monotonic() - self._swept < RETRY_SECONDS:
-            return
-        self._swept = time.monotonic()
-        try:
-            for job_id, group in self._queue.give_out_again():
-                log.warning("%s is given out again: no sign of life of the group %s", job_id, group)
-        except QueueLost as error:
-            self._say_lost(error)
 
     def _beat(self) -> None:
         claim = self._store.claim

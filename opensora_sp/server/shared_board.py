@@ -17,10 +17,10 @@ from opensora_sp.server.board import WHOLE_LOOK_SECONDS, Board, Entry, rounded
 from opensora_sp.server.durable import JobQueue
 from opensora_sp.server.engine_process import Health
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
-from opensora_sp.server.shared_queue import Group, QueueLost, Row, SharedQueue
+from opensora_sp.server.shared_queue import Group, QueueLost, Row, SharedQueue, Sweeper
 from opensora_sp.server.shared_store import SharedStore
 
-SWEEP_SECONDS, TIDY_SECONDS = 1.0, 600.0
+TIDY_SECONDS = 600.0
 # A job that was deleted here is not shown again by a look that had begun before.
 FORGOTTEN_SECONDS = 60.0
 MOST_PRICES = 1000
@@ -36,6 +36,8 @@ class GatewayQueue:
         # Jobs of which nobody knows whether they are queued: their clients were told that they
         # are not.
         self.unsure: set[str] = set()
+        # Jobs of which nobody knows whether they are deleted: their clients were told likewise.
+        self._deleted: set[str] = set()
 
     def put(self, job_id: str, priority: int) -> None:
         """Add a job that is written down."""
@@ -46,18 +48,26 @@ class GatewayQueue:
             raise
 
     def withdraw_unsure(self) -> None:
-        """Take out what was queued by calls of which the answer was lost. Raises QueueLost."""
+        """Undo or finish what was done by calls of which the answer was lost. Raises QueueLost."""
         for job_id in list(self.unsure):
             self._queue.remove(job_id)
             self.unsure.discard(job_id)
+        for job_id in list(self._deleted):
+            if self._queue.row(job_id) is None:
+                self._store.delete(job_id)
+            self._deleted.discard(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Take it out; a group that makes it hears of it within a second."""
-        self._queue.remove(job_id)
+        try:
+            self._queue.remove(job_id)
+        except QueueLost:
+            self._deleted.add(job_id)
+            raise
 
     def forget(self, job_id: str) -> None:
         """Remove a job that has ended."""
-        self._queue.remove(job_id)
+        self.cancel(job_id)
 
     def ended_before(self, moment: float) -> list[str]:
         """No job: rows and folders of deleted jobs go by themselves."""
@@ -95,7 +105,7 @@ class SharedBoard(Board):
         self._attempts: dict[str, int] = {}
         # When a job was deleted here, and the time in its spec: one that is sent again has another.
         self._forgotten: dict[str, tuple[float, float]] = {}
-        self._swept, self._tidied = 0.0, 0.0
+        self._sweeper, self._tidied = Sweeper(queue), 0.0
         self._said: set[str] = set()
         # Called with every look that the database answers.
         self.on_contact: list[Callable[[], None]] = []
@@ -180,12 +190,10 @@ class SharedBoard(Board):
     def _look(self) -> None:
         try:
             self._catch_up()
-            now = time.monotonic()
-            if now - self._swept > SWEEP_SECONDS:
-                self._swept = now
-                self._sweep()
+            self._sweeper.sweep()
             for each in self.on_contact:
                 each()
+            now = time.monotonic()
             if now - self._tidied > TIDY_SECONDS:
                 self._tidied = now
                 self._queue.tidy()
@@ -198,13 +206,6 @@ class SharedBoard(Board):
             log.info("the queue's database answers again")
             self.lost = None
         self._show()
-
-    def _sweep(self) -> None:
-        for job_id, group in self._queue.give_out_again():
-            log.warning(
-                "%s is given out again: no sign of life of the group %s", job_id, group,
-                extra={"job": job_id},
-            )  # fmt: skip
 
     def _catch_up(self, *, begins: bool = False) -> None:
         """Take in what has changed in the database since the last look."""

@@ -8,9 +8,11 @@ docs/several_machines.md says what follows from that.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +24,9 @@ from opensora_sp.server.queue_url import shown_url, without_password
 
 # A group that has not been heard of for this long counts as dead, and its job goes to another.
 LEASE_SECONDS = 15.0
+# The least time between two looks of a process for dead groups, and how far apart those processes
+# look that all know the moment from which on a group counts as dead.
+SWEEP_SECONDS, SPREAD_SECONDS = 1.0, 1.0
 # Rows of deleted jobs and of dead groups stay this long, so that every gateway hears of them.
 TOMBSTONE_SECONDS, DEAD_GROUP_SECONDS = 3600.0, 86_400.0
 CHANNEL = "opensora_sp"
@@ -165,8 +170,7 @@ class Link:
 
         with self._lock:
             try:
-                connection = self._opened()
-                with connection.transaction():
+                with self._transaction() as connection:
                     return work(connection)
             except (KeyboardInterrupt, SystemExit):
                 self._drop()  # a signal came in the middle of a statement
@@ -199,6 +203,28 @@ class Link:
         """Give the connection back."""
         with self._lock:
             self._drop()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """The connection, in a transaction.
+
+        A connection that was lost while nobody used it is found out by BEGIN. Nothing has been done
+        then, so a new one is tried at once.
+        """
+        import psycopg
+
+        fresh = self._connection is None
+        with ExitStack() as stack:
+            connection = self._opened()
+            try:
+                stack.enter_context(connection.transaction())
+            except psycopg.OperationalError:
+                if fresh:
+                    raise
+                self._drop()
+                connection = self._opened()
+                stack.enter_context(connection.transaction())
+            yield connection
 
     def _opened(self) -> Any:
         import psycopg
@@ -421,30 +447,38 @@ class SharedQueue:
 
         self.link.run(tidy)
 
-    def give_out_again(self) -> list[tuple[str, str]]:
+    def give_out_again(self) -> tuple[list[tuple[str, str]], float]:
         """Give out again what groups have that were not heard of for longer than their lease.
 
-        Returns each job's id and its group. Nothing is done while this process has had contact for
-        less than a lease, or the database was started within one: the groups could not be heard of.
+        Returns each job's id and its group, and the seconds until the next group could count as
+        dead: 0 where one does whose job was not given out. Nothing is given out while this process
+        has had contact for less than a lease, or the database was started within one: the groups
+        could not be heard of.
         """
-        steady = self.link.steady_seconds()
 
-        def release(connection: Any) -> list[Any]:
-            found: list[Any] = connection.execute(
-                f"UPDATE opensora_sp.jobs SET {_BACK} WHERE id IN ("
+        def release(connection: Any) -> tuple[list[tuple[str, str]], float]:
+            found, seconds = connection.execute(
+                f"WITH given AS (UPDATE opensora_sp.jobs SET {_BACK} WHERE id IN ("
                 " SELECT j.id FROM opensora_sp.jobs j LEFT JOIN opensora_sp.groups g"
                 "  ON g.name = j.group_name AND g.epoch = j.epoch"
                 f" WHERE j.state = 'taken' AND (g.name IS NULL OR NOT {_ALIVE})"
                 "  AND coalesce(g.lease_s, 0) < least(%(steady)s::float8, extract(epoch FROM"
                 "   clock_timestamp() - pg_postmaster_start_time()))"
-                " FOR UPDATE OF j SKIP LOCKED) RETURNING id, group_name",
-                {"died": 1, "steady": steady},
-            ).fetchall()
+                " FOR UPDATE OF j SKIP LOCKED) RETURNING id, group_name)"
+                " SELECT (SELECT jsonb_agg(jsonb_build_array(id, group_name)) FROM given),"
+                "  (SELECT min(least(g.lease_s, g.lease_s + extract(epoch FROM"
+                "   g.beat_at - clock_timestamp())))::float8 FROM opensora_sp.groups g"
+                f"   WHERE {_ALIVE} OR g.name IN"
+                "    (SELECT group_name FROM opensora_sp.jobs WHERE state = 'taken'))",
+                # Asked here: the connection may be a new one.
+                {"died": 1, "steady": self.link.steady_seconds()},
+            ).fetchone()
             if found:
                 _tell(connection)
-            return found
+            given = [(str(job), str(group)) for job, group in found or ()]
+            return given, max(0.0, seconds or 0.0)
 
-        return [(str(job), str(group)) for job, group in self.link.run(release)]
+        return self.link.run(release)
 
     # What groups do.
 
@@ -604,18 +638,19 @@ class SharedQueue:
             lambda connection: _give_back(connection, name, "epoch = %(only)s", epoch, died=0)
         )
 
-    def let_go(self, name: str, epoch: int, claim: Claim, *, deleted: bool) -> str:
+    def let_go(self, name: str, epoch: int, claim: Claim) -> str:
         """This engine makes a job no more: the state that the job has then, as for `publish`.
 
-        Where it still is this attempt's it is given out again, or removed where it is to be
-        deleted. Else nothing changes: another attempt, or a job that was sent again, has it.
+        Where it still is this attempt's it is given out again. Else nothing changes: it was
+        deleted, or another attempt has it.
         """
 
         def end(connection: Any) -> str:
             connection.execute(
-                f"UPDATE opensora_sp.jobs SET state = %s, result = NULL, {_CHANGED} WHERE id = %s"
-                " AND state = 'taken' AND group_name = %s AND epoch = %s AND attempt = %s",
-                ["gone" if deleted else "queued", claim.id, name, epoch, claim.attempt],
+                f"UPDATE opensora_sp.jobs SET state = 'queued', result = NULL, {_CHANGED}"
+                " WHERE id = %s AND state = 'taken' AND group_name = %s AND epoch = %s"
+                " AND attempt = %s",
+                [claim.id, name, epoch, claim.attempt],
             )
             _tell(connection)
             state, attempt = self._standing(connection, claim)
@@ -656,6 +691,32 @@ class SharedQueue:
             "SELECT state, attempt FROM opensora_sp.jobs WHERE id = %s", [claim.id]
         ).fetchone()
         return ("gone", 0) if found is None else (str(found[0]), int(found[1]))
+
+
+class Sweeper:
+    """Gives out again what dead groups have, for a process that calls it often.
+
+    Signs of life come every second, so a group that lives now cannot count as dead before its lease
+    is nearly over. Only then the next look is made: as early as one every second would find it.
+    """
+
+    def __init__(self, queue: SharedQueue) -> None:
+        self._queue, self._due = queue, 0.0
+
+    def sweep(self) -> None:
+        """Look for dead groups, if it is time. Raises QueueLost."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + SWEEP_SECONDS
+        given, seconds = self._queue.give_out_again()
+        # Not all processes at the same moment.
+        self._due = now + max(SWEEP_SECONDS, seconds + random.random() * SPREAD_SECONDS)
+        for job_id, group in given:
+            log.warning(
+                "%s is given out again: no sign of life of the group %s", job_id, group,
+                extra={"job": job_id},
+            )  # fmt: skip
 
 
 def _give_back(connection: Any, name: str, which: str, only: int | str, *, died: int) -> int:
