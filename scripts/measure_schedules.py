@@ -9,8 +9,9 @@ from text and from a picture. For each list: PSNR of the frames against all step
 prompt), the judge's scores of both, and the seconds of denoising of both (on the clock and of the
 CPU), batch by batch in turns. Then the model's schedules under other guidance scales and on sizes
 that they were not made on. WORK keeps what is made: the same command goes on from there. --case
-measures some of the cases and writes no JSON, so that several processes share the work. Writes one
-JSON and prints Markdown tables.
+measures some of the cases and writes no JSON, so that several processes share the work. --known
+measures nothing, and writes what WORK has: of a case that is not finished, the prompts so far.
+Writes one JSON and prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def main() -> None:
         "--counts", type=int, nargs="+", default=COUNTS, metavar="N",
         help="numbers of computed steps beside those of the schedules",
     )  # fmt: skip
+    parser.add_argument("--known", action="store_true", help="measure nothing: what WORK has")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     if asked.quick:
@@ -126,16 +128,21 @@ def main() -> None:
     bench = Bench(asked.work)
     rows: list[dict[str, Any]] = []
     to = asked.to or asked.work / "step-cache.json"
+    complete = True
     for case in _cases(asked):
         if asked.case and case.name not in asked.case:
             continue
-        rows += bench.measure(case, _lists(asked, case))
-        if asked.case:
+        lists = _lists(asked, case)
+        if asked.known:
+            known = bench.known(case, lists)
+            complete &= len(known) == len(lists) and len(known[0]["psnr"]) == case.prompts
+            rows += known
             continue
-        # After each case: what ends early has what was measured until then.
-        _write(to, asked, bench, rows, complete=False)
+        rows += bench.measure(case, lists)
+        if not asked.case:  # what ends early has what was measured until then
+            _write(to, asked, bench, rows, complete=False)
     if not asked.case:
-        _write(to, asked, bench, rows, complete=True)
+        _write(to, asked, bench, rows, complete=complete)
     for line in tables(rows):
         print(line)
     if not asked.case:
@@ -249,26 +256,31 @@ class Bench:
 
     def measure(self, case: Case, lists: Sequence[Listed]) -> list[dict[str, Any]]:
         """A row for each list. What the folder has is not measured again."""
-        path = self.work / f"measured-{case.prompts}-{case.name}.json"
-        known: list[dict[str, Any]] = []
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+        path = self._path("measured", case)
+        known = _read(path)
         left = [one for one in lists if not any(_is_of(row, one) for row in known)]
         if left:
             known += self._measure(case, left)
             with atomic_output(path) as temporary:
                 temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        return [
-            row | {"level": one.level, "shipped": one.shipped}
-            for one in lists
-            for row in known
-            if _is_of(row, one)
-        ]
+        return _named(known, lists)
+
+    def known(self, case: Case, lists: Sequence[Listed]) -> list[dict[str, Any]]:
+        """What the folder has, also of a case that is not finished."""
+        if known := _read(self._path("measured", case)):
+            return _named(known, lists)
+        found = Found.read(self._path("begun", case))
+        return _named([into.row(case, one) for one, into in found.items()], lists)
+
+    def _path(self, what: str, case: Case) -> Path:
+        return self.work / f"{what}-{case.prompts}-{case.name}.json"
 
     def _measure(self, case: Case, lists: Sequence[Listed]) -> list[dict[str, Any]]:
         wanted, requests = asked_of(case, self.work)
-        begun = self.work / f"begun-{case.prompts}-{case.name}.json"
-        found = Found.read(begun, lists)
+        begun = self._path("begun", case)
+        known = Found.read(begun)
+        goes_on = set(known) == set(lists)
+        found = [known[one] if goes_on else Found() for one in lists]
         for start in range(len(found[0].psnr), len(requests), BATCH):
             batch = requests[start : start + BATCH]
             words = wanted[start : start + BATCH]
@@ -307,17 +319,14 @@ class Found:
         self.seconds, self.full_seconds = np.zeros(2), np.zeros(2)
 
     @staticmethod
-    def read(path: Path, lists: Sequence[Listed]) -> list[Found]:
-        """What a file has of these lists, all of which were measured together; else nothing."""
-        found = [Found() for _ in lists]
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        by_list = {(one["fill"], *one["steps"]): one for one in known}
-        if len(known) == len(lists) and all((a.fill, *a.computed) in by_list for a in lists):
-            for one, into in zip(lists, found, strict=True):
-                read = by_list[(one.fill, *one.computed)]
-                into.psnr = read["psnr"]
-                into.right, into.right_full = read["right"], read["right_full"]
-                into.seconds, into.full_seconds = map(np.array, read["seconds"])
+    def read(path: Path) -> dict[Listed, Found]:
+        """What a file has, by list; nothing where it is not there."""
+        found = {}
+        for read in _read(path):
+            into = found[Listed(tuple(read["steps"]), read["fill"])] = Found()
+            into.psnr = read["psnr"]
+            into.right, into.right_full = read["right"], read["right_full"]
+            into.seconds, into.full_seconds = map(np.array, read["seconds"])
         return found
 
     @staticmethod
@@ -360,6 +369,23 @@ class Found:
             "cpu_seconds_full": round(float(self.full_seconds[1]), 3),
             "cpu_seconds": round(float(self.seconds[1]), 3),
         }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _named(rows: Sequence[dict[str, Any]], lists: Sequence[Listed]) -> list[dict[str, Any]]:
+    """The rows of these lists, each with the names of the schedules that it is."""
+    return [
+        row | {"level": one.level, "shipped": one.shipped}
+        for one in lists
+        for row in rows
+        if _is_of(row, one)
+    ]
 
 
 def _is_of(row: Mapping[str, Any], one: Listed) -> bool:
