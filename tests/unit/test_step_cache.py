@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,12 +20,13 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Progress
 from opensora_sp.engine.sampling import sample
 from opensora_sp.engine.step_cache.filled import FilledVelocity
+from opensora_sp.jobs.outputs import describe
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.computed_steps import computed_before, computed_steps
 from opensora_sp.request.conditions import layout_of
 from opensora_sp.request.mask_strategy import parse_mask_strategy, plan_clip
-from opensora_sp.request.request import Request
+from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.step_schedule import FILLS, StepSchedule
 from opensora_sp.request.step_times import times_of, timesteps
@@ -186,6 +189,16 @@ def test_a_result_says_which_steps_were_left_out_and_one_that_leaves_none_out_is
         assert np.array_equal(one, other)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="step_cache 'own' of the request meets step_cache 'every"):
         own.generate(held)
+
+
+def test_a_finished_file_says_which_steps_were_computed(tmp_path: Path) -> None:
+    pipeline = cast(Pipeline, SimpleNamespace(session=alone("cpu")))
+    request = replace(REQUEST, step_cache=schedule(0, 2, 4, steps=6, fill="linear"))
+    task = Task(request=request, output=tmp_path / "a.mp4")
+    job = Job(engine=EngineSettings(), settings=JobSettings(), tasks=(task,))
+    said = json.loads(json.dumps(describe(pipeline, job, request)))["request"]
+    assert said["step_cache"]["computed"] == [0, 2, 4]
+    assert (said["step_cache"]["fill"], said["steps"]) == ("linear", 6)
 
 
 class Saving(Progress):
