@@ -20,8 +20,9 @@ from opensora_sp.benchmark.report.files import (
     write_report,
 )
 from opensora_sp.planner.plan import Plan
+from opensora_sp.request.computed_steps import most_computed
 from opensora_sp.request.request import Job
-from opensora_sp.request.step_choice import before_each, describe
+from opensora_sp.request.step_choice import describe
 from opensora_sp.request.step_schedule import StepSchedule
 
 _log = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
     session, settings, request = pipeline.session, job.settings, job.tasks[0].request
     mesh = pipeline.models.mesh(request)
     schedule = request.step_cache if isinstance(request.step_cache, StepSchedule) else None
+    first = [task.request for task in job.batches()[0]]
     return {
         "ranks": session.world_size,
         "device": session.device.type,
@@ -166,7 +168,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
         "latent_shape": list(request.latent_shape),
         "patches": request.patch_grid[0] * request.patch_grid[1],
         "step_cache": None if schedule is None else describe(schedule),
-        "computed_steps": before_each(request)[-1],
+        "computed_steps": most_computed(first, schedule),
     }
 
 

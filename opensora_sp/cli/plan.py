@@ -19,6 +19,7 @@ from opensora_sp.request.setting import from_flags
 from opensora_sp.request.settings import (
     Values,
     check_request,
+    compose_references,
     parse_command_line,
     resolve,
     size_of,
@@ -53,13 +54,18 @@ def _main(argv: Sequence[str]) -> int:
 
 def _answer(values: Values) -> int:
     height, width = size_of(values)
-    request = Request(
-        **from_flags(Request, values),
-        prompt="",
-        reference_path="given" if values["reference_path"] or _typed(values) else "",
-        height=height,
-        width=width,
-    )
+    values = compose_references(values, 1)
+    requests = [
+        Request(
+            **from_flags(Request, values),
+            prompt="",
+            reference_path="given" if values["reference_path"] else "",
+            mask_strategy=strategy,
+            height=height,
+            width=width,
+        )
+        for strategy in values["mask_strategy"] or [""]
+    ]
     checkpoints = check_checkpoints(
         {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
     )
@@ -72,7 +78,8 @@ def _answer(values: Values) -> int:
         )
     memory = parse_memory(settings.device_memory)
     transformer = None if checkpoints is None else checkpoints.dit
-    shape = shape_of(request, settings, values["batch_size"], transformer)
+    batch = values["batch_size"]
+    shape = shape_of(requests[0], settings, batch, transformer, requests[:batch])
     options = options_of(settings)
     ranks = values["ranks"]
     if values["table"]:
@@ -88,10 +95,6 @@ def _answer(values: Values) -> int:
         print(f"note: {line}")
     print(said)
     return 0 if fits else DOES_NOT_FIT
-
-
-def _typed(values: Values) -> bool:
-    return any(values[key] is not None for key in ("image", "last_image", "extend", "edit"))
 
 
 if __name__ == "__main__":

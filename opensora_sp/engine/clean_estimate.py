@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from opensora_sp.engine.sampling import TRAINING_TIMESTEPS, VelocityFunction
+from opensora_sp.engine.sampling import VelocityFunction
+from opensora_sp.request.step_times import TRAINING_TIMESTEPS
 
 
 class Previews(Protocol):

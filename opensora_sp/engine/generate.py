@@ -26,7 +26,7 @@ from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.progress import HeldVelocities, Progress, ResumePoint
 from opensora_sp.engine.result import Result
-from opensora_sp.engine.sampling import VelocityFunction, sample, timesteps
+from opensora_sp.engine.sampling import VelocityFunction, sample
 from opensora_sp.engine.step_cache.filled import Computed, FilledVelocity
 from opensora_sp.engine.step_cache.policy import policy_of
 from opensora_sp.engine.text import Text, TextStage
@@ -39,6 +39,7 @@ from opensora_sp.parallel.session import Session
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import CheckFinite, Request
+from opensora_sp.request.step_times import times_of
 
 _HINTS = {
     "steps": "run again with --check-finite blocks to find the block, or with --dtype bf16 or fp32",
@@ -193,13 +194,7 @@ def denoise(
     request = requests[0]
     denoiser = models.denoiser(request)
     _agree(models, requests, text, start.z)
-    times = timesteps(
-        request.steps,
-        height=request.height,
-        width=request.width,
-        frames=request.num_frames,
-        transform=request.timestep_transform,
-    )
+    times = times_of(request)
     conditions = Conditions(
         tokens=text.tokens,
         masks=text.masks,

@@ -6,37 +6,16 @@ Source: Open-Sora 1.2's RFlow scheduler.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from opensora_sp.base.transfer import to_device
-
-TRAINING_TIMESTEPS = 1000.0
+from opensora_sp.request.step_times import TRAINING_TIMESTEPS
 
 # velocity(z, t, generate): generate is bool [B,T] or None when no frame is kept.
 VelocityFunction = Callable[[Tensor, float, Tensor | None], Tensor]
-
-
-def timesteps(
-    steps: int, *, height: int, width: int, frames: int, transform: bool = True
-) -> list[float]:
-    """The times of a run, 1000 first and falling; the run ends at 0.
-
-    height, width in pixels and frames in pixels' time: with the transform larger videos spend
-    more of their steps near the noise.
-    """
-    times = [(1.0 - i / steps) * TRAINING_TIMESTEPS for i in range(steps)]
-    if not transform:
-        return times
-    temporal = 1 if frames == 1 else 5 * max(1, frames // 17)
-    ratio = math.sqrt(height * width / 512**2) * math.sqrt(temporal)
-    shifted = (t / TRAINING_TIMESTEPS for t in times)
-    times = [ratio * u / (1 + (ratio - 1) * u) * TRAINING_TIMESTEPS for u in shifted]
-    # Exactly 1000 whatever rounding says, or a frame with mask 1 misses its first step.
-    return [min(TRAINING_TIMESTEPS, t) if i else TRAINING_TIMESTEPS for i, t in enumerate(times)]
 
 
 def sample(

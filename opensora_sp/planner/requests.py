@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
+from opensora_sp.request.computed_steps import most_computed
 from opensora_sp.request.memory_modes import MemoryMode, memory_mode
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.step_choice import planned_schedule
@@ -30,12 +32,18 @@ def transformer_of(settings: EngineSettings) -> Path:
 
 
 def shape_of(
-    request: Request, settings: EngineSettings, batch: int, transformer: Path | None
+    request: Request,
+    settings: EngineSettings,
+    batch: int,
+    transformer: Path | None,
+    together: Sequence[Request] = (),
 ) -> Shape:
     """What of a request decides its cost, in batches of `batch`.
 
-    transformer: the directory whose step schedules count; None where there is none. Raises
-    UserError where no schedule fits, as `opensora_sp.request.step_cache.choose_schedule`.
+    transformer: the directory whose step schedules count; None where there is none. together: the
+    requests of the batch, where they are known: a step at which frames of one join is computed
+    for all. Of several clips the one counts that computes most. Raises UserError where no schedule
+    fits, as `opensora_sp.request.step_choice.choose_schedule`.
     """
     schedule = planned_schedule(request, transformer)
     return Shape(
@@ -49,7 +57,7 @@ def shape_of(
         micro_batch=request.micro_batch_size,
         micro_frames=request.micro_frame_size,
         encodes=bool(request.reference_path) or request.loop > 1,
-        left_out=0 if schedule is None else schedule.left_out,
+        left_out=request.steps - most_computed(together or [request], schedule),
         held=0 if schedule is None else FILLS.index(schedule.fill) + 1,
     )
 
@@ -85,7 +93,9 @@ def plan_in_mode(job: Job, ranks: int, mode: MemoryMode) -> Plan:
 
 
 def _parts(job: Job) -> tuple[Shape, ModelSizes, Options]:
-    batch = max(len(tasks) for tasks in job.batches())
-    encodes = next((t for t in job.tasks if t.request.reference_path), job.tasks[0])
-    shape = shape_of(encodes.request, job.engine, batch, transformer_of(job.engine))
+    batches = [[task.request for task in tasks] for tasks in job.batches()]
+    largest = max(batches, key=lambda batch: (len(batch), any(r.reference_path for r in batch)))
+    encodes = next((t.request for t in job.tasks if t.request.reference_path), largest[0])
+    transformer = transformer_of(job.engine)
+    shape = shape_of(encodes, job.engine, len(largest), transformer, largest)
     return shape, sizes_of(job.engine.checkpoints), options_of(job.engine)

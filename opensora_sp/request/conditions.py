@@ -25,7 +25,7 @@ from opensora_sp.request.mask_strategy import (
 from opensora_sp.request.request import Request, reference_paths
 
 # The assumed length, in frames, of a reference whose length is unknown.
-_UNKNOWN = 10 * sizes.MOST_FRAMES
+UNKNOWN_FRAMES = 10 * sizes.MOST_FRAMES
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _GroupNotes:
         files = [facts[path].frames for path in paths]
         known = files + [request.num_frames] * max(1, group.loop)
         self._known = known[group.ref]
-        self._frames = [_UNKNOWN if frames is None else frames for frames in known]
+        self._frames = [UNKNOWN_FRAMES if frames is None else frames for frames in known]
         self._path = without_secrets(paths[group.ref]) if group.ref < len(paths) else None
 
     def notes(self) -> Iterator[str]:

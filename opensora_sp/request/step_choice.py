@@ -11,7 +11,6 @@ import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
 from opensora_sp.base import access
@@ -97,14 +96,6 @@ def planned_schedule(request: Request, directory: Path | None) -> StepSchedule |
     Raises UserError as `choose_schedule`.
     """
     return choose_schedule(request, directory).schedule
-
-
-def before_each(request: Request) -> list[int]:
-    """How many steps of a clip are computed before each one, and in all, if it is settled."""
-    schedule = request.step_cache
-    every = range(request.steps)
-    chosen = set(schedule.computed if isinstance(schedule, StepSchedule) else every)
-    return [0, *accumulate(int(step in chosen) for step in range(request.steps))]
 
 
 def tokens_of(request: Request) -> int:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import one_line
+from opensora_sp.request.computed_steps import computed_before
 from opensora_sp.request.request import Job, Task
-from opensora_sp.request.step_choice import before_each
 from opensora_sp.server.batches import gather, joined
 from opensora_sp.server.beat import Beat, drain_path
 from opensora_sp.server.checking import without_paths
@@ -271,7 +271,7 @@ class JobReporter:
         self._started, self._noted, self._steps, self._done = time.time(), 0.0, 0, 0
         self._first: float | None = None
         self._before, self._preview, self._together = 0, 0, 1
-        self._clip: Sequence[int] = (0, 1)
+        self._computed: Sequence[int] = (0, 1)
 
     @property
     def preview_file(self) -> Path:
@@ -288,7 +288,8 @@ class JobReporter:
         self._steps = request.steps * request.loop
         self._done = 0 if start is None else start.clip * request.steps + start.step
         self._before, self._first = self._done, None
-        self._clip = before_each(request)
+        # Before each step: those left out take no time. Jobs with references are made alone.
+        self._computed = computed_before([request])
         self._note("text", force=True)
 
     def on_step_end(self, step: int, t: float, latents: Any) -> bool:
@@ -352,11 +353,6 @@ class JobReporter:
             ),
         )
 
-    def _computed(self, step: int) -> int:
-        """How many of the job's first steps are computed: those left out take no time."""
-        clips, rest = divmod(step, len(self._clip) - 1)
-        return clips * self._clip[-1] + self._clip[rest]
-
     def _note(self, stage: str, *, force: bool = False) -> None:
         moment = time.time()
         if not self._leads or (not force and moment - self._noted < NOTE_SECONDS):
@@ -365,8 +361,8 @@ class JobReporter:
         eta = None
         if self._first is not None:
             # The clock runs since the first step of this run has ended.
-            made = self._computed(self._done) - self._computed(self._before + 1)
-            left = self._computed(self._steps) - self._computed(self._done)
+            made = self._computed[self._done] - self._computed[self._before + 1]
+            left = self._computed[-1] - self._computed[self._done]
             if made > 0:
                 eta = round((moment - self._first) / made * left, 1)
         self._store.put_progress(

@@ -23,7 +23,7 @@ from opensora_sp.engine.loading import load_transformer
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.sampling import sample
 from opensora_sp.engine.timing import synchronize
 from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.stdit3 import STDiT3
@@ -32,6 +32,7 @@ from opensora_sp.parallel.mesh import plan_mesh
 from opensora_sp.planner.cost import Workload, project_step
 from opensora_sp.request.request import Request
 from opensora_sp.request.step_kernels import kernels_of
+from opensora_sp.request.step_times import times_of
 
 FORWARD_LIMIT = 1e-5  # max|Δ| / max|reference|, one float32 forward
 # A folded forward beside a plain one: in float32 as FORWARD_LIMIT, in half precision its distance
@@ -264,11 +265,8 @@ def _forward(denoiser: Denoiser, pipeline: Pipeline, request: Request) -> Tensor
 
 def _run(denoiser: Denoiser, pipeline: Pipeline, request: Request, noise: Tensor) -> Tensor | None:
     """A few steps as latents [1,4,T,H,W] on the leading rank."""
-    times = timesteps(
-        request.steps, height=request.height, width=request.width, frames=request.num_frames
-    )
     velocity = denoiser.prepare(_conditions(pipeline, request))
-    out = denoiser.gather(sample(denoiser.shard(noise), times, velocity))
+    out = denoiser.gather(sample(denoiser.shard(noise), times_of(request), velocity))
     return None if out is None else out.cpu()
 
 

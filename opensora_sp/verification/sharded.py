@@ -15,12 +15,13 @@ from opensora_sp.engine.compiling import new_compiler
 from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.loading import load_transformer
 from opensora_sp.engine.parallelize import parallelize
-from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.sampling import sample
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, StepTables, unpatchify
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, legal_meshes
 from opensora_sp.parallel.session import MeshComms, Session
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.request.step_times import timesteps
 from opensora_sp.verification.suite import Check, load_cases, load_json, max_error, relative_rms
 
 Case = Mapping[str, Tensor]

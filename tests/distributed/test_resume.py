@@ -15,11 +15,12 @@ from ranks import run_ranks
 from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.sampling import sample
 from opensora_sp.jobs.records import FOLDER
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
+from opensora_sp.request.step_times import timesteps
 
 NAME = "sample_0000.mp4"
 FLAGS = ["--prompt", "|0|a cat|1|a dog", "--num-frames", "34", "--loop", "2", "--keep-state"]

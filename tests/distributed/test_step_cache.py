@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from command import SMALL, infer, run, saved, stages
 from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
@@ -28,11 +31,12 @@ from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.planner.cost import Workload, step_traffic
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape, denoising_peak
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.memory_modes import Offload
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
-from opensora_sp.request.step_schedule import StepSchedule
+from opensora_sp.request.step_schedule import StepSchedule, write_schedules
 
 FRAMES, SIZE = 5, (5, 9)  # 15 patches a frame, odd sides: padded cells
 TIMES = [1000.0, 900.0, 800.0, 700.0, 500.0, 300.0, 200.0, 100.0]
@@ -48,7 +52,7 @@ RUNTIMES = {
 MESHES = [Mesh(sequence=2), Mesh(guidance=2), Mesh(sequence=3), Mesh(guidance=2, sequence=2)]
 
 
-def run(
+def fill(
     runtime: Runtime,
     mask: torch.Tensor | None,
     mesh: Mesh | None = None,
@@ -90,7 +94,7 @@ def ranks_fill(
         for name, runtime in RUNTIMES.items():
             for mask, computed in ((None, 4), (MASK, 5)):
                 before = session.ledger.snapshot()
-                got = run(runtime, mask, mesh, session)
+                got = fill(runtime, mask, mesh, session)
                 spent = session.ledger.since(before)
                 sent = {
                     kind: (entry.calls, entry.bytes_sent)
@@ -109,7 +113,7 @@ def ranks_fill(
                     kind: (computed * calls, computed * size)
                     for kind, (calls, size) in step_traffic(work, mesh, rank, runtime).items()
                 }
-                alone = run(runtime, mask)
+                alone = fill(runtime, mask)
                 assert alone is not None
                 error = (
                     None if got is None else float((got - alone).abs().max() / alone.abs().max())
@@ -197,3 +201,65 @@ def test_ranks_with_other_schedules_are_refused_before_the_first_step() -> None:
         RankFailure, match=r"step_cache \['own 0 3'\] differs from rank 0's \['own 0 2'\]"
     ):
         run_ranks(with_schedules, 2, [2, 3])
+
+
+LIST = ["--num-frames", "17", "--num-sampling-steps", "6", "--keep-state", "--text-cache", "off"]
+TWO = ["--prompt", "a red ball", "a blue square", *LIST]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of schedules, of which steps 2, 4 and 5 are left out."""
+    path = tmp_path_factory.mktemp("schedules") / "own.yaml"
+    write_schedules(path, [replace(SCHEDULE, steps=6, computed=(0, 1, 3), fill="linear")])
+    return path
+
+
+def test_replicas_make_what_one_rank_makes_also_from_a_step_left_out_on(
+    file: Path, tmp_path: Path
+) -> None:
+    argv = [*TWO, "--step-cache", str(file)]
+    assert run(1, tmp_path / "one", *argv)
+    whole, folder = saved(tmp_path / "one"), tmp_path / "two"
+    # Step 4 was filled, and is saved when the process ends; step 5 is to be filled.
+    trouble = (1, 0, 5, signal.SIGKILL)
+    assert not run(2, folder, *argv, "--replicas", "2", "--save-every", "1", trouble=trouble)
+    assert "denoising" in stages(folder).values()
+    assert sum(name.endswith("/velocities") for name in saved(folder)) == 1
+    assert run(2, folder, *argv, "--replicas", "2")
+    made = saved(folder)
+    clips = [name for name in whole if "clip" in name]
+    assert len(clips) == 2
+    for name in clips:
+        assert torch.equal(made[name], whole[name]), name
+    assert run(1, tmp_path / "every", *TWO)
+    assert not torch.equal(saved(tmp_path / "every")[clips[0]], whole[clips[0]])
+
+
+def infer_seeing_little(rank: int, world: int, init_file: str, argv: list[str]) -> int:
+    """As `infer`. Only the leading rank sees the weights and the file of schedules."""
+    from opensora_sp.request import step_choice
+
+    def not_there(path: object, what: object = None) -> NoReturn:
+        raise AssertionError(f"rank {rank} reads {path}")
+
+    if rank > 0:
+        setattr(step_choice, "read_schedules", not_there)  # noqa: B010
+        seen = {str(one) for one in vars(embedded_checkpoints()).values()}
+        argv = ["/nowhere" if one in seen else one for one in argv]
+    return infer(rank, world, init_file, argv)
+
+
+def test_only_the_leading_rank_need_see_weights_and_schedules(file: Path, tmp_path: Path) -> None:
+    argv = [*SMALL, *TWO[:2], *LIST, "--step-cache", str(file), "--save-dir"]
+    for name, path in vars(embedded_checkpoints()).items():
+        argv = [f"--ckpt-path-{name}", str(path), *argv]
+    codes = run_ranks(infer, 2, [*argv, str(tmp_path / "disk")])
+    own = ["--weights-from", "rank0", *argv, str(tmp_path / "rank0")]
+    codes += run_ranks(infer_seeing_little, 2, own)
+    assert codes == [0] * 4
+    disk, rank0 = saved(tmp_path / "disk"), saved(tmp_path / "rank0")
+    assert list(disk) == list(rank0)
+    assert len(disk) > 0
+    for name, latents in disk.items():
+        assert torch.equal(latents, rank0[name]), name

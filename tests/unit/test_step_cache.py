@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,15 +15,21 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.engine.clips import apply_strategy
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Progress
-from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.sampling import sample
 from opensora_sp.engine.step_cache.filled import FilledVelocity
+from opensora_sp.jobs.outputs import describe
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
-from opensora_sp.request.request import Request
+from opensora_sp.request.computed_steps import computed_before, computed_steps
+from opensora_sp.request.conditions import layout_of
+from opensora_sp.request.mask_strategy import parse_mask_strategy, plan_clip
+from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.request.step_schedule import FILLS, StepSchedule
+from opensora_sp.request.step_times import times_of, timesteps
 
 REQUEST = Request(prompt="a red ball", height=32, width=48, num_frames=17, steps=6)
 TIMES = timesteps(12, height=64, width=96, frames=17)
@@ -92,6 +100,46 @@ def test_a_step_at_which_frames_join_is_computed_and_what_was_before_it_forgotte
         assert [one.step for one in seen[join][1]] == [join]
 
 
+@pytest.mark.parametrize("transform", [True, False])
+def test_plans_count_the_steps_at_which_frames_join_as_the_run_does(transform: bool) -> None:
+    """Also for ratios that are equal to a time, of which rounding decides."""
+    policy = schedule(0, 2, 4)
+    plain = replace(REQUEST, num_frames=34, steps=12, timestep_transform=transform)
+    found: set[int] = set()
+    times = times_of(plain)
+    ratios = [t / 1000 - less for t in times[1:] for less in (0, 1e-10)] + [0.001, 0.449, 0.95]
+    for strategy in [f"0,0,0,0,4,{ratio}" for ratio in ratios] + [
+        "0,0,0,0,5,0.3;0,0,0,5,5,0.7",
+        "0,0,0,0,10,0.3;0,0,0,0,5,0;0,0,0,5,5,1",  # what a later group covers does not join
+        "1,0,0,0,4,0.5",  # of a clip that is not made
+        "0,0,0,-5,5,0.6",
+    ]:
+        edited = replace(plain, reference_path="a.mp4", mask_strategy=strategy)
+        groups, layout = parse_mask_strategy(strategy), layout_of(edited)
+        placed = plan_clip(groups, 0, [34], layout, edited.align)
+        mask = apply_strategy(torch.zeros(4, 10, 1, 1), [torch.zeros(4, 10, 1, 1)], placed)
+        masks = torch.stack([torch.ones(10), mask])  # the batch's other video has no reference
+        run = FilledVelocity(Counting(), policy, times, masks)
+        planned = computed_steps([plain, edited], policy, 0)
+        assert set(planned) == run.computed, strategy
+        assert list(planned) == sorted(planned)
+        found |= run.computed
+    assert found == set(range(12))  # every step is one at which some of them join
+
+
+def test_steps_are_counted_clip_by_clip() -> None:
+    looped = replace(REQUEST, num_frames=34, steps=12, loop=3, step_cache=schedule(0, 6))
+    looped = replace(looped, reference_path="a.mp4")
+    assert computed_before([looped]) == [0, *(n for n in range(1, 7) for _ in range(6))]
+    edited = replace(looped, mask_strategy="1,0,0,5,1,0.5")
+    times = times_of(edited)
+    join = next(step for step, t in enumerate(times) if t <= 500)
+    before = computed_before([looped, edited])
+    assert before[12] == 2  # the first clip has no join
+    assert [before[12 + join + 1] - before[12 + join], before[24], before[36]] == [1, 5, 7]
+    assert computed_before([replace(edited, step_cache="off")]) == list(range(37))
+
+
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_a_run_goes_on_from_any_step_to_the_same_bits(fill: str, mask: Tensor | None) -> None:
@@ -141,6 +189,16 @@ def test_a_result_says_which_steps_were_left_out_and_one_that_leaves_none_out_is
         assert np.array_equal(one, other)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="step_cache 'own' of the request meets step_cache 'every"):
         own.generate(held)
+
+
+def test_a_finished_file_says_which_steps_were_computed(tmp_path: Path) -> None:
+    pipeline = cast(Pipeline, SimpleNamespace(session=alone("cpu")))
+    request = replace(REQUEST, step_cache=schedule(0, 2, 4, steps=6, fill="linear"))
+    task = Task(request=request, output=tmp_path / "a.mp4")
+    job = Job(engine=EngineSettings(), settings=JobSettings(), tasks=(task,))
+    said = json.loads(json.dumps(describe(pipeline, job, request)))["request"]
+    assert said["step_cache"]["computed"] == [0, 2, 4]
+    assert (said["step_cache"]["fill"], said["steps"]) == ("linear", 6)
 
 
 class Saving(Progress):

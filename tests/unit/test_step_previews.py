@@ -14,10 +14,11 @@ from torch import Tensor
 
 from opensora_sp.engine.clean_estimate import CleanEstimate
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.engine.sampling import sample, timesteps
+from opensora_sp.engine.sampling import sample
 from opensora_sp.media.sinks import Collector
 from opensora_sp.models.latent_colours import LatentColours
 from opensora_sp.request.request import Request
+from opensora_sp.request.step_times import timesteps
 from opensora_sp.server.step_previews import FRAMES, StepPreviews, fitted_colours
 
 

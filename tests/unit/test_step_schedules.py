@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.cli.plan import main as plan
 from opensora_sp.jobs.identity import difference, identity_of
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import denoising_peak
 from opensora_sp.planner.plan import Options, make_plan
-from opensora_sp.planner.requests import shape_of
+from opensora_sp.planner.requests import plan_in_mode, shape_of
 from opensora_sp.request.memory_modes import FASTEST
 from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
@@ -34,6 +36,7 @@ from opensora_sp.request.step_schedule import (
     read_schedules,
     write_schedules,
 )
+from opensora_sp.request.step_times import times_of
 
 VIDEO = Request(prompt="p", height=64, width=96, num_frames=17)
 TOKENS = tokens_of(VIDEO)
@@ -220,6 +223,44 @@ def test_a_plan_counts_the_computed_steps_and_the_velocities_that_are_held(tmp_p
         assert less / whole == pytest.approx(12 / 30)
     peaks = [denoising_peak(shape, Mesh(), Runtime(), models) for shape in (every, some)]
     assert peaks[1] - peaks[0] == 3 * 2 * TOKENS * 16 * 4  # three, of two samples, in float32
+
+
+def test_a_plan_counts_the_steps_at_which_frames_of_its_batch_join(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    write_schedules(path, [SCHEDULE])
+    plain = replace(VIDEO, step_cache=str(path))
+    # Steps 15 and 20 are those at which these join; 20 is computed in any case.
+    times = times_of(plain)
+    ratios = [(times[step] + times[step - 1]) / 2000 for step in (15, 20)]
+    edits = [
+        replace(plain, reference_path="a.mp4", mask_strategy=f"0,0,0,0,5,{ratio}")
+        for ratio in ratios
+    ]
+
+    def computed(*requests: Request) -> int:
+        tasks = tuple(
+            Task(request=one, output=tmp_path / f"{number}.mp4")
+            for number, one in enumerate(requests)
+        )
+        job = Job(engine=EngineSettings(), settings=JobSettings(batch_size=2), tasks=tasks)
+        return plan_in_mode(job, 1, FASTEST).shape.computed
+
+    assert computed(plain) == computed(plain, plain) == computed(edits[1]) == 12
+    assert computed(plain, edits[0]) == computed(edits[1], edits[0]) == 13
+    assert computed(replace(edits[0], step_cache="off")) == 30
+
+
+def test_the_command_plan_counts_the_step_at_which_an_edit_begins(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["--device-memory", "48GB", "--image-size", "240", "426", "--step-cache", "fast"]
+    said = []
+    edit = ["--edit", "a.mp4", "--edit-strength"]
+    written = ["--reference-path", "a.mp4", "--mask-strategy", "0,0,0,0,15,0.3"]
+    for more in ([], [*edit, "0.2"], [*edit, "0.3"], written):
+        assert plan([*asked, *more]) == 0
+        said.append(re.findall(r"(\d+) of 30 steps computed", capsys.readouterr().out))
+    assert said == [["15"], ["15"], ["16"], ["16"]]  # 0.2 joins at a step that is computed anyway
 
 
 def test_weights_of_a_fill_sum_to_one_and_fewer_times_are_a_lower_order() -> None:

@@ -24,6 +24,7 @@ from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.jobs.schedule import deal, regroup
 from opensora_sp.jobs.worklist import look_up_work, renamed
 from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
+from opensora_sp.request.step_schedule import StepSchedule
 
 MODELS = {"dit": "d", "t5": "t", "vae2d": "v2", "vae3d": "v3"}
 
@@ -62,7 +63,8 @@ def begin(one: Task, clip: int, step: int) -> StateFiles:
     for number in range(clip):
         files.save_clip(number, torch.randn(shape))
     if step:
-        files.save_step(Position(clip, step), SavedStep(torch.randn(shape), None))
+        held = {} if one.request.step_cache == "off" else {step - 1: torch.randn(shape)}
+        files.save_step(Position(clip, step), SavedStep(torch.randn(shape), None, held))
     return files
 
 
@@ -209,6 +211,29 @@ def test_another_request_gets_a_free_name_where_nobody_named_it(
     assert run(second) == ("sample_0000_2.mp4", None)
     assert run(task(tmp_path, seed=4)) == ("sample_0000.mp4", Position())
     assert moved.output.read_bytes() == b"frames"
+
+
+def test_an_output_of_another_step_cache_is_another_output(tmp_path: Path) -> None:
+    """Finished or begun: neither is taken for that of other steps, under whatever name."""
+    few = StepSchedule(name="fast", steps=30, computed=(0, 1, 9), fill="hold")
+    others = [
+        "off",
+        dataclasses.replace(few, fill="linear"),
+        dataclasses.replace(few, computed=(0, 9)),
+    ]
+    made, begun = task(tmp_path, step_cache=few), task(tmp_path, 1, step_cache=few)
+    finish(made)
+    begin(begun, 0, 4)
+    for number, other in enumerate(others, start=2):
+        asked = [task(tmp_path, index, step_cache=other) for index in (0, 1)]
+        for one in asked:
+            with pytest.raises(UserError, match=r"its step cache was .* and is"):
+                look_up_work(job(tmp_path, one), MODELS)
+        found = names(job(tmp_path, *asked, sample_name=None))
+        assert found == [(f"sample_{index:04d}_{number}.mp4", Position()) for index in (0, 1)]
+    same = dataclasses.replace(few, name="own", model="ab12", psnr=40.0)
+    renamed_ones = [task(tmp_path, index, step_cache=same) for index in (0, 1)]
+    assert positions(job(tmp_path, *renamed_ones)) == [None, Position(0, 4)]
 
 
 def test_free_names_with_samples_lists_and_overwrite(tmp_path: Path) -> None:

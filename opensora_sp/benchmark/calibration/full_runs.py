@@ -18,20 +18,9 @@ from opensora_sp.benchmark.calibration.search import Floats
 from opensora_sp.benchmark.calibration.trajectory import Trajectory
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.engine.sampling import timesteps
 from opensora_sp.request.request import Request
 from opensora_sp.request.step_schedule import StepSchedule
-
-
-def times_of(request: Request) -> list[float]:
-    """The times of a request's steps, as `denoise` has them."""
-    return timesteps(
-        request.steps,
-        height=request.height,
-        width=request.width,
-        frames=request.num_frames,
-        transform=request.timestep_transform,
-    )
+from opensora_sp.request.step_times import times_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from opensora_sp.benchmark.calibration.full_runs import FullRuns, times_of
+from opensora_sp.benchmark.calibration.full_runs import FullRuns
 from opensora_sp.benchmark.calibration.options import CalibrationOptions, Sizes
 from opensora_sp.benchmark.calibration.result import (
     rows_of,
@@ -34,6 +34,7 @@ from opensora_sp.parallel.agreement import ensure_agreement
 from opensora_sp.request.preflight import amount
 from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Request
+from opensora_sp.request.step_times import times_of
 
 # What confirming takes: about so many lists, of so many of the steps in the mean.
 _log = logging.getLogger(__name__)
