@@ -9,12 +9,14 @@ every property has had --examples cases or its part of --seconds, which are of C
 than --in-all cases were tried by then, every property that holds goes on, one round each in turn.
 What does not hold is printed with the smallest case that was found. The exit code is 1 then.
 
-The counts go to docs/benchmarks/properties.json (--out), whole or not at all.
+The counts go to docs/benchmarks/properties.json (--out), also of a run that Ctrl-C ends: `whole`
+is false then.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -77,7 +79,8 @@ class Trial:
             raise
         except BaseException as error:  # Hypothesis raises what the property raised
             self.finding = "\n".join([f"{type(error).__name__}: {error}", *notes(error)])
-        self.cpu_seconds += time.process_time() - began
+        finally:
+            self.cpu_seconds += time.process_time() - began
 
     def rounds(self, examples: int, seconds: float) -> None:
         """Try rounds until so many cases or CPU seconds are reached, or it does not hold."""
@@ -124,12 +127,17 @@ def main() -> int:
     if not chosen:
         parser.error(f"no property has {options.only!r} in its name")
     trials = {name: Trial(test) for name, test in chosen.items()}
-    began = time.process_time()
-    for place, (name, trial) in enumerate(trials.items()):
-        left = options.seconds - (time.process_time() - began)
-        trial.rounds(options.examples, left / (len(trials) - place))
-        print(f"{trial.cases:8d} cases {trial.cpu_seconds:8.1f} s: {name}", flush=True)
-    fill(trials, options.in_all)
+    whole = False
+    with contextlib.suppress(KeyboardInterrupt):
+        began = time.process_time()
+        for place, (name, trial) in enumerate(trials.items()):
+            left = options.seconds - (time.process_time() - began)
+            trial.rounds(options.examples, left / (len(trials) - place))
+            verdict = "holds" if trial.finding is None else "DOES NOT HOLD"
+            seconds = f"{trial.cpu_seconds:8.1f} s"
+            print(f"{trial.cases:8d} cases {seconds}  {verdict}: {name}", flush=True)
+        fill(trials, options.in_all)
+        whole = True
     broken = [name for name, trial in trials.items() if trial.finding is not None]
     for name in broken:
         print(f"DOES NOT HOLD: {name}\n{trials[name].finding}", flush=True)
@@ -140,12 +148,15 @@ def main() -> int:
         "cpu_seconds": round(sum(trial.cpu_seconds for trial in trials.values()), 1),
         "python": platform.python_version(),
         "do_not_hold": broken,
+        "whole": whole,
         "properties": {name: trial.report() for name, trial in trials.items()},
     }
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(options.out)
-    return 1 if broken else 0
+    if not whole:
+        print("ended by Ctrl-C: the run is not whole")
+    return 1 if broken or not whole else 0
 
 
 if __name__ == "__main__":
