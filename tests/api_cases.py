@@ -51,8 +51,9 @@ def main() -> int:
     if program is None:
         parser.error("there is no schemathesis: pip install schemathesis, or give --schemathesis")
     with tempfile.TemporaryDirectory(prefix="opensora-sp-api-") as folder:
-        server = Server(Path(folder) / "jobs").start()
+        server = Server(Path(folder) / "jobs")
         try:
+            server.start(600)
             ids = [server.create(seed=seed) for seed in range(VIDEOS)]
             server.wait(ids[0])
             hooks = {"API_CASES_IDS": ",".join(ids), "SCHEMATHESIS_HOOKS": "api_hooks"}
@@ -65,9 +66,7 @@ def main() -> int:
                 print(line)
             return code
         finally:
-            assert server.process is not None
-            server.process.terminate()
-            server.process.wait(timeout=60)
+            server.stop()
 
 
 if __name__ == "__main__":
