@@ -60,7 +60,7 @@ def main() -> int:
             hooks["PYTHONPATH"] = str(Path(__file__).resolve().parent)
             command = [program, "run", f"{server.url}/openapi.json", "--continue-on-failure"]
             command += ["--checks", "not_a_server_error", "--max-examples", str(options.examples)]
-            command += ["--request-timeout", "10", "--max-time", str(options.seconds)]
+            command += ["--request-timeout", "120", "--max-time", str(options.seconds)]
             code = subprocess.run(command, check=False, env=os.environ | hooks).returncode
             for line in answered(server):
                 print(line)
