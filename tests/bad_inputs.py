@@ -33,6 +33,7 @@ from opensora_sp.cli.main import main as command  # noqa: E402
 from opensora_sp.request.embedded import EMBEDDED  # noqa: E402
 
 DIGITS = "9" * 5000  # more than int() reads
+JOB = "video_" + "0" * 24
 Maker = Callable[[Path], None]
 
 
@@ -470,6 +471,104 @@ _OTHER_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["fetch", "../x", "--server", "http://127.0.0.1:1"], ["../x"]),
     (["cancel"], ["ID"]),
     (["completion", "fish"], ["fish"]),
+    (["completion"], ["bash", "zsh"]),
+    (["--prompt", "x"], ["the command comes first"]),
+    (["\ud800"], ["ud800", "is not a command"]),
+    (["compare", "a\0b", "x"], ["not a path"]),
+    (["parity", "--image-size", "x", "y"], ["--image-size", "'x' is not a whole number"]),
+    (["parity", "--sequence-parallel", DIGITS], ["--sequence-parallel", "not a whole number"]),
+    (["parity", "--seed", "-1"], ["seed -1"]),
+    (["download", "{tmp}/one.txt"], ["one.txt is not a directory"]),
+    (["download", "--hashes", "/dev/zero", "{tmp}/new"], ["--hashes", "a device"]),
+    (["serve", "--token-file", "/dev/zero"], ["--token-file", "a device"]),
+    (["serve", "--limit", "queued=nan"], ["queued is a number above 0 and below"]),
+    (["serve", "--limit", f"queued={DIGITS}"], ["--limit", "above 0 and below"]),
+    (["serve", "--host", "a b", "--token-file", "{tmp}/one.txt"], ["--host 'a b'"]),
+    (["serve", "--no-engine"], ["--no-engine", "--queue"]),
+    (["serve", "--batch-jobs", "0"], ["--batch-jobs 0", "1 to 64"]),
+    (["serve", "--keep-gb", "nan"], ["--keep-gb 'nan'"]),
+    (["serve", "--port", ""], ["--port", "'' is not a whole number"]),
+    (["jobs", "--limit", DIGITS], ["--limit", "not a whole number"]),
+    (["jobs", "--token-file", "{tmp}"], ["--token-file", "directory"]),
+    (["fetch", JOB, "-o", "{tmp}/one.txt/out"], ["-o", "one.txt is not a directory"]),
+    (["submit", "--prompt", "x", "-o", "{tmp}/one.txt/a.mp4"], ["-o", "one.txt is not"]),
+    (["submit", "--prompt", "x", "y", "-o", "a.mp4"], ["one file for 2 jobs"]),
+    (["submit", "--prompt", "x", "--memory", "small"], ["--memory does not go with a request"]),
+    (["submit", "--prompt", "x", "--image", "/dev/zero"], ["no regular file"]),
+    (["quality", "{tmp}", "{tmp}/one.txt"], ["is a folder, but B"]),
+    (["quality", "/dev/zero", "/dev/zero"], ["no regular file"]),
+    (["quality", "{tmp}/one.txt", "{tmp}/typo.yaml", "--plot", "a.bmp"], [".svg or .png"]),
+    (["quality", "{tmp}/one.txt", "{tmp}/typo.yaml", "--out", "/dev/null"], ["--out", "regular"]),
+    (["calibrate"], ["--out FILE is needed"]),
+    (["calibrate", "--out", "x.txt"], ["--out 'x.txt'", ".yaml"]),
+    (["calibrate", "--out", "{tmp}/one.txt/x.yaml"], ["--out", "one.txt is not a directory"]),
+    (["calibrate", "--out", "{tmp}/typo.yaml"], ["--out", "is not a list of 1 to 1000"]),
+    (["calibrate", "--out", "x.yaml", "--full-runs", "0"], ["--full-runs '0'"]),
+    (["calibrate", "--out", "x.yaml", "--num-sampling-steps", "2"], ["fewer than 3 steps"]),
+    (["calibrate", "--out", "x.yaml", "--step-cache", "fast"], ["belongs to generate"]),
+    (["calibrate", "--out", "x.yaml", "--loop", "2"], ["belongs to generate"]),
+    (["benchmark", "--prompt", "x", "--sweep", "/dev/zero"], ["--sweep '/dev/zero'", "a device"]),
+    (["benchmark", "--prompt", "x", "--count-ranks", "2"], ["--count"]),
+    (["benchmark", "--prompt", "x", "--measure-peak", "--peak-tflops", "5"], ["choose one"]),
+]
+
+# Addresses of a server that are none.
+_SERVERS: tuple[str, ...] = (
+    "http://[::1",
+    "http://a b",
+    "http://a..b",
+    f"http://{'a' * 70}.com",
+    "http://\u2100.com",
+)
+_SERVERS += ("http://x\udcff", "http://127.0.0.1:1/a b", "http://:80", "http://127.0.0.1:99999")
+
+# Of a shared queue; what is said never shows a password.
+_QUEUE = "postgresql://me:secret@127.0.0.1:1/db"
+_QUEUES: list[tuple[list[str], list[str]]] = [
+    (["--queue", "mysql://me:secret@h/d"], ["mysql is not the address of a Postgres database"]),
+    (["--queue", "postgresql://h"], ["names no database"]),
+    (["--queue", "postgresql://me:secret@[::1/d"], ["cannot be read"]),
+    (["--queue", "postgresql://me:secret@h:99999/d"], ["cannot be read"]),
+    (["--queue", "postgresql://me:secret@h/d\udcff"], ["cannot be read"]),
+    (["--queue", "postgresql://me:secret@h/d\nb"], ["cannot be read"]),
+    ([], ["work needs --queue URL"]),
+    (["--queue", _QUEUE, "--nnodes", "2"], ["--nnodes 2 needs --group-name"]),
+    (["--queue", _QUEUE, "--node-rank", "1"], ["--node-rank 1 needs --nnodes"]),
+    (["--queue", _QUEUE, "--group-name", "../x"], ["--group-name '../x'"]),
+    (["--queue", _QUEUE, "--lease-seconds", "nan"], ["--lease-seconds 'nan'", "3 to 3600"]),
+    (["--queue", _QUEUE, "--health-port", "70000"], ["--health-port 70000"]),
+    (["--queue", _QUEUE, "--prompt", "x"], ["--prompt belongs to a job"]),
+    (["--queue", _QUEUE], ["the database does not answer"]),
+]
+
+# Of one schedule, which is right without them: other keys, and what the line must say.
+_SCHEDULES: list[tuple[dict[str, object], str]] = [
+    ({"steps": 0}, "steps 0 is not"),
+    ({"steps": "30"}, "steps '30' is not"),
+    ({"computed": [1, 2]}, "begins with 0"),
+    ({"computed": [0, 0]}, "ascending"),
+    ({"computed": [0, 30]}, "the last is 29"),
+    ({"fill": "cubic"}, "fill 'cubic'"),
+    ({"tokens": [5, 2]}, "tokens (5, 2)"),
+    ({"cfg_scale": [None, 1]}, "cfg_scale (None, 1)"),
+    ({"psnr": -1}, "psnr -1"),
+    ({"model": "a b"}, "model 'a b'"),
+    ({"name": "../x"}, "name '../x'"),
+    ({"images": "yes"}, "images 'yes'"),
+    ({"colour": 1}, "'colour' is not a key"),
+    ({"steps": 31}, "has no schedule for"),
+]
+_SCHEDULE_FILES: list[tuple[str | bytes, str]] = [
+    ("", "not a list of 1 to 1000"),
+    ("- 1\n", "not a group of `key: value` lines"),
+    ("- {}\n", "the key name is missing"),
+    (b"\xff\xfe", "not UTF-8"),
+    ("- &a [*a]\n", "alias"),
+    ("[" * 50_000, "nested too deeply"),
+    ("#" * (2 << 20), "larger than 1 MiB"),
+    ("- {name: x, name: y}\n", "twice"),
+    ("- !!python/object:os.system {}\n", "not YAML"),
+    ("- {name: x, steps: 30, computed: [0], fill: hold, psnr: .inf}\n", "psnr inf"),
 ]
 
 HEAD = """# Bad inputs
@@ -720,8 +819,131 @@ def _reports() -> Iterator[BadInput]:
 
 
 def _commands() -> Iterator[BadInput]:
+    heavy = ("convert", "download", "verify", "quality", "parity")
     for argv, told in _OTHER_COMMANDS:
-        yield BadInput("commands", argv, told, heavy=argv[0] in ("convert", "download", "verify"))
+        yield BadInput("commands", argv, told, heavy=argv[0] in heavy)
+
+
+def _client() -> Iterator[BadInput]:
+    for address in _SERVERS:
+        yield BadInput("servers", ["jobs", "--server", address], ["--server", "not an address"])
+    token = {"OPENSORA_SP_TOKEN": "a\nb"}
+    yield BadInput("servers", ["jobs"], ["OPENSORA_SP_TOKEN"], env=token)
+    for content, said in (
+        (b"\xff\xfe", "UTF-8"),
+        ("me:short", "16 or more"),
+        (":" + "a" * 20, "name"),
+    ):
+        argv = ["jobs", "--token-file", "{tmp}/t"]
+        yield BadInput("tokens", argv, ["--token-file", said], text("t", content))
+    odd = text("t", "me:" + "\u00e9" * 20)
+    yield BadInput("tokens", ["serve", "--token-file", "{tmp}/t"], ["no request can carry"], odd)
+    for whose in ("serve", "jobs"):
+        argv = [whose, "--token-file", "{tmp}/pipe"]
+        yield BadInput("tokens", argv, ["--token-file", "a pipe"], pipe("pipe"))
+    argv = ["submit", "--prompt", "x", "--image", "{tmp}/pipe"]
+    yield BadInput("servers", argv, ["no regular file"], pipe("pipe"))
+
+
+def _queues() -> Iterator[BadInput]:
+    for argv, told in _QUEUES:
+        yield BadInput("queues", ["work", *argv], told, heavy=True)
+
+
+def _schedules() -> Iterator[BadInput]:
+    argv = ["generate", "--prompt", "x", "--step-cache", "{tmp}/s.yaml"]
+    right = {"name": "x", "steps": 30, "computed": [0, 1, 29], "fill": "hold"}
+    for changed, said in _SCHEDULES:
+        about, makes = json.dumps(changed), text("s.yaml", json.dumps([right | changed]))
+        yield BadInput("schedules", argv, ["--step-cache", said], makes, about=about)
+    for content, said in _SCHEDULE_FILES:
+        makes = text("s.yaml", content)
+        yield BadInput("schedules", argv, ["--step-cache", "s.yaml", said], makes, about=said)
+    none = [*argv[:-1], "{tmp}/s.yaml:none"]
+    makes = text("s.yaml", json.dumps([right]))
+    yield BadInput("schedules", none, ["has no schedule 'none'"], makes)
+    yield BadInput("schedules", argv, ["no regular file"], pipe("s.yaml"), about="a FIFO")
+    near = [*argv[:-1], "near-losless"]
+    yield BadInput("schedules", near, ["did you mean near-lossless"])
+
+
+def _comparisons() -> Iterator[BadInput]:
+    """Latents and pictures that are no pair."""
+
+    def latents(body: bytes, **about: object) -> bytes:
+        head = json.dumps(about).encode()
+        return struct.pack("<Q", len(head)) + head + body
+
+    def f32(*shape: int) -> dict[str, object]:
+        size = 4
+        for each in shape:
+            size *= each
+        return {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}
+
+    endless = struct.pack("<16f", *[float("nan")] * 16)
+    for about, content, said in (
+        ("an empty file", b"", "not a whole file of saved latents"),
+        ("a header of 2^63 bytes", struct.pack("<Q", 2**63) + b"{}", "not a whole file"),
+        ("another tensor", latents(bytes(8), w=f32(2)), "no tensor called latents"),
+        ("another shape", latents(bytes(8), latents=f32(2)), "holds latents [2]"),
+        ("NaN", latents(endless, latents=f32(4, 1, 2, 2)), "NaN or infinite"),
+    ):
+        name = "a.safetensors"
+        argv = ["quality", f"{{tmp}}/{name}", f"{{tmp}}/{name}"]
+        yield BadInput("comparisons", argv, [said], text(name, content), heavy=True, about=about)
+    small, wide = png(16, 16, bytes(16 * 49)), png(32, 16, bytes(16 * 97))
+    for name, content, said in (
+        ("b.png", wide, "nothing is scaled"),
+        ("b.gif", gif(16, 16, 3), "compare two of one kind"),
+        ("b.safetensors", b"x", "compare latents with latents"),
+    ):
+        argv = ["quality", "{tmp}/a.png", f"{{tmp}}/{name}"]
+        makes = both(text("a.png", small), text(name, content))
+        yield BadInput("comparisons", argv, [said], makes, heavy=True)
+
+
+def _conversions() -> Iterator[BadInput]:
+    def row(about: str, said: str, makes: Maker, *more: str, source: str = "one.txt") -> BadInput:
+        argv = ["convert", "dit", f"{{tmp}}/{source}", "{tmp}/a/new", *more]
+        return BadInput("conversions", argv, [said], makes, heavy=True, about=about)
+
+    config = ("--config", "{tmp}/c.json")
+    yield row("a FIFO", "neither a regular file", pipe("p.safetensors"), source="p.safetensors")
+    yield row("no such file", "c.json cannot be read", text("x", ""), *config)
+    yield row("a FIFO", "not a regular file", pipe("c.json"), *config)
+    yield row("a list", "must hold a JSON object", text("c.json", "[1]"), *config)
+    yield row("nested", "nested too deeply", text("c.json", "[" * 100_000), *config)
+    yield row("a pickle with code", "holds code", text("a.pt", CODE), source="a.pt")
+    yield row("a tar with code", "holds code", tar("a.pt"), source="a.pt")
+    yield row("one byte", "corrupt", text("a.safetensors", b"x"), source="a.safetensors")
+    index = text("d/model.safetensors.index.json", '{"weight_map": {"a": "../x"}}')
+    yield row("an index to ..", "which is not in", index, source="d")
+    words = text("d/x.bin", "")
+    yield row("no weights", "holds no weights that are known", words, source="d")
+    argv = ["convert", "dit", "{tmp}/one.txt", "{tmp}/l"]
+    yield BadInput("conversions", argv, ["is there already"], link("l", "nowhere"), heavy=True)
+    argv = ["convert", "dit", "{tmp}/one.txt", "{tmp}/one.txt/new"]
+    yield BadInput("conversions", argv, ["one.txt is not a directory"], heavy=True)
+    for about, content, said in (
+        ("another model", '{"cases": {}}', "'cases' is not one of dit, t5, vae3d"),
+        ("a list", "[]", "must hold a JSON object"),
+        ("nested", "[" * 9999, "nested too deeply"),
+    ):
+        argv = ["verify", "--device", "cpu", "--reference", "{tmp}/s"]
+        makes = text("s/manifest.json", content)
+        yield BadInput("suites", argv, ["manifest.json", said], makes, heavy=True, about=about)
+    for about, maker, said in (
+        ("a FIFO", pipe("h"), "a pipe"),
+        ("two hashes", text("h", f"{'0' * 64}  a\n{'1' * 64}  a\n"), "contradicts"),
+        ("no UTF-8", text("h", b"\xff"), "UTF-8"),
+        ("over 1 MiB", text("h", "#" * (2 << 20)), "larger than 1 MiB"),
+    ):
+        argv = ["download", "{tmp}/new", "--hashes", "{tmp}/h"]
+        yield BadInput("downloads", argv, ["--hashes", said], maker, heavy=True, about=about)
+    for address in ("http://[::1", "ftp://x", "x"):
+        env = {"HF_ENDPOINT": address}
+        argv = ["download", "{tmp}/new"]
+        yield BadInput("downloads", argv, ["HF_ENDPOINT", address], env=env, heavy=True)
 
 
 def rows() -> tuple[BadInput, ...]:
@@ -737,11 +959,27 @@ def rows() -> tuple[BadInput, ...]:
         _sweeps,
         _reports,
         _commands,
+        _client,
+        _queues,
+        _schedules,
+        _comparisons,
+        _conversions,
     )
     return tuple(row for part in parts for row in part())
 
 
 # --- what is done with a row ---------------------------------------------------------------------
+
+
+_UNSET: tuple[str, ...] = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "OPENAI_API_KEY",
+    "HF_ENDPOINT",
+)
+_UNSET += ("OPENSORA_SP_SERVER", "OPENSORA_SP_TOKEN", "OPENSORA_SP_QUEUE")
 
 
 @dataclass(frozen=True)
@@ -767,7 +1005,7 @@ def try_it(row: BadInput, folder: Path) -> Seen:
         argv += ["--save-dir", str(folder / "out")]
     before, out, err = _files(folder), io.StringIO(), io.StringIO()
     kept, here = dict(os.environ), Path.cwd()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OPENAI_API_KEY"):
+    for name in _UNSET:
         os.environ.pop(name, None)
     os.environ.update(row.env)
     os.chdir(folder)

@@ -1,20 +1,24 @@
 """Fuzzing of everything that reads bytes from people: each must end in a result or in one line.
 
-    python tests/fuzz.py all --seconds 3600
+    python tests/fuzz.py all --seconds 7200 --out docs/benchmarks/fuzzing.json
     python tests/fuzz.py pictures --seconds 300 --guided
     python tests/fuzz.py pictures --replay fuzz_findings/pictures-1a2b3c4d
 
 The corpus is made here: small valid files of every kind. They are mutated (fuzz_mutators.py), and
 each is read by the program's own functions in a child process with limits of memory and time. A
 finding is whatever is no result and no one-line UserError: another exception, a message that is no
-single printable line, a crash of the process, more than --case-seconds of CPU time, or more than
---memory-mb of memory. Its bytes are saved below --findings, to be replayed. One of each kind is
-kept. The exit code is 1 where there are findings.
+single printable line, a crash of the process, more than --case-seconds of CPU time, a minute in
+which it only waits, or more than --memory-mb of memory. Its bytes are saved below --findings, to be
+replayed. One of each kind is kept. The exit code is 1 where there are findings.
+
+--seconds are of CPU time, spent on cases alone: neither imports nor the making of the corpus count.
+The targets take turns of --turn seconds, so a run that is ended early has tried them all.
 
 --guided mutates by coverage with Atheris (pip install atheris), where it can be installed. It sees
 the Python code of this program; C libraries are mutated blindly, as without it.
 
-The counts go to --out as JSON, if it is given.
+With --out the run is added to those of the file, after every turn. Its random numbers go on where
+those of the file end, so no run repeats the cases of an earlier one. `planted` is not for a record.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import platform
 import random
 import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -37,7 +42,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -52,6 +57,7 @@ from opensora_sp.base.errors import UserError  # noqa: E402
 
 Reader = Callable[[bytes], None]
 _REPORT_EVERY = 0.5  # s, between two counts of a child
+_TO_BEGIN_S = 120.0  # of CPU time: imports and the corpus are no case
 
 
 # --- targets -------------------------------------------------------------------------------------
@@ -443,21 +449,33 @@ def documents(folder: Path) -> tuple[list[bytes], Reader]:
     return corpus, read
 
 
-def planted(_: Path) -> tuple[list[bytes], Reader]:
-    """Faults of every kind, to see that they are found: not among `all`."""
+def planted(folder: Path) -> tuple[list[bytes], Reader]:
+    """A fault of every kind, each by its name, to see that it is found: not among `all`."""
+    secret = folder / "another-file"
+    secret.touch()
+    opened = watched(secret)
 
     def read(data: bytes) -> None:
-        if data[:1] == b"e":
-            raise IndexError("an exception")
-        if data[:1] == b"q":
-            raise UserError("a line of " + "a" * 5000)
-        if data[:1] == b"m":
-            bytearray(b"x") * (600 << 20)
-        if data[:1] == b"h":
-            while True:
-                pass
-        if data[:1] == b"c":
-            os.abort()
+        match data:
+            case b"exception":
+                raise IndexError("an exception")
+            case b"long line":
+                raise UserError("a line of " + "a" * 5000)
+            case b"memory":
+                bytearray(b"x") * (300 << 20)  # more than --memory-mb 200
+            case b"much memory":
+                bytearray(8 << 30)
+            case b"hang":
+                while True:
+                    pass
+            case b"wait":
+                signal.pause()
+            case b"crash":
+                os.abort()
+            case b"other file":
+                secret.read_bytes()
+                if opened():
+                    raise AssertionError("another file was opened")
 
     return [b"a fine case", b"another one"], read
 
@@ -513,7 +531,7 @@ class Child:
         os.dup2(silent, 1)  # libraries in C write to it
         os.dup2(silent, 2)
         self._current = os.open(folder / "current", os.O_RDWR | os.O_CREAT)
-        self.count, self._told = 0, 0.0
+        self.count, self._told, self._began = 0, 0.0, 0.0
         self._memory_kb = memory_mb * 1024
         for data in self.corpus:
             trouble(self._read, data)  # imports and caches
@@ -524,10 +542,17 @@ class Child:
         # Twice: address space is reserved that is never used.
         limit = address_space + 2 * self._memory_kb * 1024
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        self._tell(ready=len(self.corpus))
+        self._began = time.process_time()
+        self._tell()
+
+    @property
+    def spent(self) -> float:
+        """Seconds of CPU time since it was ready."""
+        return time.process_time() - self._began
 
     def _tell(self, **said: Any) -> None:
-        self._out.write(json.dumps({"count": self.count} | said) + "\n")
+        counts = {"count": self.count, "began": self._began}
+        self._out.write(json.dumps(counts | said) + "\n")
 
     def case(self, data: bytes) -> None:
         """Read one case. What is wrong with it is told; the case lies in the file `current`."""
@@ -547,14 +572,20 @@ class Child:
 
     def run(self, seed: int, seconds: float) -> None:
         """Mutations by chance until the time is over."""
-        rng, end = random.Random(seed), time.monotonic() + seconds
-        while time.monotonic() < end:
+        rng = random.Random(seed)
+        while self.spent < seconds:
             self.case(mutate(rng, rng.choice(self.corpus), self.corpus))
-        self._tell(done=True)
+        self._tell()
 
     def run_guided(self, seed: int, seconds: float, folder: Path) -> None:
-        """Mutations by coverage, with Atheris. It ends the process itself."""
+        """Mutations by coverage, with Atheris, until the time is over. It ends the process."""
         import atheris
+
+        def case(data: bytes) -> None:
+            self.case(data)
+            if self.spent >= seconds:
+                self._tell()
+                os._exit(0)
 
         seeds = folder / "corpus"
         seeds.mkdir()
@@ -567,51 +598,77 @@ class Child:
                 return bytes(atheris.Mutate(data, most))
             return mutate(rng, data, self.corpus)[:most]
 
-        flags = [f"-seed={seed or 1}", f"-max_total_time={int(seconds)}", "-max_len=400000"]
-        flags += [
-            "-rss_limit_mb=0",
-            "-timeout=600",
-            "-detect_leaks=0",
-            f"-artifact_prefix={folder}/",
-        ]
-        atheris.Setup([sys.argv[0], *flags, str(seeds)], self.case, custom_mutator=mutator)
+        # libFuzzer takes seed 0 for none. The parent keeps the limits of time and memory.
+        flags = [f"-seed={seed + 1}", "-max_len=400000", "-rss_limit_mb=0", "-timeout=100000"]
+        flags += ["-detect_leaks=0", f"-artifact_prefix={folder}/"]
+        atheris.Setup([sys.argv[0], *flags, str(seeds)], case, custom_mutator=mutator)
         atheris.Fuzz()
 
 
-def child_main(target: str, seed: int, seconds: float, memory_mb: int, guided: bool) -> None:
+def child_main(options: argparse.Namespace) -> None:
     """What a child process does."""
+    target, memory_mb = options.target, options.memory_mb
     with tempfile.TemporaryDirectory(dir=os.environ["FUZZ_FOLDER"]) as name:
         folder = Path(name)
         link = Path(os.environ["FUZZ_FOLDER"]) / "current"
         link.unlink(missing_ok=True)
         link.symlink_to(folder / "current")
-        if guided:
+        if options.replay is not None:
+            Child(target, folder, memory_mb).case(options.replay.read_bytes())
+        elif options.guided:
             import atheris
 
             with atheris.instrument_imports(include=["opensora_sp"]):
                 child = Child(target, folder, memory_mb)
-            child.run_guided(seed, seconds, folder)
+            child.run_guided(options.seed, options.seconds, folder)
         else:
-            Child(target, folder, memory_mb).run(seed, seconds)
+            Child(target, folder, memory_mb).run(options.seed, options.seconds)
 
 
 # --- the parent ----------------------------------------------------------------------------------
 
 
-def _cpu_seconds(pid: int) -> float:
+def _state(pid: int) -> tuple[float, bool]:
+    """The CPU seconds of a process, and whether it runs or would if it were its turn."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return 0.0, True
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
+
+
+class Limits:
+    """What a child may take between two words of its own: CPU time, and time in which it waits."""
+
+    def __init__(self, pid: int, case_seconds: float, still_seconds: float) -> None:
+        self._pid, self._case_seconds, self._still_seconds = pid, case_seconds, still_seconds
+        self._allowed, self._last = _TO_BEGIN_S, 0.0
+        self._spent, self._moved = 0.0, time.monotonic()
+
+    def heard(self) -> None:
+        """It said something: its time begins anew."""
+        self._last, self._allowed = _state(self._pid)[0], self._case_seconds
+        self._moved = time.monotonic()
+
+    def over(self) -> str | None:
+        """What it took too much of, or None. Waiting for a processor is no waiting."""
+        spent, runs = _state(self._pid)
+        if runs or spent > self._spent:
+            self._spent, self._moved = max(spent, self._spent), time.monotonic()
+        if spent - self._last > self._allowed:
+            return f"more than {self._allowed:.0f} s of CPU time"
+        if time.monotonic() - self._moved > self._still_seconds:
+            return f"nothing but waiting for {self._still_seconds:.0f} s"
+        return None
 
 
 class Campaign:
     """The fuzzing of one target: child after child, until the time is over."""
 
-    def __init__(self, target: str, options: argparse.Namespace) -> None:
-        self.target, self._options = target, options
+    def __init__(self, target: str, options: argparse.Namespace, seed: int) -> None:
+        self.target, self._options, self._seed = target, options, seed
         self.cases, self.cpu_seconds, self.children = 0, 0.0, 0
+        self.stuck = False  # a child ended before its first case: no other is tried
         self.findings: dict[str, dict[str, Any]] = {}
 
     def keep(self, kind: str, details: str, data: bytes) -> None:
@@ -626,17 +683,22 @@ class Campaign:
         print(f"FINDING {self.target}: {kind} ({name})\n{details}", flush=True)
 
     def run(self, seconds: float) -> None:
-        """Fuzz for so long, with limits for every case."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 1:
-            self._one_child(left)
+        """Fuzz for so many more seconds of CPU time, with limits for every case."""
+        end = self.cpu_seconds + seconds
+        while end - self.cpu_seconds > 0.5 and not self.stuck:
+            self._one_child(end - self.cpu_seconds)
 
-    def _one_child(self, seconds: float) -> None:
+    def replay(self, file: Path) -> None:
+        """Read one case in a child, with the same limits."""
+        self._one_child(0, file)
+
+    def _one_child(self, seconds: float, file: Path | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix="opensora-sp-fuzz-") as folder:
-            seed = self._options.seed + self.children
+            seed = self._seed + self.children
             command = [sys.executable, __file__, self.target, "--child", "--seed", str(seed)]
             command += ["--seconds", str(seconds), "--memory-mb", str(self._options.memory_mb)]
             command += ["--guided"] if self._options.guided else []
+            command += ["--replay", str(file)] if file is not None else []
             environment = os.environ | {
                 "FUZZ_FOLDER": folder,
                 "OMP_NUM_THREADS": "1",
@@ -646,9 +708,15 @@ class Campaign:
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
             )
             self.children += 1
-            why = self._listen(process, seconds)
+            self._began: float | None = None
+            why = self._listen(process)
             said = process.stderr.read().decode(errors="replace") if process.stderr else ""
-            code = process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
+            code = process.returncode = os.waitstatus_to_exitcode(status)
+            if self._began is None:
+                self.stuck = True
+            else:
+                self.cpu_seconds += max(0.0, usage.ru_utime + usage.ru_stime - self._began)
             current = Path(folder) / "current"
             data = current.read_bytes() if current.exists() else b""
             if why is None and code != 0:
@@ -656,71 +724,105 @@ class Campaign:
             if why is not None:
                 self.keep(why, said[-2000:], data)
 
-    def _listen(self, process: subprocess.Popen[bytes], seconds: float) -> str | None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> str | None:
         """Take the child's words until it ends; why it was ended, if it was."""
         assert process.stdout is not None
-        base, counted, began = self.cases, 0, time.monotonic()
-        pending, last = b"", _cpu_seconds(process.pid)
-        # Imports and the corpus are no case.
-        allowed = 120.0
+        cases = self.cases
+        options, pending = self._options, b""
+        limits = Limits(process.pid, options.case_seconds, options.still_seconds)
         while True:
-            spent = _cpu_seconds(process.pid)
             if select.select([process.stdout], [], [], 0.2)[0]:
                 block = os.read(process.stdout.fileno(), 1 << 20)
                 if not block:
-                    break
-                last, allowed = spent, self._options.case_seconds
+                    return None
+                limits.heard()
                 *lines, pending = (pending + block).split(b"\n")
                 for line in lines:
                     said = json.loads(line)
-                    counted = said["count"]
+                    self.cases = cases + said["count"]
+                    self._began = said["began"]
                     if "kind" in said:
                         self.keep(said["kind"], said["details"], bytes.fromhex(said["data"]))
-            elif spent - last > allowed or time.monotonic() - began > seconds + 120:
+            elif (why := limits.over()) is not None:
                 process.kill()
-                self._add(base, counted, spent)
-                return f"more than {allowed:.0f} s"
-            self._spent = max(spent, getattr(self, "_spent", 0.0)) if spent else 0.0
-        self._add(base, counted, spent or self._spent)
-        return None
-
-    def _add(self, base: int, counted: int, spent: float) -> None:
-        self.cases = base + counted
-        self.cpu_seconds += spent
-        self._spent = 0.0
+                return why
 
     def report(self) -> dict[str, Any]:
         """What was done and found."""
         return {
             "cases": self.cases,
             "cpu_seconds": round(self.cpu_seconds, 1),
-            "guided": self._options.guided,
+            "children": self.children,
             "findings": {kind: one["times"] for kind, one in sorted(self.findings.items())},
         }
 
 
-def replay(target: str, file: Path) -> int:
-    """Read one case in this process, and say what comes of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        _, read = TARGETS[target](Path(folder))
-        found = trouble(read, file.read_bytes())
-    print("ends well" if found is None else f"{found[0]}\n{found[1]}")
-    return 0 if found is None else 1
+# --- the record ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _written(out: Path | None, campaigns: list[Campaign]) -> Iterator[None]:
-    try:
-        yield
-    finally:  # also after Ctrl-C
-        if out is not None:
-            report = {
-                "cases": sum(one.cases for one in campaigns),
-                "cpu_seconds": round(sum(one.cpu_seconds for one in campaigns), 1),
-                "python": platform.python_version(),
-                "targets": {one.target: one.report() for one in campaigns},
-            }
-            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def read_runs(out: Path | None) -> list[dict[str, Any]]:
+    """The runs that a record holds; none where there is no record yet."""
+    if out is None or not out.exists():
+        return []
+    runs: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
+def children_of(runs: list[dict[str, Any]], target: str) -> int:
+    """How many children these runs had for a target: their seeds are used up."""
+    return sum(run["targets"][target]["children"] for run in runs if target in run["targets"])
+
+
+def write_runs(out: Path, runs: list[dict[str, Any]]) -> None:
+    """Write a record with its sums, whole or not at all."""
+    sums: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for target, one in run["targets"].items():
+            found = sums.setdefault(target, {"cases": 0, "cpu_seconds": 0.0, "guided_seconds": 0.0})
+            found["cases"] += one["cases"]
+            seconds = found["cpu_seconds"] + one["cpu_seconds"]
+            found["cpu_seconds"] = round(seconds, 1)
+            guided = found["guided_seconds"] + one["cpu_seconds"] * run["guided"]
+            found["guided_seconds"] = round(guided, 1)
+    record = {
+        "cases": sum(one["cases"] for one in sums.values()),
+        "cpu_seconds": round(sum(one["cpu_seconds"] for one in sums.values()), 1),
+        "targets": sums,
+        "runs": runs,
+    }
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out)
+
+
+def _commit() -> str | None:
+    """The state of the code, where git is at hand; `-dirty` where files differ from the commit."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return None
+
+
+def fuzz(options: argparse.Namespace, chosen: list[str]) -> list[Campaign]:
+    """Fuzz the targets in turn until the time is over, and keep the record after every turn."""
+    earlier = read_runs(options.out)
+    campaigns = [
+        Campaign(target, options, options.seed + children_of(earlier, target)) for target in chosen
+    ]
+    run = {
+        "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "guided": options.guided,
+    }
+    each = options.seconds / len(chosen)
+    while any(one.cpu_seconds < each - 0.5 and not one.stuck for one in campaigns):
+        for campaign in campaigns:
+            campaign.run(min(options.turn, each - campaign.cpu_seconds))
+            if options.out is not None:
+                reports = {one.target: one.report() for one in campaigns if one.children}
+                write_runs(options.out, [*earlier, run | {"targets": reports}])
+    return campaigns
 
 
 def main() -> int:
@@ -729,28 +831,32 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", choices=[*TARGETS, "all", "planted"])
-    parser.add_argument("--seconds", type=float, default=60, help="of all targets together")
+    parser.add_argument("--seconds", type=float, default=60, help="CPU time of all targets")
+    parser.add_argument("--turn", type=float, default=120, help="CPU time of a target at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guided", action="store_true", help="by coverage, with Atheris")
     parser.add_argument("--memory-mb", type=int, default=1500, help="of one case")
     parser.add_argument("--case-seconds", type=float, default=20, help="CPU time of one case")
+    parser.add_argument("--still-seconds", type=float, default=60, help="in which it only waits")
     parser.add_argument("--findings", type=Path, default=Path("fuzz_findings"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--replay", type=Path, metavar="FILE")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child_main(options.target, options.seed, options.seconds, options.memory_mb, options.guided)
+        child_main(options)
         return 0
-    if options.replay:
-        return replay(options.target, options.replay)
+    if options.replay is not None:
+        campaign = Campaign(options.target, options, options.seed)
+        campaign.replay(options.replay.resolve())
+        print("it ends well" if not campaign.findings else "it does not end well")
+        return 1 if campaign.findings else 0
+    if options.target == "planted" and options.out is not None:
+        parser.error("planted faults are not for a record: leave --out away")
     chosen = list(TARGETS) if options.target == "all" else [options.target]
-    campaigns: list[Campaign] = []
-    with _written(options.out, campaigns):
-        for target in chosen:
-            campaigns.append(Campaign(target, options))
-            campaigns[-1].run(options.seconds / len(chosen))
-            print(f"{target}: {json.dumps(campaigns[-1].report())}", flush=True)
+    campaigns = fuzz(options, chosen)
+    for campaign in campaigns:
+        print(f"{campaign.target}: {json.dumps(campaign.report())}", flush=True)
     return 1 if any(one.findings for one in campaigns) else 0
 
 

@@ -220,7 +220,7 @@ def memory(cell: Cell, folder: Path, outcome: Outcome) -> None:
     """One rank may take hardly more memory than it has: something that it needs does not fit.
 
     A tensor that does not fit is an error of torch. Where not even a thread's own data fits, glibc
-    ends the process, which its peers see.
+    ends the process (SIGABRT or code 127), which its peers see.
     """
     more = LARGE if cell.place == "decode" else []
     run = Run(folder / "run", folder / "out", cell, more)
@@ -235,7 +235,8 @@ def memory(cell: Cell, folder: Path, outcome: Outcome) -> None:
     finally:
         run.kill()
     stage = "decode" if more else "denoise"
-    what = "memory" if more else "(memory|ended without a word|was killed by SIGABRT)"
+    ends = "memory|ended without a word|was killed by SIGABRT|ended with exit code 127"
+    what = "memory" if more else f"({ends})"
     _expect(outcome, [None, None], [f"error: rank {cell.rank}, {stage}.*{what}.*"])
     _no_leftovers(run.save_dir, outcome)
     _again(folder, run.save_dir, outcome, more)

@@ -1,19 +1,22 @@
 """The properties of the suite, each on as many cases as there is time for.
 
-    python tests/properties.py --examples 40000 --seconds 3600
+    python tests/properties.py --examples 200000 --seconds 2400 --in-all 1000000
     python tests/properties.py --examples 1000 --only caption
 
 A property is a test that is given its cases by Hypothesis: those of tests/unit/test_properties*.py.
 The suite tries a sample of each, always the same. This command draws new ones in rounds, until
-every property has had --examples cases or its part of --seconds. What does not hold is printed with
-the smallest case that was found. The exit code is 1 then.
+every property has had --examples cases or its part of --seconds, which are of CPU time. Where fewer
+than --in-all cases were tried by then, every property that holds goes on, one round each in turn.
+What does not hold is printed with the smallest case that was found. The exit code is 1 then.
 
-The counts go to docs/benchmarks/properties.json (--out), whole or not at all.
+The counts go to docs/benchmarks/properties.json (--out), also of a run that Ctrl-C ends: `whole`
+is false then.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -53,34 +56,51 @@ def properties() -> dict[str, Callable[[], None]]:
     return found
 
 
-def counted(test: Any, counts: list[int]) -> None:
-    """Count the property's cases in counts[0]."""
-    inner = test.hypothesis.inner_test
+class Trial:
+    """One property under trial: its cases, CPU seconds and finding (None while it holds)."""
 
-    def counting(*args: Any, **kwargs: Any) -> None:
-        counts[0] += 1
-        inner(*args, **kwargs)
+    def __init__(self, test: Any) -> None:
+        self.test, self.cases, self.cpu_seconds = test, 0, 0.0
+        self.finding: str | None = None
+        inner = test.hypothesis.inner_test
 
-    test.hypothesis.inner_test = counting
+        def counting(*args: Any, **kwargs: Any) -> None:
+            self.cases += 1
+            inner(*args, **kwargs)
 
+        test.hypothesis.inner_test = counting
 
-def try_property(test: Callable[[], None], examples: int, seconds: float) -> dict[str, Any]:
-    """Try one property; its cases, CPU seconds and finding (None where it holds)."""
-    counts, began, worked = [0], time.monotonic(), time.process_time()
-    finding = None
-    counted(test, counts)
-    while counts[0] < examples and time.monotonic() - began < seconds and finding is None:
+    def round(self) -> None:
+        """Try one round of new cases."""
+        began = time.process_time()
         try:
-            test()
+            self.test()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # Hypothesis raises what the property raised
-            finding = "\n".join([f"{type(error).__name__}: {error}", *notes(error)])
-    return {
-        "cases": counts[0],
-        "cpu_seconds": round(time.process_time() - worked, 1),
-        "finding": finding,
-    }
+            self.finding = "\n".join([f"{type(error).__name__}: {error}", *notes(error)])
+        finally:
+            self.cpu_seconds += time.process_time() - began
+
+    def rounds(self, examples: int, seconds: float) -> None:
+        """Try rounds until so many cases or CPU seconds are reached, or it does not hold."""
+        while self.cases < examples and self.cpu_seconds < seconds and self.finding is None:
+            self.round()
+
+    def report(self) -> dict[str, Any]:
+        """The counts, as JSON."""
+        seconds = round(self.cpu_seconds, 1)
+        return {"cases": self.cases, "cpu_seconds": seconds, "finding": self.finding}
+
+
+def fill(trials: dict[str, Trial], in_all: int) -> None:
+    """Go on in turn with what holds until there are so many cases in all."""
+    while sum(trial.cases for trial in trials.values()) < in_all:
+        holding = [trial for trial in trials.values() if trial.finding is None]
+        if not holding:
+            return
+        for trial in holding:
+            trial.round()
 
 
 def notes(error: BaseException) -> list[str]:
@@ -93,7 +113,8 @@ def main() -> int:
     """Try the properties that were asked for, and write their counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=1000, help="cases of each property")
-    parser.add_argument("--seconds", type=float, default=600, help="of all properties together")
+    parser.add_argument("--seconds", type=float, default=600, help="CPU time in all")
+    parser.add_argument("--in-all", type=int, default=0, help="cases of all properties together")
     parser.add_argument("--only", default="", help="properties whose name holds this")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks" / "properties.json"
@@ -105,32 +126,37 @@ def main() -> int:
     chosen = {name: test for name, test in properties().items() if options.only in name}
     if not chosen:
         parser.error(f"no property has {options.only!r} in its name")
-    results, began = {}, time.monotonic()
-    for place, (name, test) in enumerate(chosen.items()):
-        left = options.seconds - (time.monotonic() - began)
-        result = try_property(test, options.examples, left / (len(chosen) - place))
-        results[name] = result
-        verdict = "holds" if result["finding"] is None else "DOES NOT HOLD"
-        print(
-            f"{result['cases']:8d} cases {result['cpu_seconds']:8.1f} s  {verdict}: {name}",
-            flush=True,
-        )
-        if result["finding"] is not None:
-            print(result["finding"], flush=True)
-    cases = sum(result["cases"] for result in results.values())
-    broken = [name for name, result in results.items() if result["finding"] is not None]
-    print(f"{cases} cases of {len(results)} properties, {len(broken)} do not hold")
+    trials = {name: Trial(test) for name, test in chosen.items()}
+    whole = False
+    with contextlib.suppress(KeyboardInterrupt):
+        began = time.process_time()
+        for place, (name, trial) in enumerate(trials.items()):
+            left = options.seconds - (time.process_time() - began)
+            trial.rounds(options.examples, left / (len(trials) - place))
+            verdict = "holds" if trial.finding is None else "DOES NOT HOLD"
+            seconds = f"{trial.cpu_seconds:8.1f} s"
+            print(f"{trial.cases:8d} cases {seconds}  {verdict}: {name}", flush=True)
+        fill(trials, options.in_all)
+        whole = True
+    broken = [name for name, trial in trials.items() if trial.finding is not None]
+    for name in broken:
+        print(f"DOES NOT HOLD: {name}\n{trials[name].finding}", flush=True)
+    cases = sum(trial.cases for trial in trials.values())
+    print(f"{cases} cases of {len(trials)} properties, {len(broken)} do not hold")
     report = {
         "cases": cases,
-        "cpu_seconds": round(sum(result["cpu_seconds"] for result in results.values()), 1),
+        "cpu_seconds": round(sum(trial.cpu_seconds for trial in trials.values()), 1),
         "python": platform.python_version(),
         "do_not_hold": broken,
-        "properties": results,
+        "whole": whole,
+        "properties": {name: trial.report() for name, trial in trials.items()},
     }
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(options.out)
-    return 1 if broken else 0
+    if not whole:
+        print("ended by Ctrl-C: the run is not whole")
+    return 1 if broken or not whole else 0
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.log = save_dir.parent / f"{save_dir.name}.log"
 
-    def start(self) -> Server:
-        """Start it and wait until it takes jobs."""
+    def start(self, seconds: float = READY_SECONDS) -> Server:
+        """Start it and wait until it takes jobs, so long at most."""
         command = [sys.executable, "-m", "opensora_sp", "serve", "--port", str(self.port)]
         command += ["--save-dir", str(self.save_dir), "--nproc", str(self.ranks)]
         command += ["--device", "cpu", "--dtype", "fp32", *self.flags]
@@ -42,7 +42,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True
             )
-        self.wait_ready()
+        self.wait_ready(seconds)
         return self
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> None:

@@ -26,7 +26,8 @@ def atomic_output(path: Path) -> Iterator[Path]:
     is created. Errors of the body pass through unchanged.
 
     Raises:
-        UserError: the directory cannot be made, the name is not possible there, or renaming fails.
+        UserError: the directory cannot be made, the name is not possible there or is of something
+            else than a file, such as /dev/null, which renaming would replace, or renaming fails.
     """
     path = Path(os.path.abspath(path))
     # The temporary name does not contain the final one, which may already be of maximal length.
@@ -36,8 +37,11 @@ def atomic_output(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name that is too long would otherwise fail only at the end, after hours of work.
         with suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.stat(path).st_mode):
+            mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
                 raise IsADirectoryError(0, "a directory has that name")
+            if not stat.S_ISREG(mode):
+                raise FileExistsError(0, "a device or a pipe has that name")
     _unfinished.add(temporary)
     try:
         yield temporary

@@ -119,7 +119,7 @@ def read_sweep(path: str, aspect_ratio: str = "9:16") -> Sweep:
 
     aspect_ratio: of the resolutions that are names of the size table.
     """
-    raw = read_config(path)
+    raw = read_config(path, "--sweep")
     what = f"--sweep {shown(path)}"
     if unknown := sorted(set(raw) - set(_KEYS)):
         raise UserError(f"{what}: {shown(unknown[0])} is not a key; there are {', '.join(_KEYS)}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -22,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base import access
+from opensora_sp.base.atomic import reported
 from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.screen import note, on_any_screen, result
+from opensora_sp.base.value_types import shown
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.parser import RefusingParser
 from opensora_sp.models.foreign_checkpoints import (
@@ -33,6 +36,7 @@ from opensora_sp.models.foreign_checkpoints import (
     TRAINED_FOLDER,
     weight_files,
 )
+from opensora_sp.request.preflight import check_save_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,14 +104,21 @@ def convert(
         UserError: the target is there, the source is in no form that is known, holds code, or its
             weights do not fit its config.json.
     """
-    if access.exists(target):
+    if os.path.lexists(target):
         raise UserError(f"{target} is there already: give a directory that is not")
     if not access.exists(source):
         raise UserError(f"{source} does not exist: give the checkpoint that is to be converted")
+    if not access.is_file(source) and not access.is_dir(source):
+        raise UserError(f"{source} is neither a regular file nor a directory")
+    check_save_dir(str(target.parent), f"NEW_DIR {shown(str(target))}: its folder")
     if kind == "vae3d" and vae2d is None:
         raise UserError("--vae2d is needed with vae3d: its weights are checked with that config")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".opensora-sp-", dir=target.parent) as folder:
+    # Missing folders above the target are made at the end: a refusal leaves nothing behind.
+    there = next(place for place in access.absolute(target).parents if access.is_dir(place))
+    with (
+        reported(target),
+        tempfile.TemporaryDirectory(prefix=".opensora-sp-", dir=there) as folder,
+    ):
         made = Path(folder) / "checkpoint"
         made.mkdir()
         _settings(kind, source, made, config)
@@ -116,6 +127,7 @@ def convert(
             _check(kind, made, vae2d)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(made), str(source))) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
         made.rename(target)
 
 
@@ -133,7 +145,9 @@ def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
             raise UserError(f"{source} has no spiece.model: T5's tokenizer is needed beside it")
     beside = [home / "config.json", home / TRAINED_FOLDER / "config.json"]
     found = [path for path in beside if access.is_file(path)]
-    if config is not None and found and _object(config) != _object(found[0]):
+    if config is not None:
+        content = _object(config)  # whether or not another lies beside the weights
+    if config is not None and found and content != _object(found[0]):
         # Sizes that no weight's shape shows (input_sq_size) would be wrong in silence.
         raise UserError(
             f"--config {config} differs from {found[0]}: leave it out, or move that away"
@@ -195,6 +209,8 @@ def _all_weights(kind: str, source: Path, key: str | None) -> Iterator[tuple[str
                     yield _plain(name), file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{source} is corrupt or cut short: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read: {error.strerror or error}") from error
     else:
         yield from _of_state(source, key)
 
@@ -246,6 +262,7 @@ def _plain(name: str) -> str:
 
 def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
     """Shards of at most `SHARD_BYTES` with their index; one shard stands alone."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
@@ -255,7 +272,12 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
     def flush() -> None:
         nonlocal part, size
         if part:
-            save_file(part, str(made / f"part-{len(shards)}.safetensors"))
+            try:
+                save_file(part, str(made / f"part-{len(shards)}.safetensors"))
+            except SafetensorError as error:  # so a full disk is said
+                raise UserError(
+                    f"cannot write weights into {made.parent.parent}: {error}"
+                ) from None
             shards.append(list(part))
         part, size = {}, 0
 

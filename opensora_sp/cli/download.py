@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.hashes import SUMS, git_blob, sha256, write_sums
 from opensora_sp.base.screen import on_any_screen, one_line
+from opensora_sp.base.value_types import shown
 from opensora_sp.cli.parser import RefusingParser
+from opensora_sp.request.preflight import check_save_dir
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def is_mirror() -> bool:
-    """Whether HF_ENDPOINT names somebody else than the hub itself."""
+    """Whether HF_ENDPOINT names somebody else than the hub itself. Raises UserError."""
     endpoint = os.environ.get("HF_ENDPOINT", "").strip()
     if not endpoint:
         return False
-    parts = urlsplit(endpoint)
-    return (parts.scheme, parts.hostname, parts.port) != ("https", HUB, None)
+    try:
+        parts = urlsplit(endpoint)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if host is None or parts.scheme not in ("http", "https"):
+        raise UserError(
+            f"HF_ENDPOINT {shown(endpoint)} is not the address of a mirror, such as https://{HUB}"
+        )
+    return (parts.scheme, host, port) != ("https", HUB, None)
 
 
 def known_hashes(files: Sequence[Path]) -> dict[str, str]:
@@ -138,10 +149,8 @@ def known_hashes(files: Sequence[Path]) -> dict[str, str]:
     """
     known: dict[str, str] = {}
     for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--hashes {file} cannot be read: {error}") from None
+        what = f"--hashes {shown(str(file))}"
+        lines = access.read_text(file, limit=access.CONFIG_LIMIT, what=what).splitlines()
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -152,7 +161,7 @@ def known_hashes(files: Sequence[Path]) -> dict[str, str]:
                     "writes it"
                 )
             if known.setdefault(name, digest) != digest:
-                raise UserError(f"{file} line {number} contradicts another hash of {name}")
+                raise UserError(f"--hashes {file} line {number} contradicts another hash of {name}")
     return known
 
 
@@ -169,6 +178,7 @@ def download(
 
     Raises UserError.
     """
+    check_save_dir(str(directory), "DIR")
     known = known or {}
     token = None if send_token else False
     wanted = {kind: REPOSITORIES[kind] for kind in (only or REPOSITORIES)}

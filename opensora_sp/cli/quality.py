@@ -75,6 +75,8 @@ def _check(asked: argparse.Namespace) -> None:
             raise UserError(f"{flag} {path} is a directory: give the name of a file")
         if access.absolute(path) in inputs:
             raise UserError(f"{flag} {path} is one of the compared files: give another name")
+        if access.exists(path) and not access.is_file(path):
+            raise UserError(f"{flag} {path} is no regular file: give another name")
         check_save_dir(str(path.parent), flag)
     if asked.plot is not None:
         check_plot_path(asked.plot, "--plot")

@@ -220,6 +220,13 @@ def _settings(words: Sequence[str]) -> tuple[ServiceSettings, bool]:
             f"--host {found.host} lets other machines in, which needs --token-file FILE; "
             "--host 127.0.0.1 serves this machine alone"
         )
+    if found.host not in LOCAL_HOSTS:
+        try:
+            socket.getaddrinfo(found.host, found.port, type=socket.SOCK_STREAM)
+        except (OSError, ValueError):
+            raise UserError(
+                f"--host {shown(found.host)} is no address of this machine, such as 0.0.0.0"
+            ) from None
     origins = read_origins(found.allow_origin)
     tokens = {} if found.token_file is None else read_tokens(found.token_file)
     group = group_of(found, engine, operations)

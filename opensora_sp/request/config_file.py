@@ -21,14 +21,14 @@ _PLAIN_TAGS = frozenset(
 )
 
 
-def read_config(path: str) -> dict[str, Raw]:
+def read_config(path: str, flag: str = "--config") -> dict[str, Raw]:
     """Key (with underscores) → value as written, of a file or of a name such as 720p-16s.
 
-    Raises UserError naming the file and the line.
+    Raises UserError naming the flag, the file and the line.
     """
     from yaml import MappingNode
 
-    what = f"--config {shown(path)}"
+    what = f"{flag} {shown(path)}"
     text = access.read_text(find_config(path), limit=access.CONFIG_LIMIT, what=what)
     node = parse_yaml(text, what)
     if node is None:

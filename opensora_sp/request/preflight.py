@@ -152,9 +152,11 @@ def amount(size: float) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError where a directory has the name of an output file."""
+    """Raise UserError where something else than a file has the name of an output file."""
     if access.is_dir(output):
         raise UserError(f"{output} is a directory, but an output has this name: rename one")
+    if access.exists(output) and not access.is_file(output):
+        raise UserError(f"{output} is a device or a pipe, but an output has this name: rename one")
 
 
 def check_conditions(

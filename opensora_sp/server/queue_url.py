@@ -29,6 +29,8 @@ def parse_queue_url(text: str) -> str:
         )
     url = f"postgresql://{rest}"
     try:
+        if not url.isprintable():  # half a character, a line feed or NUL, which libpq takes badly
+            raise ValueError
         parts = urlsplit(url)
         parts.port  # noqa: B018 (raises ValueError)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from opensora_sp.base import access
 from opensora_sp.base.errors import NoSpaceError, UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.request import Job
@@ -23,6 +25,7 @@ from opensora_sp.server.queue_url import QUEUE_VARIABLE, is_postgres
 log = logging.getLogger(__name__)
 # Names of this machine alone: a server that listens there needs no token.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_MOST_LIMIT = 1 << 50
 _PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2", "prometheus_client")
 
 
@@ -238,13 +241,18 @@ def read_limits(words: Sequence[str]) -> Limits:
     for word in words:
         name, _, text = word.partition("=")
         if name not in known:
-            raise UserError(f"--limit {word}: there are {', '.join(known)}, each as NAME=NUMBER")
+            raise UserError(
+                f"--limit {shown(word)}: there are {', '.join(known)}, each as NAME=NUMBER"
+            )
         try:
             found[name] = type(known[name])(text)
         except ValueError:
             found[name] = 0
-        if not 0 < found[name] < 1 << 50:
-            raise UserError(f"--limit {word}: {name} is a number above 0, such as {known[name]}")
+        if not 0 < found[name] < _MOST_LIMIT:
+            raise UserError(
+                f"--limit {shown(word)}: {name} is a number above 0 and below {_MOST_LIMIT}, such "
+                f"as {known[name]}"
+            )
     return Limits(**found)
 
 
@@ -281,14 +289,11 @@ def read_tokens(path: Path) -> dict[str, str]:
     Lines of one name are one owner. A token without a name is an owner of its own, whatever line it
     is in. Raises UserError. Warns of a file that every user may read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        others = path.stat().st_mode & 0o007
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"--token-file {path}: {why}") from None
-    if others:
-        log.warning("--token-file %s can be read by every user: chmod 600 %s", path, path)
+    flag = f"--token-file {shown(str(path))}"
+    lines = access.read_text(path, limit=access.CONFIG_LIMIT, what=flag).splitlines()
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & 0o007:
+            log.warning("--token-file %s can be read by every user: chmod 600 %s", path, path)
     tokens: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -304,6 +309,11 @@ def read_tokens(path: Path) -> dict[str, str]:
             raise UserError(
                 f"--token-file {path}: the token in line {number} has {len(token)} characters; "
                 "16 or more are needed, such as `openssl rand -hex 24` makes"
+            )
+        if not (token.isascii() and token.isprintable()):
+            raise UserError(
+                f"--token-file {path}: the token in line {number} has a character that no request "
+                "can carry: printable ASCII is needed, such as `openssl rand -hex 24` makes"
             )
         tokens[token] = name
     if not tokens:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
 from opensora_sp.verification.suite import Check, load_cases, load_json, max_error
 
 VAE_LIMIT = 1e-4
@@ -146,12 +147,19 @@ def _application(cases: list[dict[str, Any]]) -> list[str]:
 
 def manifest_checks(suite: Path) -> Iterator[Check]:
     """manifest.json: names and shapes of the models at the published size, on the meta device."""
-    from opensora_sp.verification.published import published_shapes
+    from opensora_sp.verification.published import PUBLISHED, published_shapes
 
     expected = load_json(suite / "manifest.json")
     for model in sorted(expected):
+        shapes = expected[model]
+        listed = isinstance(shapes, dict) and all(isinstance(s, list) for s in shapes.values())
+        if model not in PUBLISHED or not listed:
+            raise UserError(
+                f"{suite / 'manifest.json'}: {shown(model)} is not one of {', '.join(PUBLISHED)} "
+                "with a list of sizes for each weight: give a whole suite, or leave --reference out"
+            )
         ours, aliases = published_shapes(model)
-        theirs = {name: tuple(shape) for name, shape in expected[model].items()}
+        theirs = {name: tuple(shape) for name, shape in shapes.items()}
         theirs = {name: shape for name, shape in theirs.items() if name not in aliases}
         ours = {name: shape for name, shape in ours.items() if name not in aliases}
         wrong = [n for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
+PUBLISHED = ("dit", "t5", "vae3d")  # the models that have weights of their own
 
 SDXL_VAE: Mapping[str, Any] = {
     "in_channels": 3,

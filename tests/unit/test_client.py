@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from opensora_sp.cli.client.connection import connect
 from opensora_sp.cli.client.forms import forms_of
 from opensora_sp.cli.client.jobs import cut, table
-from opensora_sp.cli.client.submit import progress_text
+from opensora_sp.cli.client.submit import _wait, progress_text
 from opensora_sp.cli.main import main
 
 ID = "video_" + "0" * 24
@@ -156,6 +157,17 @@ def test_what_a_server_says_is_one_printable_line(
     assert told in err
     assert err.count("\n") == 1
     assert "\x1b" not in err
+
+
+def test_an_answer_without_an_id_is_of_the_job_that_was_asked_for(
+    server: Answering, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.body = json.dumps({"id": ID, "status": "failed", "error": {"message": "no"}}).encode()
+    assert f"{ID}: no" in said(capsys, "submit", "--prompt", "x", "--wait", code=1)[1]
+    link = connect(None, None)
+    server.body = b'{"status": "completed"}'
+    assert _wait(link, [ID], None, None) == 0
+    assert capsys.readouterr().out == f"{ID}\n"
 
 
 def test_a_download_has_our_name_and_appears_whole_or_not_at_all(

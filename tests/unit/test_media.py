@@ -335,6 +335,19 @@ def test_a_name_of_the_greatest_length_is_possible(tmp_path: Path) -> None:
     assert len(read_frames(path)) == 1
 
 
+def test_an_output_does_not_take_the_place_of_a_device_or_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("pipe", "null"):
+        with (
+            pytest.raises(UserError, match="a device or a pipe has that name"),
+            atomic_output(tmp_path / name),
+        ):
+            raise AssertionError("its content is made in vain")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "null").is_symlink()
+
+
 def test_errors_of_the_body_pass_unchanged(tmp_path: Path) -> None:
     error = FileNotFoundError("somebody else's file")
 

@@ -63,18 +63,20 @@ class Connection:
     """A server's address and what lets one in."""
 
     def __init__(self, server: str, token: str | None = None) -> None:
-        parts = urlsplit(server)
         try:
-            port = parts.port
+            parts = urlsplit(server)
+            (parts.hostname or "").encode("idna")  # UnicodeError is a ValueError
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
-            port = 0
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            usable = False
+        if not usable or any(one.isspace() or not one.isprintable() for one in server):
             raise UserError(f"--server {shown(server)} is not an address such as {DEFAULT_SERVER}")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise UserError(
                 f"--server {shown(server)}: give the address alone; a token comes by --token-file"
             )
         self.server, self._parts, self._token = server.rstrip("/"), parts, token
+        self._path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
 
     def call(self, method: str, path: str, form: Form | None = None) -> dict[str, Any]:
         """The object that the server answers with. Raises UserError; Refused where it says no."""
@@ -144,7 +146,7 @@ class Connection:
         try:
             # It may have answered before all was sent.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                link.request(method, self._parts.path.rstrip("/") + path, body, headers)
+                link.request(method, self._path + path, body, headers)
             return link.getresponse()
         except TimeoutError:
             raise UserError(f"{self.server} did not answer within {SECONDS:.0f} s") from None

@@ -45,6 +45,9 @@ def _fetch(words: list[str]) -> int:
     ids = [check_id(one) for one in asked.id]
     if access.is_file(asked.output):
         raise UserError(f"-o {asked.output} is a file: give a folder")
+    from opensora_sp.request.preflight import check_save_dir
+
+    check_save_dir(str(asked.output), "-o")
     server = connect(asked.server, asked.token_file)
     return each(ids, lambda job_id: fetch(server, job_id, asked.output, variant=asked.variant))
 

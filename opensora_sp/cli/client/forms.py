@@ -101,5 +101,6 @@ def _file(key: str, path: object) -> Path:
     if is_address(text):
         raise UserError(f"{flag} {shown(text)}: the server fetches no address; send a file")
     if not access.is_file(text):
-        raise UserError(f"{flag} {shown(text)}: there is no such file")
+        missing = "this is no regular file" if access.exists(text) else "there is no such file"
+        raise UserError(f"{flag} {shown(text)}: {missing}")
     return Path(text)

@@ -73,6 +73,12 @@ def _submit(words: list[str]) -> int:
         raise UserError(f"--priority {own.priority} is not a whole number from 1 to 1000")
     forms = forms_of(rest, {} if own.priority is None else {"priority": str(own.priority)})
     exact = _exact(own.output, len(forms))
+    if own.output is not None:  # a job may take hours before its file is written
+        from opensora_sp.request.preflight import check_output, check_save_dir
+
+        check_save_dir(str(own.output if exact is None else exact.parent), "-o")
+        if exact is not None:
+            check_output(exact)
     server = connect(own.server, own.token_file)
     waits = own.wait or own.output is not None
     ids = []
@@ -104,10 +110,9 @@ def _wait(server: Connection, ids: Sequence[str], output: Path | None, exact: Pa
     line, code, left = ProgressLine(len(ids)), 0, list(ids)
     while left:
         videos = [server.call("GET", video_path(job_id)) for job_id in left]
-        for video in videos:
+        for job_id, video in zip(tuple(left), videos, strict=True):
             if video.get("status") not in ("completed", "failed"):
                 continue
-            job_id = str(video["id"])
             left.remove(job_id)
             line.clear()
             if video["status"] == "failed":
