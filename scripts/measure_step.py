@@ -80,7 +80,7 @@ class Case:
 
     pair: Pair
     dtype: str
-    ways: Mapping[str, Compute]
+    ways: dict[str, Compute]
     difference: dict[str, float] = field(default_factory=dict)
     wall: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     cpu: dict[tuple[int, str], list[float]] = field(default_factory=dict)
@@ -229,8 +229,11 @@ def main(words: Sequence[str] | None = None) -> int:
             if not asked.alone:
                 found[GIVEN_BACK] = found[FOLDED]
             cases.append(Case(pair=pair, dtype=dtype, ways=found))
-    # As a run does around its steps.
-    with heap.freed_memory_kept(CPU, 0):
+    # As a run does around its steps; where the user has decided how memory is allocated, not.
+    with heap.freed_memory_kept(CPU, 0) as kept:
+        if not kept:
+            for case in cases:
+                case.ways.pop(GIVEN_BACK, None)
         log = take_turns(cases, asked.threads, rounds, asked.budget)
     lines = [line for case in cases for line in case.figures(asked.threads)]
     result: dict[str, Any] = {

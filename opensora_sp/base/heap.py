@@ -19,8 +19,11 @@ import torch
 from opensora_sp.base.free_memory import free_bytes
 from opensora_sp.base.launcher import read_launch
 
-# Of glibc's <malloc.h>: the parameter, what keeps freed memory, and glibc's own value.
-_TRIM_THRESHOLD, _MMAP_MAX = (-1, -1, 128 * 1024), (-4, 0, 65536)
+# Of glibc's <malloc.h>: parameters and values with which freed memory stays, and the usual ones.
+# glibc raises its thresholds by itself up to the usual ones here, and no more once one was set.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEPING = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+_USUAL = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 * 2**20), (_TRIM_THRESHOLD, 64 * 2**20))
 # Where one of these is set, the user has decided. GLIBC_TUNABLES counts if it is about malloc.
 _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
@@ -57,7 +60,8 @@ def freed_memory_kept(device: torch.device, needed: float) -> Iterator[bool]:
 
     needed: bytes that one rank may hold within the block, with what lies unused between blocks of
     other sizes. Yields whether memory is kept: on a CPU, by glibc, where the machine has so much
-    free for each of its ranks, and where the user has not set how memory is allocated.
+    free for each of its ranks, and where the user has not set how memory is allocated. In threads
+    other than the main one glibc gives blocks of over 64 MB back all the same.
     """
     kept = device.type == "cpu" and _is_there(needed) and _keepers.join()
     try:
@@ -80,8 +84,8 @@ def keep_freed(on: bool) -> bool:
     if library is None:
         return False
     # Large blocks come from the heap too, and its free end is not given back.
-    for parameter, keeping, usual in (_MMAP_MAX, _TRIM_THRESHOLD):
-        library.mallopt(parameter, keeping if on else usual)
+    for parameter, value in _KEEPING if on else _USUAL:
+        library.mallopt(parameter, value)
     if not on:
         library.malloc_trim(0)
     return True

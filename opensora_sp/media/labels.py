@@ -7,6 +7,7 @@ certificate. docs/labels.md has the sources and what these labels do not do.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import struct
@@ -15,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from xml.sax.saxutils import escape
 
 from opensora_sp.media.content_credentials import GENERATED, Signing, sign
 
@@ -109,6 +109,6 @@ def _xmp(prefix: str, namespace: str, name: str, value: str) -> str:
         '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
         '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         f'<rdf:Description rdf:about="" xmlns:{prefix}="{namespace}">'
-        f"<{prefix}:{name}>{escape(value)}</{prefix}:{name}>"
+        f"<{prefix}:{name}>{html.escape(value, quote=False)}</{prefix}:{name}>"
         '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
     )

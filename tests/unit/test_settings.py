@@ -123,7 +123,8 @@ def test_every_shipped_config_makes_a_request(config: Path, tmp_path: Path) -> N
         frames = {"image": 1, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
         assert request.height == int(resolution.removesuffix("p"))
         assert request.num_frames == frames[duration]
-        assert job.notes == values_notes("--prompt", "x")
+        size = ("--resolution", resolution, "--num-frames", duration)
+        assert job.notes == values_notes("--prompt", "x", *size)
     assert job.tasks[0].output.suffix == (".png" if request.is_image else ".mp4")
 
 
