@@ -80,6 +80,14 @@ def test_the_stored_notebook_was_run_from_top_to_bottom_and_is_small() -> None:
     made = code_cells(notebook)
     assert [cell.execution_count for cell in made] == list(range(1, len(made) + 1))
     assert NOTEBOOK.stat().st_size < 500_000
+    pictures = [
+        one.data[kind]
+        for cell in made
+        for one in cell.outputs
+        for kind in one.get("data", {})
+        if kind in ("image/png", "image/webp")
+    ]
+    assert len(set(pictures)) == len(pictures) == 7
     texts = "\n".join(text_of(cell) for cell in made)
     assert not re.search(r"(?<![\w.])/(?:tmp|home|root|work|usr)/", texts)
     # Each code cell is explained by the cell above it.
