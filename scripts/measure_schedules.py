@@ -10,7 +10,8 @@ prompt), the judge's scores of both, and the seconds of denoising of both (on th
 CPU), batch by batch in turns. Then the model's schedules under other guidance scales and on sizes
 that they were not made on. WORK keeps what is made: the same command goes on from there. --case
 measures some of the cases and writes no JSON, so that several processes share the work. --known
-measures nothing, and writes what WORK has: of a case that is not finished, the prompts so far.
+measures and calibrates nothing, and writes what WORK has: of a case that is not finished, the
+prompts so far, and of a size that is not calibrated, the schedules that come with the model.
 Writes one JSON and prints Markdown tables.
 """
 
@@ -135,6 +136,7 @@ def main() -> None:
         lists = _lists(asked, case)
         if asked.known:
             known = bench.known(case, lists)
+            complete &= not _has_own(case) or _curve(asked.work, case.size).is_file()
             complete &= len(known) == len(lists) and len(known[0]["psnr"]) == case.prompts
             rows += known
             continue
@@ -179,11 +181,20 @@ def _cases(asked: argparse.Namespace) -> Iterator[Case]:
 def _lists(asked: argparse.Namespace, case: Case) -> list[Listed]:
     """The lists of a case: of its own calibration where there is one, and the model's."""
     lists = shipped(case.size)
-    if case.size in SIZES and case.scale == SCALE:
+    if _has_own(case) and (not asked.known or _curve(asked.work, case.size).is_file()):
         known = {one: one.shipped for one in lists}
         own = lists_of(calibrated(asked.work, case.size), asked.counts)
         lists = [replace(one, shipped=known.pop(one, None)) for one in own] + list(known)
     return sorted(lists, key=lambda one: (-len(one.computed), one.fill))
+
+
+def _has_own(case: Case) -> bool:
+    return case.size in SIZES and case.scale == SCALE
+
+
+def _curve(work: Path, size: Size) -> Path:
+    height, width, frames = size
+    return work / f"schedules-{height}x{width}x{frames}.json"
 
 
 def shipped(size: Size) -> list[Listed]:
@@ -202,14 +213,15 @@ def shipped(size: Size) -> list[Listed]:
 def calibrated(work: Path, size: Size) -> Path:
     """The curve of a size, by opensora-sp calibrate with its own prompts, unless it is there."""
     height, width, frames = size
-    out = work / f"schedules-{height}x{width}x{frames}.yaml"
-    if not out.with_suffix(".json").is_file():
-        command = [sys.executable, "-m", "opensora_sp", "calibrate", "--out", str(out)]
+    curve = _curve(work, size)
+    if not curve.is_file():
+        command = [sys.executable, "-m", "opensora_sp", "calibrate"]
+        command += ["--out", str(curve.with_suffix(".yaml"))]
         command += ["--image-size", str(height), str(width), "--num-frames", str(frames)]
         command += ["--num-sampling-steps", str(STEPS), "--dtype", "fp32"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
-    return out.with_suffix(".json")
+    return curve
 
 
 def lists_of(curve: Path, counts: Sequence[int]) -> list[Listed]:

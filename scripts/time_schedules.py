@@ -6,9 +6,9 @@
 The embedded model in float32 on this machine's CPU, one rank. A round denoises one video with all
 steps, with near-lossless and with fast, one after the other, so that what else the machine does
 meets all three. The time is that of the stage "denoise". For each size and level: the median over
-the rounds of full time / own time, which should be steps / computed steps. Two sizes take about two
-minutes on two cores that nothing else uses. The ratio of this process's CPU seconds is there too,
-for a machine that others use. Ends with 1 where the ratio of times is off by more than 5 %.
+the rounds of full time / own time, which should be steps / computed steps. The ratio of this
+process's CPU seconds is there too, for a machine that others use. Ends with 1 where the ratio of
+times is off by more than 5 %.
 """
 
 from __future__ import annotations

@@ -532,7 +532,11 @@ _QUEUES: list[tuple[list[str], list[str]]] = [
     (["--queue", "postgresql://me:secret@h/d\udcff"], ["cannot be read"]),
     (["--queue", "postgresql://me:secret@h/d\nb"], ["cannot be read"]),
     ([], ["work needs --queue URL"]),
-    (["--queue", _QUEUE, "--nnodes", "2"], ["--nnodes 2 needs --group-name"]),
+    (["--queue", _QUEUE, "--nnodes", "2"], ["--nnodes 2 needs --node-rank N"]),
+    (
+        ["--queue", _QUEUE, "--nnodes", "2", "--node-rank", "0"],
+        ["--nnodes 2 needs --group-name"],
+    ),
     (["--queue", _QUEUE, "--node-rank", "1"], ["--node-rank 1 needs --nnodes"]),
     (["--queue", _QUEUE, "--group-name", "../x"], ["--group-name '../x'"]),
     (["--queue", _QUEUE, "--lease-seconds", "nan"], ["--lease-seconds 'nan'", "3 to 3600"]),

@@ -57,6 +57,7 @@ from opensora_sp.base.errors import UserError  # noqa: E402
 
 Reader = Callable[[bytes], None]
 _REPORT_EVERY = 0.5  # s, between two counts of a child
+LEAST_TURN = 0.5  # s of CPU time; what is left of a turn is not begun below it
 _TO_BEGIN_S = 120.0  # of CPU time: imports and the corpus are no case
 
 
@@ -685,7 +686,7 @@ class Campaign:
     def run(self, seconds: float) -> None:
         """Fuzz for so many more seconds of CPU time, with limits for every case."""
         end = self.cpu_seconds + seconds
-        while end - self.cpu_seconds > 0.5 and not self.stuck:
+        while end - self.cpu_seconds > LEAST_TURN and not self.stuck:
             self._one_child(end - self.cpu_seconds)
 
     def replay(self, file: Path) -> None:
@@ -816,7 +817,7 @@ def fuzz(options: argparse.Namespace, chosen: list[str]) -> list[Campaign]:
         "guided": options.guided,
     }
     each = options.seconds / len(chosen)
-    while any(one.cpu_seconds < each - 0.5 and not one.stuck for one in campaigns):
+    while any(one.cpu_seconds < each - LEAST_TURN and not one.stuck for one in campaigns):
         for campaign in campaigns:
             campaign.run(min(options.turn, each - campaign.cpu_seconds))
             if options.out is not None:
@@ -851,6 +852,8 @@ def main() -> int:
         campaign.replay(options.replay.resolve())
         print("it ends well" if not campaign.findings else "it does not end well")
         return 1 if campaign.findings else 0
+    if not options.turn > LEAST_TURN:
+        parser.error(f"--turn {options.turn:g}: give more than {LEAST_TURN} seconds")
     if options.target == "planted" and options.out is not None:
         parser.error("planted faults are not for a record: leave --out away")
     chosen = list(TARGETS) if options.target == "all" else [options.target]

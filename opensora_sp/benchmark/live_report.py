@@ -20,7 +20,7 @@ from opensora_sp.benchmark.report.files import (
     write_report,
 )
 from opensora_sp.planner.plan import Plan
-from opensora_sp.request.computed_steps import most_computed
+from opensora_sp.request.computed_steps import heaviest_batch, most_computed
 from opensora_sp.request.request import Job
 from opensora_sp.request.step_choice import describe
 from opensora_sp.request.step_schedule import StepSchedule
@@ -149,7 +149,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
     session, settings, request = pipeline.session, job.settings, job.tasks[0].request
     mesh = pipeline.models.mesh(request)
     schedule = request.step_cache if isinstance(request.step_cache, StepSchedule) else None
-    first = [task.request for task in job.batches()[0]]
+    batches = [[task.request for task in tasks] for tasks in job.batches()]
     return {
         "ranks": session.world_size,
         "device": session.device.type,
@@ -168,7 +168,7 @@ def run_facts(pipeline: Any, job: Job) -> dict[str, Any]:
         "latent_shape": list(request.latent_shape),
         "patches": request.patch_grid[0] * request.patch_grid[1],
         "step_cache": None if schedule is None else describe(schedule),
-        "computed_steps": most_computed(first, schedule),
+        "computed_steps": most_computed(heaviest_batch(batches, schedule), schedule),
     }
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,24 +115,40 @@ def convert(
         raise UserError("--vae2d is needed with vae3d: its weights are checked with that config")
     # Missing folders above the target are made at the end: a refusal leaves nothing behind.
     there = next(place for place in access.absolute(target).parents if access.is_dir(place))
-    with (
-        reported(target),
-        tempfile.TemporaryDirectory(prefix=".opensora-sp-", dir=there) as folder,
-    ):
+    with reported(target):
+        temporary = tempfile.TemporaryDirectory(
+            prefix=".opensora-sp-", dir=there, ignore_cleanup_errors=True
+        )
+    with temporary as folder, _reading(source):
         made = Path(folder) / "checkpoint"
-        made.mkdir()
-        _settings(kind, source, made, config)
-        _write(_weights(kind, source, key), made)
+        settings = _settings(kind, source, config)
+        with reported(target):
+            made.mkdir()
+            for name, content in settings.items():
+                (made / name).write_bytes(content)
+        _write(_weights(kind, source, key), made, target)
         try:
             _check(kind, made, vae2d)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(made), str(source))) from error
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(target)
+        with reported(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made.rename(target)
 
 
-def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
-    """config.json, and of T5 the tokenizer."""
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Turn an error of the system, while files of the source are read, into one UserError line."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename or source)
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def _settings(kind: str, source: Path, config: Path | None) -> dict[str, bytes]:
+    """The contents of config.json, and of T5 those of the tokenizer, by name."""
+    settings: dict[str, bytes] = {}
     home = source if access.is_dir(source) else source.parent
     places = [home]
     if kind == "t5":
@@ -140,8 +156,8 @@ def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
         for name in _T5_FILES:
             found = [place / name for place in places if access.is_file(place / name)]
             if found:
-                shutil.copy(found[0], made / name)
-        if not (made / "spiece.model").exists():
+                settings[name] = _bytes(found[0])
+        if "spiece.model" not in settings:
             raise UserError(f"{source} has no spiece.model: T5's tokenizer is needed beside it")
     beside = [home / "config.json", home / TRAINED_FOLDER / "config.json"]
     found = [path for path in beside if access.is_file(path)]
@@ -153,13 +169,19 @@ def _settings(kind: str, source: Path, made: Path, config: Path | None) -> None:
             f"--config {config} differs from {found[0]}: leave it out, or move that away"
         )
     if config is not None or found:
-        shutil.copy(config or found[0], made / "config.json")
+        settings["config.json"] = _bytes(config or found[0])
     elif kind != "t5":
         published = _PUBLISHED_DIT if kind == "dit" else _PUBLISHED_VAE
-        (made / "config.json").write_text(json.dumps(published) + "\n", encoding="utf-8")
+        settings["config.json"] = (json.dumps(published) + "\n").encode()
         note(f"{source} has no config.json: the published model's sizes are taken")
-    if not (made / "config.json").exists():
+    if "config.json" not in settings:
         raise UserError(f"{source} has no config.json: give it with --config")
+    return settings
+
+
+def _bytes(path: Path) -> bytes:
+    with _reading(path):
+        return path.read_bytes()
 
 
 def _object(path: Path) -> Any:
@@ -260,7 +282,7 @@ def _plain(name: str) -> str:
         name = short
 
 
-def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
+def _write(weights: Iterator[tuple[str, Tensor]], made: Path, target: Path) -> None:
     """Shards of at most `SHARD_BYTES` with their index; one shard stands alone."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -273,7 +295,8 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
         nonlocal part, size
         if part:
             try:
-                save_file(part, str(made / f"part-{len(shards)}.safetensors"))
+                with reported(target):
+                    save_file(part, str(made / f"part-{len(shards)}.safetensors"))
             except SafetensorError as error:  # so a full disk is said
                 raise UserError(
                     f"cannot write weights into {made.parent.parent}: {error}"
@@ -292,6 +315,11 @@ def _write(weights: Iterator[tuple[str, Tensor]], made: Path) -> None:
         if size >= SHARD_BYTES:
             flush()
     flush()
+    with reported(target):
+        _name_shards(shards, made)
+
+
+def _name_shards(shards: Sequence[Sequence[str]], made: Path) -> None:
     if len(shards) == 1:
         (made / "part-0.safetensors").rename(made / "model.safetensors")
         return

@@ -307,19 +307,21 @@ def group_of(
 def _nodes(found: argparse.Namespace) -> dict[str, Any]:
     """The nodes of a group, as `work` was told. Raises UserError."""
     nodes: int = getattr(found, "nnodes", 1)
+    node: int | None = getattr(found, "node_rank", None)
     if nodes == 1:
-        if getattr(found, "node_rank", 0) != 0:
+        if node:
             raise UserError(
-                f"--node-rank {found.node_rank} needs --nnodes N: without it this is a group of "
-                "one node"
+                f"--node-rank {node} needs --nnodes N: without it this is a group of one node"
             )
         return {}
     if not 1 < nodes <= 64:
         raise UserError(f"--nnodes {nodes} is not a number of nodes from 1 to 64")
-    if not 0 <= found.node_rank < nodes:
+    if node is None:  # two nodes 0 would wait for each other
         raise UserError(
-            f"--node-rank {found.node_rank} is not one of {nodes} nodes: give 0 to {nodes - 1}"
+            f"--nnodes {nodes} needs --node-rank N on each node: 0 to {nodes - 1}, 0 on node 0"
         )
+    if not 0 <= node < nodes:
+        raise UserError(f"--node-rank {node} is not one of {nodes} nodes: give 0 to {nodes - 1}")
     if not found.group_name:  # each node would make up another one
         raise UserError(f"--nnodes {nodes} needs --group-name NAME, the same on each node")
     if not re.fullmatch(r"[A-Za-z0-9._:-]{1,253}", found.master_addr):
@@ -331,7 +333,7 @@ def _nodes(found: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--master-port {found.master_port} is not a port from 1 to 65535")
     return {
         "nodes": nodes,
-        "node": found.node_rank,
+        "node": node,
         "master": f"{found.master_addr}:{found.master_port}",
     }
 

@@ -63,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
         help="nodes of this group; the same command runs on each of them (default 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--node-rank", type=int, default=0, metavar="N", help="which of them this is; 0 takes jobs"
-    )
+        "--node-rank", type=int, metavar="N",
+        help="with --nnodes: which of them this is, from 0 on; 0 takes jobs",
+    )  # fmt: skip
     parser.add_argument(
         "--master-addr",
         default="",

@@ -1,7 +1,7 @@
 """What a rank's steps and its decoding hold at most, roughly: whether a CPU has room to keep more.
 
 The planner's formulas (`opensora_sp.planner.peaks`) are exact for tensors. These are above them for
-every mode and mesh, with a quarter for what lies unused between blocks of other sizes.
+every mode and mesh, with a margin for what lies unused between blocks of other sizes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
-from opensora_sp.request.computed_steps import most_computed
+from opensora_sp.request.computed_steps import heaviest_batch, most_computed
 from opensora_sp.request.memory_modes import MemoryMode, memory_mode
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.step_choice import planned_schedule
@@ -94,8 +94,9 @@ def plan_in_mode(job: Job, ranks: int, mode: MemoryMode) -> Plan:
 
 def _parts(job: Job) -> tuple[Shape, ModelSizes, Options]:
     batches = [[task.request for task in tasks] for tasks in job.batches()]
-    largest = max(batches, key=lambda batch: (len(batch), any(r.reference_path for r in batch)))
-    encodes = next((t.request for t in job.tasks if t.request.reference_path), largest[0])
+    first = batches[0][0]
+    encodes = next((t.request for t in job.tasks if t.request.reference_path), first)
     transformer = transformer_of(job.engine)
-    shape = shape_of(encodes, job.engine, len(largest), transformer, largest)
+    heaviest = heaviest_batch(batches, planned_schedule(first, transformer))
+    shape = shape_of(encodes, job.engine, len(heaviest), transformer, heaviest)
     return shape, sizes_of(job.engine.checkpoints), options_of(job.engine)

@@ -40,6 +40,13 @@ def most_computed(requests: Sequence[Request], schedule: StepSchedule | None) ->
     return max(len(computed_steps(requests, schedule, n)) for n in range(requests[0].loop))
 
 
+def heaviest_batch(
+    batches: Sequence[Sequence[Request]], schedule: StepSchedule | None
+) -> Sequence[Request]:
+    """The batch of most requests; of several of them the one of which most steps are computed."""
+    return max(batches, key=lambda batch: (len(batch), most_computed(batch, schedule)))
+
+
 def computed_before(requests: Sequence[Request]) -> list[int]:
     """How many steps of a batch are computed before each one, over all clips, and in all at last.
 

@@ -353,7 +353,7 @@ def remove(gateway: Gateway, entry: Entry) -> None:
     """Stop a job where it has not ended, and remove everything of it."""
     job_id = entry.spec.id
     if gateway.board.others:
-        # The database alone stops it. Where it does not answer nothing has happened.
+        # The database alone stops it. Where the answer is lost, `withdraw_unsure` finds out later.
         gateway.jobs.cancel(job_id)
     elif entry.live:
         gateway.store.ask_to_cancel(job_id)

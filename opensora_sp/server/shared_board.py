@@ -54,7 +54,8 @@ class GatewayQueue:
             self.unsure.discard(job_id)
         for job_id in list(self._deleted):
             if self._queue.row(job_id) is None:
-                self._store.delete(job_id)
+                # A group may write there now, and removes what is left. Else it is an orphan.
+                self._store.forget(job_id)
             self._deleted.discard(job_id)
 
     def cancel(self, job_id: str) -> None:

@@ -698,6 +698,9 @@ class Sweeper:
 
     Signs of life come every second, so a group that lives now cannot count as dead before its lease
     is nearly over. Only then the next look is made: as early as one every second would find it.
+    A group may come after a look, so the next one is never more than `LEASE_SECONDS` away, beside
+    the spread. A group that comes with a shorter lease and dies before that look is found by it,
+    so later by what its lease is shorter.
     """
 
     def __init__(self, queue: SharedQueue) -> None:
@@ -711,7 +714,8 @@ class Sweeper:
         self._due = now + SWEEP_SECONDS
         given, seconds = self._queue.give_out_again()
         # Not all processes at the same moment.
-        self._due = now + max(SWEEP_SECONDS, seconds + random.random() * SPREAD_SECONDS)
+        spread = random.random() * SPREAD_SECONDS
+        self._due = now + max(SWEEP_SECONDS, min(seconds, LEASE_SECONDS) + spread)
         for job_id, group in given:
             log.warning(
                 "%s is given out again: no sign of life of the group %s", job_id, group,

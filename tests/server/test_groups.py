@@ -18,7 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
-from groups import LEASE_SECONDS, GroupProcess, Pool
+from groups import LEASE_SECONDS, PATIENCE_SECONDS, GroupProcess, Pool
 from postgres import PASSWORD, Postgres, programs
 
 from opensora_sp.base.errors import UserError
@@ -243,10 +243,14 @@ def test_a_call_is_made_once_whenever_its_connection_was_lost(queue: SharedQueue
     contact = queue.link.contact
     # Lost while nobody used it: nobody is told.
     with psycopg.connect(queue.url, autocommit=True) as other:
-        other.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        others = (
+            "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
+        other.execute(f"SELECT pg_terminate_backend(pid) {others}")
+        end = time.monotonic() + PATIENCE_SECONDS
+        while other.execute(f"SELECT pid {others}").fetchone() is not None:
+            assert time.monotonic() < end, "a connection does not end"
+            time.sleep(0.05)
     queue.put(a_job(2))
     assert queue.link.contact == contact + 1
     # Lost in the middle: it may have been done, and is not done again.
@@ -288,8 +292,11 @@ def test_calls_whose_answer_was_lost_leave_nothing_behind(
             with pytest.raises(QueueLost):
                 jobs.cancel(spec.id)
             assert store.folder(spec.id).exists()
+        writes = store.folder(spec.id) / "attempts"  # as a group that makes it now
+        writes.mkdir(exist_ok=True)
         jobs.withdraw_unsure()
-        assert store.folder(spec.id).exists() is not done
+        assert (store.folder(spec.id) / "job.json").exists() is not done
+        assert writes.exists()
         assert (queue.row(spec.id) is None) is done
 
 

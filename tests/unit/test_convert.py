@@ -151,7 +151,9 @@ def test_a_fine_tuned_transformer_is_named_and_converted(tmp_path: Path, make: M
     assert not list(tmp_path.glob(".opensora-sp-*"))
 
 
-def test_t5_with_its_decoder_and_in_a_pipeline(tmp_path: Path) -> None:
+def test_t5_with_its_decoder_and_in_a_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = weights_of("t5")
     whole = weights | {"lm_head.weight": torch.ones(3, 2), "decoder.block.0.x": torch.ones(2)}
     full, pipeline = tmp_path / "full", tmp_path / "pipeline"
@@ -171,6 +173,10 @@ def test_t5_with_its_decoder_and_in_a_pipeline(tmp_path: Path) -> None:
         convert("t5", source, target)
         assert same(load_file(target / "model.safetensors"), weights)
         TextEncoder.check(target)
+    (full / "spiece.model").unlink()
+    (full / "spiece.model").symlink_to("/proc/self/mem")
+    assert main(["t5", str(full), str(tmp_path / "new")]) == 2
+    assert f"{full / 'spiece.model'} cannot be read" in capsys.readouterr().err
 
 
 def test_a_large_one_becomes_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +198,14 @@ def test_what_cannot_be_converted_leaves_nothing(
     hostile = with_config("dit", tmp_path / "hostile")
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(hostile / "model.bin"))
     (tmp_path / "there").mkdir()
+    # A regular file that cannot be read, by root neither: address 0 of this process.
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    (unreadable / "config.json").symlink_to("/proc/self/mem")
+    torch.save(weights, unreadable / "pytorch_model.bin")
     for source, target, said in (
         (lacking, "new", "1 missing"),
+        (unreadable, "new", f"{unreadable / 'config.json'} cannot be read: Input/output error"),
         (odd, "new", "other things than weights (a)"),
         (empty, "new", "no weights that are known"),
         (hostile, "new", "holds code"),

@@ -284,7 +284,8 @@ def test_a_server_refuses_at_its_start_what_it_cannot_serve(
     for flags, said in (
         ([], "work needs --queue URL"),
         ([*shared, "--node-rank", "1", "--master-addr", "a"], "--node-rank 1 needs --nnodes N"),
-        (nodes, "--nnodes 2 needs --group-name NAME, the same on each node"),
+        ([*nodes, "--group-name", "a"], "--nnodes 2 needs --node-rank N on each node: 0 to 1"),
+        ([*nodes, "--node-rank", "0"], "--nnodes 2 needs --group-name NAME, the same on each node"),
         ([*nodes, "--group-name", "a", "--node-rank", "2"], "--node-rank 2 is not one of 2 nodes"),
     ):
         assert work.main([*flags, "--save-dir", str(tmp_path / "save")]) == 2

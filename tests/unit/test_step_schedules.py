@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.benchmark.live_report import run_facts
 from opensora_sp.cli.plan import main as plan
 from opensora_sp.jobs.identity import difference, identity_of
 from opensora_sp.parallel.mesh import Mesh
@@ -160,7 +162,7 @@ def test_a_general_pattern_computes_the_beginning_and_leaves_no_long_gap() -> No
     for steps in range(10, 120):
         for level, gap in (("near-lossless", 2), ("fast", 3)):
             computed = [*general_pattern(level, steps).computed, steps]
-            gaps = [after - before for before, after in pairwise(computed)]
+            gaps = [after - before for before, after in itertools.pairwise(computed)]
             assert max(gaps) <= gap
             assert gaps[:-2] == sorted(gaps[:-2])
     with pytest.raises(UserError, match="--step-cache fast: of 9 steps none is left out"):
@@ -237,17 +239,29 @@ def test_a_plan_counts_the_steps_at_which_frames_of_its_batch_join(tmp_path: Pat
         for ratio in ratios
     ]
 
-    def computed(*requests: Request) -> int:
+    def computed(*requests: Request, batch: int = 2) -> int:
         tasks = tuple(
             Task(request=one, output=tmp_path / f"{number}.mp4")
             for number, one in enumerate(requests)
         )
-        job = Job(engine=EngineSettings(), settings=JobSettings(batch_size=2), tasks=tasks)
-        return plan_in_mode(job, 1, FASTEST).shape.computed
+        job = Job(engine=EngineSettings(), settings=JobSettings(batch_size=batch), tasks=tasks)
+        # A benchmark's report counts those of the schedule that the models were settled on.
+        settled = [replace(t, request=replace(t.request, step_cache=SCHEDULE)) for t in tasks]
+        pipeline = MagicMock()
+        pipeline.session.world_size = 1
+        facts = run_facts(pipeline, replace(job, tasks=tuple(settled)))
+        planned = plan_in_mode(job, 1, FASTEST).shape.computed
+        assert planned == facts["computed_steps"] or requests[0].step_cache == "off"
+        return planned
 
     assert computed(plain) == computed(plain, plain) == computed(edits[1]) == 12
     assert computed(plain, edits[0]) == computed(edits[1], edits[0]) == 13
     assert computed(replace(edits[0], step_cache="off")) == 30
+    # Of several batches as large, wherever the one is in which most steps are computed.
+    for order in itertools.permutations([plain, *edits]):
+        assert computed(*order, batch=1) == 13
+    assert computed(plain, plain, edits[0], plain) == 13
+    assert computed(plain, plain, edits[0]) == 12, "the larger batch counts"
 
 
 def test_the_command_plan_counts_the_step_at_which_an_edit_begins(
