@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the checks: scripts/test.sh [--stack current|gcu2.3|gcu2.10] [pytest arguments...]
 #
-# The current stack is linted, type-checked and tested. gcu2.3 (Python 3.10, torch 2.3.0, the stack of
-# the GCU guide) and gcu2.10 (Python 3.12, torch 2.10.0, the stack of torch_gcu 2.10) are tested
+# The current stack is linted, type-checked and tested. gcu2.3 (Python 3.10, torch 2.3.0, the stack
+# of the GCU guide) and gcu2.10 (Python 3.12, torch 2.10.0, the stack of torch_gcu 2.10) are tested
 # only, as the linters belong to the current one. Their torch is the index's: on x86_64 a CUDA build
 # of several GB. Everything runs even when something before it failed, and pytest's closing line is
 # the last thing printed.

@@ -97,7 +97,7 @@ class Command:
     @property
     def needs(self) -> list[str]:
         """What it needs beside a CPU, by its comment."""
-        return [need for need in NEEDS if need in self.comment]
+        return [need for need in NEEDS if re.search(rf"\b{re.escape(need)}\b", self.comment)]
 
     @property
     def is_form(self) -> bool:

@@ -37,6 +37,18 @@ class NoSpaceError(UserError):
         self.free, self.needed = free, needed
 
 
+class SigningError(UserError):
+    """Outputs cannot be signed. The message names the files of the certificate and of the key."""
+
+
+class LackingCharacter(UserError):  # noqa: N818 (what a font lacks)
+    """The font of a mark lacks a character of its text, both of which are kept."""
+
+    def __init__(self, message: str, text: str, character: str) -> None:
+        super().__init__(message)
+        self.text, self.character = text, character
+
+
 class CheckpointError(UserError):
     """A checkpoint directory or file does not fit the model; the message names weight and file."""
 

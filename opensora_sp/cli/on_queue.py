@@ -277,6 +277,11 @@ def _specs(words: Sequence[str], save_dir: Path) -> Spec:
             f"{', '.join(levels[1:])}, and put schedules into {OWN_FILE} beside the weights of the "
             "groups"
         )
+    if fields.get("label") == "cn":
+        raise UserError(
+            "--label cn: a list on a queue takes this label from the groups, which know the "
+            "provider: start them with work --label cn --label-producer NAME, and leave --label out"
+        )
     group = GroupSettings(save_dir.resolve(), "", ())
     try:
         arguments = read_fields({"prompt": "a list", **fields}).arguments

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.atomic import atomic_output
+from opensora_sp.base.errors import SigningError
 
 # IPTC's word for content that a trained model made. C2PA takes its words from there.
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -43,10 +43,10 @@ class Signing:
 
 
 def check_signing(signing: Signing) -> None:
-    """Raise UserError where a manifest could not be made: a tiny picture is signed, in memory."""
+    """Raise SigningError where no manifest could be made: a tiny picture is signed, in memory."""
     for name in ("c2pa", "cryptography"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(
+            raise SigningError(
                 "--label-certificate needs the package c2pa-python: pip install 'opensora_sp[c2pa]'"
             )
     times = tuple(_read(f, p)[0] for f, p in _files(signing))
@@ -65,14 +65,12 @@ def _try_once(signing: Signing, times: tuple[int, ...]) -> None:
 
 
 def sign(path: Path, kind: str, signing: Signing) -> None:
-    """Put a manifest into a file. kind: its media type. Raises UserError; the file then stays."""
-    signed = path.with_name(f"{path.name}.signed")
-    try:
-        with path.open("rb") as source, signed.open("w+b") as target:
-            _sign(signing, kind, source, target)
-        os.replace(signed, path)
-    finally:
-        signed.unlink(missing_ok=True)
+    """Put a manifest into a file. kind: its media type.
+
+    Raises SigningError, or UserError where it cannot be written; the file then stays.
+    """
+    with atomic_output(path) as signed, path.open("rb") as source, signed.open("w+b") as target:
+        _sign(signing, kind, source, target)
 
 
 def _sign(signing: Signing, kind: str, source: Any, target: Any) -> None:
@@ -87,7 +85,7 @@ def _sign(signing: Signing, kind: str, source: Any, target: Any) -> None:
             builder.sign(signer, kind, source, target)
     except c2pa.C2paError as error:
         why = " ".join(str(error).split())
-        raise UserError(
+        raise SigningError(
             f"--label-certificate {signing.certificate} does not sign a C2PA manifest: {why}"
         ) from error
 
@@ -95,7 +93,7 @@ def _sign(signing: Signing, kind: str, source: Any, target: Any) -> None:
 def _own_key(signing: Signing, certificate: bytes, key: bytes) -> tuple[str, bytes]:
     """C2PA's name for how a key signs, and the key as PKCS #8, the one form that c2pa reads.
 
-    Raises UserError where it is not the certificate's.
+    Raises SigningError where it is not the certificate's.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -104,17 +102,17 @@ def _own_key(signing: Signing, certificate: bytes, key: bytes) -> tuple[str, byt
     try:
         first = load_pem_x509_certificates(certificate)[0].public_key()
     except (ValueError, IndexError) as error:
-        raise UserError(
+        raise SigningError(
             f"--label-certificate {signing.certificate} holds no certificate in PEM"
         ) from error
     try:
         own = serialization.load_pem_private_key(key, None)
     except (ValueError, TypeError) as error:  # TypeError: it is encrypted
-        raise UserError(
+        raise SigningError(
             f"--label-key {signing.key} holds no private key in PEM that is not encrypted"
         ) from error
     if own.public_key() != first:
-        raise UserError(
+        raise SigningError(
             f"--label-key {signing.key} is not the key of the first certificate of "
             f"{signing.certificate}"
         )
@@ -126,7 +124,7 @@ def _own_key(signing: Signing, certificate: bytes, key: bytes) -> tuple[str, byt
     elif isinstance(own, ed25519.Ed25519PrivateKey):
         algorithm = "ED25519"
     if algorithm is None:
-        raise UserError(
+        raise SigningError(
             f"--label-key {signing.key} is a key that C2PA does not sign with: make one of P-256, "
             "P-384, P-521, Ed25519 or RSA"
         )
@@ -143,8 +141,8 @@ def _files(signing: Signing) -> tuple[tuple[str, Path], tuple[str, Path]]:
 
 
 def _read(flag: str, path: Path) -> tuple[int, bytes]:
-    """When a file was changed, and what it holds. Raises UserError."""
+    """When a file was changed, and what it holds. Raises SigningError."""
     try:
         return path.stat().st_mtime_ns, path.read_bytes()
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from error
+        raise SigningError(f"{flag} {path}: {error.strerror}") from error

@@ -30,7 +30,7 @@ MOST_OF_HEIGHT = 3  # and at most a third of the height
 Place = Literal["bottom-right", "bottom-left", "top-right", "top-left"]
 
 # The texts, longest first. A narrow picture gets the first text that is readable on it.
-_TEXTS = ("AI generated · Open-Sora", "AI generated\nOpen-Sora", "AI\ngenerated", "AI")
+TEXTS = ("AI generated · Open-Sora", "AI generated\nOpen-Sora", "AI\ngenerated", "AI")
 _READABLE = 8  # pixels; a smaller font is used for the shortest text only
 _PLATE = (0, 0.65)  # grey level and opacity; the contrast of letters is 4.5 or more on white
 _LETTERS = (255, 0.95)
@@ -41,6 +41,7 @@ _FINER = 4  # the plate is drawn so many times larger and scaled down, for smoot
 LABEL_FONT = Path(__file__).resolve().parents[1] / "assets" / "label_font" / "label_font.otf"
 _LONG_PART = 3  # all texts but the last take at most a third of the width
 _READABLE_CHINESE = 14  # pixels of font size; below, the strokes of one character run together
+_MOST_PER_HEIGHT = 8  # font size in heights of a capital; usual fonts have less than 2
 _SOLID = 128  # coverage from which a pixel counts as part of a letter
 
 
@@ -155,15 +156,16 @@ def draw_mark(height: int, width: int, style: MarkStyle = PLAIN) -> Mark | None:
 def missing_characters(text: str, font: Path | None) -> str:
     """The characters of a text that a font lacks, each once. font: a file, None: the label font.
 
-    A character is lacking where it is drawn as U+FFFF is, which no font has. Raises UserError where
-    the file is no font.
+    A character is lacking where it is drawn as U+FFFF is, which no font has, or is empty. Raises
+    UserError where the file is no font.
     """
     probe = _load(font, 32)
     nothing = _pixels(probe, "\uffff")
 
     def lacking(one: str) -> bool:
         invisible = unicodedata.category(one)[0] in "CZ"
-        return invisible or _pixels(probe, one) == nothing
+        drawn = _pixels(probe, one)
+        return invisible or drawn == nothing or not any(drawn[1])
 
     return "".join(one for one in dict.fromkeys(text) if one not in " \n" and lacking(one))
 
@@ -183,7 +185,7 @@ def _padding(text_height: int) -> int:
 
 def _styled(height: int, width: int, style: MarkStyle) -> Image.Image | None:
     """The first text that fits, white on black ("L"); None where none does."""
-    texts = style.texts or _TEXTS
+    texts = style.texts or TEXTS
     for text in texts:
         for size in _sizes(text, height, width, style):
             drawn = _draw(text, _load(style.font, size))
@@ -207,6 +209,11 @@ def _sizes(text: str, height: int, width: int, style: MarkStyle) -> range:
     size = max(readable, int(target))
     while _capital_height(_load(style.font, size), text) < target:
         size += 1
+        if size > _MOST_PER_HEIGHT * target + readable:
+            raise UserError(
+                f"{style.font or LABEL_FONT}: its letters are empty or too thin for a mark: give "
+                "--watermark-font another font"
+            )
     return range(size, size + 1)
 
 
@@ -218,7 +225,8 @@ def _capital_height(font: FreeTypeFont, text: str) -> int:
     """Rows of pixels that a capital letter fills; of the text's first character without one."""
     import numpy as np
 
-    letter = "A" if _pixels(font, "A") != _pixels(font, "\uffff") else text[:1]
+    drawn = _pixels(font, "A")
+    letter = "A" if any(drawn[1]) and drawn != _pixels(font, "\uffff") else text[:1]
     mask = font.getmask(letter, mode="L")
     pixels = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1])
     return int((pixels.max(axis=1, initial=0) >= _SOLID).sum())
@@ -239,8 +247,8 @@ def _load(font: Path | None, size: int) -> FreeTypeFont:
 def _letters(height: int, width: int) -> Image.Image:
     """White text on black ("L"), as large as the limits for this picture allow."""
     wanted = max(10, min(height, width) // 30)
-    for text in _TEXTS:
-        smallest = 1 if text == _TEXTS[-1] else _READABLE
+    for text in TEXTS:
+        smallest = 1 if text == TEXTS[-1] else _READABLE
         for size in range(wanted, smallest - 1, -1):
             drawn = _draw(text, _font(size))
             margins = 2 * _padding(drawn.height)

@@ -149,8 +149,8 @@ class JobSettings(Declared):
         "--label",
         choice(*get_args(Law)),
         "none",
-        "mark outputs as generated, as a law asks for: cn in the picture and in the file, eu in "
-        "the file (docs/labels.md)",
+        "mark outputs as generated: cn in the picture and in the file, after China's "
+        "GB 45438-2025; eu in the file, for the EU's AI Act (docs/labels.md)",
         changes="file",
     )
     label_producer: str | None = setting(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from opensora_sp.base import access
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.errors import LackingCharacter, UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.content_credentials import Signing, check_signing
 from opensora_sp.media.labels import (
@@ -21,7 +21,7 @@ from opensora_sp.media.labels import (
     eu_label,
     says_generated,
 )
-from opensora_sp.media.watermark import MarkStyle, Place, draw_mark, missing_characters
+from opensora_sp.media.watermark import TEXTS, MarkStyle, Place, draw_mark, missing_characters
 from opensora_sp.request.job_settings import JobSettings
 
 
@@ -130,11 +130,16 @@ def _check_style(settings: JobSettings, style: MarkStyle, size: tuple[int, int])
     if style.font is not None and not access.is_file(style.font):
         raise UserError(f"--watermark-font {settings.watermark_font}: there is no such file")
     text = style.texts[-1] if style.texts else ""
-    if lacking := missing_characters("".join(style.texts or ()), style.font):
+    for one in style.texts or TEXTS:
+        if not (lacking := missing_characters(one, style.font)):
+            continue
         where = settings.watermark_font or "the package's label font"
-        raise UserError(
-            f"--watermark-text {shown(text)}: {where} has no {shown(lacking[0])}: leave it out, or "
-            "give --watermark-font FILE, a font that has it"
+        raise LackingCharacter(
+            f"--watermark-text {shown(one)}: {where} has no {shown(lacking[0])}: "
+            + ("leave it out" if settings.watermark_text else "give another text")
+            + ", or give --watermark-font FILE, a font that has it",
+            one,
+            lacking[0],
         )
     if draw_mark(*size, style) is None:
         asked = "--label cn" if settings.label == "cn" else "--watermark true"

@@ -17,7 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
+from opensora_sp.base.errors import (
+    Cancelled,
+    SharedFault,
+    SharedPromptFault,
+    SigningError,
+    UserError,
+)
 from opensora_sp.base.screen import one_line
 from opensora_sp.request.computed_steps import computed_before
 from opensora_sp.request.request import Job, Task
@@ -28,7 +34,7 @@ from opensora_sp.server.durable import Worker
 from opensora_sp.server.job_store import JobProgress, JobResult, JobStore
 from opensora_sp.server.logs import about_job
 from opensora_sp.server.served import served_shapes, write_facts
-from opensora_sp.server.settings import GroupSettings
+from opensora_sp.server.settings import SIGNS_NOTHING, GroupSettings
 from opensora_sp.server.step_previews import StepPreviews, fitted_colours
 
 if TYPE_CHECKING:
@@ -190,7 +196,7 @@ def _make_together(
             pass
         except (SharedFault, SharedPromptFault) as error:  # every rank has it, and goes on
             if alone:
-                reporters[next(iter(jobs))].failed(str(error))
+                reporters[next(iter(jobs))].failed(_told(error))
                 _left(whole, store, jobs)  # nothing of it stays where it was deleted meanwhile
                 return
             log.warning("%d jobs made together failed, each is made alone: %s", len(jobs), error)
@@ -202,9 +208,17 @@ def _make_together(
             deleted = any(store.cancel_asked(job_id) for job_id in jobs)
             if whole.world_size > 1 or not deleted:
                 if alone:
-                    reporters[next(iter(jobs))].failed(str(error), "engine_error")
+                    reporters[next(iter(jobs))].failed(_told(error), "engine_error")
                 raise
         jobs = _left(whole, store, jobs)
+
+
+def _told(error: Exception) -> str:
+    """What clients are told of it; what names a certificate's files is logged alone."""
+    if not isinstance(error, SigningError) and not isinstance(error.__cause__, SigningError):
+        return str(error)
+    log.error("%s", error)
+    return SIGNS_NOTHING
 
 
 def _left(whole: Any, store: JobStore, jobs: dict[str, Job]) -> dict[str, Job]:

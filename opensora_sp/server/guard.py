@@ -72,7 +72,7 @@ def _refused(gateway: Gateway, scope: Scope) -> Response | None:
     owner: str | None = ""
     path = scope["path"]
     if gateway.tokens and path not in OPEN and not path.startswith("/static/"):
-        owner = _owner(gateway.tokens, Request(scope))
+        owner = _owner(gateway.tokens, Request(scope), cookies=own)
         if owner is None:
             answer = refusal(401, "a token is needed: Authorization: Bearer TOKEN")
             answer.headers["www-authenticate"] = "Bearer"
@@ -88,12 +88,16 @@ def _refused(gateway: Gateway, scope: Scope) -> Response | None:
     return None
 
 
-def _owner(tokens: Mapping[str, str], request: Request) -> str | None:
-    """Whose token came along; every token is compared in constant time."""
+def _owner(tokens: Mapping[str, str], request: Request, *, cookies: bool) -> str | None:
+    """Whose token came along; every token is compared in constant time.
+
+    cookies: whether the cookie counts. A browser sends it for pages of other ports of this host
+    too, because SameSite looks at no port; it is the token of the server's own page alone.
+    """
     given = request.headers.get("authorization", "")
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer":
-        token = request.cookies.get("token", "")
+        token = request.cookies.get("token", "") if cookies else ""
     found = None
     for known, owner in tokens.items():
         if hmac.compare_digest(known.encode(), token.strip().encode()):

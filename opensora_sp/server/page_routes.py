@@ -50,7 +50,7 @@ def add_page_routes(
 
     @app.post(LOGIN, include_in_schema=False)
     async def login(request: Request) -> Response:
-        """Keep a token in a cookie, which scripts cannot read and other sites cannot send."""
+        """Keep a token in a cookie: scripts cannot read it, and it counts for this origin alone."""
         try:
             token = await asyncio.wait_for(_token_of(request), _LOGIN_SECONDS)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11

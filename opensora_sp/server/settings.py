@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base import access
-from opensora_sp.base.errors import NoSpaceError, UserError
+from opensora_sp.base.errors import LackingCharacter, NoSpaceError, SigningError, UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.media.labels import CN_TEXTS
 from opensora_sp.request.request import Job
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 from opensora_sp.server.queue_url import QUEUE_VARIABLE, is_postgres
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 # Names of this machine alone: a server that listens there needs no token.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MOST_LIMIT = 1 << 50
+# To clients: the reason names files of the server's, and is in its log.
+SIGNS_NOTHING = (
+    "this service cannot sign what it makes: tell whoever runs it, whose log has the reason"
+)
 _PACKAGES = ("dbos", "fastapi", "python_multipart", "uvicorn", "jinja2", "prometheus_client")
 
 
@@ -109,8 +114,21 @@ class GroupSettings:
     def job(self, arguments: Sequence[str], outputs: Path) -> Job:
         """The job of a request: the engine's flags, the request's, and where its output goes.
 
-        Raises UserError for what the command line would refuse, in its words.
+        Raises UserError for what the command line would refuse, in its words; what only who runs
+        the server can mend is logged, and told without its files.
         """
+        try:
+            return self._job(arguments, outputs)
+        except SigningError as error:
+            log.error("%s", error)
+            raise UserError(SIGNS_NOTHING) from None
+        except LackingCharacter as error:
+            raise UserError(
+                f"--watermark-text {shown(error.text)}: the label's font has no "
+                f"{shown(error.character)}: leave it out"
+            ) from None
+
+    def _job(self, arguments: Sequence[str], outputs: Path) -> Job:
         place = [f"--save-dir={outputs}", "--sample-name=video", "--verbose=0"]
         values = resolve(parse_command_line([*self.arguments, *arguments, *place]))
         self._check_label(values)
@@ -134,6 +152,12 @@ class GroupSettings:
                 f"--label {asked}: this service labels all that it makes with {own.label}, and "
                 "lets no request choose"
             )
+        text = values["watermark_text"]
+        if own.label == "cn" and not self.other_labels and text not in (None, *CN_TEXTS):
+            raise UserError(
+                f"--watermark-text {shown(text)}: this service labels all that it makes, so the "
+                f"text is {' or '.join(CN_TEXTS)}: leave it out"
+            )
         if asked == "cn" and own.label != "cn" and values["label_producer"] is None:
             raise UserError(
                 "--label cn: this service was not told its provider's name, which that label needs"
@@ -142,7 +166,7 @@ class GroupSettings:
     def first_job(self) -> Job:
         """The job that the engine is opened for: it stands for those to come."""
         prompts = ["--prompt", *["warm up"] * self.batch_jobs]
-        return self.job([*prompts, f"--batch-size={self.batch_jobs}"], self.place / "warmup")
+        return self._job([*prompts, f"--batch-size={self.batch_jobs}"], self.place / "warmup")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from command import SMALL, infer, run, saved, stages, t5_loads
@@ -16,7 +18,8 @@ from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.sampling import sample
-from opensora_sp.jobs.records import FOLDER
+from opensora_sp.jobs.identity import digest
+from opensora_sp.jobs.records import FOLDER, read_record
 from opensora_sp.media.sinks import Collector
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.request import Request
@@ -102,6 +105,23 @@ def test_decode_only_finishes_a_run_whose_encoder_failed(
     assert (tmp_path / NAME).exists()
     assert t5_loads(tmp_path) == 1
     assert saved(tmp_path) == {}  # the state has done its work
+
+
+def test_a_label_is_in_the_file_of_each_way_to_make_it(tmp_path: Path) -> None:
+    def labelled(producer: str, *more: str) -> dict[str, str]:
+        flags = ["--prompt", "a cat", "--image-size", "32", "64", "--num-frames", "34", "--loop"]
+        flags += ["2", "--num-sampling-steps", "2", "--keep-state", "--label", "cn"]
+        assert run(1, tmp_path, *flags, "--label-producer", producer, *more)
+        with av.open(str(tmp_path / NAME)) as file:
+            found: dict[str, str] = json.loads(file.metadata["AIGC"])
+        record = read_record(tmp_path / NAME)
+        assert record is not None
+        assert found["ProduceID"] == digest(record.identity)
+        assert found["ContentProducer"] == producer
+        return found
+
+    first = labelled("X")
+    assert labelled("Y", "--decode-only", "--overwrite")["ProduceID"] != first["ProduceID"]
 
 
 def test_a_state_that_does_not_fit_is_one_line_and_stays(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import re
 import struct
 import subprocess
@@ -18,10 +20,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.errors import UserError
+from opensora_sp.media import content_credentials
+from opensora_sp.media.content_credentials import Signing
 from opensora_sp.media.labels import CN_TEXTS, FileLabel, cn_label, eu_label
 from opensora_sp.media.sinks import Collector
-from opensora_sp.media.watermark import MarkStyle, Watermarked, draw_mark, missing_characters
+from opensora_sp.media.watermark import (
+    LABEL_FONT,
+    MarkStyle,
+    Watermarked,
+    draw_mark,
+    missing_characters,
+)
 from opensora_sp.media.writer import VideoWriter, read_metadata, write_image
 from opensora_sp.request.labels import mark_style
 from opensora_sp.request.request import Job, JobSettings
@@ -122,7 +133,7 @@ def test_the_size_is_the_height_of_capitals_in_percent() -> None:
 
 
 def test_the_longer_text_is_for_wide_pictures_and_the_bundled_font_has_every_word() -> None:
-    wide, narrow = draw_mark(720, 1280, style := MarkStyle(CN_TEXTS, 5.0)), None
+    wide = draw_mark(720, 1280, style := MarkStyle(CN_TEXTS, 5.0))
     narrow = draw_mark(1280, 720, style)
     assert wide is not None
     assert narrow is not None
@@ -398,6 +409,93 @@ def test_without_its_package_signing_is_refused(
     assert said.endswith("pip install 'opensora_sp[c2pa]'")
 
 
+def test_a_client_is_told_no_file_and_no_flag_of_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("fastapi")
+    from opensora_sp.server.settings import GroupSettings
+
+    files = (f"--label-certificate={tmp_path}/chain.pem", f"--label-key={tmp_path}/key.pem")
+    signing = GroupSettings(tmp_path, "", ("--device=cpu", "--label=eu", *files))
+    with pytest.raises(UserError, match=r"^this service cannot sign what it makes: ") as error:
+        signing.job(["--prompt=a"], tmp_path / "out")
+    assert str(tmp_path) not in str(error.value)
+    assert "--label-certificate" in caplog.text
+    with pytest.raises(UserError, match="--label-certificate"):  # whoever starts it is told
+        signing.first_job()
+    plain = GroupSettings(tmp_path, "", ("--device=cpu",))
+    marked = ["--prompt=a", "--watermark=true", "--watermark-text=AI 龘"]
+    with pytest.raises(UserError, match=r"has no '龘': leave it out$"):
+        plain.job(marked, tmp_path / "out")
+
+
+def test_a_list_on_a_queue_leaves_the_chinese_label_to_the_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("psycopg")
+    from opensora_sp.cli.infer import main
+
+    (tmp_path / "list.txt").write_text("a ball\n")
+    words = ["--queue", "postgresql://a@127.0.0.1:1/b", "--save-dir", str(tmp_path)]
+    words += ["--prompt-path", str(tmp_path / "list.txt"), "--label", "cn"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --label cn: a list on a queue takes this label from the groups")
+    assert said.count("\n") == 1
+
+
+def font_without(folder: Path, *glyphs: str) -> Path:
+    """The label font with these characters left empty."""
+    tools = pytest.importorskip("fontTools.ttLib", reason="fontTools is not installed")
+    from fontTools.pens.t2CharStringPen import T2CharStringPen
+
+    font = tools.TTFont(LABEL_FONT)
+    strings = font["CFF "].cff.topDictIndex[0].CharStrings
+    for one in glyphs:
+        name = font.getBestCmap()[ord(one)]
+        empty = T2CharStringPen(500, None).getCharString(strings[name].private)
+        strings[name] = empty
+    path = folder / "empty.otf"
+    font.save(path)
+    return path
+
+
+def test_a_font_without_what_a_mark_needs_is_refused(tmp_path: Path) -> None:
+    font = str(font_without(tmp_path, "A", "·", "生"))
+    marked = ("--watermark", "true", "--watermark-font", font)
+    assert "empty.otf has no 'A': give another text" in refused(tmp_path, *marked)
+    said = refused(tmp_path, *marked, "--watermark-text", "生I")
+    assert "'生I': " in said
+    assert "empty.otf has no '生': leave it out" in said
+    # Without a capital A it is measured by the text's first character.
+    job_of(tmp_path, *marked, "--watermark-text", "Ein Bild", "--watermark-size", "5")
+    for text in ("生", "A"):  # empty, and never of any height
+        with pytest.raises(UserError, match="its letters are empty or too thin"):
+            draw_mark(144, 256, MarkStyle((text,), 5.0, font=Path(font)))
+
+
+def test_a_kill_while_a_file_is_signed_leaves_what_is_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_signing: Signing, _kind: str, _source: Any, target: Any) -> None:
+        target.write(b"half")
+        target.flush()
+        os._exit(0 if len(list(tmp_path.iterdir())) == 2 else 1)
+
+    monkeypatch.setattr(content_credentials, "_sign", killed)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"whole")
+    process = multiprocessing.get_context("fork").Process(
+        target=content_credentials.sign, args=(path, "image/png", Signing(path, path))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("a.png", b"whole")]
+
+
 def test_a_service_keeps_its_label(tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
     from opensora_sp.server.protocol import as_bad_request, read_fields
@@ -417,8 +515,13 @@ def test_a_service_keeps_its_label(tmp_path: Path) -> None:
             settings(group, label=other)
         refusal = as_bad_request(error.value)
         assert (refusal.param, str(refusal)[: len(other) + 7]) == ("label", f"label {other}:")
-    with pytest.raises(UserError, match="does not say what --label cn has to"):
-        settings(group, watermark_text="mine")
+    # What has the words of the label may deny it: a client may send the label's own texts alone.
+    for text in ("mine", "这不是AI生成"):
+        with pytest.raises(UserError, match="so the text is 人工智能生成合成 or AI生成") as error:
+            settings(group, watermark_text=text)
+        assert as_bad_request(error.value).param == "watermark_text"
+    for text in CN_TEXTS:
+        assert settings(group, watermark_text=text).watermark_text == text
     # serve's own flags are not taken for those of a label, nor the other way round.
     from opensora_sp.cli.serve import _settings
 
@@ -429,6 +532,7 @@ def test_a_service_keeps_its_label(tmp_path: Path) -> None:
         assert served.other_labels == bool(more)
     allowed = GroupSettings(tmp_path, "", words, other_labels=True)
     assert settings(allowed, label="none").label == "none"
+    assert settings(allowed, watermark_text="AI生成, mine").watermark_text == "AI生成, mine"
     # A group without a label of its own makes a gateway's jobs with the gateway's.
     plain = GroupSettings(tmp_path, "", ("--device=cpu",))
     asked = read_fields(label.put_into({"prompt": "a"}))

@@ -48,7 +48,7 @@ from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.protocol import BadRequest
 from opensora_sp.server.restarts import MOST_FRUITLESS, MOST_QUICK, Restarts
 from opensora_sp.server.retention import DAY_SECONDS, Kept, Retention
-from opensora_sp.server.settings import GroupSettings, Operations, read_tokens
+from opensora_sp.server.settings import GroupSettings, Operations, ServiceLabel, read_tokens
 from opensora_sp.server.settings import Limits as GatewayLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -686,6 +686,37 @@ def test_an_allowed_origin_s_page_asks_sends_and_reads_and_no_other(tmp_path: Pa
         assert "openai-poll-after-ms" in found.headers["access-control-expose-headers"]
         assert "access-control-allow-credentials" not in found.headers
         assert call("DELETE", page, **own) == (200, page)
+
+
+def test_the_cookie_counts_for_the_server_s_own_origin_alone(tmp_path: Path) -> None:
+    # A browser sends a SameSite cookie to every port of a host: an allowed page may have one.
+    page, token = "http://testserver:8080", "t" * 16
+    bench = Bench(tmp_path, {token: "ann"}, (page,))
+    judge: Any = Agreeing()
+    bench.gateway.judge = judge
+    bench.client.cookies.set("token", token)
+    with bench.client:
+
+        def send(**headers: str) -> int:
+            answer = bench.client.post("/v1/videos", json={"prompt": "a"}, headers=headers)
+            return int(answer.status_code)
+
+        assert send(origin=page) == 401
+        assert bench.queue.live() == []
+        assert send(origin=page, authorization=f"Bearer {token}") == 200
+        assert send(origin="http://testserver") == send() == 200
+
+
+def test_a_job_is_queued_with_the_service_s_label(bench: Bench) -> None:
+    judge: Any = Agreeing()
+    bench.gateway.judge, bench.gateway.label = judge, ServiceLabel("cn", "X")
+    with bench.client:
+        video = bench.client.post("/v1/videos", json={"prompt": "a"}).json()
+        assert video["settings"]["label"] == "cn"
+        arguments = bench.store.spec(video["id"]).arguments
+        outputs = bench.store.outputs(video["id"])
+        job = GroupSettings(outputs, "", ("--device=cpu",)).job(arguments, outputs)
+        assert (job.settings.label, job.settings.label_producer) == ("cn", "X")
 
 
 def test_without_allowed_origins_no_page_of_another_site_is_answered(bench: Bench) -> None:
