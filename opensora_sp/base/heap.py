@@ -2,7 +2,7 @@
 
 The C library gives a large block back to the system when it is freed. The system hands out the
 next one page by page, and fills each with zeros first. A step of the transformer frees and asks for
-gigabytes, and this took a tenth of its time.
+gigabytes, and this took up to a tenth of its time (docs/speed.md).
 """
 
 from __future__ import annotations
