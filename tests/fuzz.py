@@ -517,7 +517,11 @@ def trouble(read: Reader, data: bytes) -> tuple[str, str] | None:
 
 
 def _peak_kb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss: that of a new process begins with what its parent had.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 class Child:

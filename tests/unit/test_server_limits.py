@@ -20,7 +20,7 @@ def test_limits_that_are_given_are_taken_and_the_others_stay() -> None:
 
 @pytest.mark.parametrize("word", ["nope=1", "queued", "queued=x", "queued=0", "body_seconds=nan"])
 def test_what_is_no_limit_is_refused(word: str) -> None:
-    with pytest.raises(UserError, match=f"--limit {word}: "):
+    with pytest.raises(UserError, match=f"--limit '{word}': "):
         read_limits([word])
 
 
