@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import environments
+from started import start
 
 from opensora_sp.cli.infer import main as infer
 from opensora_sp.cli.main import COMMANDS, main
@@ -40,19 +41,6 @@ def said(
     captured = capsys.readouterr()
     assert ended == code, captured.err
     return captured.out, captured.err
-
-
-def start(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**variables, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

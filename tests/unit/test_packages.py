@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from started import start
 
 import opensora_sp
 from opensora_sp.base.errors import UserError
@@ -30,19 +31,6 @@ MOST_BYTES = 10_000_000  # of the program's wheel
 LEFT = {"__pycache__", "build", "dist", "samples", "PKG-INFO", "setup.cfg"}
 LEFT |= {".pytest_cache", ".mypy_cache", ".ruff_cache", ".import_linter_cache"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-
-
-def start(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**variables, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def repository() -> set[str]:
