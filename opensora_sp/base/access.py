@@ -43,6 +43,11 @@ def is_file(path: AnyPath) -> bool:
     return mode is not None and stat.S_ISREG(mode)
 
 
+def no_file(path: AnyPath) -> str:
+    """What is said of a path that is no regular file."""
+    return "this is no regular file" if exists(path) else "there is no such file"
+
+
 def is_dir(path: AnyPath) -> bool:
     """Whether a folder, or a link to one, is there. Raises UserError as `exists`."""
     mode = _mode(path)

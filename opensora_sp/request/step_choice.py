@@ -184,9 +184,8 @@ def _file_and_name(value: str) -> tuple[str, str | None]:
             f"{_FLAG} {shown(value)} is neither {OFF}, {' nor '.join(LEVELS)} nor a file of "
             f"schedules{nearest}"
         )
-    missing = "this is no regular file" if access.exists(value) else "there is no such file"
     raise UserError(
-        f"{_FLAG} {shown(value)}: {missing}; give one of schedules, as FILE or "
+        f"{_FLAG} {shown(value)}: {access.no_file(value)}; give one of schedules, as FILE or "
         f"FILE:NAME, or {OFF}, {' or '.join(LEVELS)}"
     )
 

@@ -101,6 +101,5 @@ def _file(key: str, path: object) -> Path:
     if is_address(text):
         raise UserError(f"{flag} {shown(text)}: the server fetches no address; send a file")
     if not access.is_file(text):
-        missing = "this is no regular file" if access.exists(text) else "there is no such file"
-        raise UserError(f"{flag} {shown(text)}: {missing}")
+        raise UserError(f"{flag} {shown(text)}: {access.no_file(text)}")
     return Path(text)
