@@ -354,8 +354,9 @@ def decode(
     else:
         vae = models.vae(request)
         parts = decode_alone(vae, latents, request.num_frames, keep_from)
+    parts = kept_in_decoding(models, request, vae, parts)
     while True:
-        with models.clock.stage("decode"), kept_in_decoding(models, request, vae):
+        with models.clock.stage("decode"):
             faults.reach("decode")
             decoded = next(parts, None)
         if decoded is None:

@@ -6,11 +6,13 @@ every mode and mesh, with a margin for what lies unused between blocks of other 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from opensora_sp.base.geometry import PATCH
 from opensora_sp.base.heap import freed_memory_kept
+from opensora_sp.engine.decode import Decoded
 from opensora_sp.engine.model_set import ModelSet
 from opensora_sp.request.request import Request
 
@@ -29,10 +31,14 @@ def kept_in_steps(models: ModelSet, request: Request, batch: int) -> AbstractCon
 
 
 def kept_in_decoding(
-    models: ModelSet, request: Request, vae: VideoVAE
-) -> AbstractContextManager[bool]:
-    """The context that one group of frames is decoded in, see `freed_memory_kept`."""
-    return freed_memory_kept(models.session.device, decoding_bytes(request, vae))
+    models: ModelSet, request: Request, vae: VideoVAE, parts: Iterator[Decoded]
+) -> Iterator[Decoded]:
+    """The parts of a decode, with memory kept from the first to the last, see `freed_memory_kept`.
+
+    Not for each by itself: what one frees the next one needs.
+    """
+    with freed_memory_kept(models.session.device, decoding_bytes(request, vae)):
+        yield from parts
 
 
 def step_bytes(models: ModelSet, request: Request, batch: int) -> float:
