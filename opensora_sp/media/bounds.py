@@ -101,6 +101,26 @@ def _check_pixels(name: str | Path, width: int, height: int, most: int) -> None:
         )
 
 
+class BoundedReads:
+    """A seekable file, none of whose reads asks for more than is left.
+
+    FFmpeg asks for as many bytes as a header names, and a file of Python's takes memory for all of
+    them before it reads.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        at = file.tell()
+        self._size = file.seek(0, os.SEEK_END)
+        self.seek, self.tell = file.seek, file.tell  # as PyAV calls them
+        file.seek(at)
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; all that are left for -1."""
+        left = max(0, self._size - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
+
+
 def check_whole(file: IO[bytes], name: str | Path) -> None:
     """Raise UserError where a container's own sizes say that the file is cut off.
 
@@ -108,7 +128,7 @@ def check_whole(file: IO[bytes], name: str | Path) -> None:
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    needed = _iso_end(file, size) or _matroska_end(file)
+    needed = _iso_end(file, size) or _matroska_end(file, size)
     file.seek(0)
     if needed is not None and needed > size:
         raise UserError(
@@ -145,8 +165,11 @@ def _iso_end(file: IO[bytes], size: int) -> int | None:
     return end or None
 
 
-def _matroska_end(file: IO[bytes]) -> int | None:
-    """The offset at which a Matroska file's first segment ends; None for others or if unknown."""
+def _matroska_end(file: IO[bytes], size: int) -> int | None:
+    """The offset at which a Matroska file's first segment ends; None for others or if unknown.
+
+    Where its header ends behind the file, that is the offset.
+    """
     file.seek(0)
     head = file.read(4096)
     if not head.startswith(b"\x1a\x45\xdf\xa3"):
@@ -155,6 +178,8 @@ def _matroska_end(file: IO[bytes]) -> int | None:
     if length is None:
         return None
     start = 4 + width + length
+    if start > size:
+        return start
     file.seek(start)
     head = file.read(16)
     if not head.startswith(b"\x18\x53\x80\x67"):

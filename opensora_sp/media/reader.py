@@ -18,6 +18,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import is_address, without_secrets
 from opensora_sp.media.bounds import (
     MOST_FRAME_PIXELS,
+    BoundedReads,
     CutOffError,
     check_animation,
     check_frame,
@@ -478,7 +479,7 @@ def _opened_video(file: IO[bytes], name: str | Path, notes: list[str]) -> Iterat
         # No protocol is allowed, so that a playlist cannot make FFmpeg open files or addresses.
         # A frame that is too large must not be decoded, not even to find its format.
         options = {"protocol_whitelist": "none", "max_pixels": str(MOST_FRAME_PIXELS)}
-        container = av.open(file, options=options)
+        container = av.open(BoundedReads(file), options=options)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
             f"reference {name} is neither an image nor a video that can be read: {said(error)}"

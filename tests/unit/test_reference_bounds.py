@@ -21,6 +21,7 @@ from PIL import Image
 from opensora_sp.base.errors import UserError
 from opensora_sp.media import bounds as reference_bounds
 from opensora_sp.media import reader as references
+from opensora_sp.media.bounds import BoundedReads
 from opensora_sp.media.reader import check_reference, read_reference
 
 
@@ -209,6 +210,48 @@ def test_a_cut_video_is_refused_by_its_headers(tmp_path: Path, suffix: str) -> N
             check_reference(path)
     (tmp_path / f"more.{suffix}").write_bytes(data + b"rubbish behind it")
     check_reference(tmp_path / f"more.{suffix}")
+
+
+def test_a_matroska_header_that_ends_behind_any_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    path.write_bytes(b"\x1a\x45\xdf\xa3" + b"\x01" + b"\xfe" * 7 + bytes(100))
+    with pytest.raises(UserError, match=r"cut off, 112 of 71\d{15} bytes are there"):
+        check_reference(path)
+
+
+def test_no_read_asks_for_more_than_the_file_has(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Seen(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.append(-1 if size is None else size)
+            return super().read(size)
+
+    file = BoundedReads(Seen(bytes(range(100))))
+    assert file.read(10) == bytes(range(10))
+    assert file.seek(60) == file.tell() == 60
+    assert file.read(1 << 31) == bytes(range(60, 100))
+    assert file.read(1 << 31) == b""
+    file.seek(98)
+    assert file.read() == b"bc"
+    assert max(asked) == 40
+    assert min(asked) >= 0
+
+
+def test_ffmpeg_reads_through_that_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Watched(BoundedReads):
+        def read(self, size: int = -1) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(references, "BoundedReads", Watched)
+    # Found by fuzzing: FFmpeg asks for 1.3 GB of these 1,940 bytes.
+    path = Path(__file__).parents[1] / "data" / "found" / "large_read.avif"
+    with pytest.raises(UserError, match="large_read"):
+        check_reference(path)
+    assert max(asked) > 1 << 30
 
 
 def animation(kind: str) -> bytes:

@@ -216,6 +216,17 @@ def hostile_t5(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     assert not marker.exists()
 
 
+def test_a_long_name_of_what_is_imported_is_shortened(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    entries = {"data.pkl": b"c" + b"a" * 9000 + b"\nb\n.", "version": b"3\n"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(f"model/{name}", content)
+    with pytest.raises(UserError, match="holds code, not only tensors") as refused:
+        load_tensor_file(path)
+    assert len(str(refused.value)) < 600
+
+
 def test_the_command_refuses_it(hostile_t5: tuple[Path, Path], tmp_path: Path) -> None:
     folder, _ = hostile_t5
     paths = {name: EMBEDDED / name for name in ("dit", "vae2d", "vae3d")} | {"t5": folder}
