@@ -579,7 +579,12 @@ class Child:
         """Mutations by chance until the time is over."""
         rng = random.Random(seed)
         while self.spent < seconds:
-            self.case(mutate(rng, rng.choice(self.corpus), self.corpus))
+            try:
+                data = mutate(rng, rng.choice(self.corpus), self.corpus)
+            except Exception:  # a fault of the mutators, which must not end in silence
+                self._tell(kind="the mutators failed", details=traceback.format_exc(), data="")
+                continue
+            self.case(data)
         self._tell()
 
     def run_guided(self, seed: int, seconds: float, folder: Path) -> None:

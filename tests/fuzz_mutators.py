@@ -51,9 +51,9 @@ def mutate(rng: random.Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
             try:
                 data = inner(rng, data)
                 continue
-            except (ValueError, KeyError, IndexError, struct.error, zipfile.BadZipFile):
+            except (ValueError, KeyError, IndexError, OverflowError, struct.error):
                 pass  # an earlier mutation broke its structure
-            except (NotImplementedError, zlib.error, EOFError, OSError, RuntimeError):
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):
                 pass
         data = rng.choice(PLAIN)(rng, data, corpus)
     return data[: 1 << 20]

@@ -202,8 +202,8 @@ def _is_torch_kind(name: str) -> bool:
 
 def _holds_code(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} holds code, not only tensors ({_one_line(what)}): do not use this file; take the published "
-        "checkpoint, or have it saved as .safetensors"
+        f"{path} holds code, not only tensors ({_one_line(what)}): do not use this file; take "
+        "the published checkpoint, or have it saved as .safetensors"
     )
 
 
