@@ -110,6 +110,8 @@ class BoundedReads:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        # Formats without a signature, such as TGA, are known by it.
+        self.name = str(getattr(file, "name", ""))
         at = file.tell()
         self._size = file.seek(0, os.SEEK_END)
         self.seek, self.tell = file.seek, file.tell  # as PyAV calls them
