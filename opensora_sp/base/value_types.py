@@ -7,8 +7,8 @@ exactly when it is legal in the others.
 import math
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from opensora_sp.base.errors import UserError
@@ -43,12 +43,15 @@ class ValueType:
 
     `read` turns text into a value and raises ValueError where it cannot. `legal` checks a typed
     value. `allowed` completes the sentence "... is not ...". `metavar` is shown in --help.
+    `schema` describes legal values in JSON (JSON Schema 2020-12). It may allow more than `legal`,
+    never less.
     """
 
     metavar: str
     allowed: str
     read: Callable[[str], Any]
     legal: Callable[[Any], bool]
+    schema: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def parse(self, name: str, text: str) -> Any:
         """The value of `text`. Raises UserError that names `name`, the text and what is legal."""
@@ -82,7 +85,9 @@ def integer(low: int, high: int | None = None) -> ValueType:
         return whole and value >= low and (high is None or value <= high)
 
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return ValueType("N", f"a whole number {limits}", read, legal)
+    schema = {"type": "integer", "minimum": low}
+    schema |= {} if high is None else {"maximum": high}
+    return ValueType("N", f"a whole number {limits}", read, legal, schema)
 
 
 def number(
@@ -106,7 +111,9 @@ def number(
 
     limits = f"above {low:g}" if above else f"of at least {low:g}"
     limits += "" if math.isinf(high) else f" and at most {high:g}"
-    return ValueType(metavar, f"a finite number {limits}", read, legal)
+    schema = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
+    schema |= {} if math.isinf(high) else {"maximum": high}
+    return ValueType(metavar, f"a finite number {limits}", read, legal, schema)
 
 
 def boolean() -> ValueType:
@@ -118,13 +125,17 @@ def boolean() -> ValueType:
             raise ValueError(text)
         return word in _TRUE
 
-    return ValueType("BOOL", "true or false", read, lambda value: isinstance(value, bool))
+    return ValueType(
+        "BOOL", "true or false", read, lambda value: isinstance(value, bool), {"type": "boolean"}
+    )
 
 
 def choice(*names: str) -> ValueType:
     """One of the given names."""
     allowed = f"one of {', '.join(names)}"
-    return ValueType("{" + ",".join(names) + "}", allowed, str.strip, lambda value: value in names)
+    metavar = "{" + ",".join(names) + "}"
+    schema = {"enum": list(names)}
+    return ValueType(metavar, allowed, str.strip, lambda value: value in names, schema)
 
 
 def text(*, empty: bool = True, metavar: str = "TEXT") -> ValueType:
@@ -133,9 +144,9 @@ def text(*, empty: bool = True, metavar: str = "TEXT") -> ValueType:
     def legal(value: Any) -> bool:
         return isinstance(value, str) and _encodable(value) and (empty or bool(value.strip()))
 
-    return ValueType(
-        metavar, "valid UTF-8 text" if empty else "text with something in it", str, legal
-    )
+    allowed = "valid UTF-8 text" if empty else "text with something in it"
+    schema = {"type": "string"} | ({} if empty else {"pattern": r"\S"})
+    return ValueType(metavar, allowed, str, legal, schema)
 
 
 def path(metavar: str = "PATH") -> ValueType:
@@ -158,7 +169,7 @@ def path(metavar: str = "PATH") -> ValueType:
         except UnicodeEncodeError:  # half a surrogate pair, which YAML can write
             return False
 
-    return ValueType(metavar, "a usable path", read, legal)
+    return ValueType(metavar, "a usable path", read, legal, {"type": "string"})
 
 
 def file_stem() -> ValueType:
@@ -175,11 +186,11 @@ def file_stem() -> ValueType:
 
     allowed = f"a plain file name of at most {LONGEST_STEM} bytes, without a folder, control "
     allowed += "characters, or a dot or dash at its beginning"
-    return ValueType("NAME", allowed, str, legal)
+    return ValueType("NAME", allowed, str, legal, {"type": "string"})
 
 
 def optional(kind: ValueType, word: str = "none") -> ValueType:
-    """The same type, or None, which is written as `word`."""
+    """The same type, or None, which is written as `word`, in JSON too: null is no value there."""
 
     def read(text: str) -> Any:
         return None if text.strip().lower() == word else kind.read(text)
@@ -189,6 +200,7 @@ def optional(kind: ValueType, word: str = "none") -> ValueType:
         f"{kind.allowed} or {word}",
         read,
         lambda value: value is None or kind.legal(value),
+        {"anyOf": [kind.schema, {"enum": [word]}]},
     )
 
 

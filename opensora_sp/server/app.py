@@ -22,6 +22,17 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import one_line
 from opensora_sp.server.board import Board, Entry, rounded
 from opensora_sp.server.bodies import length_of, read_json_body, received
+from opensora_sp.server.description import (
+    REFUSALS,
+    Estimate,
+    Models,
+    Video,
+    VideoDeleted,
+    VideoList,
+    answers,
+    files,
+    video_body,
+)
 from opensora_sp.server.earlier import files_of_earlier_jobs
 from opensora_sp.server.gateway import Gateway
 from opensora_sp.server.guard import Guard
@@ -55,6 +66,7 @@ def build_app(gateway: Gateway) -> FastAPI:
         lifespan=_lifespan(gateway),
         docs_url=None,
         redoc_url=None,
+        responses=REFUSALS,
     )
     app.add_middleware(Polls, gateway=gateway)
     app.add_middleware(Guard, gateway=gateway)  # outside of Polls
@@ -128,7 +140,7 @@ def _lifespan(gateway: Gateway) -> Callable[[FastAPI], Any]:
 
 
 def _add_models(app: FastAPI) -> None:
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=answers(Models))
     async def models() -> Response:
         """The one model."""
         one = {"id": MODEL, "object": "model", "created": 0, "owned_by": "opensora_sp"}
@@ -161,7 +173,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise HTTPException(404, f"there is no video {video_id[:64]!r}")
         return entry
 
-    @app.post("/v1/videos")
+    @app.post("/v1/videos", responses=answers(Video), openapi_extra=video_body())
     async def create(request: Request) -> Response:
         """Queue a video: multipart/form-data, or JSON. `prompt` is needed."""
         owner, arriving = request.state.owner, gateway.arriving
@@ -178,7 +190,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
                 entry = await run_in_threadpool(queue_job, gateway, job_id, fields, uploads, owner)
             return answer(gateway, entry)
 
-    @app.post("/v1/videos/estimate")
+    @app.post("/v1/videos/estimate", responses=answers(Estimate), openapi_extra=video_body())
     async def estimate(request: Request) -> Response:
         """What a video of these fields needs and how long it takes; nothing is queued."""
         owner, job_id = request.state.owner, gateway.store.new_id()
@@ -192,12 +204,13 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
             finally:
                 await run_in_threadpool(gateway.store.delete, job_id)
 
-    @app.get(PATH)  # as Polls answers it; here it is described, and refused where it is not there
+    # As Polls answers it; here it is described, and refused where it is not there.
+    @app.get(PATH, responses=answers(Video))
     async def retrieve(video_id: str, request: Request) -> Response:
         """One video."""
         return answer(gateway, await entry_of(video_id, request))
 
-    @app.get("/v1/videos")
+    @app.get("/v1/videos", responses=answers(VideoList))
     async def listed(
         request: Request, after: str | None = None, limit: int = 20, order: str = "desc"
     ) -> Response:
@@ -226,14 +239,18 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         head = b'{"object":"list","data":[' + b",".join(board.body(entry) for entry in page)
         return Response(head + b"]," + json.dumps(ends).encode()[1:], media_type="application/json")
 
-    @app.delete("/v1/videos/{video_id}")
+    @app.delete("/v1/videos/{video_id}", responses=answers(VideoDeleted))
     async def delete(video_id: str, request: Request) -> Response:
         """Delete a video; one that is queued or being made is stopped first."""
         entry = await entry_of(video_id, request)
         await run_in_threadpool(remove, gateway, entry)
         return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
-    @app.get("/v1/videos/{video_id}/content")
+    @app.get(
+        "/v1/videos/{video_id}/content",
+        responses=files(*_MEDIA.values()),
+        response_class=FileResponse,
+    )
     async def content(video_id: str, request: Request, variant: str = "video") -> Response:
         """The file: variant video, thumbnail or spritesheet."""
         if variant not in ("video", "thumbnail", "spritesheet"):

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from opensora_sp.base.value_types import shown
 from opensora_sp.server.board import Board, Entry
+from opensora_sp.server.description import Pictures, answers, picture_body
 from opensora_sp.server.job_store import JobStore
 from opensora_sp.server.protocol import BadRequest, read_fields
 
@@ -108,7 +109,11 @@ def read_image_fields(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], 
 def add_images(app: FastAPI, intake: Intake) -> None:
     """Answer POST /v1/images/generations."""
 
-    @app.post("/v1/images/generations")
+    @app.post(
+        "/v1/images/generations",
+        responses=answers(Pictures),
+        openapi_extra=picture_body(MOST_IMAGES, VIDEO_FIELDS, ONLY),
+    )
     async def generate(request: Request) -> Response:
         """Make 1 to 4 pictures and answer with them. `prompt` is needed."""
         kind = request.headers.get("content-type", "").split(";")[0]

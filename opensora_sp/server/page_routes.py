@@ -14,6 +14,7 @@ from starlette.responses import StreamingResponse
 
 from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.server.board import Board
+from opensora_sp.server.description import files
 from opensora_sp.server.job_store import JobStore
 from opensora_sp.server.live import Feed
 from opensora_sp.server.owners import sees
@@ -37,7 +38,9 @@ def add_page_routes(
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
 
-    @app.get("/v1/videos/{video_id}/preview")
+    @app.get(
+        "/v1/videos/{video_id}/preview", responses=files("image/webp"), response_class=Response
+    )
     async def preview(video_id: str, request: Request) -> Response:
         """What it will look like, while it is denoised: up to eight frames side by side, WebP."""
         entry = board.get(video_id)

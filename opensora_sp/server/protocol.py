@@ -72,7 +72,8 @@ OWN_FIELDS = ("prompt", "model", "seconds", "size", "priority", "n", "response_f
 EARLIER_FIELDS = ("extend_video_id", "files_of_video_id")
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*")
 _SECONDS = re.compile(r"\s*(\d{1,4}(?:\.\d{1,6})?)\s*s?\s*")
-_MOST_TEXT = 20_000
+MOST_PROMPT = 20_000  # characters
+MOST_PRIORITY = 1000
 
 
 class BadRequest(Exception):  # noqa: N818 (the client's mistake, told as HTTP 400)
@@ -109,9 +110,9 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRequest("prompt is needed: a text that says what the video shows", "prompt")
-    if len(prompt) > _MOST_TEXT:
+    if len(prompt) > MOST_PROMPT:
         raise BadRequest(
-            f"prompt has {len(prompt)} characters; at most {_MOST_TEXT} are taken", "prompt"
+            f"prompt has {len(prompt)} characters; at most {MOST_PROMPT} are taken", "prompt"
         )
     _refuse_unknown(fields)
     model = MODEL if fields.get("model") in (None, "") else fields["model"]
@@ -127,9 +128,8 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
             arguments += _argument(flags[key], name, value)
     _refuse_step_cache_file(fields.get("step_cache"))
     arguments += _references(uploads)
-    priority = _whole(
-        100 if fields.get("priority") in (None, "") else fields["priority"], "priority", 1, 1000
-    )
+    asked = 100 if fields.get("priority") in (None, "") else fields["priority"]
+    priority = _whole(asked, "priority", 1, MOST_PRIORITY)
     told = {"model": model, "prompt": prompt, "settings": _settings(fields)}
     told["files"] = [(field, path.rpartition("/")[2]) for field, path, _ in uploads]
     if fields.get("extend_video_id"):

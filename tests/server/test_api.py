@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from PIL import Image
 from serving import Server
@@ -84,6 +85,46 @@ def test_the_openai_client_makes_lists_and_deletes_videos(client: Any) -> None:
         assert client.videos.delete(one.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(others[0].id)
+
+
+def test_answers_are_what_the_description_says(server: Server) -> None:
+    status, description = server.call("GET", "/openapi.json")
+    assert status == 200
+
+    def asked(method: str, path: str, route: str, body: Any = None) -> Any:
+        status, answer = server.call(method, path, body)
+        operation = description["paths"][route][method.lower()]
+        assert ("requestBody" in operation) is (method == "POST")
+        found = operation["responses"].get(str(status), operation["responses"]["4XX"])
+        schema = found["content"]["application/json"]["schema"]
+        assert schema["$ref"].startswith("#/components/schemas/")
+        jsonschema.validate(answer, {**description, **schema})
+        return answer
+
+    one = "/v1/videos/{video_id}"
+    fields = {"prompt": "a red ball", "size": "48x32", "num_frames": 17, "num_inference_steps": 2}
+    assert asked("POST", "/v1/videos/estimate", "/v1/videos/estimate", fields)["fits"]
+    slow = asked("POST", "/v1/videos", "/v1/videos", fields | {"num_inference_steps": 100_000})
+    queued = asked("POST", "/v1/videos", "/v1/videos", fields)
+    server.until(slow["id"], "in_progress")
+    waits, runs = (asked("GET", f"/v1/videos/{each['id']}", one) for each in (queued, slow))
+    assert asked("DELETE", f"/v1/videos/{slow['id']}", one)["deleted"]
+    assert ("queue_position" in waits, runs["steps"]) == (True, 100_000)
+    server.wait(queued["id"])
+    assert asked("GET", f"/v1/videos/{queued['id']}", one)["completed_at"]
+    assert asked("GET", "/v1/videos?limit=1", "/v1/videos")["data"]
+    pictures = {"prompt": "a red ball", "size": "48x32", "num_inference_steps": 2, "n": 2}
+    images = "/v1/images/generations"
+    assert len(asked("POST", images, images, pictures)["data"]) == 2
+    assert asked("POST", images, images, pictures | {"response_format": "url"})["data"]
+    assert asked("GET", "/v1/models", "/v1/models")["data"]
+    for method, path, route, body in (
+        ("POST", "/v1/videos", "/v1/videos", {}),
+        ("POST", images, images, {"prompt": 1}),
+        ("GET", "/v1/videos?limit=x", "/v1/videos", None),
+        ("GET", "/v1/videos/video_0", one, None),
+    ):
+        assert "error" in asked(method, path, route, body)
 
 
 def test_a_picture_starts_the_video_and_a_seed_decides_it(server: Server, client: Any) -> None:
