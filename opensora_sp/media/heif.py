@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from opensora_sp.base.errors import UserError
 from opensora_sp.media.bounds import check_picture
 from opensora_sp.media.colour import UNKNOWN_MATRICES, frame_to_rgb, hdr_notes
+from opensora_sp.media.writer import FULL_RANGE, TV_RANGE
 
 _STILL_BRANDS = (b"mif1", b"mif2", b"heic", b"heix", b"heim", b"heis", b"avif", b"miaf")
 _SEQUENCE_BRANDS = (b"msf1", b"hevc", b"hevx", b"hevm", b"hevs", b"avis")
@@ -291,7 +292,7 @@ class _Reader:
             primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
         else:
             primaries, transfer, matrix, full = tags
-            frame.colorspace, frame.color_range = matrix, 2 if full else 1
+            frame.colorspace, frame.color_range = matrix, FULL_RANGE if full else TV_RANGE
             if matrix in UNKNOWN_MATRICES:
                 raise _NotUnderstoodError(f"its colours are {UNKNOWN_MATRICES[matrix]}")
         if _icc(item) is not None:

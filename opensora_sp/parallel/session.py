@@ -244,7 +244,7 @@ def open_session(
     session = Session(rank, local_rank, world, here, row, comm, control, nodes, colossal)
     watchdog = Watchdog(
         rank,
-        StatusStore.connect(rank, world),
+        StatusStore.connect(rank),
         control.all_gather_object(Process.current()),
         limits or Limits(),
         ledger.mark,

@@ -149,7 +149,7 @@ def test_an_entry_of_the_store_that_no_rank_wrote(raw: bytes) -> None:
     """Whoever reaches the port can write there; the watchdog's searches take a ValueError."""
     store = SimpleNamespace(check=lambda _: True, get=lambda _: raw)
     with pytest.raises((ValueError, TypeError)):
-        StatusStore(store, 0, 2).fault()
+        StatusStore(store, 0).fault()
 
 
 def test_yaml_is_read_to_16_levels() -> None:

@@ -92,7 +92,7 @@ class Run:
         return self.seconds
 
     def store(self, rank: int) -> StatusStore:
-        return StatusStore(self.keys, rank, self.world)
+        return StatusStore(self.keys, rank)
 
     def watch(self, seconds: float) -> list[Fault]:
         """What rank 0 finds in so many seconds, in which it searches as its threads do."""

@@ -56,14 +56,14 @@ class Beat:
 class StatusStore:
     """One rank's view of the store. Any thread may use it; all calls raise when it is gone."""
 
-    def __init__(self, store: Any, rank: int, world: int) -> None:
-        self._store, self._rank, self._world = store, rank, world
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store, self._rank = store, rank
         self._lock = threading.Lock()  # a client's calls must not interleave
 
     @classmethod
-    def connect(cls, rank: int, world: int) -> StatusStore:
+    def connect(cls, rank: int) -> StatusStore:
         """A connection of its own to the store of this run."""
-        return cls(connect_store("board", _TIMEOUT), rank, world)
+        return cls(connect_store("board", _TIMEOUT), rank)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
