@@ -51,8 +51,10 @@ from postgres import Postgres, programs  # noqa: E402
 
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec  # noqa: E402
 from opensora_sp.server.queue_url import parse_queue_url  # noqa: E402
+from opensora_sp.server.shared_link import QueueLost  # noqa: E402
 from opensora_sp.server.shared_queue import LEASE_SECONDS as LEASE  # noqa: E402
-from opensora_sp.server.shared_queue import QueueLost, SharedQueue, Sweeper  # noqa: E402
+from opensora_sp.server.shared_queue import SharedQueue  # noqa: E402
+from opensora_sp.server.sweeper import Sweeper  # noqa: E402
 from scripts.bench_ranks import cpu_name, torch_version  # noqa: E402
 
 # Kinds of jobs, all small: (size, frames, steps, seed).

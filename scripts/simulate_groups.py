@@ -38,7 +38,8 @@ from opensora_sp.server.beat import BEAT_SECONDS  # noqa: E402
 from opensora_sp.server.board import LOOK_SECONDS  # noqa: E402
 from opensora_sp.server.engine_group import TICK_SECONDS  # noqa: E402
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec  # noqa: E402
-from opensora_sp.server.shared_queue import LEASE_SECONDS, SPREAD_SECONDS  # noqa: E402
+from opensora_sp.server.shared_queue import LEASE_SECONDS  # noqa: E402
+from opensora_sp.server.sweeper import SPREAD_SECONDS  # noqa: E402
 
 COSTS = ROOT / "docs" / "benchmarks" / "groups-costs.json"
 GROUPS, SECONDS = (1, 10, 100, 1_000), (1.0, 10.0, 100.0, 1_000.0)
@@ -483,7 +484,8 @@ class Meter:
         """What a put costs more for each connection that listens and whose client is busy."""
         import psycopg
 
-        from opensora_sp.server.shared_queue import CHANNEL, SharedQueue
+        from opensora_sp.server.shared_link import CHANNEL
+        from opensora_sp.server.shared_queue import SharedQueue
 
         def tell() -> None:
             self._sql(f"NOTIFY {CHANNEL}")
@@ -565,7 +567,8 @@ def _sleeper(
     nothing: list[int],
 ) -> None:
     """A group that sleeps, with the calls of a real one."""
-    from opensora_sp.server.shared_queue import SharedQueue, Sweeper
+    from opensora_sp.server.shared_queue import SharedQueue
+    from opensora_sp.server.sweeper import Sweeper
 
     name, queue = f"sleeper-{number}", SharedQueue(url, f"sleeper-{number}", listens=True)
     sweeper, beaten = Sweeper(queue), 0.0
@@ -602,7 +605,8 @@ def _sleeper(
 
 def _gateway(url: str, end: threading.Event) -> None:
     """What a gateway asks the database."""
-    from opensora_sp.server.shared_queue import SharedQueue, Sweeper
+    from opensora_sp.server.shared_queue import SharedQueue
+    from opensora_sp.server.sweeper import Sweeper
 
     queue = SharedQueue(url, "gateway")
     sweeper = Sweeper(queue)

@@ -332,7 +332,7 @@ def _texts(lines: IO[str]) -> Iterator[str]:
 
 def _until_it_answers(ask: Callable[[], Any]) -> Any:
     """What a call says, as soon as the database answers it."""
-    from opensora_sp.server.shared_queue import QueueLost
+    from opensora_sp.server.shared_link import QueueLost
 
     said = False
     while True:

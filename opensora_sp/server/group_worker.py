@@ -22,7 +22,9 @@ from opensora_sp.server.durable import QueuedJob
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.served import why_not
 from opensora_sp.server.settings import GroupSettings
-from opensora_sp.server.shared_queue import Claim, QueueLost, SharedQueue, Sweeper
+from opensora_sp.server.shared_link import QueueLost
+from opensora_sp.server.shared_queue import SharedQueue
+from opensora_sp.server.shared_rows import Claim
 from opensora_sp.server.shared_store import (
     SEEN_SECONDS,
     SharedStore,
@@ -31,6 +33,7 @@ from opensora_sp.server.shared_store import (
     remove_other_attempts,
     take_over,
 )
+from opensora_sp.server.sweeper import Sweeper
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.control import ControlPlane

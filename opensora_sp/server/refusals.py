@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from opensora_sp.server.protocol import BadRequest, error_json
-from opensora_sp.server.shared_queue import QueueLost
+from opensora_sp.server.shared_link import QueueLost
 
 RETRY_AFTER_SECONDS, LOST_RETRY_AFTER_SECONDS = 30, 5
 

@@ -17,8 +17,11 @@ from opensora_sp.server.board import WHOLE_LOOK_SECONDS, Board, Entry, rounded
 from opensora_sp.server.durable import JobQueue
 from opensora_sp.server.engine_process import Health
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
-from opensora_sp.server.shared_queue import Group, QueueLost, Row, SharedQueue, Sweeper
+from opensora_sp.server.shared_link import QueueLost
+from opensora_sp.server.shared_queue import SharedQueue
+from opensora_sp.server.shared_rows import Group, Row
 from opensora_sp.server.shared_store import SharedStore
+from opensora_sp.server.sweeper import Sweeper
 
 TIDY_SECONDS = 600.0
 # A job that was deleted here is not shown again by a look that had begun before.

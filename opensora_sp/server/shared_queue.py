@@ -7,76 +7,21 @@ docs/several_machines.md says what follows from that.
 
 from __future__ import annotations
 
-import logging
-import random
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from typing import Any
 
-from opensora_sp.base.errors import UserError
-from opensora_sp.base.screen import one_line
 from opensora_sp.server.durable import MOST_ATTEMPTS
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
-from opensora_sp.server.queue_url import shown_url, without_password
+from opensora_sp.server.shared_link import CHANNEL, Link
+from opensora_sp.server.shared_rows import COLUMNS, Claim, Group, Row, read_row, read_spec
+from opensora_sp.server.shared_tables import prepare_tables
 
 # A group that has not been heard of for this long counts as dead, and its job goes to another.
 LEASE_SECONDS = 15.0
-# The least time between two looks of a process for dead groups, and how far apart those processes
-# look that all know the moment from which on a group counts as dead.
-SWEEP_SECONDS, SPREAD_SECONDS = 1.0, 1.0
 # Rows of deleted jobs and of dead groups stay this long, so that every gateway hears of them.
 TOMBSTONE_SECONDS, DEAD_GROUP_SECONDS = 3600.0, 86_400.0
-CHANNEL = "opensora_sp"
-# Of all processes that make the tables at once, one does.
-_LOCK = 0x0F5A_22
-_FORM = 1
-_OLDEST = 130_000  # the first with xid8
 GIVEN_UP = "the engine ended too often while it was made; it is given up"
-_TABLES = """
-CREATE SCHEMA IF NOT EXISTS opensora_sp;
-CREATE TABLE IF NOT EXISTS opensora_sp.folder (
-    only_one boolean PRIMARY KEY DEFAULT true CHECK (only_one),
-    form integer NOT NULL,
-    token text
-);
-CREATE SEQUENCE IF NOT EXISTS opensora_sp.epochs;
-CREATE TABLE IF NOT EXISTS opensora_sp.groups (
-    name text PRIMARY KEY,
-    epoch bigint NOT NULL,
-    parent text NOT NULL,
-    about jsonb NOT NULL,
-    state text NOT NULL,
-    lease_s double precision NOT NULL,
-    beat_at timestamptz NOT NULL,
-    job text,
-    attempt integer,
-    progress jsonb,
-    unfit jsonb NOT NULL
-) WITH (fillfactor = 50);
-CREATE TABLE IF NOT EXISTS opensora_sp.jobs (
-    id text PRIMARY KEY,
-    state text NOT NULL CHECK (state IN ('queued', 'taken', 'ended', 'gone')),
-    priority integer NOT NULL,
-    created_at timestamptz NOT NULL,
-    shape text NOT NULL,
-    spec jsonb NOT NULL,
-    attempt integer NOT NULL DEFAULT 0,
-    deaths integer NOT NULL DEFAULT 0,
-    group_name text,
-    epoch bigint,
-    result jsonb,
-    changed xid8 NOT NULL,
-    changed_at timestamptz NOT NULL
-);
-CREATE INDEX IF NOT EXISTS jobs_queued ON opensora_sp.jobs (priority, created_at, id)
-    WHERE state = 'queued';
-CREATE INDEX IF NOT EXISTS jobs_taken ON opensora_sp.jobs (group_name) WHERE state = 'taken';
-CREATE INDEX IF NOT EXISTS jobs_gone ON opensora_sp.jobs (changed_at) WHERE state = 'gone';
-CREATE INDEX IF NOT EXISTS jobs_changed ON opensora_sp.jobs (changed);
-"""
 _CHANGED = "changed = pg_current_xact_id(), changed_at = clock_timestamp()"
 # A group that died in a job gives it back; after MOST_ATTEMPTS of them the job is given up.
 _BACK = f"""
@@ -86,173 +31,7 @@ _BACK = f"""
         'error', '{GIVEN_UP}', 'error_code', 'engine_ended') END,
     deaths = deaths + %(died)s, {_CHANGED}
 """
-_COLUMNS = (
-    "id, state, priority, extract(epoch FROM created_at)::float8, shape, spec, attempt, group_name,"
-    " epoch, result"
-)
 _ALIVE = "g.beat_at > clock_timestamp() - g.lease_s * interval '1 second'"
-T = TypeVar("T")
-log = logging.getLogger(__name__)
-# It warns of every rollback that a lost connection makes impossible. We say once that it is lost.
-logging.getLogger("psycopg").setLevel(logging.ERROR)
-
-
-class QueueLost(Exception):  # noqa: N818 (a state that ends by itself)
-    """The database does not answer now. It is tried again with the next call."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A job as the database has it. state: queued, taken, ended or gone (deleted).
-
-    created_at: seconds since 1970 by the database's clock. attempt: how often it was taken;
-    group, epoch: by whom last.
-    """
-
-    id: str
-    state: str
-    priority: int
-    created_at: float
-    shape: str
-    spec: JobSpec
-    attempt: int = 0
-    group: str | None = None
-    epoch: int | None = None
-    result: JobResult | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """A group as the database has it.
-
-    epoch: a number that is new with every start of its engine. state: starting, ready or draining.
-    about: ranks, device, card, host, serves. progress: of the job that it makes. unfit: shapes that
-    it cannot make, with the reason of each.
-    """
-
-    name: str
-    epoch: int
-    alive: bool
-    state: str
-    about: dict[str, Any] = field(default_factory=dict)
-    job: str | None = None
-    attempt: int | None = None
-    progress: JobProgress | None = None
-    unfit: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A job that a group has taken. attempt: its number; no other group ever gets the same."""
-
-    id: str
-    attempt: int
-    spec: JobSpec
-
-
-class Link:
-    """One connection, opened again when it is lost. Threads take turns.
-
-    name: what the database shows of it. listens: whether `wait` is to hear of new jobs.
-    """
-
-    def __init__(self, url: str, name: str, *, listens: bool = False) -> None:
-        self._url, self._name, self._listens = url, name, listens
-        self._lock = threading.Lock()
-        self._connection: Any = None
-        self._since: float | None = None
-        # Counts connections: whoever has seen another number may have missed something.
-        self.contact = 0
-
-    def run(self, work: Callable[[Any], T]) -> T:
-        """Do `work` in a transaction. Raises QueueLost; what was begun may have been done then."""
-        import psycopg
-
-        with self._lock:
-            try:
-                with self._transaction() as connection:
-                    return work(connection)
-            except (KeyboardInterrupt, SystemExit):
-                self._drop()  # a signal came in the middle of a statement
-                raise
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                self._drop()
-                raise QueueLost(without_password(one_line(str(error)), self._url)) from None
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for a word of another process that there may be something to do; whether it came."""
-        import psycopg
-
-        with self._lock:
-            try:
-                # All that have come, not the first: each of the others would end a wait later on.
-                return bool(list(self._opened().notifies(timeout=seconds, stop_after=1)))
-            except (KeyboardInterrupt, SystemExit):
-                self._drop()
-                raise
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                self._drop()
-                raise QueueLost(without_password(one_line(str(error)), self._url)) from None
-
-    def steady_seconds(self) -> float:
-        """How long there has been contact without a break."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def close(self) -> None:
-        """Give the connection back."""
-        with self._lock:
-            self._drop()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Any]:
-        """The connection, in a transaction.
-
-        A connection that was lost while nobody used it is found out by BEGIN. Nothing has been done
-        then, so a new one is tried at once.
-        """
-        import psycopg
-
-        fresh = self._connection is None
-        with ExitStack() as stack:
-            connection = self._opened()
-            try:
-                stack.enter_context(connection.transaction())
-            except psycopg.OperationalError:
-                if fresh:
-                    raise
-                self._drop()
-                connection = self._opened()
-                stack.enter_context(connection.transaction())
-            yield connection
-
-    def _opened(self) -> Any:
-        import psycopg
-
-        if self._connection is None or self._connection.closed:
-            self._drop()
-            self._connection = psycopg.connect(
-                self._url,
-                autocommit=True,
-                application_name=self._name,
-                connect_timeout=5,
-                # A cut cable is noticed within seconds, not when TCP gives up.
-                keepalives_idle=5,
-                keepalives_interval=2,
-                keepalives_count=3,
-                tcp_user_timeout=10_000,
-                options="-c statement_timeout=15000 -c idle_in_transaction_session_timeout=60000",
-            )
-            if self._listens:
-                self._connection.execute(f"LISTEN {CHANNEL}")
-            self._since = time.monotonic()
-            self.contact += 1
-        return self._connection
-
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection, self._since = None, None
 
 
 class SharedQueue:
@@ -267,35 +46,7 @@ class SharedQueue:
 
     def prepare(self) -> None:
         """Make the tables where they are not there. Raises UserError where that cannot be."""
-        import psycopg
-
-        where = f"--queue {shown_url(self.url)}"
-
-        def make(connection: Any) -> int:
-            if (version := connection.info.server_version) < _OLDEST:
-                raise UserError(f"{where}: Postgres {version // 10_000} is older than 13")
-            if connection.execute("SELECT to_regclass('opensora_sp.jobs')").fetchone()[0] is None:
-                connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
-                connection.execute(_TABLES)
-                connection.execute(
-                    "INSERT INTO opensora_sp.folder (form) VALUES (%s) ON CONFLICT DO NOTHING",
-                    [_FORM],
-                )
-            found = connection.execute("SELECT form FROM opensora_sp.folder").fetchone()
-            return 0 if found is None else int(found[0])
-
-        try:
-            form = self.link.run(make)
-        except QueueLost as error:
-            raise UserError(f"{where}: the database does not answer: {error}") from None
-        except psycopg.Error as error:
-            why = without_password(one_line(str(error)), self.url)
-            raise UserError(f"{where}: its tables cannot be made or read: {why}") from None
-        if form != _FORM:
-            raise UserError(
-                f"{where}: its tables have the form {form}, and this version reads {_FORM}: give "
-                "another database, or the version that made them"
-            )
+        prepare_tables(self.link, self.url)
 
     def folder_token(self, proposed: str) -> str:
         """The token that the shared folder must hold; `proposed` where there was none yet."""
@@ -389,23 +140,23 @@ class SharedQueue:
             ).fetchone()[0]
             where = "state <> 'gone'" if since is None else "changed >= %s::text::xid8"
             rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM opensora_sp.jobs WHERE {where}",
+                f"SELECT {COLUMNS} FROM opensora_sp.jobs WHERE {where}",
                 [] if since is None else [str(since)],
             ).fetchall()
             return rows, int(floor)
 
         rows, floor = self.link.run(look)
-        return [_row(found) for found in rows], floor
+        return [read_row(found) for found in rows], floor
 
     def row(self, job_id: str) -> Row | None:
         """One job; None where there is none, or it was deleted."""
         found = self.link.run(
             lambda connection: connection.execute(
-                f"SELECT {_COLUMNS} FROM opensora_sp.jobs WHERE id = %s AND state <> 'gone'",
+                f"SELECT {COLUMNS} FROM opensora_sp.jobs WHERE id = %s AND state <> 'gone'",
                 [job_id],
             ).fetchone()
         )
-        return None if found is None else _row(found)
+        return None if found is None else read_row(found)
 
     def groups(self) -> list[Group]:
         """All groups that were heard of within the last day."""
@@ -570,7 +321,7 @@ class SharedQueue:
             ).fetchone()
             if found is None:
                 return None
-            spec = _spec(found[2])
+            spec = read_spec(found[2])
             if not fits(found[1], spec):
                 return None
             # A sign of life at once: the lease begins with the claim.
@@ -693,36 +444,6 @@ class SharedQueue:
         return ("gone", 0) if found is None else (str(found[0]), int(found[1]))
 
 
-class Sweeper:
-    """Gives out again what dead groups have, for a process that calls it often.
-
-    Signs of life come every second, so a group that lives now cannot count as dead before its lease
-    is nearly over. Only then the next look is made: as early as one every second would find it.
-    A group may come after a look, so the next one is never more than `LEASE_SECONDS` away, beside
-    the spread. A group that comes with a shorter lease and dies before that look is found by it,
-    so later by what its lease is shorter.
-    """
-
-    def __init__(self, queue: SharedQueue) -> None:
-        self._queue, self._due = queue, 0.0
-
-    def sweep(self) -> None:
-        """Look for dead groups, if it is time. Raises QueueLost."""
-        now = time.monotonic()
-        if now < self._due:
-            return
-        self._due = now + SWEEP_SECONDS
-        given, seconds = self._queue.give_out_again()
-        # Not all processes at the same moment.
-        spread = random.random() * SPREAD_SECONDS
-        self._due = now + max(SWEEP_SECONDS, min(seconds, LEASE_SECONDS) + spread)
-        for job_id, group in given:
-            log.warning(
-                "%s is given out again: no sign of life of the group %s", job_id, group,
-                extra={"job": job_id},
-            )  # fmt: skip
-
-
 def _give_back(connection: Any, name: str, which: str, only: int | str, *, died: int) -> int:
     """Give out again what engines of a group have. which: of them, a condition on %(only)s."""
     found = connection.execute(
@@ -738,23 +459,3 @@ def _give_back(connection: Any, name: str, which: str, only: int | str, *, died:
 def _tell(connection: Any) -> None:
     """Wake the groups that wait for a job."""
     connection.execute(f"NOTIFY {CHANNEL}")
-
-
-def _spec(found: Mapping[str, Any]) -> JobSpec:
-    return JobSpec(**{**found, "arguments": tuple(found["arguments"])})
-
-
-def _row(found: Any) -> Row:
-    job_id, state, priority, created_at, shape, spec, attempt, group, epoch, result = found
-    return Row(
-        id=job_id,
-        state=state,
-        priority=priority,
-        created_at=created_at,
-        shape=shape,
-        spec=_spec(spec),
-        attempt=attempt,
-        group=group,
-        epoch=epoch,
-        result=None if result is None else JobResult(**result),
-    )

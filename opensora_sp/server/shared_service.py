@@ -33,7 +33,8 @@ from opensora_sp.server.settings import (
     ServiceSettings,
 )
 from opensora_sp.server.shared_board import GatewayQueue, SharedBoard
-from opensora_sp.server.shared_queue import QueueLost, SharedQueue
+from opensora_sp.server.shared_link import QueueLost
+from opensora_sp.server.shared_queue import SharedQueue
 from opensora_sp.server.shared_store import SharedStore, require_same_folder
 
 LOOK_SECONDS, SIGN_SECONDS = 0.2, 3.0

@@ -25,7 +25,8 @@ from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import UserError
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
 from opensora_sp.server.queue_url import shown_url
-from opensora_sp.server.shared_queue import QueueLost, SharedQueue
+from opensora_sp.server.shared_link import QueueLost
+from opensora_sp.server.shared_queue import SharedQueue
 
 if TYPE_CHECKING:
     from opensora_sp.request.request import Job

@@ -31,7 +31,8 @@ from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.queue_url import parse_queue_url
 from opensora_sp.server.settings import GroupSettings
 from opensora_sp.server.shared_board import GatewayQueue, SharedBoard
-from opensora_sp.server.shared_queue import QueueLost, SharedQueue
+from opensora_sp.server.shared_link import QueueLost
+from opensora_sp.server.shared_queue import SharedQueue
 from opensora_sp.server.shared_store import TOKEN_FILE, SharedStore, require_same_folder
 
 pytest.importorskip("dbos")

@@ -8,8 +8,9 @@ from typing import cast
 
 import pytest
 
-from opensora_sp.server import shared_queue
-from opensora_sp.server.shared_queue import LEASE_SECONDS, SPREAD_SECONDS, SharedQueue, Sweeper
+from opensora_sp.server import sweeper as sweeping
+from opensora_sp.server.shared_queue import LEASE_SECONDS, SharedQueue
+from opensora_sp.server.sweeper import SPREAD_SECONDS, Sweeper
 
 TICK = 0.25
 
@@ -55,7 +56,7 @@ def test_a_dead_group_is_found_when_its_lease_is_over_also_one_that_comes_later(
     dies = {name: comes[name] + luck.choice((0.5, luck.uniform(0, 300))) for name in names}
     # The longest lease that may be asked for, of one that lives on.
     database = Clocked(comes | {"g0": 0.0}, dies | {"g0": 1e9}, lease | {"g0": 3600.0})
-    monkeypatch.setattr(shared_queue, "time", SimpleNamespace(monotonic=lambda: database.now))
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: database.now))
     sweeper = Sweeper(cast(SharedQueue, database))
     while database.now < 700:
         sweeper.sweep()
