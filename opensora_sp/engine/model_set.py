@@ -26,6 +26,7 @@ from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.offload import ModelOffload
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
+from opensora_sp.parallel.decode_plan import has_several_groups
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.parallel.session import MeshComms, Session
@@ -124,8 +125,10 @@ class ModelSet:
         ranks = self.session.world_size
         if ranks == 1 or self.runtime.vae_decode == "rank0" or self.weights_from == "rank0":
             return False
-        # One group of frames cannot be shared: the others would only load the VAE for nothing.
-        return self.runtime.vae_decode == "shared" or request.num_frames > request.micro_batch_size
+        # Where there is one group the others would load the VAE for nothing.
+        return self.runtime.vae_decode == "shared" or has_several_groups(
+            request.num_frames, request.micro_frame_size, request.micro_batch_size
+        )
 
     def shared_vae(self, request: Request) -> VideoVAE:
         """The VAE on every rank, for a decode that they share. Collective at first use."""

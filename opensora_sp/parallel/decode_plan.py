@@ -52,6 +52,14 @@ def plan_decode(frames: Sequence[int], ranks: int, group: int) -> list[tuple[Uni
     return [*rounds, _cut(groups, ranks)]
 
 
+def has_several_groups(frames: int, chunk: int, group: int) -> bool:
+    """Whether a video of so many frames can be shared: of one group the others would have nothing.
+
+    chunk: frames of a chunk. group: frames that the spatial VAE takes at once, within a chunk.
+    """
+    return frames > min(chunk, group)
+
+
 def decoded_frames(rounds: Sequence[Sequence[Unit]]) -> list[int]:
     """Frames that each rank decodes in all."""
     return [

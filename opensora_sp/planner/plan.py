@@ -9,7 +9,7 @@ from typing import Literal
 
 from opensora_sp.base import geometry
 from opensora_sp.media.background import HELD_CHUNKS
-from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
+from opensora_sp.parallel.decode_plan import decoded_frames, has_several_groups, plan_decode
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
 from opensora_sp.planner.cost import Workload, step_flops, step_traffic
 from opensora_sp.planner.devices import usable
@@ -244,7 +244,9 @@ def decoding_ranks(shape: Shape, mesh: Mesh, options: Options) -> int:
     """How many ranks decode a video, as `ModelSet.shares_decode` decides it."""
     if options.vae_decode == "rank0":
         return 1
-    shares = options.vae_decode == "shared" or shape.num_frames > shape.micro_batch
+    shares = options.vae_decode == "shared" or has_several_groups(
+        shape.num_frames, shape.micro_frames, shape.micro_batch
+    )
     return mesh.size if shares else 1
 
 

@@ -32,6 +32,7 @@ from opensora_sp.parallel.decode_plan import (
     Part,
     Unit,
     decoded_frames,
+    has_several_groups,
     plan_decode,
 )
 from opensora_sp.parallel.exchange import Comm, Exchange, Transfer
@@ -121,6 +122,15 @@ def test_every_frame_is_decoded_once_in_order_and_in_whole_groups(
     assert all(part.start % group == 0 for part in parts)
     assert all(part.stop % group == 0 or part.stop == chunks[part.chunk] for part in parts)
     assert sum(decoded_frames(rounds)) == sum(chunks)
+
+
+@given(frames=st.integers(1, 60), chunk=st.integers(1, 20), group=st.integers(1, 40))
+def test_decoding_is_shared_where_there_is_more_than_one_group(
+    frames: int, chunk: int, group: int
+) -> None:
+    lengths = [min(chunk, frames - start) for start in range(0, frames, chunk)]
+    groups = sum(-(-length // group) for length in lengths)
+    assert has_several_groups(frames, chunk, group) == (groups > 1)
 
 
 def cost(unit: Unit) -> int:
@@ -295,6 +305,26 @@ memories = st.integers(0, 100).map(lambda step: 1e8 * 2000 ** (step / 100))  # t
     embedded=False,
     ranks=7,
     more=2,
+    memory=1e8,
+    factor=1.0,
+    side="num_frames",
+)
+@example(
+    shape=Shape(
+        height=16,
+        width=16,
+        num_frames=11,  # three groups, of chunks of 5 frames, though one group may have 11
+        batch=1,
+        guided=False,
+        dtype="bf16",
+        micro_batch=11,
+        micro_frames=5,
+        encodes=False,
+    ),
+    options=Options(chunks=1),
+    embedded=False,
+    ranks=3,
+    more=1,
     memory=1e8,
     factor=1.0,
     side="num_frames",
