@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     """Run the server until it is asked to end. say: told where it answers, once it does."""
-    from opensora_sp.server.app import remove
     from opensora_sp.server.board import Board
     from opensora_sp.server.checking import Judge
     from opensora_sp.server.durable import JobQueue
@@ -40,6 +39,7 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> int:
     from opensora_sp.server.metrics import Metrics
     from opensora_sp.server.retention import Retention
     from opensora_sp.server.served import facts_path
+    from opensora_sp.server.videos import remove
 
     group, operations = settings.group, settings.operations
     refusal = f"--save-dir {group.save_dir}: another server uses it; end it or give another one"

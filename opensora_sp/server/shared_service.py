@@ -49,10 +49,10 @@ def serve_shared(
     say: told where it answers, once it does. Raises UserError where the database does not answer or
     the folder is another.
     """
-    from opensora_sp.server.app import remove
     from opensora_sp.server.checking import Judge, judge
     from opensora_sp.server.metrics import Metrics
     from opensora_sp.server.retention import Retention
+    from opensora_sp.server.videos import remove
 
     group, operations = settings.group, settings.operations
     queue = _open_queue(group, "opensora-sp gateway")

@@ -36,7 +36,7 @@ from opensora_sp.parallel.control import ControlPlane
 from opensora_sp.parallel.watchdog.detector import FailureDetector
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.server import engine_process, health_port, logs, shared_service
-from opensora_sp.server.app import build_app, remove
+from opensora_sp.server.app import build_app
 from opensora_sp.server.beat import Sign, beat_path, sign_of, stuck
 from opensora_sp.server.board import Board
 from opensora_sp.server.durable import QueuedJob
@@ -50,6 +50,7 @@ from opensora_sp.server.restarts import MOST_FRUITLESS, MOST_QUICK, Restarts
 from opensora_sp.server.retention import DAY_SECONDS, Kept, Retention
 from opensora_sp.server.settings import GroupSettings, Operations, ServiceLabel, read_tokens
 from opensora_sp.server.settings import Limits as GatewayLimits
+from opensora_sp.server.videos import remove
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUR = 3600.0
