@@ -56,16 +56,24 @@ def refuse_new(gateway: Gateway, owner: str, count: int = 1) -> JSONResponse | N
 
 def add_videos(app: FastAPI, gateway: Gateway) -> None:
     """Serve what makes, shows and deletes videos."""
-    board, limits = gateway.board, gateway.limits
+    _add_making(app, gateway)
+    _add_showing(app, gateway)
 
-    async def entry_of(video_id: str, request: Request) -> Entry:
-        entry = board.get(video_id)
-        if entry is None and board.others:  # another gateway may have taken it just now
-            entry = await run_in_threadpool(board.seek, video_id)
-        # Somebody else's is not there: a client cannot find out which ids are taken.
-        if entry is None or not gateway.sees(request.state.owner, entry):
-            raise HTTPException(404, f"there is no video {video_id[:64]!r}")
-        return entry
+
+async def _entry_of(gateway: Gateway, video_id: str, request: Request) -> Entry:
+    """The job, where the caller may see it. Raises HTTPException 404 for all others."""
+    board = gateway.board
+    entry = board.get(video_id)
+    if entry is None and board.others:  # another gateway may have taken it just now
+        entry = await run_in_threadpool(board.seek, video_id)
+    # Somebody else's is not there: a client cannot find out which ids are taken.
+    if entry is None or not gateway.sees(request.state.owner, entry):
+        raise HTTPException(404, f"there is no video {video_id[:64]!r}")
+    return entry
+
+
+def _add_making(app: FastAPI, gateway: Gateway) -> None:
+    limits = gateway.limits
 
     @app.post("/v1/videos", responses=answers(Video), openapi_extra=video_body())
     async def create(request: Request) -> Response:
@@ -98,11 +106,15 @@ def add_videos(app: FastAPI, gateway: Gateway) -> None:
             finally:
                 await run_in_threadpool(gateway.store.delete, job_id)
 
+
+def _add_showing(app: FastAPI, gateway: Gateway) -> None:
+    board = gateway.board
+
     # As Polls answers it; here it is described, and refused where it is not there.
     @app.get(PATH, responses=answers(Video))
     async def retrieve(video_id: str, request: Request) -> Response:
         """One video."""
-        return answer(gateway, await entry_of(video_id, request))
+        return answer(gateway, await _entry_of(gateway, video_id, request))
 
     @app.get("/v1/videos", responses=answers(VideoList))
     async def listed(
@@ -136,7 +148,7 @@ def add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.delete("/v1/videos/{video_id}", responses=answers(VideoDeleted))
     async def delete(video_id: str, request: Request) -> Response:
         """Delete a video; one that is queued or being made is stopped first."""
-        entry = await entry_of(video_id, request)
+        entry = await _entry_of(gateway, video_id, request)
         await run_in_threadpool(remove, gateway, entry)
         return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
@@ -151,7 +163,7 @@ def add_videos(app: FastAPI, gateway: Gateway) -> None:
             raise BadRequest(
                 f"variant {variant[:40]!r} is not video, thumbnail or spritesheet", "variant"
             )
-        entry = await entry_of(video_id, request)
+        entry = await _entry_of(gateway, video_id, request)
         if entry.status != "completed" and board.others:  # another gateway may know of it already
             found = await run_in_threadpool(board.seek, video_id)
             entry = entry if found is None else found
@@ -172,7 +184,7 @@ def add_videos(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/videos/{video_id}/events", include_in_schema=False)
     async def events(video_id: str, request: Request) -> Response:
         """Every change of a job as server-sent events, until it has ended."""
-        await entry_of(video_id, request)
+        await _entry_of(gateway, video_id, request)
         return StreamingResponse(_events(board, video_id), media_type="text/event-stream")
 
 
