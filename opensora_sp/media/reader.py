@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 # More than any clip of the model needs. A whole film given by mistake exceeds it.
 MAX_REFERENCE_BYTES = 16 * 2**30
 # Pixels after scaling. A very elongated picture becomes large, because its short side fills the
-# target. Frames of videos are scaled in float32, which takes four times as much memory.
-_MOST_PIXELS = 2**27
-_MOST_FLOAT_PIXELS = 2**25
+# target. Four times the pixels of the largest size of the table.
+_MOST_PIXELS = 2**25
 
 # Only formats with a clear signature, because Pillow also accepts MPEG streams and files that look
 # like TGA. PyAV reads other files.
@@ -135,8 +134,7 @@ def _fit_frame(frame: NDArray[np.uint8], height: int, width: int) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    source = frame.shape[0], frame.shape[1]
-    new_height, new_width = _filling_size(*source, height, width, _MOST_FLOAT_PIXELS)
+    new_height, new_width = _filling_size(frame.shape[0], frame.shape[1], height, width)
     pixels = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))  # [3, H, W]
     pixels = pixels[None].float().div_(255)  # [1, 3, H, W]
     pixels = F.interpolate(
@@ -147,14 +145,14 @@ def _fit_frame(frame: NDArray[np.uint8], height: int, width: int) -> Tensor:
 
 
 def _filling_size(
-    source_height: int, source_width: int, height: int, width: int, most: int = _MOST_PIXELS
+    source_height: int, source_width: int, height: int, width: int
 ) -> tuple[int, int]:
     by_height, by_width = height / source_height, width / source_width
     if by_height > by_width:
         size = height, round(source_width * by_height)
     else:
         size = round(source_height * by_width), width
-    if size[0] * size[1] > most:
+    if size[0] * size[1] > _MOST_PIXELS:
         raise UserError(
             f"a picture of {source_height}x{source_width} is too elongated to fill "
             f"{height}x{width}: crop it nearer to that shape first"
