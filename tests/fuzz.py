@@ -824,6 +824,7 @@ def fuzz(options: argparse.Namespace, chosen: list[str]) -> list[Campaign]:
         "commit": _commit(),
         "python": platform.python_version(),
         "guided": options.guided,
+        "seed": options.seed,
     }
     each = options.seconds / len(chosen)
     while any(one.cpu_seconds < each - LEAST_TURN and not one.stuck for one in campaigns):
