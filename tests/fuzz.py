@@ -544,8 +544,8 @@ class Child:
         address_space = (
             int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         )
-        # Twice: address space is reserved that is never used.
-        limit = address_space + 2 * self._memory_kb * 1024
+        # More: address space is reserved that is never used, most of it by the decoders' threads.
+        limit = address_space + 4 * self._memory_kb * 1024
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         self._began = time.process_time()
         self._tell()
@@ -846,7 +846,7 @@ def main() -> int:
     parser.add_argument("--turn", type=float, default=120, help="CPU time of a target at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guided", action="store_true", help="by coverage, with Atheris")
-    parser.add_argument("--memory-mb", type=int, default=1500, help="of one case")
+    parser.add_argument("--memory-mb", type=int, default=1600, help="of one case")
     parser.add_argument("--case-seconds", type=float, default=20, help="CPU time of one case")
     parser.add_argument("--still-seconds", type=float, default=60, help="in which it only waits")
     parser.add_argument("--findings", type=Path, default=Path("fuzz_findings"))

@@ -235,7 +235,7 @@ def _load_pieces(path: Path) -> Any:
         raise CheckpointError(str(error)) from None
     try:
         pieces = SentencePieceProcessor(model_proto=raw)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # of its own message, which is no UTF-8
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a SentencePiece model: download it again"
         ) from error

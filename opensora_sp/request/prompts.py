@@ -101,12 +101,11 @@ def split_loops(prompt: str) -> dict[int, str]:
             raise UserError(
                 f"prompt {shown(prompt)}: {shown(number)} is not a clip number; {_LOOPS_FORM}"
             )
-        if int(number) in segments:
-            raise UserError(
-                f"prompt {shown(prompt)} gives clip {int(number)} two texts; {_LOOPS_FORM}"
-            )
+        clip = int(number.strip())  # int alone leaves some of what the pattern takes for space
+        if clip in segments:
+            raise UserError(f"prompt {shown(prompt)} gives clip {clip} two texts; {_LOOPS_FORM}")
         _check_length(prompt, text)
-        segments[int(number)] = text
+        segments[clip] = text
     return segments
 
 

@@ -73,6 +73,7 @@ def test_bad_json_is_refused(raw: str, said: str) -> None:
 def test_loops_need_the_mark_and_any_order_works() -> None:
     assert split_loops("a |1| b") == {0: "a |1| b"}
     assert prompt_for_loop("|0|a|3|d|1|b", 2) == "b"
+    assert split_loops("|0|a| 2\x1c|b") == {0: "a", 2: "b"}
 
 
 @pytest.mark.parametrize("prompt", ["|0|a|x|b", "|0|a|1", "|0|a | b", "|0|a|-1|b", "|0|a|0|b"])

@@ -160,6 +160,13 @@ def _break_pieces(directory: Path) -> None:
     (directory / "spiece.model").write_bytes(b"\x00nonsense")
 
 
+def _repeat_a_piece_that_is_no_text(directory: Path) -> None:
+    """SentencePiece's own message quotes the piece, and Python cannot decode it."""
+    piece = b"\x0a\x0c\x0a\x03a\xe2(\x15" + bytes(4) + b"\x18\x01"
+    unknown = b"\x0a\x0e\x0a\x05<unk>\x15" + bytes(4) + b"\x18\x02"
+    (directory / "spiece.model").write_bytes(unknown + piece + piece)
+
+
 def _drop_weights(directory: Path) -> None:
     (directory / "pytorch_model.bin.index.json").unlink()
 
@@ -178,6 +185,7 @@ def _edit_config(**changes: object) -> Callable[[Path], None]:
         (shutil.rmtree, "does not exist"),
         (_drop_pieces, "no spiece.model in"),
         (_break_pieces, "not a SentencePiece model"),
+        (_repeat_a_piece_that_is_no_text, "not a SentencePiece model"),
         (_drop_weights, "no weights in"),
         (_edit_config(model_type="STDiT3"), "model_type 'STDiT3', not 't5'"),
         (_edit_config(num_layers="two"), "num_layers 'two' is not a whole number"),
