@@ -195,7 +195,6 @@ class EngineSettings(Declared):
         None,
         "ranks that share one sequence",
         changes="nothing",
-        feature="mesh",
         shown_default="auto",
     )
     guidance_parallel: int | None = setting(
@@ -204,7 +203,6 @@ class EngineSettings(Declared):
         None,
         "2: the two CFG branches on different ranks",
         changes="nothing",
-        feature="mesh",
         shown_default="auto",
     )
     replicas: int | None = setting(
@@ -213,7 +211,6 @@ class EngineSettings(Declared):
         None,
         "groups of ranks that make different videos; their number divides the ranks",
         changes="nothing",
-        feature="replicas",
         shown_default="auto: 1, every video on all ranks",
     )
     overlap: bool = setting(
@@ -222,7 +219,6 @@ class EngineSettings(Declared):
         True,
         "exchange while computing; same result",
         changes="nothing",
-        feature="overlap",
     )
     vae_decode: VaeDecode = setting(
         "--vae-decode",

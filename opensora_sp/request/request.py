@@ -137,7 +137,6 @@ class Request(Declared):
         1,
         "clips, each continuing the last",
         changes="content",
-        feature="loops",
     )
     condition_frame_length: int = setting(
         "--condition-frame-length",
@@ -161,7 +160,6 @@ class Request(Declared):
         changes="content",
         flag_default=None,
         nargs="+",
-        feature="references",
     )
     mask_strategy: str = setting(
         "--mask-strategy",
@@ -172,7 +170,6 @@ class Request(Declared):
         changes="content",
         flag_default=None,
         nargs="+",
-        feature="references",
     )
     reference_fps: float | None = setting(
         "--reference-fps",

@@ -41,7 +41,7 @@ from opensora_sp.request.preflight import (
     check_space,
 )
 from opensora_sp.request.prompt_files import Entry, PromptFile, read_prompt_file
-from opensora_sp.request.prompts import PromptJson, parse_prompt_json, split_loops
+from opensora_sp.request.prompts import parse_prompt_json, split_loops
 from opensora_sp.request.request import (
     Checkpoints,
     EngineSettings,
@@ -50,7 +50,7 @@ from opensora_sp.request.request import (
     Request,
     Task,
 )
-from opensora_sp.request.setting import FEATURES, Setting, from_flags
+from opensora_sp.request.setting import Setting, from_flags
 from opensora_sp.request.step_choice import check_step_cache
 
 Values = dict[str, Any]
@@ -174,12 +174,6 @@ def resolve(command: CommandLine, *, program: str = "infer") -> Values:
     for flag in all_flags():
         if flag.key in command.program_control and flag.program != program:
             _refuse_program(flag, command.program_control[flag.key])
-    for key, flag in flags.items():
-        if not flag.available and values[key] != flag.default:
-            assert flag.feature is not None
-            title = FEATURES[flag.feature].title
-            said = flag.name if flag.nargs == 0 else f"{flag.name} {shown(values[key])}"
-            raise UserError(f"{said}: {title} is not available yet in this version")
     values["num_frames"] = sizes.resolve_frames(values["num_frames"])
     return values
 
@@ -350,7 +344,7 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     known: dict[str, Facts] = {}
     for place, entry in enumerate(prompts):
         own = {key: entry.own.get(key, entries[place]) for key, entries in conditions.items()}
-        split = _split_json(entry.prompt, own)
+        split = parse_prompt_json(entry.prompt, **own)
         split_loops(split.prompt)  # only to refuse bad segments now
         seed = entry.own.get("seed", shared["seed"])
         request = Request(
@@ -386,17 +380,6 @@ def _prompts(values: Values) -> PromptFile:
             f"{' and '.join(flags)} out, or take them out of the file"
         )
     return file
-
-
-def _split_json(raw: str, flags: Mapping[str, str]) -> PromptJson:
-    """A prompt's words and its conditions; JSON in the prompt wins over the flags."""
-    feature = FEATURES["prompt-json"]
-    if "{" in raw and not feature.available:
-        raise UserError(
-            f"--prompt {shown(raw)} holds a '{{': {feature.title} is not available yet in this "
-            "version"
-        )
-    return parse_prompt_json(raw, **flags)
 
 
 def per_prompt(values: Values, key: str, count: int) -> list[str]:
