@@ -13,6 +13,7 @@ from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.reasons import surprises
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
+from opensora_sp.request.engine_settings import MODELS
 from opensora_sp.request.preflight import check_checkpoints
 from opensora_sp.request.request import EngineSettings, Request
 from opensora_sp.request.setting import from_flags
@@ -66,9 +67,7 @@ def _answer(values: Values) -> int:
         )
         for strategy in values["mask_strategy"] or [""]
     ]
-    checkpoints = check_checkpoints(
-        {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
-    )
+    checkpoints = check_checkpoints({name: values[f"ckpt_path_{name}"] for name in MODELS})
     settings = EngineSettings(**from_flags(EngineSettings, values))
     # Without paths the published models are meant: the embedded one fits everywhere.
     models = ModelSizes() if checkpoints is None else ModelSizes.read(checkpoints)

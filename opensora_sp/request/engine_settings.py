@@ -73,6 +73,8 @@ class Checkpoints(Declared):
             object.__setattr__(self, name, a_path(name, getattr(self, name)))
 
 
+# The short names of the four models, as in --ckpt-path-dit.
+MODELS = field_names(Checkpoints)
 _CHECKPOINTS = ValueType(
     "DIRS", "a Checkpoints", str, lambda value: value is None or isinstance(value, Checkpoints)
 )

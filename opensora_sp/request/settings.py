@@ -27,6 +27,7 @@ from opensora_sp.request import sizes
 from opensora_sp.request.conditions import Facts, total_frames
 from opensora_sp.request.config_file import Raw, read_config, write_config
 from opensora_sp.request.embedded import embedded_checkpoints
+from opensora_sp.request.engine_settings import MODELS
 from opensora_sp.request.flags.foreign import explain
 from opensora_sp.request.flags.rules import check_combinations
 from opensora_sp.request.flags.shortcuts import compose, flags_of
@@ -59,7 +60,6 @@ _TYPED = ("image", "last_image", "extend", "edit")
 PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
 
 
-_MODELS = ("dit", "t5", "vae2d", "vae3d")
 _LEFT_OUT = "# left out of the addresses below: user, password and query; put them in again\n"
 
 
@@ -278,7 +278,7 @@ def check_request(values: Values, *, world_size: int = 1, embedded: bool = False
 
 def _checkpoints(values: Values, *, leading: bool) -> Checkpoints | None:
     """The four directories; those that only the leading rank sees are looked at there alone."""
-    given = {name: values[f"ckpt_path_{name}"] for name in _MODELS}
+    given = {name: values[f"ckpt_path_{name}"] for name in MODELS}
     if not leading and values["weights_from"] == "rank0" and None not in given.values():
         return Checkpoints(**{name: Path(path) for name, path in given.items()})
     return check_checkpoints(given)
@@ -291,7 +291,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
 
     Raises UserError.
     """
-    embedded = all(values[f"ckpt_path_{name}"] is None for name in _MODELS)
+    embedded = all(values[f"ckpt_path_{name}"] is None for name in MODELS)
     notes = check_request(values, world_size=world_size, embedded=embedded)
     check_launcher(values["launcher"])
     if values["llm_refine"]:
