@@ -15,7 +15,7 @@ from command import SMALL, infer, run, saved, stages
 from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
-from opensora_sp.engine.generate import denoise
+from opensora_sp.engine.denoising import denoise
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
