@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +23,13 @@ from opensora_sp.engine.options import GenerateOptions, StepEnd
 from opensora_sp.engine.progress import HeldVelocities, Progress, ResumePoint
 from opensora_sp.engine.sampling import VelocityFunction, sample
 from opensora_sp.engine.step_cache.filled import Computed, FilledVelocity
-from opensora_sp.engine.step_cache.policy import policy_of
+from opensora_sp.engine.step_cache.policy import StepCache, policy_of
 from opensora_sp.engine.text import Text
+from opensora_sp.engine.timing import Clock
 from opensora_sp.engine.working_memory import kept_in_steps
 from opensora_sp.parallel.agreement import checksum, ensure_agreement, fingerprint
 from opensora_sp.parallel.session import Session
-from opensora_sp.request.request import Request
+from opensora_sp.request.request import CheckFinite, Request
 from opensora_sp.request.step_times import times_of
 
 _HINTS = {
@@ -52,14 +55,60 @@ def denoise(
 
     Sharded in between. start.mask [B,T]: which frames of start.z are kept, see `sample`.
     progress: told of every step. left_out: the steps that were not computed are added to it.
-    on_step_end, previews: as for `generate`.
+    on_step_end, previews: as for `opensora_sp.engine.generate.generate`.
     """
-    options, progress = options or GenerateOptions(), progress or Progress()
-    request = requests[0]
+    options = options or GenerateOptions()
+    request, clock = requests[0], models.clock
     denoiser = models.denoiser(request)
     _agree(models, requests, text, start.z)
-    times = times_of(request)
-    conditions = Conditions(
+    checked = _Checked(denoiser, options.check_finite, start.step)
+    steps = _Steps(
+        session=models.session,
+        clock=clock,
+        denoiser=denoiser,
+        policy=policy_of(request, models.runtime),
+        times=times_of(request),
+        clip=clip,
+        start=start,
+        checked=checked,
+        progress=progress or Progress(),
+        on_step_end=on_step_end,
+        previews=previews,
+    )
+
+    def noise_at(step: int) -> Tensor:
+        drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
+        return denoiser.shard(drawn)
+
+    show = options.show_progress and models.session.whole.leads
+    texts = [len(t) for t in text.tokens]
+    chosen = False
+    if denoiser.compiler is not None:
+        # In a stage of its own: the steps are as fast as they stay.
+        with clock.stage("compile"):
+            # Before the rehearsal: what attention returns depends on its kernel.
+            chosen = choose_kernels(models, requests, texts)
+            rehearse(models, denoiser, request, start, steps.times[start.step :], show=show)
+    with clock.stage("denoise"), kept_in_steps(models, request, len(requests)):
+        with clock.part("prepare"):
+            chosen = choose_kernels(models, requests, texts) or chosen
+            if chosen and show:
+                say(models)
+            velocity = steps.around(
+                denoiser.prepare(_conditions(request, text), checked.on_velocity)
+            )
+            z = denoiser.shard(start.z)
+        with steps.followed(show=show):
+            z = sample(z, steps.times, velocity, start.mask, noise_at, steps.on_step, start.step)
+        checked.check(z, "the denoised latents")
+        if left_out is not None:
+            left_out.append(steps.left_out)
+        with clock.part("gather"):
+            return checked.gather(z)
+
+
+def _conditions(request: Request, text: Text) -> Conditions:
+    return Conditions(
         tokens=text.tokens,
         masks=text.masks,
         height=request.height,
@@ -68,83 +117,122 @@ def denoise(
         cfg_scale=request.cfg_scale,
     )
 
-    def noise_at(step: int) -> Tensor:
-        drawn = draw_noise(requests, clip, step) if step_noise is None else step_noise(step)
-        return denoiser.shard(drawn)
 
-    clock, session = models.clock, models.session
-    step = start.step
+class _Checked:
+    """What one rank computes of a clip, checked for NaN and infinity, and gathered.
 
-    finite = FiniteChecks(_HINTS.get(options.check_finite, ""))
+    check_finite: where to look. step: the one that is being computed. It knows nothing of the
+    velocity, which holds much memory and calls it.
+    """
 
-    def check(tensor: Tensor, what: str) -> None:
-        if options.check_finite != "off":
-            finite.add(tensor, what)
+    def __init__(self, denoiser: Denoiser, check_finite: CheckFinite, step: int) -> None:
+        self._denoiser, self._looks = denoiser, check_finite != "off"
+        self._finite = FiniteChecks(_HINTS.get(check_finite, ""))
+        self.step = step
 
-    def gather(z: Tensor) -> Tensor | None:
-        finite.settle()  # what leaves the loop, to be saved or looked at, is known to be sound
-        return denoiser.gather(z)
+    def check(self, tensor: Tensor, what: str) -> None:
+        """Refuse NaN and infinity, unless that is switched off."""
+        if self._looks:
+            self._finite.add(tensor, what)
 
-    def gather_held(known: Sequence[Computed]) -> HeldVelocities | None:
-        whole = [denoiser.gather(one.velocity) for one in known]
+    def on_velocity(self, velocity: Tensor, t: float) -> None:
+        """See `Denoiser.prepare`."""
+        self.check(velocity, f"the velocity of step {self.step + 1} (t = {t:.1f})")
+
+    def gather(self, z: Tensor) -> Tensor | None:
+        """Whole latents [B,4,T,H,W] on the leading rank."""
+        self._finite.settle()  # what leaves the loop, to be saved or looked at, is sound
+        return self._denoiser.gather(z)
+
+    def gather_held(self, known: Sequence[Computed]) -> HeldVelocities | None:
+        """What a step cache holds, whole, on the leading rank."""
+        whole = [self._denoiser.gather(one.velocity) for one in known]
         found = [one.cpu() for one in whole if one is not None]
         steps = [one.step for one in known]
         return HeldVelocities(steps, torch.stack(found)) if found else None
 
-    def on_velocity(velocity: Tensor, t: float) -> None:
-        check(velocity, f"the velocity of step {step + 1} (t = {t:.1f})")
 
-    def on_step(done: int, z: Tensor) -> None:
-        nonlocal step
-        step = done + 1
-        if done in computed:  # steps left out are no steps to time: they take next to nothing
-            bar.update()
-            step_ended(done)
-        if step < len(times):
-            session.control.progress(f"step {step + 1} of {len(times)}")
-            known = None if filled is None else partial(gather_held, filled.held())
-            progress.watch(clip, step, start.mask, lambda: gather(z), known)
-        if on_step_end is not None:
-            latents = gather(z) if previews is None else None
-            due = _call(session, on_step_end, done, times[done], latents, previews)
-            if previews is not None and due:
-                following = times[step] if step < len(times) else 0.0
-                previews.show(gather(estimate.clean(z, following)))
+@dataclass(kw_only=True)
+class _Steps:
+    """What follows each step of a clip: its time, saved states, the caller's function, previews.
 
-    policy = policy_of(request, models.runtime)
-    filled: FilledVelocity | None = None
-    computed = frozenset(range(len(times)))
-    show = options.show_progress and session.whole.leads
-    texts = [len(t) for t in text.tokens]
-    chosen = False
-    if denoiser.compiler is not None:
-        # In a stage of its own: the steps are as fast as they stay.
-        with clock.stage("compile"):
-            # Before the rehearsal: what attention returns depends on its kernel.
-            chosen = choose_kernels(models, requests, texts)
-            rehearse(models, denoiser, request, start, times[start.step :], show=show)
-    with clock.stage("denoise"), kept_in_steps(models, request, len(requests)):
-        with clock.part("prepare"):
-            chosen = choose_kernels(models, requests, texts) or chosen
-            if chosen and show:
-                say(models)
-            velocity: VelocityFunction = denoiser.prepare(conditions, on_velocity)
-            if policy is not None:
-                known = _sharded(denoiser, start.held)
-                filled = FilledVelocity(velocity, policy, times, start.mask, start.step, known)
-                velocity, computed = filled, filled.computed
-            estimate = CleanEstimate(velocity)
-            z = denoiser.shard(start.z)
-        step_ended = clock.steps(session.ledger)
-        session.control.progress(f"step {step + 1} of {len(times)}")
-        with _bar(computed, start.step, show=show) as bar, progress.stoppable():
-            asked = velocity if previews is None else estimate
-            z = sample(z, times, asked, start.mask, noise_at, on_step, start.step)
-        check(z, "the denoised latents")
-        if left_out is not None:
-            left_out.append([i for i in range(start.step, len(times)) if i not in computed])
-        with clock.part("gather"):
-            return gather(z)
+    policy: which steps are computed; None: all. Every rank calls the same methods in one order.
+    """
+
+    session: Session
+    clock: Clock
+    denoiser: Denoiser
+    policy: StepCache | None
+    times: Sequence[float]
+    clip: int
+    start: ResumePoint
+    checked: _Checked
+    progress: Progress
+    on_step_end: StepEnd | None
+    previews: Previews | None
+
+    def __post_init__(self) -> None:
+        self._computed: Collection[int] = frozenset(range(len(self.times)))
+        self._filled: FilledVelocity | None = None
+
+    @property
+    def left_out(self) -> list[int]:
+        """The steps that are not computed."""
+        steps = range(self.start.step, len(self.times))
+        return [step for step in steps if step not in self._computed]
+
+    def around(self, velocity: VelocityFunction) -> VelocityFunction:
+        """The model's velocity as the sampler calls it: filled where steps are left out."""
+        if self.policy is not None:
+            known = _sharded(self.denoiser, self.start.held)
+            velocity = self._filled = FilledVelocity(
+                velocity, self.policy, self.times, self.start.mask, self.start.step, known
+            )
+            self._computed = self._filled.computed
+        self._estimate = CleanEstimate(velocity)
+        return velocity if self.previews is None else self._estimate
+
+    @contextmanager
+    def followed(self, *, show: bool) -> Iterator[None]:
+        """Time the steps of a `with` block, and show them; the run may be stopped in it."""
+        self._ended = self.clock.steps(self.session.ledger)
+        self._announce()
+        with _bar(self._computed, self.start.step, show=show) as bar, self.progress.stoppable():
+            self._bar = bar
+            yield
+
+    def on_step(self, done: int, z: Tensor) -> None:
+        """See `sample`."""
+        checked = self.checked
+        checked.step = done + 1
+        if done in self._computed:  # steps left out are no steps to time: they take next to nothing
+            self._bar.update()
+            self._ended(done)
+        if checked.step < len(self.times):
+            self._announce()
+            filled = self._filled
+            known = None if filled is None else partial(checked.gather_held, filled.held())
+            self.progress.watch(
+                self.clip, checked.step, self.start.mask, lambda: checked.gather(z), known
+            )
+        if self.on_step_end is not None:
+            self._call(self.on_step_end, done, z)
+
+    def _announce(self) -> None:
+        self.session.control.progress(f"step {self.checked.step + 1} of {len(self.times)}")
+
+    def _call(self, on_step_end: StepEnd, done: int, z: Tensor) -> None:
+        """The caller's function on every rank; all ranks end when one of them asks for it."""
+        previews = self.previews
+        latents = self.checked.gather(z) if previews is None else None
+        ends = on_step_end(done, self.times[done], latents) is True
+        due = previews is not None and previews.due()
+        answers = self.session.control.all_gather_object((ends, due))
+        if any(ended for ended, _ in answers):
+            raise Cancelled(f"the callback ended the generation after step {done + 1}")
+        if previews is not None and any(wanted for _, wanted in answers):
+            following = self.times[done + 1] if done + 1 < len(self.times) else 0.0
+            previews.show(self.checked.gather(self._estimate.clean(z, following)))
 
 
 def _sharded(denoiser: Denoiser, held: HeldVelocities | None) -> list[Computed]:
@@ -153,26 +241,6 @@ def _sharded(denoiser: Denoiser, held: HeldVelocities | None) -> list[Computed]:
         return []
     pairs = zip(held.steps, held.velocities, strict=True)
     return [Computed(step, denoiser.shard(velocity)) for step, velocity in pairs]
-
-
-def _call(
-    session: Session,
-    on_step_end: StepEnd,
-    step: int,
-    t: float,
-    latents: Tensor | None,
-    previews: Previews | None,
-) -> bool:
-    """The caller's function on every rank; all ranks end when one of them asks for it.
-
-    Returns whether a preview is due, the same on every rank.
-    """
-    ends = on_step_end(step, t, latents) is True
-    due = previews is not None and previews.due()
-    answers = session.control.all_gather_object((ends, due))
-    if any(ended for ended, _ in answers):
-        raise Cancelled(f"the callback ended the generation after step {step + 1}")
-    return any(wanted for _, wanted in answers)
 
 
 def _agree(models: ModelSet, requests: Sequence[Request], text: Text, start: Tensor) -> None:

@@ -54,16 +54,10 @@ def generate(
     progress: saves the state on the way, and knows what is there already.
     """
     check_batch(requests)
-    if len(sinks) != len(requests):
-        raise UserError(f"{len(sinks)} sinks for {len(requests)} requests: one for each is needed")
-    first, clock = requests[0], models.clock
     progress = progress or Progress()
+    _check_call(models, requests, sinks, progress)
+    first, clock = requests[0], models.clock
     step_cache = policy_of(first, models.runtime)
-    if models.runtime.step_cache is not None and progress.saves:
-        raise UserError(
-            f"the step cache {models.runtime.step_cache.name} of the runtime is not part of what "
-            "is saved for a later run to go on from: give a schedule with the request instead"
-        )
     before = dict(clock.seconds)
     every: list[Tensor | None] = []
     left_out: list[list[int]] = []
@@ -113,6 +107,18 @@ def generate(
         step_cache=None if step_cache is None else step_cache.name,
         left_out_steps=left_out,
     )
+
+
+def _check_call(
+    models: ModelSet, requests: Sequence[Request], sinks: Sequence[Sink], progress: Progress
+) -> None:
+    if len(sinks) != len(requests):
+        raise UserError(f"{len(sinks)} sinks for {len(requests)} requests: one for each is needed")
+    if models.runtime.step_cache is not None and progress.saves:
+        raise UserError(
+            f"the step cache {models.runtime.step_cache.name} of the runtime is not part of what "
+            "is saved for a later run to go on from: give a schedule with the request instead"
+        )
 
 
 def check_batch(requests: Sequence[Request]) -> None:
