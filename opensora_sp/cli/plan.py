@@ -10,7 +10,7 @@ from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.planner.reasons import surprises
+from opensora_sp.planner.reasons import unexpected_peaks
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
 from opensora_sp.request.engine_settings import MODELS
@@ -90,7 +90,7 @@ def _answer(values: Values) -> int:
         return 0
     plan, said, fits = verdict(shape, ranks, models, options, memory)
     print(describe(plan, memory, values["flop_rate"], values["link_rate"]))
-    for line in surprises(plan):
+    for line in unexpected_peaks(plan):
         print(f"note: {line}")
     print(said)
     return 0 if fits else DOES_NOT_FIT
