@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from opensora_sp.benchmark.memory_meter import MemoryMeter
-from opensora_sp.engine.generate import decode, denoise
+from opensora_sp.engine.denoising import denoise
+from opensora_sp.engine.generate import decode
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import ResumePoint

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.machine import describe_machine
-from opensora_sp.engine.generate import denoise
+from opensora_sp.engine.denoising import denoise
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import ResumePoint

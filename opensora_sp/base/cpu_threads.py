@@ -20,8 +20,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 _LOAD = Path("/proc/loadavg")
 _LOOKS, _LOOK_SECONDS = 5, 0.01
-# A narrower transformer gains nothing from a second thread: on two cores the embedded model (width
-# 192) is no faster with two threads than with one.
+# A narrower transformer gains nothing from a second thread: on two cores the embedded model is no
+# faster with two threads than with one.
 SMALL_WIDTH = 512
 
 

@@ -37,7 +37,7 @@ class Chunk:
 
 
 def split_chunks(
-    num_frames: int, micro_frame_size: int | None, time_factor: int = 4
+    num_frames: int, micro_frame_size: int | None, time_factor: int = TIME_FACTOR
 ) -> list[Chunk]:
     """The micro-frame chunks of a video. `micro_frame_size` None makes the video one chunk."""
     size = micro_frame_size or num_frames

@@ -76,7 +76,7 @@ def rank_record(rank: int, phases: Sequence[Phase]) -> dict[str, Any]:
             peaks[name] = max(peak, peaks.get(name, 0))
         samples += [[round(at + offset, 4), host, device] for at, host, device in phase.samples]
         for kind, spent in phase.ledger.items():
-            ledger[kind] = spent - (Entry() - ledger.get(kind, Entry()))
+            ledger[kind] = ledger.get(kind, Entry()) + spent
         offset += phase.seconds
     return {
         "rank": rank,

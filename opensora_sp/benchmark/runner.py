@@ -1,6 +1,6 @@
 """The benchmark: it runs a job several times through the main path, after warm-up runs.
 
-As in infer, all texts are encoded first, so that T5 can be freed, and then the videos are made.
+As in generate, all texts are encoded first, so that T5 can be freed, and then the videos are made.
 Each run encodes its texts again, and that time is the first part of the run. With --profile one
 more run is traced.
 """
@@ -210,7 +210,7 @@ def _run(pipeline: Pipeline, job: Job, run: _Run, meter: MemoryMeter, live: Live
 
 
 def _generate(pipeline: Pipeline, job: Job, run: _Run) -> int:
-    """Make the run's videos as infer does. Returns the number of frames on this rank."""
+    """Make the run's videos as generate does. Returns the number of frames on this rank."""
     frames = 0
     for batch in run.batches:
         with ExitStack() as stack:

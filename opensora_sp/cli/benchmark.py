@@ -1,4 +1,4 @@
-"""Measure generation: the same request, checks and code as infer, run several times."""
+"""Measure generation: the same request, checks and code as generate, run several times."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -57,10 +57,12 @@ def _plan(job: Job, values: Values) -> Callable[[], int]:
     for name in ("llm_refine", "sheet"):
         if values[name]:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} belongs to infer: the benchmark measures generation alone")
+            raise UserError(
+                f"--{flag} belongs to generate: the benchmark measures generation alone"
+            )
     if values["replicas"] not in (None, 1):
         raise UserError(
-            f"--replicas {values['replicas']} belongs to infer: the benchmark measures one "
+            f"--replicas {values['replicas']} belongs to generate: the benchmark measures one "
             "video on all ranks"
         )
     job = with_own_names(job)
@@ -78,7 +80,7 @@ def _plan(job: Job, values: Values) -> Callable[[], int]:
 def with_own_names(job: Job) -> Job:
     """The job with outputs called benchmark_0000 and so on, unless somebody named them.
 
-    Measuring makes its outputs anew each time: under infer's names it would replace infer's.
+    Measuring makes its outputs anew each time: under generate's names it would replace generate's.
     """
     if not job.settings.default_names:
         return job

@@ -30,7 +30,7 @@ def say(text: str) -> int:
 
 
 def program_help(program: str, asked: Help) -> str:
-    """The help of a program that takes the flag table: infer, benchmark or plan."""
+    """The help of a program that takes the flag table; its name as in `PROGRAMS`."""
     from opensora_sp.request.flags.docs import help_text
 
     return help_text(program, whole=asked == "all")

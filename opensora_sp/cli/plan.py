@@ -10,9 +10,10 @@ from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.planner.reasons import surprises
+from opensora_sp.planner.reasons import unexpected_peaks
 from opensora_sp.planner.report import describe, grid, verdict
 from opensora_sp.planner.requests import options_of, shape_of
+from opensora_sp.request.engine_settings import MODELS
 from opensora_sp.request.preflight import check_checkpoints
 from opensora_sp.request.request import EngineSettings, Request
 from opensora_sp.request.setting import from_flags
@@ -66,9 +67,7 @@ def _answer(values: Values) -> int:
         )
         for strategy in values["mask_strategy"] or [""]
     ]
-    checkpoints = check_checkpoints(
-        {name: values[f"ckpt_path_{name}"] for name in ("dit", "t5", "vae2d", "vae3d")}
-    )
+    checkpoints = check_checkpoints({name: values[f"ckpt_path_{name}"] for name in MODELS})
     settings = EngineSettings(**from_flags(EngineSettings, values))
     # Without paths the published models are meant: the embedded one fits everywhere.
     models = ModelSizes() if checkpoints is None else ModelSizes.read(checkpoints)
@@ -91,7 +90,7 @@ def _answer(values: Values) -> int:
         return 0
     plan, said, fits = verdict(shape, ranks, models, options, memory)
     print(describe(plan, memory, values["flop_rate"], values["link_rate"]))
-    for line in surprises(plan):
+    for line in unexpected_peaks(plan):
         print(f"note: {line}")
     print(said)
     return 0 if fits else DOES_NOT_FIT

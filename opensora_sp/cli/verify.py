@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
@@ -18,13 +18,13 @@ from opensora_sp.cli.parser import RefusingParser
 from opensora_sp.models.kernels.attention import AUTO, KERNELS, check_attention
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.parallel.watchdog.orphans import watch_launcher
+from opensora_sp.request.engine_settings import DTYPES, FusedKernels, StepKernels
 from opensora_sp.verification.packaged_suite import packaged_suite
 
 if TYPE_CHECKING:
     from opensora_sp.parallel.session import Session
     from opensora_sp.request.request import Request
 
-DTYPES = ("fp32", "fp16", "bf16")
 Examination = Literal["verify", "parity", "doctor"]
 _ABOUT: Mapping[Examination, str] = {
     "verify": "Runs the conformance suite through the production classes on this machine. Under "
@@ -96,7 +96,7 @@ def parser_of(only: Examination | None = None) -> argparse.ArgumentParser:
         )
         parser.add_argument(
             "--step-kernels",
-            choices=("auto", "plain", "folded"),
+            choices=get_args(StepKernels),
             default="auto",
             help="as for generate (default auto: by size)"
             if only == "parity"
@@ -149,7 +149,7 @@ def _add_parity(parser: argparse._ActionsContainer) -> None:
     add(
         "--attention", choices=(AUTO, *KERNELS), default=AUTO, help="as for generate (default auto)"
     )
-    add("--fused-kernels", choices=("auto", "off"), default="auto", help="likewise")
+    add("--fused-kernels", choices=get_args(FusedKernels), default="auto", help="likewise")
     add("--sequence-parallel", type=int, metavar="N", help="ranks that share one sequence")
     add("--guidance-parallel", type=int, choices=(1, 2), help="groups that share the CFG branches")
     add(

@@ -376,8 +376,6 @@ def apply_strategy(
     Raises:
         ValueError: a reference whose channels, height or width are not z's.
     """
-    import torch
-
     mask = torch.ones(z.shape[1])
     for p in placements:
         source = references[p.ref]

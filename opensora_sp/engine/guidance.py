@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opensora_sp.base.geometry import PATCH
+from opensora_sp.base.geometry import patch_grid
 from opensora_sp.base.transfer import to_device
 from opensora_sp.engine.blocks import Pending, Reshard, Stream, Unsent, run_blocks
 from opensora_sp.models.compiler import Compiler, directly
@@ -95,12 +95,12 @@ class Denoiser:
 
     def positions(self, height: float, width: float) -> Tensor:
         """Positions [S_local,C] of this rank's patches, for a request of these pixels."""
-        rows, columns = (-(-side // PATCH) for side in self.size)
-        return self.model.positions((rows, columns), height, width)[self.sharding.patches]
+        grid = patch_grid(*self.size)
+        return self.model.positions(grid, height, width)[self.sharding.patches]
 
     def step_kernels(self, frames: int, *, guided: bool) -> StepKernels:
         """The kernels of one step of T frames: the same on every rank of the video."""
-        rows, columns = (-(-side // PATCH) for side in self.size)
+        rows, columns = patch_grid(*self.size)
         chosen = chosen_kernels(
             self.runtime.step_kernels, frames=frames, patches=rows * columns, guided=guided
         )
@@ -114,7 +114,7 @@ class Denoiser:
         is all), except for those of the text.
         """
         model, runtime = self.model, self.runtime
-        rows, columns = (-(-side // PATCH) for side in self.size)
+        rows, columns = patch_grid(*self.size)
         local = len(range(rows * columns)[self.sharding.patches])
         heads, width = model.config.num_heads, model.config.hidden_size // model.config.num_heads
         ones = torch.ones(batch, device=model.device)

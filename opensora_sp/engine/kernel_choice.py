@@ -22,7 +22,7 @@ from opensora_sp.models.kernels.attention import (
     refusal,
 )
 from opensora_sp.models.kernels.fused import fused_kernels
-from opensora_sp.models.kernels.probe import NAMES, Shape, candidates, fastest, probe, works
+from opensora_sp.models.kernels.probe import DTYPE_NAMES, Shape, candidates, fastest, probe, works
 from opensora_sp.request.request import Request
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ def kernels_asked_for(
     """
     if attention in (AUTO, DEFAULT):
         return Kernels()
-    check_attention(attention, device.type, NAMES[dtype])
+    check_attention(attention, device.type, DTYPE_NAMES[dtype])
     width = config.hidden_size // config.num_heads
     choice = Choice(attention, KERNELS[attention].widths(width)[0])
     trouble = works(choice, dtype, device, width)
     if trouble is not None:
-        raise refusal(attention, trouble, device.type, NAMES[dtype])
+        raise refusal(attention, trouble, device.type, DTYPE_NAMES[dtype])
     return Kernels(anywhere=choice)
 
 
@@ -149,7 +149,7 @@ def _fastest(
     shapes: Mapping[Lengths, Shape], dtype: torch.dtype, device: torch.device, width: int
 ) -> dict[Lengths, Choice]:
     """The probe's answer for each kind."""
-    if len(candidates(device.type, NAMES[dtype], width)) == 1:
+    if len(candidates(device.type, DTYPE_NAMES[dtype], width)) == 1:
         return dict.fromkeys(shapes, Choice(DEFAULT, width))
     return dict(_probed(shapes, dtype, device))
 

@@ -24,6 +24,7 @@ from opensora_sp.engine.timing import Clock
 from opensora_sp.models.compiler import Compiler
 from opensora_sp.models.kernels.active import Kernels, using
 from opensora_sp.models.kernels.cpu_half import arithmetic
+from opensora_sp.models.kernels.probe import DTYPE_NAMES
 from opensora_sp.models.offload import ModelOffload
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config
 from opensora_sp.parallel.decode_plan import has_several_groups
@@ -36,7 +37,7 @@ from opensora_sp.request.runtime import Runtime
 if TYPE_CHECKING:
     from opensora_sp.models.video_vae import VideoVAE
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

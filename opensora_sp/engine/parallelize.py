@@ -26,7 +26,7 @@ def parallelize(
     """The denoiser of this rank's shard. Changes neither the model nor anything else.
 
     comms None, or a mesh of one rank, is one device alone without exchange. So a one-rank denoiser
-    can be built beside a sharded one on the same weights; `verify --parity` compares the two.
+    can be built beside a sharded one on the same weights; `opensora-sp parity` compares the two.
     compiler: has graphs of this model already; a runtime that compiles makes one without.
     """
     runtime = runtime or Runtime()

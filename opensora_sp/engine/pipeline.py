@@ -22,10 +22,11 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
 from opensora_sp.engine.clean_estimate import Previews
 from opensora_sp.engine.compiling import new_compiler
-from opensora_sp.engine.generate import GenerateOptions, StepEnd, check_batch, generate
+from opensora_sp.engine.generate import check_batch, generate
 from opensora_sp.engine.kernel_choice import kernels_asked_for
 from opensora_sp.engine.loading import WeightsFrom, transformer_config
 from opensora_sp.engine.model_set import DTYPES, ModelSet, Parallelism
+from opensora_sp.engine.options import GenerateOptions, StepEnd
 from opensora_sp.engine.progress import Progress
 from opensora_sp.engine.result import Result
 from opensora_sp.engine.step_cache.policy import check_policy

@@ -37,8 +37,8 @@ def default_directory() -> Path | None:
 class TextCache:
     """Embeddings [n,C] of captions of one encoder; n real tokens, without padding.
 
-    encoder: which one, see `identity.text_encoder_digest`. max_length: L, which decides where a
-    caption is cut. Nothing here raises for what the disk does: a cache may fail, a run goes on.
+    encoder: which one, see `opensora_sp.engine.weight_digests`. max_length: L, which decides where
+    a caption is cut. Nothing here raises for what the disk does: a cache may fail, a run goes on.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TextCache:
             self._say(f"{path} does not hold what its name says")
             return None
         with suppress(OSError):
-            os.utime(path)  # it is in use: `_prune` starts with what is not
+            os.utime(path)  # it is in use: `prune` starts with what is not
         return tokens
 
     def put(self, caption: str, tokens: Tensor) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from opensora_sp.base.geometry import PATCH
 from opensora_sp.base.heap import freed_memory_kept
 from opensora_sp.engine.decode import Decoded
 from opensora_sp.engine.model_set import ModelSet
@@ -43,8 +42,8 @@ def kept_in_decoding(
 
 def step_bytes(models: ModelSet, request: Request, batch: int) -> float:
     """Bytes that a rank holds in a step of `batch` requests of this shape, beside its weights."""
-    frames, height, width = request.latent_shape
-    tokens = batch * frames * -(-height // PATCH) * -(-width // PATCH)
+    rows, columns = request.patch_grid
+    tokens = batch * request.latent_shape[0] * rows * columns
     values = tokens * models.config.hidden_size * _STEP_VALUES
     return values * models.dtype.itemsize / models.mesh(request).sequence
 

@@ -12,7 +12,7 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import Position
 from opensora_sp.engine.step_cache.settle import settle
 from opensora_sp.jobs.records import FOLDER
-from opensora_sp.jobs.refine import refine_batches
+from opensora_sp.jobs.refine import refine_batches, with_prompt
 from opensora_sp.jobs.schedule import Work, regroup
 from opensora_sp.jobs.worklist import WorkState, captions_left, look_up_work, renamed
 from opensora_sp.media.writer import probe_encoder
@@ -78,17 +78,10 @@ def _refine(
         replace(work, tasks=tuple(next(answers)))
         if work.start == Position()
         else replace(
-            work, tasks=tuple(_with_prompt(task, states[task].refined) for task in work.tasks)
+            work, tasks=tuple(with_prompt(task, states[task].refined) for task in work.tasks)
         )
         for work in works
     ]
-
-
-def _with_prompt(task: Task, refined: str | None) -> Task:
-    if refined is None:
-        return task
-    request = replace(task.request, prompt=refined)
-    return replace(task, request=request, original_prompt=task.request.prompt)
 
 
 def check_encoder(whole: Session, job: Job, works: Sequence[Work]) -> None:

@@ -97,7 +97,7 @@ def refine_batches(
         )
     )
     return [
-        tuple(_with_prompt(task, prompt) for task, prompt in zip(batch, prompts, strict=True))
+        tuple(with_prompt(task, prompt) for task, prompt in zip(batch, prompts, strict=True))
         for batch, prompts in zip(batches, refined, strict=True)
     ]
 
@@ -118,7 +118,10 @@ def _refine_all(
     return [[refine_prompt(request, refine) for request in batch] for batch in batches]
 
 
-def _with_prompt(task: Task, prompt: str) -> Task:
+def with_prompt(task: Task, prompt: str | None) -> Task:
+    """The task with a refined prompt, which keeps the one that was asked for; None: unchanged."""
+    if prompt is None:
+        return task
     request = replace(task.request, prompt=prompt)
     return replace(task, request=request, original_prompt=task.request.prompt)
 

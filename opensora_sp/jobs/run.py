@@ -16,7 +16,7 @@ from opensora_sp.base import faults
 from opensora_sp.base.errors import Cancelled, SharedFault, SharedPromptFault, UserError
 from opensora_sp.base.screen import result, warn_once
 from opensora_sp.engine.clean_estimate import Previews
-from opensora_sp.engine.generate import StepEnd
+from opensora_sp.engine.options import StepEnd
 from opensora_sp.engine.timing import Clock
 from opensora_sp.jobs.finishing import Finishing
 from opensora_sp.jobs.identity import Identity, digest, identity_of, latents_identity

@@ -19,8 +19,16 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import without_secrets
 from opensora_sp.media import reader
 from opensora_sp.media.bounds import MOST_RESAMPLED
+from opensora_sp.media.decoding import (
+    SourceFrames,
+    TimedFrame,
+    VideoPart,
+    no_picture,
+    opened,
+    resampled,
+    usual_length,
+)
 from opensora_sp.media.fetch import Remote, open_file
-from opensora_sp.media.reader import _Frames, _no_picture, _opened, _Part, _resampled, _TimedFrame
 from opensora_sp.media.writer import exact_rate
 
 if TYPE_CHECKING:
@@ -52,7 +60,7 @@ class _Timeline:
     begin. exact: every frame was decoded, so the count is certain.
     """
 
-    frames: Sequence[_TimedFrame]
+    frames: Sequence[TimedFrame]
     keys: Sequence[tuple[int, int]] = ()
     exact: bool = True
 
@@ -105,13 +113,13 @@ class ReferenceFrames:
 
     def _read_image(self, height: int, width: int) -> Tensor:
         with self._reopened() as source:
-            assert not isinstance(source, _Frames)
+            assert not isinstance(source, SourceFrames)
             return reader.fit_image(source, height, width)
 
     def _read_frames(self, wanted: Sequence[int], height: int, width: int) -> dict[int, Tensor]:
         def fit() -> dict[int, Tensor]:
             return {
-                number: reader._fit_frame(picture, height, width)
+                number: reader.fit_frame(picture, height, width)
                 for number, picture in self._decode(wanted)
             }
 
@@ -139,8 +147,8 @@ class ReferenceFrames:
             number, begin = self._timeline.keys[key]
         after = times[number].start
         with self._reopened() as source:
-            assert isinstance(source, _Frames)
-            for frame in source.frames(_Part(begin, lambda start: start in starts)):
+            assert isinstance(source, SourceFrames)
+            for frame in source.frames(VideoPart(begin, lambda start: start in starts)):
                 if begin is not None and frame.start < after:
                     continue  # it depends on frames before the keyframe, which were not decoded
                 if number >= len(times) or frame.start != times[number].start:
@@ -162,7 +170,7 @@ class ReferenceFrames:
                 frame._replace(picture=number)  # type: ignore[arg-type]
                 for number, frame in enumerate(timeline.frames)
             )
-            numbers = (frame.picture for frame in _resampled(numbered, self._rate))
+            numbers = (frame.picture for frame in resampled(numbered, self._rate))
         self._numbers: list[int] = []
         for number in numbers:
             if len(self._numbers) == MOST_RESAMPLED:
@@ -174,21 +182,21 @@ class ReferenceFrames:
 
     def _read_timeline(self, *, exact: bool) -> _Timeline:
         with self._reopened() as source:
-            if not isinstance(source, _Frames):
+            if not isinstance(source, SourceFrames):
                 self.is_image = True
-                still = _TimedFrame(_no_picture(), Fraction(0), Fraction(0), Fraction(1))
+                still = TimedFrame(no_picture(), Fraction(0), Fraction(0), Fraction(1))
                 return _Timeline([still])
             if not exact and source.video_stream is not None:
                 counted = _count_packets(*source.video_stream, self._path)
                 if counted is not None:
                     return counted
         with self._reopened() as source:  # counting has consumed the packets
-            return _Timeline(list(source.frames(_Part(wanted=lambda start: False))))
+            return _Timeline(list(source.frames(VideoPart(wanted=lambda start: False))))
 
     @contextmanager
     def _reopened(self) -> Iterator[Any]:
         self._file.seek(0)
-        with _opened(self._file, self._path) as source:
+        with opened(self._file, self._path) as source:
             yield source
 
 
@@ -218,7 +226,7 @@ def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline |
         and stream.codec.name not in _COUNTED_CODECS
     ):
         return None
-    tick, usual = Fraction(stream.time_base), reader.usual_length(stream)
+    tick, usual = Fraction(stream.time_base), usual_length(stream)
     found: list[tuple[int, int, bool]] = []  # start and length in ticks, whether a keyframe
     for packet in container.demux(stream):
         if not packet.size:
@@ -239,7 +247,7 @@ def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline |
         return None
     return _Timeline(
         [
-            _TimedFrame(_no_picture(), start * tick, length * tick or usual, tick)
+            TimedFrame(no_picture(), start * tick, length * tick or usual, tick)
             for start, length, _ in found
         ],
         [(number, start) for number, (start, _, key) in enumerate(found) if key],

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.outside_json import NotJson, parse_json
+from opensora_sp.media.decoding import SourceFrames, opened
 from opensora_sp.media.fetch import open_file
-from opensora_sp.media.reader import _Frames, _opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,9 +68,9 @@ def open_output_frames(path: Path) -> Iterator[OutputFrames]:
             file = stack.enter_context(open_file(path))
             start = file.read(8)
             file.seek(0)
-            source = stack.enter_context(_opened(file, path, notes))
+            source = stack.enter_context(opened(file, path, notes))
         said = tuple(f"{path} {note}" for note in dict.fromkeys(notes))
-        if isinstance(source, _Frames):
+        if isinstance(source, SourceFrames):
             yield _video(source, path, start, said)
         else:
             yield _picture(source, path, start, said)
@@ -92,7 +92,7 @@ def _picture(image: Image, path: Path, start: bytes, notes: tuple[str, ...]) -> 
     )
 
 
-def _video(source: _Frames, path: Path, start: bytes, notes: tuple[str, ...]) -> OutputFrames:
+def _video(source: SourceFrames, path: Path, start: bytes, notes: tuple[str, ...]) -> OutputFrames:
     encoding, exact = _ending(path), start.startswith(_EXACT_ANIMATIONS)
     announced, settings = None, None
     if source.video_stream is not None:
@@ -118,7 +118,7 @@ def _ending(path: Path) -> str:
     return path.suffix[1:].lower() or "a picture"
 
 
-def _pictures(source: _Frames) -> Iterator[NDArray[np.uint8]]:
+def _pictures(source: SourceFrames) -> Iterator[NDArray[np.uint8]]:
     with _without_role():
         for frame in source.frames():
             yield frame.picture

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from opensora_sp.base.errors import CheckpointError
 from opensora_sp.base.value_types import ValueType
 from opensora_sp.models.configs import checked, read_config_object, read_shards
 from opensora_sp.models.offload import pinned
-from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file
+from opensora_sp.models.tensor_files import corrupt, is_zipped, load_tensor_file, one_line
 
 Shape = tuple[int, ...]
 
@@ -49,7 +49,7 @@ class _SafetensorsFile:
         try:
             return safe_open(str(self.path), framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
-            _refuse_corrupt(self.path, error)
+            raise corrupt(self.path, error) from error
 
     def get(self, name: str) -> Tensor:
         if self._handle is None:
@@ -363,20 +363,11 @@ def _refuse_lfs_pointer(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(len(_LFS_MARK))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if head == _LFS_MARK:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}"
         )
-
-
-def _refuse_corrupt(path: Path, error: Exception) -> NoReturn:
-    raise corrupt(path, error) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _some(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora_sp.base.errors import CheckpointError
-from opensora_sp.base.geometry import PATCH
+from opensora_sp.base.geometry import PATCH, patch_grid
 from opensora_sp.base.transfer import to_device
 from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.configs import DIT, check_heads, checked, read_dit
@@ -119,7 +119,7 @@ def patchify(z: Tensor) -> Tensor:
 
 def unpatchify(patches: Tensor, size: tuple[int, int]) -> Tensor:
     """Patch form [B,T,S,C·4] → [B,C,T,H,W], cropped to `size` = (H, W)."""
-    rows = -(-size[0] // PATCH)
+    rows, _ = patch_grid(*size)
     z = patches.unflatten(3, (-1, PATCH, PATCH)).unflatten(2, (rows, -1))  # [B,T,h,w,C,P,P]
     z = z.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
     return z[..., : size[0], : size[1]]

@@ -71,7 +71,7 @@ def load_tensor_file(
     try:
         zipped = is_zipped(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if zipped:
         _inspect_zip(path)
     else:
@@ -85,7 +85,7 @@ def load_tensor_file(
         if refused:  # torch's own words advise to run the file without a look at it
             raise CheckpointError(
                 f"{path} holds values that torch {torch.__version__} does not read as weights "
-                f"({_one_line(what)}): use the published checkpoint file"
+                f"({one_line(what)}): use the published checkpoint file"
             ) from None
         raise corrupt(path, error) from error
 
@@ -100,7 +100,7 @@ def corrupt(path: Path, error: Exception) -> CheckpointError:
     """What to say of a file that its reader could not make sense of."""
     size = path.stat().st_size if path.exists() else 0
     return CheckpointError(
-        f"{path} ({size} bytes) is corrupt or cut short, download it again: {_one_line(error)}"
+        f"{path} ({size} bytes) is corrupt or cut short, download it again: {one_line(error)}"
     )
 
 
@@ -202,11 +202,12 @@ def _is_torch_kind(name: str) -> bool:
 
 def _holds_code(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} holds code, not only tensors ({_one_line(what)}): do not use this file; take "
+        f"{path} holds code, not only tensors ({one_line(what)}): do not use this file; take "
         "the published checkpoint, or have it saved as .safetensors"
     )
 
 
-def _one_line(error: Exception | str) -> str:
+def one_line(error: Exception | str) -> str:
+    """What an error says, on one line of at most 160 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

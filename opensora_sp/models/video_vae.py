@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_sp.base.errors import CheckpointError
-from opensora_sp.base.geometry import Chunk, split_chunks
+from opensora_sp.base.geometry import MICRO_FRAME_SIZE, Chunk, split_chunks
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.configs import VAE2D, read_vae3d, vae2d_home
 from opensora_sp.models.temporal_vae import TemporalVAE, TemporalVAEConfig
@@ -26,7 +26,6 @@ from opensora_sp.models.temporal_vae import TemporalVAE, TemporalVAEConfig
 # Open-Sora scales spatial latents by this factor whatever the spatial VAE's own config.json says:
 # the temporal VAE was trained on latents of that scale.
 SPATIAL_SCALE = 0.18215
-MICRO_FRAME_SIZE = 17
 MICRO_BATCH_SIZE = 4
 
 NoiseSource = Callable[[str, tuple[int, ...]], Tensor]
@@ -38,11 +37,6 @@ _ENCODER_PARTS = (
     "temporal_vae.quant_conv.",
 )
 _TEMPORAL_TYPES = ("VAE_Temporal_SD", "VAE_Temporal")
-
-
-def latent_frames(num_frames: int, micro_frame_size: int | None = MICRO_FRAME_SIZE) -> int:
-    """Latent frames of a video: 51 frames -> 15, 408 -> 120, 1 -> 1."""
-    return sum(chunk.latents for chunk in split_chunks(num_frames, micro_frame_size))
 
 
 @dataclass(frozen=True, kw_only=True)

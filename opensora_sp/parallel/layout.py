@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from opensora_sp.base.geometry import PATCH
+from opensora_sp.base.geometry import patch_grid
 
 
 def split(total: int, parts: int, start: int = 0) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ class Layout:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches; odd sides count a padded one."""
-        return (-(-self.size[0] // PATCH), -(-self.size[1] // PATCH))
+        return patch_grid(*self.size)
 
     @property
     def patch_count(self) -> int:

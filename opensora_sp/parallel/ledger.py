@@ -19,6 +19,14 @@ class Entry:
     seconds: float = 0.0
     bytes_between: int = 0
 
+    def __add__(self, other: Entry) -> Entry:
+        return Entry(
+            self.calls + other.calls,
+            self.bytes_sent + other.bytes_sent,
+            self.seconds + other.seconds,
+            self.bytes_between + other.bytes_between,
+        )
+
     def __sub__(self, other: Entry) -> Entry:
         return Entry(
             self.calls - other.calls,

@@ -111,6 +111,7 @@ class Session:
 
         Replicas work through different lists at their own pace, so every group that any of them
         needs is made here, where all ranks meet: making one later would wait for the others.
+        Raises ValueError for one replica, and for a session that is a replica's already.
         """
         if self.parent is not None or mesh.replicas == 1:
             raise ValueError(f"{mesh}: nothing to split")
@@ -144,7 +145,11 @@ class Session:
         return session
 
     def build(self, mesh: Mesh) -> MeshComms:
-        """The groups of a mesh. Every rank calls this at the same point."""
+        """The groups of a mesh. Every rank calls this at the same point.
+
+        Raises ValueError for a mesh of another number of ranks, and for one that `split` has not
+        made.
+        """
         if mesh in self.made:
             return self.made[mesh]
         if mesh.size != self.world_size:

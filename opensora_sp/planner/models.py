@@ -35,24 +35,25 @@ class ModelSizes:
     @classmethod
     def read(cls, checkpoints: Checkpoints) -> ModelSizes:
         """From the directories' config.json. Raises CheckpointError as loading them does."""
+        usual = cls()
         dit, t5 = read_dit(checkpoints.dit), read_t5(checkpoints.t5)
         spatial = read_vae2d(checkpoints.vae2d)
         temporal = read_vae3d(checkpoints.vae3d)["vae_temporal"]
-        heads = t5.get("num_heads", 64)
+        heads = t5.get("num_heads", usual.t5_heads)
         return cls(
-            channels=dit.get("hidden_size", 1152),
-            depth=dit.get("depth", 28),
-            mlp_ratio=dit.get("mlp_ratio", 4.0),
-            caption=dit.get("caption_channels", 4096),
-            tokens=dit.get("model_max_length", 300),
-            t5_width=t5.get("d_model", 4096),
-            t5_inner=t5.get("d_kv", 64) * heads,
-            t5_hidden=t5.get("d_ff", 10240),
-            t5_layers=t5.get("num_layers", 24),
+            channels=dit.get("hidden_size", usual.channels),
+            depth=dit.get("depth", usual.depth),
+            mlp_ratio=dit.get("mlp_ratio", usual.mlp_ratio),
+            caption=dit.get("caption_channels", usual.caption),
+            tokens=dit.get("model_max_length", usual.tokens),
+            t5_width=t5.get("d_model", usual.t5_width),
+            t5_inner=t5.get("d_kv", usual.t5_inner // usual.t5_heads) * heads,
+            t5_hidden=t5.get("d_ff", usual.t5_hidden),
+            t5_layers=t5.get("num_layers", usual.t5_layers),
             t5_heads=heads,
-            t5_vocabulary=t5.get("vocab_size", 32128),
-            vae_widths=tuple(spatial.get("block_out_channels", (128, 256, 512, 512))),
-            filters=temporal.get("filters") or 128,
+            t5_vocabulary=t5.get("vocab_size", usual.t5_vocabulary),
+            vae_widths=tuple(spatial.get("block_out_channels", usual.vae_widths)),
+            filters=temporal.get("filters") or usual.filters,
         )
 
     @property

@@ -9,7 +9,7 @@ from opensora_sp.planner.plan import Plan, decoding_ranks, make_plan
 from opensora_sp.request.memory_modes import MEMORY_MODES
 
 
-def surprises(plan: Plan) -> list[str]:
+def unexpected_peaks(plan: Plan) -> list[str]:
     """A line for each way in which the plan needs more memory than one would expect.
 
     More ranks should need less each, and so should a mode that is further down the list. Where

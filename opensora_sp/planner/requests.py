@@ -10,25 +10,21 @@ from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.planner.report import check_fits
 from opensora_sp.request.computed_steps import heaviest_batch, most_computed
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.memory_modes import MemoryMode, memory_mode
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.step_choice import planned_schedule
 from opensora_sp.request.step_schedule import FILLS
 
-EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
-
 
 def sizes_of(checkpoints: Checkpoints | None) -> ModelSizes:
     """Of the given checkpoints, or of the embedded model. Raises UserError as `ModelSizes.read`."""
-    if checkpoints is None:
-        names = ("dit", "t5", "vae2d", "vae3d")
-        checkpoints = Checkpoints(**{name: EMBEDDED / name for name in names})
-    return ModelSizes.read(checkpoints)
+    return ModelSizes.read(checkpoints or embedded_checkpoints())
 
 
 def transformer_of(settings: EngineSettings) -> Path:
     """The directory of the transformer that the settings name."""
-    return EMBEDDED / "dit" if settings.checkpoints is None else settings.checkpoints.dit
+    return (settings.checkpoints or embedded_checkpoints()).dit
 
 
 def shape_of(

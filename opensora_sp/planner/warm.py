@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
+from opensora_sp.base import geometry
 from opensora_sp.base.errors import UserError
 from opensora_sp.planner.devices import GB
 from opensora_sp.planner.models import ModelSizes
@@ -18,7 +19,7 @@ from opensora_sp.planner.plan import RESOLUTIONS, Options, Plan, TextPlace, make
 from opensora_sp.request import sizes
 from opensora_sp.request.memory_modes import MEMORY_MODES, MemoryMode, memory_mode
 
-_PATCH = 16  # pixels: a side is cut into whole patches
+_PATCH = geometry.SPATIAL_FACTOR * geometry.PATCH  # pixels: a side is cut into whole patches
 
 
 @dataclass(frozen=True, kw_only=True)

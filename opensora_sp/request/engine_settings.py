@@ -73,6 +73,8 @@ class Checkpoints(Declared):
             object.__setattr__(self, name, a_path(name, getattr(self, name)))
 
 
+# The short names of the four models, as in --ckpt-path-dit.
+MODELS = field_names(Checkpoints)
 _CHECKPOINTS = ValueType(
     "DIRS", "a Checkpoints", str, lambda value: value is None or isinstance(value, Checkpoints)
 )
@@ -195,7 +197,6 @@ class EngineSettings(Declared):
         None,
         "ranks that share one sequence",
         changes="nothing",
-        feature="mesh",
         shown_default="auto",
     )
     guidance_parallel: int | None = setting(
@@ -204,7 +205,6 @@ class EngineSettings(Declared):
         None,
         "2: the two CFG branches on different ranks",
         changes="nothing",
-        feature="mesh",
         shown_default="auto",
     )
     replicas: int | None = setting(
@@ -213,7 +213,6 @@ class EngineSettings(Declared):
         None,
         "groups of ranks that make different videos; their number divides the ranks",
         changes="nothing",
-        feature="replicas",
         shown_default="auto: 1, every video on all ranks",
     )
     overlap: bool = setting(
@@ -222,7 +221,6 @@ class EngineSettings(Declared):
         True,
         "exchange while computing; same result",
         changes="nothing",
-        feature="overlap",
     )
     vae_decode: VaeDecode = setting(
         "--vae-decode",

@@ -95,7 +95,6 @@ class JobSettings(Declared):
         False,
         "rewrite prompts with --prompt-generator at OPENAI_BASE_URL; needs OPENAI_API_KEY",
         changes="content",
-        feature="llm-refine",
     )
     prompt_generator: str | None = setting(
         "--prompt-generator",
@@ -103,7 +102,6 @@ class JobSettings(Declared):
         None,
         "the language model that --llm-refine asks; there is no default",
         changes="content",
-        feature="llm-refine",
         shown_default="OPENAI_MODEL",
     )
     watermark: bool = setting(
@@ -112,7 +110,6 @@ class JobSettings(Declared):
         False,
         "write 'AI generated', or --watermark-text, in a corner of every frame",
         changes="file",
-        feature="watermark",
     )
     watermark_text: str | None = setting(
         "--watermark-text",

@@ -31,8 +31,7 @@ from opensora_sp.request.engine_settings import EngineSettings as EngineSettings
 from opensora_sp.request.job_settings import JobSettings as JobSettings
 from opensora_sp.request.rules import check_fields
 from opensora_sp.request.setting import Declared, declared, setting
-from opensora_sp.request.step_cache import OFF, step_cache_value
-from opensora_sp.request.step_cache import check_fields as check_schedule
+from opensora_sp.request.step_cache import OFF, check_schedule, step_cache_value
 from opensora_sp.request.step_schedule import StepSchedule
 
 IMAGE_FPS = 120  # the frame rate that stands for "one picture" in Open-Sora 1.2
@@ -137,7 +136,6 @@ class Request(Declared):
         1,
         "clips, each continuing the last",
         changes="content",
-        feature="loops",
     )
     condition_frame_length: int = setting(
         "--condition-frame-length",
@@ -161,7 +159,6 @@ class Request(Declared):
         changes="content",
         flag_default=None,
         nargs="+",
-        feature="references",
     )
     mask_strategy: str = setting(
         "--mask-strategy",
@@ -172,7 +169,6 @@ class Request(Declared):
         changes="content",
         flag_default=None,
         nargs="+",
-        feature="references",
     )
     reference_fps: float | None = setting(
         "--reference-fps",

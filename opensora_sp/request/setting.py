@@ -29,26 +29,6 @@ _SAME: Any = object()
 _known: dict[type[Any], Mapping[str, Setting]] = {}
 
 
-@dataclass(frozen=True)
-class Feature:
-    """Something that may not be delivered yet; `available` is the one word that switches it on."""
-
-    title: str
-    available: bool
-
-
-FEATURES: Mapping[str, Feature] = {
-    "references": Feature("references and mask strategies", available=True),
-    "prompt-json": Feature("JSON inside a prompt", available=True),
-    "loops": Feature("more than one loop", available=True),
-    "watermark": Feature("the watermark", available=True),
-    "llm-refine": Feature("prompt refinement by a language model", available=True),
-    "mesh": Feature("choosing how ranks are grouped", available=True),
-    "replicas": Feature("replicas", available=True),
-    "overlap": Feature("switching overlap off", available=True),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """The declaration of one setting.
@@ -62,7 +42,6 @@ class Setting:
     field_kind: what is legal for the field.
     nargs: None one value, 0 a switch, 2 two values, "+" one or more. A field whose flag has "+"
         takes one of the values for each prompt.
-    feature: a value other than the default needs this feature.
     program: only this program takes the flag.
     control: steers the command itself, so it is no YAML key.
     note: said once when the value is not the default.
@@ -78,7 +57,6 @@ class Setting:
     field: str = ""
     field_kind: ValueType | None = None
     nargs: Literal[0, 2, "+"] | None = None
-    feature: str | None = None
     program: str | None = None
     control: bool = False
     note: str | None = None
@@ -93,11 +71,6 @@ class Setting:
     def key(self) -> str:
         """Its YAML key: the flag's name with _ for -. Of a setting without a flag, the field."""
         return self.name.removeprefix("--").replace("-", "_") or self.field
-
-    @property
-    def available(self) -> bool:
-        """Whether values other than the default are delivered."""
-        return self.feature is None or FEATURES[self.feature].available
 
     @property
     def usage(self) -> str:

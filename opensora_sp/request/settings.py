@@ -27,6 +27,7 @@ from opensora_sp.request import sizes
 from opensora_sp.request.conditions import Facts, total_frames
 from opensora_sp.request.config_file import Raw, read_config, write_config
 from opensora_sp.request.embedded import embedded_checkpoints
+from opensora_sp.request.engine_settings import MODELS
 from opensora_sp.request.flags.foreign import explain
 from opensora_sp.request.flags.rules import check_combinations
 from opensora_sp.request.flags.shortcuts import compose, flags_of
@@ -41,7 +42,7 @@ from opensora_sp.request.preflight import (
     check_space,
 )
 from opensora_sp.request.prompt_files import Entry, PromptFile, read_prompt_file
-from opensora_sp.request.prompts import PromptJson, parse_prompt_json, split_loops
+from opensora_sp.request.prompts import parse_prompt_json, split_loops
 from opensora_sp.request.request import (
     Checkpoints,
     EngineSettings,
@@ -50,7 +51,7 @@ from opensora_sp.request.request import (
     Request,
     Task,
 )
-from opensora_sp.request.setting import FEATURES, Setting, from_flags
+from opensora_sp.request.setting import Setting, from_flags
 from opensora_sp.request.step_choice import check_step_cache
 
 Values = dict[str, Any]
@@ -59,7 +60,6 @@ _TYPED = ("image", "last_image", "extend", "edit")
 PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
 
 
-_MODELS = ("dit", "t5", "vae2d", "vae3d")
 _LEFT_OUT = "# left out of the addresses below: user, password and query; put them in again\n"
 
 
@@ -174,12 +174,6 @@ def resolve(command: CommandLine, *, program: str = "infer") -> Values:
     for flag in all_flags():
         if flag.key in command.program_control and flag.program != program:
             _refuse_program(flag, command.program_control[flag.key])
-    for key, flag in flags.items():
-        if not flag.available and values[key] != flag.default:
-            assert flag.feature is not None
-            title = FEATURES[flag.feature].title
-            said = flag.name if flag.nargs == 0 else f"{flag.name} {shown(values[key])}"
-            raise UserError(f"{said}: {title} is not available yet in this version")
     values["num_frames"] = sizes.resolve_frames(values["num_frames"])
     return values
 
@@ -284,7 +278,7 @@ def check_request(values: Values, *, world_size: int = 1, embedded: bool = False
 
 def _checkpoints(values: Values, *, leading: bool) -> Checkpoints | None:
     """The four directories; those that only the leading rank sees are looked at there alone."""
-    given = {name: values[f"ckpt_path_{name}"] for name in _MODELS}
+    given = {name: values[f"ckpt_path_{name}"] for name in MODELS}
     if not leading and values["weights_from"] == "rank0" and None not in given.values():
         return Checkpoints(**{name: Path(path) for name, path in given.items()})
     return check_checkpoints(given)
@@ -297,7 +291,7 @@ def build_job(values: Values, *, world_size: int = 1, leading: bool = True) -> J
 
     Raises UserError.
     """
-    embedded = all(values[f"ckpt_path_{name}"] is None for name in _MODELS)
+    embedded = all(values[f"ckpt_path_{name}"] is None for name in MODELS)
     notes = check_request(values, world_size=world_size, embedded=embedded)
     check_launcher(values["launcher"])
     if values["llm_refine"]:
@@ -350,7 +344,7 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     known: dict[str, Facts] = {}
     for place, entry in enumerate(prompts):
         own = {key: entry.own.get(key, entries[place]) for key, entries in conditions.items()}
-        split = _split_json(entry.prompt, own)
+        split = parse_prompt_json(entry.prompt, **own)
         split_loops(split.prompt)  # only to refuse bad segments now
         seed = entry.own.get("seed", shared["seed"])
         request = Request(
@@ -386,17 +380,6 @@ def _prompts(values: Values) -> PromptFile:
             f"{' and '.join(flags)} out, or take them out of the file"
         )
     return file
-
-
-def _split_json(raw: str, flags: Mapping[str, str]) -> PromptJson:
-    """A prompt's words and its conditions; JSON in the prompt wins over the flags."""
-    feature = FEATURES["prompt-json"]
-    if "{" in raw and not feature.available:
-        raise UserError(
-            f"--prompt {shown(raw)} holds a '{{': {feature.title} is not available yet in this "
-            "version"
-        )
-    return parse_prompt_json(raw, **flags)
 
 
 def per_prompt(values: Values, key: str, count: int) -> list[str]:

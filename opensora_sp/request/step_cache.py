@@ -28,7 +28,7 @@ def step_cache_value(*, schedules: bool = False) -> ValueType:
     )
 
 
-def check_fields(value: str | StepSchedule, *, steps: int, images: bool) -> None:
+def check_schedule(value: str | StepSchedule, *, steps: int, images: bool) -> None:
     """Raise UserError for a schedule of another number of steps, or of images for a video."""
     if not isinstance(value, StepSchedule):
         return

@@ -43,6 +43,7 @@ class _Tail:
 
 
 def length_of(request: Request) -> int:
+    """Bytes of a body as its header says; 0 without one."""
     return int(request.headers.get("content-length", 0))
 
 

@@ -1,4 +1,4 @@
-"""The durable queue of jobs: DBOS over SQLite in the save directory, or over Postgres.
+"""The durable queue of jobs: DBOS over SQLite in the save directory.
 
 The gateway puts jobs in and looks (`JobQueue`); the engine's rank 0 takes them out one by one
 (`Worker`). A job that was taken and not ended is given out again when the engine is back.
@@ -193,7 +193,7 @@ class Worker:
                 "serializer": self._dbos.DBOSPortableJSONSerializer(),
                 "log_level": "WARNING",
                 "run_migrations": True,
-                "use_listen_notify": url.startswith("postgres"),
+                "use_listen_notify": False,  # of Postgres alone
             }
         )
         make: Callable[[str], None] = self._hand_over

@@ -2,7 +2,7 @@
 
     SAVE/jobs/ID/job.json         what was asked for; written once, before the job is queued
     SAVE/jobs/ID/uploads/         files that came with it, under names of our own
-    SAVE/jobs/ID/outputs/         the output, its record and its saved states, as infer writes them
+    SAVE/jobs/ID/outputs/         output, its record and its saved states, as generate writes them
     SAVE/jobs/ID/progress.json    how far it is, while it is made
     SAVE/jobs/ID/preview.webp     what it will look like, while it is denoised
     SAVE/jobs/ID/result.json      how it ended: the output's name and timings, or the error

@@ -161,7 +161,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
     except NotJson as error:
         if error.key is not None:
             raise BadRequest(
-                f"{shown(error.key)} came twice: one value is taken", printable(error.key)
+                f"{shown(error.key)} came twice: one value is taken", quoted_name(error.key)
             ) from None
         raise BadRequest(f"the body {error}") from None
     if not isinstance(fields, dict):
@@ -169,7 +169,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def printable(text: str) -> str:
+def quoted_name(text: str) -> str:
     """A name that came from a client, as it is told again: short, and any screen can show it."""
     return text[:60].encode("ascii", "backslashreplace").decode()
 
@@ -180,8 +180,8 @@ def _refuse_no_text(fields: Mapping[str, Any]) -> None:
         for text in (name, value):
             if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
                 raise BadRequest(
-                    f"{printable(name)} holds a character that is no text: NUL, or half of one",
-                    printable(name),
+                    f"{quoted_name(name)} holds a character that is no text: NUL, or half of one",
+                    quoted_name(name),
                 )
 
 
@@ -191,7 +191,7 @@ def _refuse_unknown(fields: Mapping[str, Any]) -> None:
         if name not in known:
             raise BadRequest(
                 f"{shown(name)} is not a field; there are {', '.join(sorted(known))}",
-                printable(name),
+                quoted_name(name),
             )
         if name in UPLOADS and fields[name] not in (None, ""):
             raise BadRequest(f"{name} is a file: send it as a form, as -F {name}=@cat.png", name)

@@ -138,7 +138,6 @@ def _application(cases: list[dict[str, Any]]) -> list[str]:
         groups = parse_mask_strategy(case["mask_strategy"])
         placements = plan_strategy(groups, case["loop"], lengths, frames, case["align"])
         mask = apply_strategy(z, references, placements)
-        mask = torch.ones(frames) if mask is None else mask
         expected = torch.tensor(case["filled"]).view(1, -1, 1, 1).expand_as(z)
         if not torch.equal(z, expected) or not torch.equal(mask, torch.tensor(case["mask"])):
             wrong.append(case["mask_strategy"])

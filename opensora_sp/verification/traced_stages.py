@@ -22,26 +22,8 @@ from opensora_sp.parallel.layout import Layout
 from opensora_sp.parallel.mesh import Mesh
 from opensora_sp.parallel.session import MeshComms
 from opensora_sp.request.runtime import Runtime
+from opensora_sp.verification.published import SDXL_VAE, T5_XXL
 from opensora_sp.verification.tracing import peak_bytes, without_memory
-
-SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-T5_XXL: dict[str, Any] = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +97,7 @@ def traced_text(
     from transformers import T5Config, T5EncoderModel
 
     with without_memory():
-        config = T5Config.from_dict(T5_XXL)
+        config = T5Config(**T5_XXL)
         model: Any = _made(lambda: T5EncoderModel(config), dtype)
         in_host_memory = 0
         if eight_bits:

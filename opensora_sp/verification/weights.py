@@ -21,7 +21,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
-class CheckResult:
+class WeightCheck:
     """One line of the result: the directory, what was checked, and what was wrong, if anything."""
 
     directory: Path
@@ -48,7 +48,7 @@ def recognise(directory: Path) -> str:
     return known[kind]
 
 
-def check_directory(directory: Path) -> Iterator[CheckResult]:
+def check_directory(directory: Path) -> Iterator[WeightCheck]:
     """Check one checkpoint directory, without a network.
 
     Names and shapes are checked without reading the weights. Hashes need all of them.
@@ -56,18 +56,18 @@ def check_directory(directory: Path) -> Iterator[CheckResult]:
     try:
         kind = recognise(directory)
     except CheckpointError as error:
-        yield CheckResult(directory, "kind", str(error))
+        yield WeightCheck(directory, "kind", str(error))
         return
     try:
         wrong = _compare_config(directory) if kind == "vae2d" else _compare(kind, directory)
     except CheckpointError as error:
         wrong = str(error)
     what = "sizes of the VAE" if kind == "vae2d" else "names and shapes"
-    yield CheckResult(directory, f"{kind}, {what}", wrong)
+    yield WeightCheck(directory, f"{kind}, {what}", wrong)
     if access.is_file(directory / SUMS):
-        yield CheckResult(directory, f"{kind}, hashes", _compare_hashes(directory))
+        yield WeightCheck(directory, f"{kind}, hashes", _compare_hashes(directory))
     else:
-        yield CheckResult(directory, f"{kind}, no {SUMS}, so contents were not compared")
+        yield WeightCheck(directory, f"{kind}, no {SUMS}, so contents were not compared")
 
 
 def _compare_config(directory: Path) -> str | None:

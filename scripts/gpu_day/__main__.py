@@ -25,6 +25,7 @@ import torch
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.engine.model_set import DTYPES
+from opensora_sp.models.kernels.probe import DTYPE_NAMES
 from opensora_sp.parallel.backend import load_plugin, pick_device
 from opensora_sp.parallel.backend_table import DEVICES
 from scripts.gpu_day import attention, facts, memory, shards, stages, steps
@@ -152,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": facts.commit(),
         "sizes": day.sizes.name,
-        "dtype": memory.NAMES[day.dtype],
+        "dtype": DTYPE_NAMES[day.dtype],
         "budget": asked.budget,
         "call_seconds": day.call_seconds,
         "machine": facts.machine(day.device),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_sp.models.kernels.attention import run
+from opensora_sp.models.kernels.probe import DTYPE_NAMES, candidates
 from scripts.gpu_day.day import Day
 from scripts.gpu_day.rows import Row, failed
 from scripts.gpu_day.steps import difference
@@ -20,10 +18,6 @@ from scripts.gpu_day.timing import Budget, repeat
 from scripts.gpu_day.variants import attention_lengths
 
 PART = "attention"
-_TABLE = "opensora_sp.models.kernels.attention"
-_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
-_WIDTHS = (80, 96, 128)  # that kernels are built for, above the model's 72
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CHECKED = 64  # queries that are compared with the formula
 _CALLS = 10  # in one measurement
 
@@ -31,7 +25,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def measure(day: Day, budget: Budget) -> Iterator[Row]:
-    """Every kernel on every shape: those of the program's table, or torch's own."""
+    """Every kernel of the program's table that may be chosen here, on every shape."""
     shapes = attention_lengths(day, day.sizes.largest)
     for place, (case, (count, queries, keys)) in enumerate(shapes.items()):
         share = budget.within(budget.left / (len(shapes) - place))
@@ -89,28 +83,5 @@ def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _kernels(day: Day, width: int) -> Iterator[tuple[str, Call]]:
-    if find_spec(_TABLE) is not None:
-        table: Any = import_module(_TABLE)
-        for kernel in table.usable(day.device.type, _NAMES[day.dtype]):
-            for wide in kernel.widths(width) if kernel.probed else ():
-                choice = table.Choice(kernel.name, wide)
-                yield choice.described(width), partial(table.run, choice)
-        return
-    yield "sdpa", F.scaled_dot_product_attention
-    if day.device.type == "cpu":
-        return
-    for backend in _BACKENDS:
-        for wide in (width, *_WIDTHS):
-            said = backend.removesuffix("_ATTENTION").lower()
-            yield f"{said} at {wide}", partial(_by_backend, backend, wide)
-
-
-def _by_backend(backend: str, wide: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One backend of torch's attention, on heads padded with zeros to `wide`."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    width = q.shape[-1]
-    q, k, v = (F.pad(x, (0, wide - width)) for x in (q, k, v))
-    with sdpa_kernel([getattr(SDPBackend, backend)]):
-        out = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(width))
-    return out[..., :width]
+    for choice in candidates(day.device.type, DTYPE_NAMES[day.dtype], width):
+        yield choice.described(width), partial(run, choice)

@@ -9,6 +9,7 @@ import torch
 
 from opensora_sp.benchmark.memory_meter import MemoryMeter
 from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.models.kernels.probe import DTYPE_NAMES
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
 from opensora_sp.request.memory_modes import MEMORY_MODES, MemoryMode
@@ -22,7 +23,6 @@ from scripts.gpu_day.weights import offload_blocks
 
 PART = "memory"
 CLOSE = 0.05  # a plan within this of what is measured is right
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def measure(day: Day, budget: Budget) -> Iterator[Row]:
@@ -75,7 +75,10 @@ def plan_of(day: Day, case: Case, mode: MemoryMode) -> Plan:
     """The plan of a case on one rank. Needs planned sizes."""
     assert day.sizes.planned is not None
     shape = Shape(
-        height=case.height, width=case.width, num_frames=case.frames, dtype=NAMES[day.dtype]
+        height=case.height,
+        width=case.width,
+        num_frames=case.frames,
+        dtype=DTYPE_NAMES[day.dtype],
     )
     return make_plan(shape, 1, mode, day.sizes.planned, Options(chunks=1))
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,9 @@ from torch import Tensor
 
 from opensora_sp.engine.guidance import Conditions
 from opensora_sp.engine.parallelize import parallelize
+from opensora_sp.models.kernels.active import Kernels, Lengths, using
+from opensora_sp.models.kernels.fused import fused_kernels
+from opensora_sp.models.kernels.probe import Shape, fastest, probe
 from opensora_sp.models.stdit3 import STDiT3, patchify
 from opensora_sp.parallel.layout import Layout
 from opensora_sp.request.runtime import Runtime
@@ -27,10 +28,7 @@ from scripts.gpu_day.sizes import Case
 from scripts.gpu_day.weights import random_transformer
 
 ORACLE = "Open-Sora 1.2's operations"
-NOT_HERE = "not in this version"
 SCALE, TIME, FPS = 7.0, 500.0, 24
-_SETTINGS = frozenset(field.name for field in fields(Runtime))
-_ACTIVE = "opensora_sp.models.kernels.active"
 
 Step = Callable[[], Tensor]
 
@@ -81,25 +79,21 @@ def variants(scene: Scene) -> dict[str, Callable[[], Step]]:
     """Each variant's name → what makes its step, or raises LeftOutError."""
     made = {
         "plain": lambda: program_step(scene, step_kernels="plain"),
-        "folded": lambda: program_step(scene, step_kernels="folded", needs="step_kernels"),
+        "folded": lambda: program_step(scene, step_kernels="folded"),
         "plain, the device's kernels": lambda: _with_kernels(scene, "plain"),
-        "folded, the device's kernels": lambda: _with_kernels(scene, "folded", "step_kernels"),
+        "folded, the device's kernels": lambda: _with_kernels(scene, "folded"),
         "compiled": lambda: _compiled(scene),
     }
     # The last: it needs most memory.
     return {**made, ORACLE: lambda: oracle_step(scene)}
 
 
-def program_step(scene: Scene, needs: str | None = None, **settings: Any) -> Step:
+def program_step(scene: Scene, **settings: Any) -> Step:
     """A step of the program, all on the device, in the tiles of `--memory speed`.
 
-    needs: the setting that makes this variant what it is. Others are given where they are known.
+    settings: those of `Runtime` that make this variant what it is.
     """
-    if needs is not None and needs not in _SETTINGS:
-        raise LeftOutError(NOT_HERE)
-    known = {name: value for name, value in settings.items() if name in _SETTINGS}
-    runtime = Runtime.of("speed", **known)
-    denoiser = parallelize(scene.model, None, scene.layout, runtime)
+    denoiser = parallelize(scene.model, None, scene.layout, Runtime.of("speed", **settings))
     velocity = denoiser.prepare(scene.conditions())
     z = denoiser.shard(scene.z)
     return lambda: velocity(z, TIME)
@@ -137,40 +131,33 @@ def _compiled(scene: Scene) -> Step:
     """A step whose pieces are compiled."""
     if scene.day.device.type == "meta":
         raise LeftOutError("what is compiled is compared, for which tensors need contents")
-    return program_step(scene, compile=True, needs="compile")
+    return program_step(scene, compile=True)
 
 
-def _with_kernels(scene: Scene, step_kernels: str, needs: str | None = None) -> Step:
+def _with_kernels(scene: Scene, step_kernels: str) -> Step:
     """A step with the fused kernels and the fastest attention kernels that the device has."""
-    if find_spec(_ACTIVE) is None:
-        raise LeftOutError(NOT_HERE)
-    step = program_step(scene, needs, step_kernels=step_kernels)
+    step = program_step(scene, step_kernels=step_kernels)
     kernels = _device_kernels(scene)
 
     def with_kernels() -> Tensor:
-        using: AbstractContextManager[Any] = import_module(_ACTIVE).using(kernels)
-        with using:
+        with using(kernels):
             return step()
 
     return with_kernels
 
 
-def _device_kernels(scene: Scene) -> Any:
+def _device_kernels(scene: Scene) -> Kernels:
     """As `opensora_sp.engine.kernel_choice` chooses them for a video of this size."""
-    active = import_module(_ACTIVE)
-    probe = import_module("opensora_sp.models.kernels.probe")
     config, device, dtype = scene.day.sizes.transformer, scene.day.device, scene.day.dtype
     heads, width = config.num_heads, config.hidden_size // config.num_heads
-    fused = import_module("opensora_sp.models.kernels.fused").fused_kernels
-    module, why = fused(device, dtype, heads, width)
+    module, why = fused_kernels(device, dtype, heads, width)
     attention = {
-        active.Lengths.of(queries, keys): probe.fastest(
-            probe.probe(probe.Shape(count, heads, queries, keys, width), dtype, device).seconds,
-            width,
+        Lengths.of(queries, keys): fastest(
+            probe(Shape(count, heads, queries, keys, width), dtype, device).seconds, width
         )
         for count, queries, keys in attention_lengths(scene.day, scene.case).values()
     }
-    return active.Kernels(attention=attention, fused=module, fused_why=why)
+    return Kernels(attention=attention, fused=module, fused_why=why)
 
 
 def attention_lengths(day: Day, case: Case) -> Mapping[str, tuple[int, int, int]]:

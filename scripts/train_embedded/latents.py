@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from opensora_sp.base.geometry import split_chunks
-from opensora_sp.models.video_vae import MICRO_FRAME_SIZE, SPATIAL_SCALE, VideoVAE
+from opensora_sp.base.geometry import MICRO_FRAME_SIZE, split_chunks
+from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE
 from scripts.train_embedded.captions import caption, facts
 from scripts.train_embedded.state import pick_device, read_state, save_state
 from scripts.train_embedded.vae import as_input, build, spatial_encode

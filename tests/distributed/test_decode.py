@@ -12,8 +12,9 @@ from peak import PeakBytes
 from ranks import run_ranks
 
 from opensora_sp.base.errors import SharedFault
+from opensora_sp.base.geometry import latent_frames
 from opensora_sp.engine.decode import Decoded, decode_alone, decode_shared
-from opensora_sp.models.video_vae import VideoVAE, latent_frames
+from opensora_sp.models.video_vae import VideoVAE
 from opensora_sp.parallel.decode_plan import decoded_frames, plan_decode
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.session import Session, open_session

@@ -12,7 +12,7 @@ from PIL import Image
 from ranks import run_ranks
 
 from opensora_sp.engine.clips import ConditioningFrames, apply_strategy
-from opensora_sp.engine.generate import denoise
+from opensora_sp.engine.denoising import denoise
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import ResumePoint

@@ -15,7 +15,7 @@ from command import SMALL, infer, run, saved, stages
 from ranks import RankFailure, run_ranks
 from tiny import TINY, conditions, normal, tiny_transformer
 
-from opensora_sp.engine.generate import denoise
+from opensora_sp.engine.denoising import denoise
 from opensora_sp.engine.noise import draw_noise
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.engine.pipeline import Pipeline
@@ -42,7 +42,6 @@ FRAMES, SIZE = 5, (5, 9)  # 15 patches a frame, odd sides: padded cells
 TIMES = [1000.0, 900.0, 800.0, 700.0, 500.0, 300.0, 200.0, 100.0]
 MODEL = tiny_transformer()
 SCHEDULE = StepSchedule(name="own", steps=8, computed=(0, 1, 2, 5), fill="quadratic")
-JOINS = 4  # the step at which the last frame joins
 MASK = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.6], [1.0] * 5])
 RUNTIMES = {
     "together": Runtime(),

@@ -1,4 +1,4 @@
-"""What goes together, what is not delivered yet, and conditions written as strategies."""
+"""What goes together, and conditions written as strategies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,7 @@ from PIL import Image
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.request.flags.rules import COMBINATIONS
-from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.request import Job
-from opensora_sp.request.setting import FEATURES, Feature
 from opensora_sp.request.settings import (
     build_job,
     check_request,
@@ -78,13 +76,6 @@ MEETING: dict[str, list[str]] = {
 }
 
 
-@pytest.fixture
-def everything_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, feature in FEATURES.items():
-        monkeypatch.setitem(FEATURES, name, Feature(feature.title, available=True))  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("everything_available")
 @pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.features)
 def test_combinations_do_what_the_table_says(row: Any) -> None:
     assert not row.meets(values_of())
@@ -99,23 +90,6 @@ def test_combinations_do_what_the_table_says(row: Any) -> None:
     assert "{" not in said
 
 
-UNDELIVERED = [flag for flag in all_flags() if flag.feature is not None]
-
-
-@pytest.mark.parametrize("flag", UNDELIVERED, ids=lambda flag: flag.name)
-def test_a_feature_is_switched_by_one_word(flag: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = "2" if "N" in flag.usage else str(not flag.default).lower()
-    for available in (False, True):
-        feature = Feature(FEATURES[flag.feature].title, available=available)
-        monkeypatch.setitem(FEATURES, flag.feature, feature)  # type: ignore[arg-type]
-        if available:
-            assert values_of(flag.name, other)[flag.key] != flag.default
-        else:
-            with pytest.raises(UserError, match=f"{flag.name} .*not available yet"):
-                values_of(flag.name, other)
-
-
-@pytest.mark.usefixtures("everything_available")
 def test_conditions_come_one_per_prompt_and_json_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.base.geometry import latent_frames
 from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.pipeline import Pipeline
-from opensora_sp.media import reader as references
+from opensora_sp.media import decoding
 from opensora_sp.media.frames import open_reference
 from opensora_sp.media.reader import read_reference
 from opensora_sp.models.video_vae import VideoVAE
@@ -68,7 +68,7 @@ def pipeline() -> Pipeline:
 def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts frames that are decoded, converted and encoded."""
     counts = {"decoded": 0, "converted": 0, "encoded": 0}
-    decoded, picture, encode = references._decoded, references._picture, VideoVAE.encode
+    decoded, picture, encode = decoding._decoded, decoding._picture, VideoVAE.encode
 
     def count_decoded(*arguments: Any) -> Iterator[Any]:
         for frame in decoded(*arguments):
@@ -83,8 +83,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["encoded"] += video.shape[2]
         return encode(self, video, draw)
 
-    monkeypatch.setattr(references, "_decoded", count_decoded)
-    monkeypatch.setattr(references, "_picture", count_converted)
+    monkeypatch.setattr(decoding, "_decoded", count_decoded)
+    monkeypatch.setattr(decoding, "_picture", count_converted)
     monkeypatch.setattr(VideoVAE, "encode", count_encoded)
     return counts
 

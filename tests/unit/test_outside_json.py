@@ -26,7 +26,7 @@ from opensora_sp.models.text_encoder import TextEncoder
 from opensora_sp.models.video_vae import VideoVAE
 from opensora_sp.parallel.watchdog.store import StatusStore
 from opensora_sp.planner.models import ModelSizes
-from opensora_sp.planner.requests import EMBEDDED
+from opensora_sp.request.embedded import EMBEDDED
 from opensora_sp.request.request import Checkpoints
 
 PLACES = {"dit": "dit", "t5": "t5", "vae2d": "vae2d/vae", "vae3d": "vae3d"}

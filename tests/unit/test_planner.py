@@ -20,7 +20,7 @@ from opensora_sp.planner.devices import GB, parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak
 from opensora_sp.planner.plan import Options, decoding_ranks, make_plan, plans, smallest_ranks
-from opensora_sp.planner.reasons import surprises
+from opensora_sp.planner.reasons import unexpected_peaks
 from opensora_sp.planner.report import check_fits, verdict
 from opensora_sp.planner.requests import sizes_of
 from opensora_sp.request.memory_modes import MEMORY_MODES
@@ -243,7 +243,7 @@ def test_more_ranks_never_need_more_without_a_reason() -> None:
         for fewer, more in pairs:
             if more.peak > fewer.peak:
                 said += 1
-                assert "would need less" in " ".join(surprises(more))
+                assert "would need less" in " ".join(unexpected_peaks(more))
                 stage = max(more.stages, key=lambda stage: stage.total)
                 # Decoding alone is the same on any number of ranks.
                 assert stage.name != "decode" or decoding_ranks(shape, more.mesh, options) > 1
@@ -263,23 +263,23 @@ def test_a_smaller_mode_never_needs_more_without_a_reason() -> None:
         for before, after in pairwise(candidates):
             if after.peak > before.peak:
                 said += 1
-                assert f"needs less than {after.mode}" in " ".join(surprises(after))
+                assert f"needs less than {after.mode}" in " ".join(unexpected_peaks(after))
                 assert verdict(shape, 4, models, options, 1e6)[0].peak <= before.peak
     assert said > 5
 
 
 def test_what_is_expected_is_not_explained() -> None:
     for ranks in (1, 2, 8):
-        assert not any(surprises(plan) for plan in plans(LONG, ranks, MODELS, FREE))
+        assert not any(unexpected_peaks(plan) for plan in plans(LONG, ranks, MODELS, FREE))
     # Where halves go one after the other anyway, three ranks share one video's patches better.
-    (line,) = surprises(make_plan(LONG, 4, MEMORY_MODES["small"], MODELS, FREE))
+    (line,) = unexpected_peaks(make_plan(LONG, 4, MEMORY_MODES["small"], MODELS, FREE))
     assert "only 2 share a video's patches (--guidance-parallel 1" in line
     better = replace(FREE, guidance=1)
-    assert surprises(make_plan(LONG, 4, MEMORY_MODES["small"], MODELS, better)) == []
+    assert unexpected_peaks(make_plan(LONG, 4, MEMORY_MODES["small"], MODELS, better)) == []
     # Three ranks cannot be paired: each computes both halves, and says so.
     serial = replace(FREE, vae_decode="rank0", t5_on_cpu=True, memory=MEMORY_MODES["speed"])
     tiny = Shape(height=64, width=64, num_frames=1)
-    (line,) = surprises(make_plan(tiny, 3, MEMORY_MODES["speed"], MODELS, serial))
+    (line,) = unexpected_peaks(make_plan(tiny, 3, MEMORY_MODES["speed"], MODELS, serial))
     assert "computes both CFG branches" in line
 
 

@@ -42,7 +42,7 @@ from opensora_sp.parallel.overlap import cut
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, best, decode_flops, plans
-from opensora_sp.planner.reasons import surprises
+from opensora_sp.planner.reasons import unexpected_peaks
 from opensora_sp.planner.requests import sizes_of
 from opensora_sp.request.mask_strategy import (
     END,
@@ -372,10 +372,10 @@ def test_more_memory_more_ranks_and_smaller_sizes_are_never_worse_without_a_reas
         assert alone[0] <= alone[1] * (1 + 1e-9)
     for fewer, plan in zip(candidates, plans(shape, ranks + more, models, options), strict=True):
         if plan.peak > fewer.peak:
-            assert "would need less" in " ".join(surprises(plan))
+            assert "would need less" in " ".join(unexpected_peaks(plan))
     for before, after in itertools.pairwise(candidates):
         if after.peak > before.peak:
-            assert f"needs less than {after.mode}" in " ".join(surprises(after))
+            assert f"needs less than {after.mode}" in " ".join(unexpected_peaks(after))
 
 
 # --- tiles ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from PIL import Image
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media import bounds as reference_bounds
-from opensora_sp.media import reader as references
+from opensora_sp.media import decoding
 from opensora_sp.media.bounds import BoundedReads
 from opensora_sp.media.reader import check_reference, read_reference
 
@@ -126,7 +126,7 @@ def test_resampling_is_bounded_before_work(tmp_path: Path, monkeypatch: pytest.M
         write_video(path, two, times)
         check_reference(path)
         assert check_reference(path, fps=24) == []
-        monkeypatch.setattr(references, "_decoded", lambda *_: pytest.fail("was decoded"))
+        monkeypatch.setattr(decoding, "_decoded", lambda *_: pytest.fail("was decoded"))
         for use in (
             lambda path: check_reference(path, fps=1000),
             lambda path: read_reference(path, 16, 16, fps=1000),
@@ -246,7 +246,7 @@ def test_ffmpeg_reads_through_that_bound(monkeypatch: pytest.MonkeyPatch) -> Non
             asked.append(size)
             return super().read(size)
 
-    monkeypatch.setattr(references, "BoundedReads", Watched)
+    monkeypatch.setattr(decoding, "BoundedReads", Watched)
     # Found by fuzzing: FFmpeg asks for 1.3 GB of these 1,940 bytes.
     path = Path(__file__).parents[1] / "data" / "found" / "large_read.avif"
     with pytest.raises(UserError, match="large_read"):

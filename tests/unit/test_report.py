@@ -256,7 +256,7 @@ def test_baseline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--sheet"], "--sheet belongs to infer"),
+        (["--sheet"], "--sheet belongs to generate"),
         (["--measure-peak", "--peak-tflops", "100"], "choose one"),
         (["--benchmark-save-path", "report.txt"], "ends in .json"),
         (["--baseline", "nowhere.json"], "--baseline 'nowhere.json' cannot be read"),

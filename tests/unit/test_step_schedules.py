@@ -306,10 +306,10 @@ def test_a_server_says_what_is_left_by_the_steps_that_are_computed(
 ) -> None:
     pytest.importorskip("dbos")
     from opensora_sp.engine.progress import Position
-    from opensora_sp.server import engine_group
+    from opensora_sp.server import job_reporter
 
     clock = [1000.0]
-    monkeypatch.setattr("opensora_sp.server.engine_group.time.time", lambda: clock[0])
+    monkeypatch.setattr("opensora_sp.server.job_reporter.time.time", lambda: clock[0])
     request = replace(VIDEO, num_frames=34, loop=2, step_cache=SCHEDULE)
     task = Task(request=request, output=tmp_path / "a.mp4")
     job = Job(
@@ -318,7 +318,7 @@ def test_a_server_says_what_is_left_by_the_steps_that_are_computed(
         tasks=(task,),
     )
     store = Notes()
-    reporter = engine_group.JobReporter(store, "id", True)  # type: ignore[arg-type]
+    reporter = job_reporter.JobReporter(store, "id", True)  # type: ignore[arg-type]
     reporter.begin(job, Position(0, start))
     for step in range(start, 60):
         clock[0] += 100.0 if step % 30 in SCHEDULE.computed else 0.5

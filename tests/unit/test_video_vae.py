@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensora_sp.base.errors import CheckpointError
-from opensora_sp.base.geometry import split_chunks
+from opensora_sp.base.geometry import latent_frames, split_chunks
 from opensora_sp.models.temporal_vae import CausalConv3d, TemporalVAEConfig
-from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE, VideoVAEConfig, latent_frames
+from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE, VideoVAEConfig
 
 SUITE = Path(__file__).resolve().parents[2] / "opensora_sp_conformance"
 CASES = load_file(SUITE / "vae3d" / "cases.safetensors")
@@ -83,7 +83,6 @@ def test_chunks_and_latent_frames() -> None:
         *(1, 1, 2, 4, 5, 6, 15, 30, 60, 120)
     ]
     assert latent_frames(20, 5) == 8
-    assert latent_frames(20, None) == 5
     chunks = split_chunks(39, 17)
     assert [(c.frame_start, c.frames, c.latent_start, c.latents) for c in chunks] == [
         (0, 17, 0, 5),

@@ -11,6 +11,7 @@ from opensora_sp.benchmark.count.counter import Counter
 from opensora_sp.benchmark.count.forward import META, ForwardSize, first_rank, guided_forward
 from opensora_sp.benchmark.count.table import Table, markdown, plain
 from opensora_sp.engine.model_set import DTYPES
+from opensora_sp.models.kernels.probe import DTYPE_NAMES
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.mesh import Mesh, plan_mesh
@@ -83,10 +84,9 @@ def sent(comm: Comm) -> dict[str, tuple[int, int]]:
 def count_text(counted: Counted, *, as_markdown: bool) -> str:
     """The count as people read it: by part, then by operation."""
     request, size, table = counted.request, counted.size, counted.table
-    dtype = next(name for name, each in DTYPES.items() if each == size.dtype)
     head = (
         f"One {'guided ' * (size.cfg_scale != 1)}forward of {request.num_frames} frames of "
-        f"{request.height}x{request.width}, {dtype}, --memory {counted.mode}: "
+        f"{request.height}x{request.width}, {DTYPE_NAMES[size.dtype]}, --memory {counted.mode}: "
         f"X = {size.residual_bytes / 1e9:.3g} GB, {size.config.depth} pairs of blocks"
     )
     draw = markdown if as_markdown else plain

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
@@ -68,7 +69,7 @@ class FrameQuality:
     @property
     def psnr(self) -> float:
         """PSNR in dB by the mean squared error of all frames; infinite where equal."""
-        return metrics.decibels(_mean(self.squared_error))
+        return metrics.decibels(fmean(self.squared_error))
 
     @cached_property
     def psnrs(self) -> list[float]:
@@ -79,7 +80,7 @@ class FrameQuality:
     def mean_psnr(self) -> float:
         """The mean of the frames' PSNR, over the frames that differ; infinite where none does."""
         found = [value for value in self.psnrs if math.isfinite(value)]
-        return _mean(found) if found else math.inf
+        return fmean(found) if found else math.inf
 
     @property
     def worst_frame(self) -> int:
@@ -94,12 +95,12 @@ class FrameQuality:
     @property
     def motion_psnr(self) -> float | None:
         """PSNR of all differences between frames; None for a single frame."""
-        return metrics.decibels(_mean(self.motion)) if self.motion else None
+        return metrics.decibels(fmean(self.motion)) if self.motion else None
 
     @property
     def mean_ssim(self) -> float | None:
         """The mean of the frames' SSIM; None where it is not defined."""
-        return _mean(self.ssim) if not math.isnan(self.ssim[0]) else None
+        return fmean(self.ssim) if not math.isnan(self.ssim[0]) else None
 
     @property
     def worst_ssim_frame(self) -> int:
@@ -333,7 +334,3 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif name != "captions":  # the prompt's, clip by clip
             found[name] = value
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 
 from opensora_sp.benchmark.quality.comparison import Compared, Comparison
 from opensora_sp.benchmark.quality.measure import (
@@ -132,7 +133,7 @@ def _lines(
         curves = [[value for curve in curves for value in curve]]
     if len(curves) <= 1:
         return [Line(name, _points(curve, drawn), colour, dashed) for curve in curves]
-    lines = [Line(f"{name}, mean", _points(_merged(curves, _mean), drawn), colour, dashed)]
+    lines = [Line(f"{name}, mean", _points(_merged(curves, fmean), drawn), colour, dashed)]
     if worst is not None:
         lines.append(Line(f"{name}, worst", _points(_merged(curves, worst), drawn), colour + 1))
     return lines
@@ -151,7 +152,3 @@ def _merged(curves: Sequence[Curve], merge: Merge) -> list[float]:
         known = [value for value in same if value is not None and not math.isnan(value)]
         found.append(merge(known) if known else math.nan)
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

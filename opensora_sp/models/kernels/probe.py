@@ -24,7 +24,7 @@ from opensora_sp.models.kernels.attention import (
     usable,
 )
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Relative RMS errors of rounding, with a margin: a wrong scale or layout exceeds them by far.
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # Elements of q and of k: enough to fill a device, and little beside what a run needs.
@@ -97,7 +97,7 @@ def probe(
     timed = measure or seconds_of
     seconds: dict[Choice, float] = {}
     out: dict[Choice, str] = {}
-    for choice in candidates(device.type, NAMES[dtype], shape.width, table):
+    for choice in candidates(device.type, DTYPE_NAMES[dtype], shape.width, table):
         try:
             trouble = _trouble(choice, q, k, v, table)
             if trouble is None:

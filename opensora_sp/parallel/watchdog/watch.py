@@ -27,7 +27,11 @@ from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import one_line
 from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark, raised_in_collective
 from opensora_sp.parallel.watchdog.detector import FailureDetector
-from opensora_sp.parallel.watchdog.orphans import launcher_process, watched_by_the_session
+from opensora_sp.parallel.watchdog.orphans import (
+    launcher_process,
+    under_torchrun,
+    watched_by_the_session,
+)
 from opensora_sp.parallel.watchdog.own_clock import TICK_S
 from opensora_sp.parallel.watchdog.signals import STOP_SIGNALS, leave
 from opensora_sp.parallel.watchdog.stages import Limits
@@ -205,7 +209,7 @@ class Watchdog:
             self._detector.clock.tick()
 
     def _launcher(self) -> Fault | None:
-        if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.getppid() != self._parent and under_torchrun():
             return self._detector.own_fault("the launcher that started it is gone")
         return None
 

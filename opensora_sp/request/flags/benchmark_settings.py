@@ -34,7 +34,7 @@ class BenchmarkSettings(Declared):
         "--eval-count",
         integer(1, 10_000),
         1,
-        "measured runs, each written as infer does",
+        "measured runs, each written as generate does",
         changes="nothing",
         program=_BENCHMARK,
     )

@@ -14,7 +14,7 @@ from opensora_sp.request import sizes
 from opensora_sp.request.config_file import write_config
 from opensora_sp.request.flags.rules import COMBINATIONS
 from opensora_sp.request.flags.table import GROUPS, all_flags
-from opensora_sp.request.setting import FEATURES, Setting
+from opensora_sp.request.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,6 @@ def help_entries(keys: Sequence[str]) -> list[str]:
 
 def _help_entry(flag: Setting) -> list[str]:
     said = flag.help
-    if not flag.available:
-        said += " [not available yet]"
     if flag.nargs != 0 and (flag.default is not None or flag.shown_default is not None):
         default = f"(default: {default_text(flag)})"
         said += " " + default.replace(" ", _NO_BREAK)
@@ -172,14 +170,13 @@ def docs_page() -> str:
                 f"`{flag.usage}`",
                 default_text(flag) if flag.nargs != 0 else "off",
                 flag.kind.allowed if flag.nargs != 0 else "",
-                flag.help + ("" if flag.available else "; **not available yet**"),
+                flag.help,
             )
             for flag in flags
         ]
         parts.append(f"## {title}\n\n" + _table(("flag", "default", "legal", "meaning"), rows))
-    parts.append("## What is not available yet\n\n" + _missing())
     parts.append(
-        "## Which features go together\n\nAll that are available do, except:\n\n"
+        "## Which features go together\n\nAll do, except:\n\n"
         + _table(
             ("features", "outcome", "what is said"),
             [(c.features, c.outcome, _said(c.text)) for c in COMBINATIONS],
@@ -192,11 +189,6 @@ def docs_page() -> str:
 def _said(text: str) -> str:
     """A combination's text, with the names of its values in the place of values."""
     return re.sub(r"\{(\w+)(!r)?\}", lambda match: match[1].upper(), text)
-
-
-def _missing() -> str:
-    lines = [f"- {f.title}" for f in FEATURES.values() if not f.available]
-    return "\n".join(lines) or "Everything in the table is."
 
 
 def _sizes() -> str:

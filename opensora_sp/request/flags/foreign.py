@@ -144,8 +144,8 @@ FOREIGN: tuple[Foreign, ...] = (
         *("hsdp-shard-dim", "use-fsdp-inference", "zero", "zero-stage"),
     ),
     _none(
-        "torchrun says how many ranks there are: torchrun --nproc_per_node N -m opensora_sp "
-        "generate ...",
+        "torchrun says how many ranks there are: torchrun --nproc_per_node N --no-python "
+        "opensora-sp generate ...",
         *("num-gpus", "ngpus", "gpus", "num-devices", "nproc-per-node", "nproc", "n-gpus"),
         *("world-size", "gpu-ids", "devices", "gpu", "nnodes", "node-rank", "master-addr"),
         *("master-port",),

@@ -92,7 +92,6 @@ REFERENCES = (
         None,
         "start from this picture: --image cat.png",
         changes="content",
-        feature="references",
     ),
     _flag(
         "--last-image",
@@ -100,7 +99,6 @@ REFERENCES = (
         None,
         "end near this picture: --image dawn.png --last-image dusk.png",
         changes="content",
-        feature="references",
     ),
     _flag(
         "--extend",
@@ -108,7 +106,6 @@ REFERENCES = (
         None,
         "continue this video from its end: --extend waves.mp4",
         changes="content",
-        feature="references",
     ),
     _flag(
         "--edit",
@@ -116,7 +113,6 @@ REFERENCES = (
         None,
         "make this video (or picture) anew: --edit waves.mp4 --edit-strength 0.6",
         changes="content",
-        feature="references",
     ),
     _flag(
         "--edit-strength",

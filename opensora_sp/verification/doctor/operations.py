@@ -28,13 +28,12 @@ from opensora_sp.models.kernels.folded import (
     turn,
 )
 from opensora_sp.models.kernels.fused import fused_kernels
-from opensora_sp.models.kernels.probe import works
+from opensora_sp.models.kernels.probe import DTYPE_NAMES, works
 from opensora_sp.models.kernels.reference import attend, modulated_norm, rms_norm, rotate
 from opensora_sp.models.layers import rotary_tables, sinusoid
 from opensora_sp.verification.doctor.check_result import CheckResult, attempt, failed, passed
 
 AREA = "operations"
-_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 _HEADS, _WIDTH = 16, 72
 _CHANNELS = _HEADS * _WIDTH
@@ -219,7 +218,7 @@ def _check(case: Case, inputs: Sequence[Tensor], device: torch.device) -> CheckR
     """One operation in all of its dtypes. It fails if one of them fails."""
     bad, good = [], []
     for dtype in case.dtypes:
-        kind = _SHORT[dtype]
+        kind = DTYPE_NAMES[dtype]
         limit = 0.0 if case.exact else LIMITS[dtype]
         try:
             error = _error(case, inputs, dtype, device)
@@ -258,7 +257,7 @@ def _check_attention_kernels(device: torch.device) -> CheckResult:
     """The attention kernels that --attention may name here, beside the default."""
     good, bad = [], []
     for row in KERNELS.values():
-        for dtype, short in _SHORT.items():
+        for dtype, short in DTYPE_NAMES.items():
             if row.name == DEFAULT or row.objection(device.type, short) is not None:
                 continue
             trouble = works(Choice(row.name, row.widths(_WIDTH)[0]), dtype, device, _WIDTH)
@@ -272,7 +271,7 @@ def _check_attention_kernels(device: torch.device) -> CheckResult:
 
 def _check_fused(device: torch.device) -> CheckResult:
     """Whether norms are computed by fused kernels here. Where they are not, plain torch is used."""
-    found = (fused_kernels(device, dtype, _HEADS, _WIDTH)[1] for dtype in _SHORT)
+    found = (fused_kernels(device, dtype, _HEADS, _WIDTH)[1] for dtype in DTYPE_NAMES)
     return passed(AREA, "fused norms", "; ".join(dict.fromkeys(found)))
 
 
