@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from opensora_sp.base.errors import UserError
 from opensora_sp.cli.client.connection import connect
 from opensora_sp.cli.client.forms import forms_of
 from opensora_sp.cli.client.jobs import cut, table
@@ -109,6 +110,22 @@ def test_prompts_of_a_file_bring_their_own_seed_and_references(tmp_path: Path) -
         ("reference", "b.png"),
     ]
     assert (two.fields, list(two.files)) == ({"prompt": "two", "seed": "3"}, [])
+
+
+def test_what_a_configuration_says_of_the_engine_stays_with_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (form,) = forms_of(["--prompt", "x", "--config", "embedded"], {})
+    assert form.fields == {"prompt": "x", "num_frames": "17", "size": "96x64"}
+    assert "the server has its own --dtype" in capsys.readouterr().err
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("memory: small\nckpt_path_dit: weights/dit\nseed: 3\n", encoding="utf-8")
+    (form,) = forms_of(["--prompt", "x", "--config", str(mine)], {})
+    assert form.fields == {"prompt": "x", "seed": "3"}
+    assert "--memory, --ckpt-path-dit" in capsys.readouterr().err
+    mine.write_text("save_dir: here\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--save-dir does not go with a request"):
+        forms_of(["--prompt", "x", "--config", str(mine)], {})
 
 
 @pytest.mark.parametrize(

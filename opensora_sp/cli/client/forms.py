@@ -8,10 +8,13 @@ from pathlib import Path
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import is_address
+from opensora_sp.base.screen import note
 from opensora_sp.base.value_types import shown
 from opensora_sp.cli.client.connection import Form
 from opensora_sp.request.config_file import Raw, read_config
 from opensora_sp.request.prompt_files import Entry, read_prompt_file
+from opensora_sp.request.request import EngineSettings
+from opensora_sp.request.setting import settings_of
 from opensora_sp.request.settings import (
     PER_PROMPT,
     CommandLine,
@@ -34,13 +37,16 @@ SUBMITTED = tuple(
 def forms_of(words: Sequence[str], more: Mapping[str, str]) -> list[Form]:
     """A form for each prompt. more: fields that all of them have.
 
+    What a configuration says of the engine, such as embedded.yaml its dtype, is the server's and is
+    left out with a note.
+
     Raises UserError, before anything is sent, for a flag that does not go with a request, a value
     that is not legal by itself, and a file that is not there.
     """
     command = parse_command_line(words)
     written: dict[str, Raw] = {}
     if command.config is not None:
-        written |= read_config(command.config)
+        written |= _without_engine(command.config, read_config(command.config))
     written |= command.written
     for key in [*written, *command.program_control]:
         if key not in SUBMITTED:
@@ -64,6 +70,17 @@ def forms_of(words: Sequence[str], more: Mapping[str, str]) -> list[Form]:
         _form(entry, {key: column[place] for key, column in columns.items()}, shared, files)
         for place, entry in enumerate(entries)
     ]
+
+
+def _without_engine(config: str, read: Mapping[str, Raw]) -> dict[str, Raw]:
+    """What a configuration says of requests; a note names what it says of the engine."""
+    engine = {one.key for one in settings_of(EngineSettings).values() if one.name}
+    engine |= {key for key in read if key.startswith("ckpt_path_")}
+    left = [key for key in read if key in engine and key not in SUBMITTED]
+    if left:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in left)
+        note(f"--config {shown(config)}: the server has its own {names}, so the file's is not sent")
+    return {key: raw for key, raw in read.items() if key not in left}
 
 
 def _form(
