@@ -165,7 +165,9 @@ def test_the_token_is_asked_once_and_kept_where_scripts_cannot_read_it(
     context.close()
 
 
-def test_a_video_is_watched_while_it_is_made_and_after_a_reload_and_stopped(page: Any) -> None:
+def test_a_video_is_watched_while_it_is_made_and_after_a_reload_and_stopped(
+    page: Any, made: str
+) -> None:
     fill(page, "a long ball", LONG)
     page.click("#send")
     one = card(page, "a long ball")
@@ -180,6 +182,8 @@ def test_a_video_is_watched_while_it_is_made_and_after_a_reload_and_stopped(page
     page.reload()
     one.locator("canvas[data-step]").wait_for()
     until(page, f"Number(document.querySelector('canvas[data-step]').dataset.step) > {first}")
+    begins = "document.getElementById('estimate').textContent.includes('until it begins')"
+    until(page, begins)
     video = api(page, "a long ball")
     one.get_by_role("button", name="Cancel").click()
     page.click("#confirm-no")
@@ -188,6 +192,8 @@ def test_a_video_is_watched_while_it_is_made_and_after_a_reload_and_stopped(page
     page.click("#confirm-yes")
     one.wait_for(state="detached")
     assert page.request.get(f"/v1/videos/{video['id']}").status == 404
+    until(page, f"!{begins}")
+    assert " 0.0 GB" not in page.locator("#estimate").inner_text()
 
 
 def test_a_picture_starts_a_video_that_is_played_made_again_and_continued(page: Any) -> None:

@@ -36,6 +36,9 @@ export function time(seconds) {
   return say("hours", { n: (seconds / 3600).toFixed(1) });
 }
 
+// Small ones keep a digit that is not 0.
+export const gigabytes = (mb) => Math.max(mb / 1000, 0.01).toFixed(mb < 100 ? 2 : 1);
+
 export class Refused extends Error {
   constructor(status, message, param) {
     super(message);

@@ -1,5 +1,5 @@
 // A card for every video: waiting, being made, or made. A card that plays is never built anew.
-import { announce, button, by, call, confirmed, has, make, say, time, words_of } from "/static/api.js";
+import { announce, button, by, call, confirmed, gigabytes, has, make, say, time, words_of } from "/static/api.js";
 import { fill } from "/static/form.js";
 import { Preview } from "/static/preview.js";
 
@@ -172,7 +172,7 @@ function details(job) {
     if (has(name)) line(say(name), inSeconds(seconds));
   }
   if (job.inference_time_s != null) line(say("total"), inSeconds(job.inference_time_s));
-  if (job.peak_memory_mb != null) line(say("peak"), `${(job.peak_memory_mb / 1000).toFixed(1)} GB`);
+  if (job.peak_memory_mb != null) line(say("peak"), `${gigabytes(job.peak_memory_mb)} GB`);
   box.append(list);
   return box;
 }

@@ -1,5 +1,5 @@
 // The form: what is sent, what the server says of it beside its fields, and what it will cost.
-import { announce, by, call, say, time, words_of } from "/static/api.js";
+import { announce, by, call, gigabytes, say, time, words_of } from "/static/api.js";
 import { clearFiles, filesToSend, onFilesChanged, takeEarlier } from "/static/files.js";
 
 const form = by("new");
@@ -113,10 +113,16 @@ export function fill(job, changes = {}, earlier = null) {
 let timer = 0;
 let asked = 0;
 let estimates = true;
+let waits = false; // whether what is shown depends on the jobs before it
 
 export function estimateSoon() {
   clearTimeout(timer);
   if (estimates) timer = setTimeout(estimate, WAIT_MS);
+}
+
+// A job has left the queue. What was refused stays beside its field.
+export function queueMoved() {
+  if (waits && !form.querySelector("[aria-invalid]")) estimateSoon();
 }
 
 async function estimate() {
@@ -138,6 +144,7 @@ async function estimate() {
   } catch { place.textContent = ""; return; }
   if (number !== asked) return; // a later one is on its way
   forget();
+  waits = found.queue_s > 1;
   if (found.error) {
     place.textContent = "";
     problem(found.error.param, found.error.message);
@@ -146,8 +153,8 @@ async function estimate() {
   const parts = [];
   if (found.fits === false) parts.push(say("estimate_misfit"));
   if (found.estimated_s != null) parts.push(say("estimate", { time: time(found.estimated_s) }));
-  if (found.queue_s > 1) parts.push(say("estimate_wait", { time: time(found.queue_s) }));
+  if (waits) parts.push(say("estimate_wait", { time: time(found.queue_s) }));
   if (found.peak_memory_mb != null)
-    parts.push(say("estimate_memory", { size: (found.peak_memory_mb / 1000).toFixed(1) }));
+    parts.push(say("estimate_memory", { size: gigabytes(found.peak_memory_mb) }));
   place.textContent = parts.join(" · ");
 }

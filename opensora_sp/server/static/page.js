@@ -1,7 +1,7 @@
 // The page: it signs in, lists what is there, and follows the server's events.
 import { by, call, has, say, words_of } from "/static/api.js";
 import { gone, known, oldest, show } from "/static/cards.js";
-import { estimateSoon, setUpForm } from "/static/form.js";
+import { estimateSoon, queueMoved, setUpForm } from "/static/form.js";
 
 const PAGE = 24;
 const POLL_MS = 2000;
@@ -45,8 +45,15 @@ function follow() {
     poll = 0;
     again();
   });
-  stream.addEventListener("video", (event) => show(JSON.parse(event.data)));
-  stream.addEventListener("deleted", (event) => gone(JSON.parse(event.data).id));
+  stream.addEventListener("video", (event) => {
+    const job = JSON.parse(event.data);
+    show(job);
+    if (!["queued", "in_progress"].includes(job.status)) queueMoved();
+  });
+  stream.addEventListener("deleted", (event) => {
+    gone(JSON.parse(event.data).id);
+    queueMoved();
+  });
   stream.addEventListener("state", (event) => state(JSON.parse(event.data)));
   stream.addEventListener("error", () => {
     broken += 1;
