@@ -357,14 +357,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _require_engine_flags(words: Sequence[str]) -> None:
     """Raise UserError for a flag that says what to make, not how the engine runs."""
-    from opensora_sp.request.engine_settings import MODELS, EngineSettings
-    from opensora_sp.request.setting import settings_of
+    from opensora_sp.request.engine_settings import engine_keys
     from opensora_sp.request.settings import parse_command_line
 
     command = parse_command_line(words)
-    known = {one.key for one in settings_of(EngineSettings).values() if one.name}
-    known |= {f"ckpt_path_{kind}" for kind in MODELS}
-    known |= {"label", "label_producer", "label_certificate", "label_key"}
+    known = engine_keys() | {"label", "label_producer", "label_certificate", "label_key"}
     for key in command.written:
         if key not in known:
             raise UserError(

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import is_address, without_secrets
-from opensora_sp.media.bounds import (
-    check_resampled,
-)
+from opensora_sp.media.bounds import check_resampled
 from opensora_sp.media.decoding import SourceFrames, TimedFrame, opened, resampled
 from opensora_sp.media.fetch import Remote, check_address, open_file
 from opensora_sp.media.writer import exact_rate

@@ -26,7 +26,7 @@ from opensora_sp.base.value_types import (
 from opensora_sp.models.kernels.attention import AUTO, KERNELS
 from opensora_sp.parallel.backend_table import BACKENDS, DEVICES
 from opensora_sp.request.memory_modes import MEMORY_MODES
-from opensora_sp.request.setting import Declared, a_path, field_names, setting
+from opensora_sp.request.setting import Declared, a_path, field_names, setting, settings_of
 
 LAUNCHERS = ("torch", "colossalai")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -321,3 +321,9 @@ class EngineSettings(Declared):
     def remote(self) -> Remote:
         """Which addresses references may be fetched from."""
         return "private" if self.allow_remote and self.allow_private else self.allow_remote
+
+
+def engine_keys() -> frozenset[str]:
+    """Keys of the flags that say how an engine runs, and where its four models are."""
+    own = {one.key for one in settings_of(EngineSettings).values() if one.name}
+    return frozenset(own | {f"ckpt_path_{kind}" for kind in MODELS})

@@ -175,10 +175,8 @@ def video_body() -> dict[str, Any]:
     """FastAPI's `openapi_extra` of the operations that take a video's fields."""
     fields = _video_fields()
     file_fields = {name: _LIST_OF_FILES if name == "reference" else _FILE for name in UPLOADS}
-    # In JSON a field that is null counts as not given.
-    as_json = _object({name: _or_null(schema) for name, schema in fields.items()})
     as_form = _object(fields | file_fields)
-    return _body({"application/json": as_json, "multipart/form-data": as_form})
+    return _body({"application/json": _json_object(fields), "multipart/form-data": as_form})
 
 
 def picture_body(
@@ -195,8 +193,7 @@ def picture_body(
         "size": {"anyOf": [fields["size"], {"enum": ["auto"]}]},
     }
     fields |= {name: {"enum": list(values)} for name, values in only.items()}
-    as_json = _object({name: _or_null(schema) for name, schema in fields.items()})
-    return _body({"application/json": as_json})
+    return _body({"application/json": _json_object(fields)})
 
 
 def _body(contents: Mapping[str, Schema]) -> dict[str, Any]:
@@ -204,19 +201,19 @@ def _body(contents: Mapping[str, Schema]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _object(properties: Mapping[str, Schema]) -> dict[str, Any]:
-    prompt = properties["prompt"]
-    needed = prompt["anyOf"][0] if "anyOf" in prompt else prompt
+def _json_object(fields: Mapping[str, Schema]) -> dict[str, Any]:
+    """In JSON a field that is null counts as not given; the prompt is needed."""
+    nullable = {name: {"anyOf": [each, {"type": "null"}]} for name, each in fields.items()}
+    return _object(nullable | {"prompt": fields["prompt"]})
+
+
+def _object(fields: Mapping[str, Schema]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {**properties, "prompt": needed},
+        "properties": fields,
         "required": ["prompt"],
         "additionalProperties": False,
     }
-
-
-def _or_null(schema: Schema) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _video_fields() -> dict[str, Schema]:

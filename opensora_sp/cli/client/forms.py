@@ -12,9 +12,8 @@ from opensora_sp.base.screen import note
 from opensora_sp.base.value_types import shown
 from opensora_sp.cli.client.connection import Form
 from opensora_sp.request.config_file import Raw, read_config
+from opensora_sp.request.engine_settings import engine_keys
 from opensora_sp.request.prompt_files import Entry, read_prompt_file
-from opensora_sp.request.request import EngineSettings
-from opensora_sp.request.setting import settings_of
 from opensora_sp.request.settings import (
     PER_PROMPT,
     CommandLine,
@@ -74,9 +73,7 @@ def forms_of(words: Sequence[str], more: Mapping[str, str]) -> list[Form]:
 
 def _without_engine(config: str, read: Mapping[str, Raw]) -> dict[str, Raw]:
     """What a configuration says of requests; a note names what it says of the engine."""
-    engine = {one.key for one in settings_of(EngineSettings).values() if one.name}
-    engine |= {key for key in read if key.startswith("ckpt_path_")}
-    left = [key for key in read if key in engine and key not in SUBMITTED]
+    left = [key for key in read if key in engine_keys() and key not in SUBMITTED]
     if left:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in left)
         note(f"--config {shown(config)}: the server has its own {names}, so the file's is not sent")
