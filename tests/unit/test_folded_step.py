@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from blocks import MASK, distance, tables, through_blocks
 from tiny import TINY, normal, tiny_transformer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_sp.models import folded_step
 from opensora_sp.models.folded_step import FoldedStep
@@ -109,6 +110,28 @@ def test_the_operations(dtype: torch.dtype) -> None:
     heads = (100 * normal(3, 4, 3, 2, 8)).to(dtype).unbind(-3)[1]  # strided, as in a qkv product
     expected = rms_norm(heads.double(), torch.ones(8).double())
     assert distance(head_norm(heads).double(), expected) < limit
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch has no such product"
+)
+@pytest.mark.parametrize(("capability", "fused"), [("AVX2", False), ("AVX512", True)])
+def test_gelu_in_a_float32_product_where_that_is_faster(
+    capability: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    called: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, w, bias = normal(3, 4, 6), normal(8, 6), normal(8, seed=5)
+    with Record():
+        made = linear_gelu(x, w, bias)
+    assert any("_linear_pointwise" in name for name in called) is fused
+    assert distance(made, F.gelu(F.linear(x, w, bias), approximate="tanh")) < 1e-6
 
 
 def test_auto_is_chosen_by_the_whole_video() -> None:

@@ -55,12 +55,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _has_onednn_gelu(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and computes_natively(x.dtype)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    if x.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if x.dtype == torch.float32:
+        # Without AVX-512 its product takes longer than the one behind F.linear and a pass for the
+        # GELU together: docs/speed.md has the times.
+        return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return x.dtype == torch.bfloat16 and computes_natively(x.dtype)
 
 
 def head_norm_(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
