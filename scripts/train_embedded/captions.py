@@ -151,12 +151,15 @@ def _on(scene: Scene, rng: np.random.Generator) -> str:
     return f" {over} a background that fades from {first} to {last}"
 
 
-FACTS = (*COLOURS, *SHAPES, *MOTIONS, *(f"pan {way}" for way in PANS))
+# Which colour is which object's is a fact of its own: two objects are told by it.
+OBJECTS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+FACTS = (*COLOURS, *SHAPES, *MOTIONS, *(f"pan {way}" for way in PANS), *OBJECTS)
 
 
 def facts(scene: Scene) -> list[bool]:
     """Which of FACTS a caption of the scene tells; a picture's tells no motion."""
     told = {fact for thing in scene.things for fact in (thing.colour, thing.shape)}
+    told |= {f"{thing.colour} {thing.shape}" for thing in scene.things}
     if scene.frames > 1:
         told |= {thing.motion for thing in scene.things}
     if scene.pan:

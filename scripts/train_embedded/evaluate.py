@@ -3,7 +3,9 @@
 Everything goes through the program's own pipeline and is seen by the judge. WHAT, all by default:
 
     prompts    60 fixed prompts x 2 seeds, in phrasings and combinations that were not trained
-    beside     two objects, 144 lines, long clips: reported as they are
+    beside     144 lines, long clips, two objects: reported as they are
+    large      the largest size at its full length
+    spins      squares and triangles that spin
     image      40 pictures set in motion
     extend     20 clips continued: how far the object is at the seam from where it should be
     vae        round trip of held-out clips
@@ -30,6 +32,7 @@ from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Checkpoints, Request
 from scripts.train_embedded.captions import UNTRAINED, describe
 from scripts.train_embedded.judge import as_uint8, look
+from scripts.train_embedded.latents import LARGEST
 from scripts.train_embedded.world import (
     BACKGROUNDS,
     COLOURS,
@@ -46,6 +49,7 @@ from scripts.train_embedded.world import (
 PROMPTS = Path(__file__).with_name("prompts.json")
 SIZES = ((64, 96), (96, 96), (80, 128), (96, 144))
 SEEDS = (1, 2)
+FRAMES = 51  # of the longest clips
 BATCH = 10
 
 
@@ -147,17 +151,45 @@ def beside(clips: Clips) -> None:
     for frames in (34, 51):
         made = clips.make(ask(asked, 1, (64, 96), num_frames=frames))
         print(f"{frames} frames:", score(asked, made), flush=True)
+    for size, frames in (((64, 96), 17), (LARGEST, FRAMES)):
+        two_objects(clips, size, frames)
+
+
+def large(clips: Clips) -> None:
+    """The largest size at its full length."""
+    asked = fixed_prompts()[:20]
+    made = clips.make(ask(asked, 1, LARGEST, num_frames=FRAMES))
+    print(f"{LARGEST[0]}x{LARGEST[1]}, {FRAMES} frames: {score(asked, made)}", flush=True)
+
+
+def two_objects(clips: Clips, size: tuple[int, int], frames: int) -> None:
+    """20 clips of two objects: whether both have their colours, and their shapes too."""
     rng = np.random.default_rng(2)
     wanted, texts = [], []
     for _ in range(20):
-        scene = draw_scene(rng, (64, 96), 17, things=2)
+        scene = draw_scene(rng, size, frames, things=2)
         wanted.append({(thing.colour, thing.shape) for thing in scene.things})
         texts.append(Asked(describe(scene, rng), "", "", ""))
-    seen = [{(o.colour, o.shape) for o in look(v)} for v in clips.make(ask(texts, 1, (64, 96)))]
+    made = clips.make(ask(texts, 1, size, num_frames=frames))
+    seen = [{(o.colour, o.shape) for o in look(video)} for video in made]
     both = list(zip(wanted, seen, strict=True))
     colours = ({c for c, _ in want} == {c for c, _ in found} for want, found in both)
-    print("two objects:", share("both colours", colours), end=", ")
+    print(f"two objects, {size[0]}x{size[1]}, {frames} frames:", end=" ")
+    print(share("both colours", colours), end=", ")
     print(share("both colours and shapes", (want == found for want, found in both)), flush=True)
+
+
+def spins(clips: Clips) -> None:
+    """20 clips of a square or triangle that spins, small and short, then large and long."""
+    for size, frames in (((64, 96), 17), (LARGEST, FRAMES)):
+        rng = np.random.default_rng(5)
+        asked = []
+        for _ in range(20):
+            scene = draw_scene(rng, size, frames, things=1, motion="spin")
+            thing = scene.things[0]
+            asked.append(Asked(describe(scene, rng), thing.colour, thing.shape, "spin"))
+        made = clips.make(ask(asked, 1, size, num_frames=frames))
+        print(f"spins, {size[0]}x{size[1]}, {frames} frames: {score(asked, made)}", flush=True)
 
 
 def image(clips: Clips) -> None:
@@ -261,6 +293,8 @@ def guidance(clips: Clips) -> None:
 WHAT = {
     "prompts": prompts,
     "beside": beside,
+    "large": large,
+    "spins": spins,
     "image": image,
     "extend": extend,
     "vae": vae,

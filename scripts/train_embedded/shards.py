@@ -13,13 +13,12 @@ from torch import Tensor
 from opensora_sp.base.geometry import patch_grid
 from opensora_sp.models.tensor_files import load_tensor_file
 from scripts.train_embedded.latents import shard_path
-from scripts.train_embedded.vae import CLIP
 
 TOKENS = 1400  # patches of all frames in a batch, about
 # Shape and place are learnt from pictures first, of which a batch holds four times as many.
 # (until step, share of the batches)
 PICTURES = ((6500, 0.5), (math.inf, 0.25))
-LONG = 3.0  # clips of several chunks come up so many times as often
+FEWEST, MOST = 2, 48  # clips of a batch
 
 
 class Shards:
@@ -43,12 +42,10 @@ class Shards:
         return [*self.pieces.encode(text), self.pieces.eos_id()]
 
     def draw(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
-        """A batch of pictures, or of clips of one shape, in which each comes up equally often."""
+        """A batch of pictures, or of clips of one shape: as often as the shape has shards."""
         pictures = rng.random() < next(share for until, share in PICTURES if step < until)
         shapes = [shape for shape in self.buckets if (shape[2] == 1) == pictures]
-        # A batch of small clips holds more of them.
-        weights = np.array([len(self.buckets[s]) * self._count(s) for s in shapes], dtype=float)
-        weights *= [LONG if shape[2] > CLIP else 1.0 for shape in shapes]
+        weights = np.array([len(self.buckets[shape]) for shape in shapes], dtype=float)
         shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
         shards, count = self.buckets[shape], self._count(shape)
         chosen = [_pick(rng, shards) for _ in range(count)]
@@ -73,7 +70,7 @@ class Shards:
         """Clips in a batch of this shape."""
         z = self.buckets[shape][0]["z"]
         rows, columns = patch_grid(z.shape[3], z.shape[4])
-        return max(4, min(48, TOKENS // (rows * columns * z.shape[2])))
+        return max(FEWEST, min(MOST, TOKENS // (rows * columns * z.shape[2])))
 
 
 def _pick(rng: np.random.Generator, shards: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:

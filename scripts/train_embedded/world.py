@@ -52,6 +52,9 @@ MOTIONS = (*DIRECTIONS, *OTHER_MOTIONS)
 PANS = ("left", "right", "up", "down")  # where the camera turns; the picture goes the other way
 
 EDGE = 2.2  # pixels over which an edge fades
+# Turns in a chunk of frames, least and most. A square that turns by an eighth from one key frame to
+# the next has no direction any more: a chunk has four such steps.
+TURNS, CHUNK = (0.18, 0.3), 17
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,13 @@ def draw_scene(
     frames: int,
     *,
     things: int | None = None,
+    motion: str | None = None,
     training: bool = True,
 ) -> Scene:
     """A scene of the given size; `training` leaves out the combinations that are held out.
 
-    `things` None: mostly one object, sometimes two. A clip of one frame moves nothing.
+    `things` None: mostly one object, sometimes two. `motion` None: drawn for each object. A clip of
+    one frame moves nothing.
     """
     count = things or (2 if rng.random() < 0.1 else 1)
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -116,7 +121,7 @@ def draw_scene(
         colours = [name for name in COLOURS if name not in {thing.colour for thing in drawn}]
         slot = None if count == 1 else index
         while True:
-            thing = _draw_thing(rng, size, frames, colours, slot)
+            thing = _draw_thing(rng, size, frames, colours, slot, motion)
             if not training or not held_out(thing.colour, thing.shape, thing.motion):
                 break
         drawn.append(thing)
@@ -132,12 +137,13 @@ def _draw_thing(
     frames: int,
     colours: list[str],
     slot: int | None,
+    wanted: str | None,
 ) -> Thing:
     """One object; of two, each keeps to its own half of the longer side."""
-    shape = str(rng.choice(SHAPES))
+    shape = str(rng.choice([s for s in SHAPES if wanted != "spin" or s not in ROUND]))
     # Directions are eight, and what is asked for most.
     motions = list(DIRECTIONS) if rng.random() < 0.72 else list(OTHER_MOTIONS)
-    motion = str(rng.choice(motions)) if frames > 1 else "still"
+    motion = str(rng.choice([wanted] if wanted else motions)) if frames > 1 else "still"
     if motion == "spin" and shape in ROUND:
         motion = "still"
     diameter = float(rng.uniform(0.42, 0.56) if slot is None else rng.uniform(0.38, 0.44))
@@ -153,12 +159,13 @@ def _draw_thing(
         along = 0 if size[1] >= size[0] else 1
         room[along] = extents[along] / 2 - diameter
         low[along] = slot * extents[along] / 2
-    return _placed(rng, thing, extents, low, room)
+    return _placed(rng, thing, frames, extents, low, room)
 
 
 def _placed(
     rng: np.random.Generator,
     thing: Thing,
+    frames: int,
     extents: list[float],
     low: list[float],
     room: list[float],
@@ -171,7 +178,9 @@ def _placed(
     if steps != (0, 0):
         longest = min(room[axis] for axis in (0, 1) if steps[axis])
         travel = min(float(rng.uniform(0.55, 1.0)) * longest, 1.0)
-    turns = float(rng.uniform(0.3, 0.7) * rng.choice([-1, 1])) if thing.motion == "spin" else 0.0
+    turns = 0.0
+    if thing.motion == "spin":
+        turns = float(rng.uniform(*TURNS) * rng.choice([-1, 1])) * frames / CHUNK
     swings = 0.0
     if thing.motion == "bounce":
         travel, swings = float(rng.uniform(0.6, 1.0)) * room[1], float(rng.uniform(0.9, 1.6))
@@ -195,7 +204,7 @@ def _panned(rng: np.random.Generator, scene: Scene) -> Scene:
     short = min(scene.height, scene.width)
     extents = [scene.width / short, scene.height / short]
     room = [extents[0] - thing.diameter, extents[1] - thing.diameter]
-    moving = _placed(rng, replace(thing, motion=opposite), extents, [0.0, 0.0], room)
+    moving = _placed(rng, replace(thing, motion=opposite), scene.frames, extents, [0.0, 0.0], room)
     still = replace(moving, motion="still", travel=0.0)
     return replace(scene, things=(still,), pan=pan, pan_travel=moving.travel)
 

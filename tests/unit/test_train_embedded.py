@@ -67,10 +67,10 @@ def test_a_seed_is_a_scene_and_its_caption() -> None:
 
 def test_facts_are_what_the_caption_tells() -> None:
     told = {name for name, is_told in zip(FACTS, facts(scene("left")), strict=True) if is_told}
-    assert told == {"blue", "square", "left"}
+    assert told == {"blue", "square", "blue square", "left"}
     panned = replace(scene("still"), pan="up")
     told = {name for name, is_told in zip(FACTS, facts(panned), strict=True) if is_told}
-    assert told == {"blue", "square", "pan up"}
+    assert told == {"blue", "square", "blue square", "pan up"}
 
 
 @pytest.mark.parametrize(
