@@ -10,6 +10,7 @@ from pathlib import Path
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.jobs.open import Engine, announce
 from opensora_sp.jobs.schedule import Work
+from opensora_sp.models.text_pieces import load_pieces
 from opensora_sp.parallel.session import Session
 from opensora_sp.request.caption_notes import MOST_NOTES, check_captions
 from opensora_sp.request.request import Job
@@ -58,9 +59,7 @@ def say_captions(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
 
 
 def _tell(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
-    from opensora_sp.models.text_encoder import TextEncoder
-
-    pieces = TextEncoder.tokenizer(pipeline.models.checkpoints.t5)
+    pieces = load_pieces(pipeline.models.checkpoints.t5)
     settings = job.settings
     tasks = {task.request.prompt: task for w in works if not w.denoised for task in w.tasks}
     notes = []

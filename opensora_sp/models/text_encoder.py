@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_sp.base import access
-from opensora_sp.base.errors import CheckpointError, UserError
+from opensora_sp.base.errors import CheckpointError
 from opensora_sp.models.checkpoint import WeightFiles, load_module, read_config
 from opensora_sp.models.configs import T5, checked
 from opensora_sp.models.kernels.int8_linear import quantize_
 from opensora_sp.models.offload import OffloadedModuleList
+from opensora_sp.models.text_pieces import PIECES_FILE, load_pieces
 
 _WEIGHT_STEMS = ("pytorch_model", "model")
 _LAYERS = "encoder.block."
-_PIECES_FILE = "spiece.model"
-_MOST_PIECES_BYTES = 64 << 20  # T5's has 0.8 MB
 
 
 @dataclass(frozen=True)
@@ -101,23 +99,15 @@ class TextEncoder:
         return int(model.config.d_model)
 
     @staticmethod
-    def tokenizer(directory: Path) -> Any:
-        """The SentencePiece processor of a checkpoint directory, without its model.
-
-        Raises CheckpointError where there is none.
-        """
-        return _load_pieces(Path(directory) / _PIECES_FILE)
-
-    @staticmethod
     def _open(directory: Path) -> tuple[Any, Any]:
         """The model on the meta device and the tokenizer."""
         config = read_config(directory, T5)
-        pieces = TextEncoder.tokenizer(directory)
+        pieces = load_pieces(directory)
         model = build_t5(config, origin=f"{directory}/config.json")
         vocabulary = model.get_input_embeddings().num_embeddings
         if pieces.vocab_size() > vocabulary:
             raise CheckpointError(
-                f"{_PIECES_FILE} in {directory} has {pieces.vocab_size()} pieces, more than "
+                f"{PIECES_FILE} in {directory} has {pieces.vocab_size()} pieces, more than "
                 f"vocab_size {vocabulary} in config.json: give files of one checkpoint"
             )
         return model, pieces
@@ -215,30 +205,3 @@ def build_t5(config: Mapping[str, Any], *, origin: str = "config.json") -> Any:
 
 def _is_wo(name: str) -> bool:
     return name.endswith(".wo.weight")
-
-
-def _load_pieces(path: Path) -> Any:
-    """The SentencePiece model itself, not transformers' tokenizer: one behaviour in every version.
-
-    transformers converts this file anew in each major version, and needs protobuf or even a hub
-    for it; the pieces, their scores and the normaliser are all in the file.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    if not access.is_file(path):
-        raise CheckpointError(
-            f"no {path.name} in {path.parent}: give the directory of T5 v1.1's encoder"
-        )
-    try:
-        raw = access.read_bytes(path, limit=_MOST_PIECES_BYTES)
-    except UserError as error:
-        raise CheckpointError(str(error)) from None
-    try:
-        pieces = SentencePieceProcessor(model_proto=raw)
-    except (OSError, RuntimeError, ValueError) as error:  # of its own message, which is no UTF-8
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a SentencePiece model: download it again"
-        ) from error
-    if pieces.eos_id() < 0 or pieces.pad_id() < 0:
-        raise CheckpointError(f"{path} has no end or padding piece: it is not T5's")
-    return pieces

@@ -74,9 +74,9 @@ def test_nothing_is_said_of_punctuation_case_and_escapes(prompt: str) -> None:
 
 
 def embedded_tokenizer() -> Any:
-    from opensora_sp.models.text_encoder import TextEncoder
+    from opensora_sp.models.text_pieces import load_pieces
 
-    return TextEncoder.tokenizer(EMBEDDED / "t5")
+    return load_pieces(EMBEDDED / "t5")
 
 
 @pytest.mark.parametrize("limit", [2, 7, 12])
