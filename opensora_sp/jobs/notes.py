@@ -65,7 +65,7 @@ def _tell(pipeline: Pipeline, job: Job, works: Sequence[Work]) -> None:
     notes = []
     for task in tasks.values():
         for one in check_captions(task.request, pieces, pipeline.models.max_length(task.request)):
-            notes += one.notes(refined=settings.llm_refine)
+            notes += one.notes(translates=not settings.llm_refine)
             if settings.verbose > 1:
                 clip = f" from clip {one.clip} on" if one.clips > 1 else ""
                 _log.info("%s%s is told: %r", task.output.name, clip, one.caption)

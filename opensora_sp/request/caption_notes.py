@@ -51,12 +51,12 @@ class CaptionCheck:
     unread: str = ""
     unknown: Sequence[str] = ()
 
-    def notes(self, *, refined: bool = False) -> list[str]:
-        """A line for each kind of difference. refined: a language model rewrote the prompt."""
+    def notes(self, *, translates: bool = True) -> list[str]:
+        """A line for each kind of difference. translates: whether --llm-refine is to be named."""
         where = f"prompt {shown(self.prompt)}"
         if self.clips > 1:
             where += f", the text from clip {self.clip} on"
-        translated = "" if refined else " (--llm-refine true translates)"
+        translated = " (--llm-refine true translates)" if translates else ""
         said = []
         if self.lost:
             hint = (

@@ -20,7 +20,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.request.conditions import total_frames
 from opensora_sp.request.request import reference_paths
 from opensora_sp.server.protocol import UPLOADS, BadRequest, as_bad_request
-from opensora_sp.server.served import cost_of, plan_request, why_not
+from opensora_sp.server.served import cost_of, plan_request, prompt_notes, why_not
 from opensora_sp.server.settings import GroupSettings
 
 SECONDS = 20.0
@@ -34,7 +34,7 @@ def judge(
     outputs: Path,
     refuse: bool = True,
 ) -> dict[str, Any]:
-    """What is told again of a request that is right: its size, length and seed; and its cost.
+    """What is told again of a request that is right: its size, length, seed and notes; its cost.
 
     Raises UserError for what the command line would refuse, in its words, and for what does not
     fit the engine. refuse False: that comes back as "reason", None where it fits.
@@ -56,6 +56,7 @@ def judge(
         "seconds": f"{frames / request.save_fps:g}",
         "num_frames": frames,
         "seed": request.seed,
+        "notes": prompt_notes(job),
         "cost": cost_of(engine, job, plan),
     }
     return found if refuse else found | {"reason": reason}

@@ -42,7 +42,10 @@ class JobError(_Answer):
 
 
 class Video(_Answer):
-    """A job as the video API shows it; the fields behind `error` are this server's own."""
+    """A job as the video API shows it; the fields behind `error` are this server's own.
+
+    notes: what the model does not read of the prompt.
+    """
 
     id: str
     object: str
@@ -61,6 +64,7 @@ class Video(_Answer):
     num_frames: int | None
     settings: dict[str, Any]
     files: list[str]
+    notes: list[str]
     file_name: str | None
     inference_time_s: float | None
     stage_durations: dict[str, float]
@@ -92,7 +96,10 @@ class VideoDeleted(_Answer):
 
 
 class Estimate(_Answer):
-    """What a video would need. Seconds are null where nothing is known yet."""
+    """What a video would need. Seconds are null where nothing is known yet.
+
+    notes: what the model does not read of the prompt.
+    """
 
     fits: bool
     reason: str | None
@@ -103,6 +110,7 @@ class Estimate(_Answer):
     estimated_s: float | None
     queue_s: float | None
     tflop: float
+    notes: list[str]
 
 
 class Picture(_Answer):

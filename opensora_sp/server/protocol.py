@@ -335,6 +335,7 @@ def video_json(
         "num_frames": spec.shown.get("num_frames"),
         "settings": spec.shown.get("settings", {}),
         "files": [field for field, _ in spec.shown.get("files", [])],
+        "notes": spec.shown.get("notes", []),
         "file_name": None if result is None else result.file,
         "inference_time_s": None if result is None else round(result.seconds, 3),
         "stage_durations": {} if result is None else result.stages,

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from opensora_sp.base.atomic import atomic_output
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.outside_json import read_object
 from opensora_sp.base.value_types import shown
+from opensora_sp.models.text_pieces import load_pieces
 from opensora_sp.planner.devices import parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
@@ -32,6 +33,8 @@ from opensora_sp.planner.warm import (
     warm_plan,
 )
 from opensora_sp.request import named_configs
+from opensora_sp.request.caption_notes import MOST_NOTES, check_captions
+from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.memory_modes import FASTEST
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.settings import parse_command_line, resolve, size_of
@@ -171,6 +174,26 @@ def why_not(
     frame_count = f"--num-frames {shape.num_frames}"
     blamed = (frame_count, asked) if frames is not None else (asked, frame_count)
     return f"{blamed[0]} with {blamed[1]} does not fit: {short}; {nearest}"
+
+
+def prompt_notes(job: Job) -> list[str]:
+    """What the model does not read of a job's prompt, in lines; as many as a run says at most.
+
+    Where T5's vocabulary is not on this machine, what caption cleaning drops is found alone.
+    """
+    request, checkpoints = job.tasks[0].request, job.engine.checkpoints
+    known = _sizes_of(checkpoints).tokens
+    length = min(request.model_max_length or known, known)
+    found = check_captions(request, _pieces_of(checkpoints or embedded_checkpoints()), length)
+    return [line for one in found for line in one.notes(translates=False)][:MOST_NOTES]
+
+
+@cache
+def _pieces_of(checkpoints: Checkpoints) -> Any:
+    try:
+        return load_pieces(checkpoints.t5)
+    except CheckpointError:
+        return None
 
 
 def cost_of(group: GroupSettings, job: Job, plan: Plan) -> dict[str, Any]:

@@ -269,6 +269,7 @@ def _estimate(
         "estimated_s": rounded(board.estimator.seconds(cost)) if reason is None else None,
         "queue_s": rounded(board.queue_seconds(asked.priority)),
         "tflop": cost["tflop"],
+        "notes": found["notes"],
     }
 
 

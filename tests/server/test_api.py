@@ -193,6 +193,19 @@ def test_an_estimate_says_what_a_job_needs_and_queues_nothing(server: Server) ->
     assert server.jobs() == before
 
 
+def test_words_that_the_model_does_not_read_are_told_with_the_job(server: Server) -> None:
+    _, plain = server.call("POST", "/v1/videos/estimate", {"prompt": "a red ball", **SMALL})
+    assert plain["notes"] == []
+    prompt = "a ball, 一个红球向右滚动 👍"
+    _, known = server.call("POST", "/v1/videos/estimate", {"prompt": prompt, **SMALL})
+    dropped, unknown = known["notes"]
+    assert "not read are '一个红球向右滚动', which caption cleaning drops" in dropped
+    assert "the text encoder has no letters for '👍'" in unknown
+    assert "--" not in dropped + unknown, "a flag is of no use to a client"
+    job_id = server.create(prompt=prompt)
+    assert server.wait(job_id)["notes"] == known["notes"]
+
+
 @pytest.mark.parametrize(
     ("size", "frames", "param", "words"),
     [("426x240", 408, "num_frames", "at this size"), ("1280x720", 17, "size", "426x240 at this")],

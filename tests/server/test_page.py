@@ -196,6 +196,13 @@ def test_a_video_is_watched_while_it_is_made_and_after_a_reload_and_stopped(
     assert " 0.0 GB" not in page.locator("#estimate").inner_text()
 
 
+def test_words_that_the_model_does_not_read_are_told_while_they_are_written(page: Any) -> None:
+    page.fill("#prompt", "一个红球")
+    page.locator("#unread:has-text('一个红球')").wait_for()
+    page.fill("#prompt", "a red ball")
+    until(page, "document.getElementById('unread').textContent === ''")
+
+
 def test_a_picture_starts_a_video_that_is_played_made_again_and_continued(page: Any) -> None:
     file = io.BytesIO()
     Image.new("RGB", (48, 32), "blue").save(file, "PNG")

@@ -78,10 +78,13 @@ def test_a_form_holds_the_flags_and_the_files(
     picture.write_bytes(b"\x89PNG" + bytes(range(256)) * 9000)
     token = tmp_path / "token"
     token.write_text("me:0123456789abcdef\n", encoding="utf-8")
-    server.says({"id": ID})
+    server.says({"id": ID, "notes": ["not read are '\x1b[31m猫'"]})
     words = ["--image", str(picture), "--image-size", "32", "48", "--cfg-scale", "3"]
     words += ["--config", "144p-2s", "--priority", "2", "--token-file", str(token)]
-    assert said(capsys, "submit", "--prompt", "a ball", "b", *words)[0].split() == [ID, ID]
+    ids, notes = said(capsys, "submit", "--prompt", "a ball", "b", *words)
+    assert ids.split() == [ID, ID]
+    assert notes.count("note: not read are ") == 2
+    assert "\x1b" not in notes
     method, path, headers, body = server.asked[0]
     assert (method, path) == ("POST", "/v1/videos")
     assert headers["authorization"] == "Bearer 0123456789abcdef"

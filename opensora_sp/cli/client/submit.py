@@ -83,8 +83,10 @@ def _submit(words: list[str]) -> int:
     waits = own.wait or own.output is not None
     ids = []
     for form in forms:
-        job_id = check_id(str(server.call("POST", "/v1/videos", form).get("id")))
+        video = server.call("POST", "/v1/videos", form)
+        job_id = check_id(str(video.get("id")))
         ids.append(job_id)
+        _say_notes(video)
         if not waits:
             result(job_id)
     if not waits:
@@ -94,6 +96,13 @@ def _submit(words: list[str]) -> int:
     except KeyboardInterrupt:
         note(f"the jobs go on; opensora-sp fetch {' '.join(ids)} downloads them")
         raise
+
+
+def _say_notes(video: Mapping[str, Any]) -> None:
+    """What the server says of the prompt, such as words that the model does not read."""
+    found = video.get("notes")
+    for line in found if isinstance(found, list) else []:
+        note(line)
 
 
 def _exact(output: Path | None, count: int) -> Path | None:

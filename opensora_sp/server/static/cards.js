@@ -136,6 +136,7 @@ function madeParts(job) {
   const took = job.inference_time_s == null ? "" : time(job.inference_time_s);
   parts.push(make("p", facts(job, say(job.status), took), "soft"));
   if (job.error) parts.push(make("p", job.error.message, "problem"));
+  if (job.notes?.length) parts.push(make("p", say("unread", { notes: job.notes.join(" ") }), "soft"));
   parts.push(details(job), actions(job, file, still));
   return parts;
 }

@@ -128,6 +128,7 @@ export function queueMoved() {
 async function estimate() {
   const number = ++asked;
   const place = by("estimate");
+  const unread = by("unread");
   const body = { ...fields() };
   body.prompt ||= "-";
   let found;
@@ -137,14 +138,15 @@ async function estimate() {
       { method: "POST", headers, body: JSON.stringify(body) });
     if ([401, 404, 405].includes(answer.status)) {
       estimates = answer.status === 401;
-      place.textContent = "";
+      place.textContent = unread.textContent = "";
       return;
     }
     found = await answer.json();
-  } catch { place.textContent = ""; return; }
+  } catch { place.textContent = unread.textContent = ""; return; }
   if (number !== asked) return; // a later one is on its way
   forget();
   waits = found.queue_s > 1;
+  unread.textContent = found.notes?.length ? say("unread", { notes: found.notes.join(" ") }) : "";
   if (found.error) {
     place.textContent = "";
     problem(found.error.param, found.error.message);
