@@ -272,7 +272,8 @@ def teach_readers(models: Models, shards: Shards, first: int, session: Session) 
     for step in range(READERS_ALONE):
         rng = np.random.default_rng([SEED, first, step])
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(models, shards.draw(rng, first), rng, session.device)
+        batch = shards.draw(rng, shards.draw_shape(rng, first))
+        loss = loss_of(models, batch, rng, session.device)
         loss.backward(inputs=readers)
         optimizer.step()
         if session.leads and (step % 50 == 0 or step + 1 == READERS_ALONE):
@@ -320,12 +321,14 @@ def train(directory: Path, steps: int, batches: int, session: Session) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, begun)
         optimizer.zero_grad(set_to_none=True)
+        # All batches of a step are of one shape, and so of one length: no rank waits for another.
+        shape = shards.draw_shape(np.random.default_rng([SEED, step]), step)
         for number in range(session.rank, batches, session.world_size):
             rng = np.random.default_rng([SEED, step, number])
             if step < WORDS_ALONE:
                 loss = words_loss(models, shards, rng, device)
             else:
-                loss = loss_of(models, shards.draw(rng, step), rng, device)
+                loss = loss_of(models, shards.draw(rng, shape), rng, device)
             (loss / batches).backward()
             losses.append(float(loss.detach()))
         add_gradients(models, session)

@@ -41,12 +41,15 @@ class Shards:
         """Token ids with the end token."""
         return [*self.pieces.encode(text), self.pieces.eos_id()]
 
-    def draw(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
-        """A batch of pictures, or of clips of one shape: as often as the shape has shards."""
+    def draw_shape(self, rng: np.random.Generator, step: int) -> tuple[int, int, int]:
+        """Height, width and frames of a step's batches; a shape comes as often as it has shards."""
         pictures = rng.random() < next(share for until, share in PICTURES if step < until)
         shapes = [shape for shape in self.buckets if (shape[2] == 1) == pictures]
         weights = np.array([len(self.buckets[shape]) for shape in shapes], dtype=float)
-        shape = shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
+        return shapes[int(rng.choice(len(shapes), p=weights / weights.sum()))]
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, int, int]) -> dict[str, Any]:
+        """A batch of pictures, or of clips, of that shape."""
         shards, count = self.buckets[shape], self._count(shape)
         chosen = [_pick(rng, shards) for _ in range(count)]
         return {
