@@ -206,7 +206,8 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     _log.info(
-        f"{request.num_frames} frames of {request.height}x{request.width} as {frames}x{height}x"
-        f"{width} latents ({rows * columns} patches a frame), {request.steps} steps, "
+        f"{request.num_frames} frame{'s' * (request.num_frames > 1)} of "
+        f"{request.height}x{request.width} as {frames}x{height}x{width} latents "
+        f"({rows * columns} patches a frame), {request.steps} step{'s' * (request.steps > 1)}, "
         f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})"
     )

@@ -27,7 +27,8 @@ def describe(plan: Plan, memory: float | None, flop_rate: float | None, link: fl
     """The plan's figures, a line each."""
     shape = plan.shape
     lines = [
-        f"{shape.num_frames} frames of {shape.height}x{shape.width}, batch {shape.batch}, "
+        f"{shape.num_frames} frame{'s' * (shape.num_frames > 1)} of "
+        f"{shape.height}x{shape.width}, batch {shape.batch}, "
         f"{_steps(shape)}, {shape.dtype}, on {plan.mesh.size} rank(s): {plan.mesh}",
         f"--memory {plan.mode}; peak of the busiest rank by stage, in GB:",
     ]

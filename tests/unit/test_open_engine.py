@@ -117,7 +117,7 @@ def test_a_sheet_and_progress_are_of_their_own_job(
         loud = job_of(tmp_path / "loud", "--prompt", "x", *IMAGE, "--verbose", "1", "--sheet")
         run_job(engine, loud)
         said = capsys.readouterr().err
-        assert "1 frames of 32x48" in said
+        assert "1 frame of 32x48" in said
         assert "denoise: 100%" in said
         run_job(engine, job_of(tmp_path / "again", "--prompt", "x", *IMAGE))
         assert capsys.readouterr().err == ""
