@@ -6,6 +6,7 @@ functions, and PyAV by `ssim` alone, so that a command line is checked without t
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 from fractions import Fraction
@@ -109,6 +110,7 @@ def ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
     with tempfile.TemporaryDirectory(prefix="opensora-sp-ssim-") as folder:
         path = Path(folder) / "frames"
         _filter_ssim(a, b, path)
+        gc.collect()  # PyAV 19's graph and its filters hold each other, and the file with them
         lines = path.read_text(encoding="ascii").splitlines()
     found = np.array([float(line.split("All:")[1].split()[0]) for line in lines])
     if len(found) != count:
