@@ -21,6 +21,7 @@ from scripts.train_embedded.state import read_state
 from scripts.train_embedded.tokens import tokenizer_files
 
 TARGET = Path(__file__).resolve().parents[2] / "opensora_sp" / "assets" / "embedded"
+FLOW_PARTS = ("dit.", "t5.")
 EXACT = ("rope.freqs", "shift", "scale")  # float32 in the published files too
 
 
@@ -36,6 +37,20 @@ def export(states: Path, target: Path) -> None:
     write_safetensors(target / "dit" / "model.safetensors", part(average, "dit."))
     write_t5(part(average, "t5."), target / "t5")
     (target / "t5" / "spiece.model").write_bytes((states / "spiece.model").read_bytes())
+
+
+def export_flow(states: Path, path: Path) -> None:
+    """Write the transformer and the text encoder alone, for a training that goes on elsewhere."""
+    flow = read_state(states / "flow.pt", torch.device("cpu"))
+    if flow is None:
+        raise SystemExit(f"{states} has no flow.pt: run that stage first")
+    weights = {
+        prefix + name: weight
+        for prefix in FLOW_PARTS
+        for name, weight in part(flow["average"], prefix).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, weights, step=str(flow["step"]))
 
 
 def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -86,11 +101,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_safetensors(path: Path, weights: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, weights: Mapping[str, Tensor], **metadata: str) -> None:
     """In the order that the format itself puts the weights in."""
     from safetensors.torch import save
 
-    path.write_bytes(save(dict(weights), metadata={"format": "pt"}))
+    path.write_bytes(save(dict(weights), metadata={"format": "pt", **metadata}))
 
 
 def main() -> None:
@@ -98,7 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the states are kept")
     parser.add_argument("--to", type=Path, default=TARGET)
+    parser.add_argument(
+        "--flow", type=Path, metavar="FILE", help="only what flow trains, for restore --flow"
+    )
     arguments = parser.parse_args()
+    if arguments.flow:
+        export_flow(arguments.directory, arguments.flow)
+        print(f"{arguments.flow}: {arguments.flow.stat().st_size / 1e6:.2f} MB")
+        return
     export(arguments.directory, arguments.to)
     size = sum(path.stat().st_size for path in arguments.to.rglob("*") if path.is_file())
     print(f"{arguments.to}: {size / 1e6:.2f} MB")

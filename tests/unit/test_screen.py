@@ -214,7 +214,7 @@ and up to 51 frames; others look worse (--config embedded is a size that it know
 note: --flash-attn has no effect: --attention chooses the kernel
 note: no --ckpt-path flags: the small embedded model is used
 note: CPU threads of a rank: 1
-1 frames of 32x48 as 1x4x6 latents (6 patches a frame), 1 steps, torch.float32 on 1 x cpu \
+1 frame of 32x48 as 1x4x6 latents (6 patches a frame), 1 step, torch.float32 on 1 x cpu \
 (1 × 1 × 1 (replicas × guidance × sequence))
 sample_0000.png is told: 'a red ball aesthetic score: 6.5.'
 sample_0001.png is told: 'ein ball 👍 aesthetic score: 6.5.'
@@ -236,7 +236,7 @@ note: sample_0000.png is there already and is another request's, so this one bec
 {folder}/sample_0000_2.png
 note: --resume: nothing of this run has been begun in its --save-dir, so all of it starts from the \
 beginning
-1 frames of 32x48 as 1x4x6 latents (6 patches a frame), 1 steps, torch.float32 on 1 x cpu \
+1 frame of 32x48 as 1x4x6 latents (6 patches a frame), 1 step, torch.float32 on 1 x cpu \
 (1 × 1 × 1 (replicas × guidance × sequence))
 sample_0000_2.png is told: 'a blue ball aesthetic score: 6.5.'
 done in N s

@@ -140,6 +140,24 @@ def test_a_frames_place_knows_that_chunks_follow_at_once() -> None:
     assert starts.nonzero().flatten().tolist() == [0, 5]
 
 
+def test_a_training_goes_on_from_one_file(tmp_path: Path, embedded_dir: Path) -> None:
+    from scripts.train_embedded.export import export_flow
+    from scripts.train_embedded.restore import restore
+
+    restore(embedded_dir, tmp_path / "states", step=7)
+    state = torch.load(tmp_path / "states" / "flow.pt", weights_only=True)
+    state["average"] = {n: w + 1 if n.startswith("dit.") else w for n, w in state["model"].items()}
+    torch.save(state, tmp_path / "states" / "flow.pt")
+    export_flow(tmp_path / "states", tmp_path / "flow.safetensors")
+    restore(embedded_dir, tmp_path / "others", step=0, flow=tmp_path / "flow.safetensors")
+    again = torch.load(tmp_path / "others" / "flow.pt", weights_only=True)
+    assert again["step"] == 7
+    for name in ("dit.final_layer.linear.weight", "t5.shared.weight"):
+        expected = state["average"][name].bfloat16().float()
+        torch.testing.assert_close(again["model"][name].float(), expected, rtol=0, atol=0)
+        assert torch.equal(again["average"][name], again["model"][name])
+
+
 @pytest.mark.slow
 def test_training_goes_on_from_the_shipped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
