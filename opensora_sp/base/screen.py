@@ -57,6 +57,28 @@ def note(message: object) -> None:
         print(f"note: {one_line(message)}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def nothing_on_stdout() -> Iterator[None]:
+    """While a library works that writes to standard output by itself, where results are awaited.
+
+    The Gloo of torch 2.10 tells there of every group of ranks, from C++. Of the whole process, so
+    it is for moments in which no thread has a result to print.
+    """
+    try:
+        sys.stdout.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError, AttributeError):  # closed, or none
+        yield
+        return
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def warn_once(log: logging.Logger, kind: str, message: object) -> None:
     """Log a warning, but of each kind of trouble only the first time in a command."""
     if kind not in _noted:

@@ -23,6 +23,7 @@ from opensora_sp.base.launcher import (
     port_taken,
 )
 from opensora_sp.base.processes import Process
+from opensora_sp.base.screen import nothing_on_stdout
 from opensora_sp.parallel.backend import (
     device_module,
     load_plugin,
@@ -176,7 +177,7 @@ class Session:
         for ranks in groups:
             group = None
             if len(ranks) > 1 and made is None:
-                with self.control.mark.inside("new_group"):
+                with self.control.mark.inside("new_group"), nothing_on_stdout():
                     group = dist.new_group(ranks)
             elif len(ranks) > 1 and self.rank in ranks and made is not None:
                 group = made[tuple(ranks)]
@@ -283,9 +284,10 @@ def _make_world(backend: str, launch: Launch, timeout_s: float, colossal: Coloss
         missing = others_missing if launch.rank == 0 else nobody_answers
         raise missing(launch, time.monotonic() - started) from error
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
-    )
+    with nothing_on_stdout():
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
 
 
 def _meet(launch: Launch, limit: timedelta) -> Any:
@@ -326,7 +328,8 @@ def _alone(session: Session, limits: Limits | None) -> Iterator[Session]:
 
 def _side_group(ranks: list[int] | None = None) -> Any:
     """A group for control data and long waits; ranks None: all of them."""
-    return dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
+    with nothing_on_stdout():
+        return dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S))
 
 
 def _close(session: Session) -> None:

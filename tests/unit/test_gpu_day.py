@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.verification.tracing import without_memory
@@ -160,8 +161,8 @@ def test_the_other_tasks_of_the_full_size_on_tensors_without_memory(task: Task) 
         stages.DECODE,
         stages.TEXT,
     )
-    if task.part == stages.TEXT and torch.__version__.startswith("2.3."):
-        pytest.skip("accelerate cannot build a model of torch 2.3's tensors without memory")
+    if task.part == stages.TEXT and "fake_device" in FakeTensor.__annotations__:
+        pytest.skip("accelerate cannot build a model of this torch's tensors without memory")
     with without_memory():
         rows = list(task.measure(replace(FULL, sizes=SHALLOW), Budget.of(1e6)))
     assert rows

@@ -207,6 +207,25 @@ def test_a_path_is_printed_so_that_it_opens(tmp_path: Path) -> None:
     assert b"\x1b[31m" not in done.stderr
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_library_that_writes_to_standard_output_is_not_heard(closed: bool) -> None:
+    code = (
+        "import os, sys\n"
+        "from opensora_sp.base.screen import nothing_on_stdout\n"
+        "print('before')\n"
+        + "os.close(1)\n" * closed
+        + "with nothing_on_stdout():\n"
+        + "    os.write(1, b'[Gloo] Rank 0\\n')\n" * (not closed)
+        + "    made = True\n"
+        "os.write(2, b'made' * made)\n" + "print('after')\n" * (not closed)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=not closed
+    )
+    assert done.stderr.startswith(b"made")
+    assert done.stdout == (b"" if closed else b"before\nafter\n")
+
+
 # Standard error of a run as it was when every line was printed and none was logged.
 FIRST_RUN = """\
 note: 1 frame of 32x48 (height x width): the small embedded model has learnt sides from 64 to 144 \
