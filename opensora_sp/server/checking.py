@@ -56,7 +56,7 @@ def judge(
         "seconds": f"{frames / request.save_fps:g}",
         "num_frames": frames,
         "seed": request.seed,
-        "notes": prompt_notes(job),
+        "notes": prompt_notes(engine, job),
         "cost": cost_of(engine, job, plan),
     }
     return found if refuse else found | {"reason": reason}

@@ -176,15 +176,19 @@ def why_not(
     return f"{blamed[0]} with {blamed[1]} does not fit: {short}; {nearest}"
 
 
-def prompt_notes(job: Job) -> list[str]:
+def prompt_notes(group: GroupSettings, job: Job) -> list[str]:
     """What the model does not read of a job's prompt, in lines; as many as a run says at most.
 
-    Where T5's vocabulary is not on this machine, what caption cleaning drops is found alone.
+    Where T5's vocabulary is not known here, what caption cleaning drops is found alone. So it is
+    with a shared queue and no checkpoints: its groups may have other models than the embedded one.
     """
     request, checkpoints = job.tasks[0].request, job.engine.checkpoints
     known = _sizes_of(checkpoints).tokens
     length = min(request.model_max_length or known, known)
-    found = check_captions(request, _pieces_of(checkpoints or embedded_checkpoints()), length)
+    pieces = None
+    if checkpoints is not None or not group.shared:
+        pieces = _pieces_of(checkpoints or embedded_checkpoints())
+    found = check_captions(request, pieces, length)
     return [line for one in found for line in one.notes(translates=False)][:MOST_NOTES]
 
 

@@ -3,7 +3,8 @@
 For going on where the earlier states are gone: what the stages leave behind, with the weights of
 opensora_sp/assets/embedded or of --model. What is not shipped begins anew: the optimizers and the
 readers of `flow`, which it teaches first. `vae` has nothing left to do then, or with --vae-again
-its last phase; `flow` goes on from step --step and wants --steps beyond it.
+its last phase; `flow` goes on from step --step and wants --steps beyond it. --flow FILE takes what
+`flow` trains, and the step, from what `export --flow` wrote.
 """
 
 from __future__ import annotations

@@ -401,3 +401,18 @@ def test_a_queued_job_waits_for_those_before_it() -> None:
     batch = JobProgress("denoising", 5, 10, eta_s=3.0, together=2)
     pair = [Entry(replace(jobs[0], id=name), "in_progress", batch) for name in "ab"]
     assert known.outstanding(pair) == pytest.approx(3.0 + 2 * 0.2)
+
+
+@pytest.mark.parametrize(
+    ("queue", "kinds"),
+    [("sqlite:///q", ["dropped", "unknown"]), ("postgresql://h/d", ["dropped"])],
+)
+def test_a_gateway_tells_of_letters_where_it_knows_the_vocabulary(
+    queue: str, kinds: list[str], tmp_path: Path
+) -> None:
+    group = GroupSettings(save_dir=tmp_path, queue=queue, arguments=("--device", "cpu"))
+    words = ["--prompt", "a ball, 一个红球 👍", "--image-size", "32", "48", "--num-frames", "1"]
+    notes = judge(group, words, [], tmp_path / "outputs", refuse=False)["notes"]
+    marks = {"dropped": "caption cleaning drops", "unknown": "no letters for '👍'"}
+    assert len(notes) == len(kinds)
+    assert all(marks[kind] in note for kind, note in zip(kinds, notes, strict=True))
