@@ -67,6 +67,8 @@ def on_full_disk(
 
     setattr(jobs, "write_record", one_at_a_time(manifest.write_record))  # noqa: B010
     StateFiles._write = one_at_a_time(StateFiles._write)  # type: ignore[method-assign]
+    for name in ("__init__", "write", "_close"):
+        setattr(media.VideoWriter, name, one_at_a_time(getattr(media.VideoWriter, name)))
     if what == "states":
         StateFiles._write = without_room(StateFiles._write, 1000)  # type: ignore[method-assign]
     elif what == "records":
