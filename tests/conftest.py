@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,25 @@ def embedded_dir() -> Path:
 def run_ranks() -> Callable[..., list[Any]]:
     """``ranks.run_ranks``: call a top-level function on several gloo ranks."""
     return ranks.run_ranks
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every `time.sleep` that the test's own thread asks for, which return at once.
+
+    `time` is the whole process's: threads that other tests have left go on sleeping.
+    """
+    asked: list[float] = []
+    sleep, tester = time.sleep, threading.current_thread()
+
+    def noted(seconds: float) -> None:
+        if threading.current_thread() is tester:
+            asked.append(seconds)
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", noted)
+    return asked
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

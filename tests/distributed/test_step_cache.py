@@ -223,8 +223,9 @@ def test_replicas_make_what_one_rank_makes_also_from_a_step_left_out_on(
     # Step 4 was filled, and is saved when the process ends; step 5 is to be filled.
     trouble = (1, 0, 5, signal.SIGKILL)
     assert not run(2, folder, *argv, "--replicas", "2", "--save-every", "1", trouble=trouble)
-    assert "denoising" in stages(folder).values()
-    assert sum(name.endswith("/velocities") for name in saved(folder)) == 1
+    # Of the second prompt; how far the other replica came until it was ended is not fixed.
+    assert stages(folder)["sample_0001.mp4"] == "denoising"
+    assert "sample_0001.mp4.step.safetensors/velocities" in saved(folder)
     assert run(2, folder, *argv, "--replicas", "2")
     made = saved(folder)
     clips = [name for name in whole if "clip" in name]

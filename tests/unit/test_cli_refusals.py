@@ -46,17 +46,15 @@ def test_the_page_is_made_from_the_table() -> None:
 
 
 def test_only_rank_0_speaks(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sleeps: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
     assert main(["--prompt", "x", "--seed", "no"]) == 2
     assert capsys.readouterr() == ("", "")
-    assert waited == [HEAD_START_S]  # so that torchrun does not end rank 0 before it has spoken
+    assert sleeps == [HEAD_START_S]  # so that torchrun does not end rank 0 before it has spoken
 
 
 def launch(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -210,14 +210,12 @@ def test_a_passing_trouble_is_tried_again(server: Server, status: int) -> None:
     ("asked", "pause"), [("7", 7.0), ("0", 1.5), ("99999", 20.0), ("soon", 1.5)]
 )
 def test_the_pause_is_the_servers_within_bounds(
-    server: Server, monkeypatch: pytest.MonkeyPatch, asked: str, pause: float
+    server: Server, sleeps: list[float], asked: str, pause: float
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr("time.sleep", lambda s: pauses.append(s) if s else None)
     server.replies = [Reply(429, headers={"Retry-After": asked}), chat("A cat.")]
     patient = Endpoint(server.url, "m", KEY, backoff_s=1.5)
     refine_text(patient, "cat", image=True)
-    assert pauses == [pause]
+    assert sleeps == [pause]
 
 
 def test_a_server_that_never_ends_is_left(server: Server) -> None:

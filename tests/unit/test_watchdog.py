@@ -287,16 +287,15 @@ def test_only_errors_that_a_collective_raises_are_marked(monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """What the ending of a run would sleep; signals are handled as before afterwards."""
-    asked: list[float] = []
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    monkeypatch.setattr("opensora_sp.parallel.watchdog.watch.time.sleep", asked.append)
-    yield asked
-    for number, handler in handlers.items():
+def handlers() -> Iterator[None]:
+    """Signals are handled as before afterwards."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
+@pytest.mark.usefixtures("handlers")
 def test_an_error_of_a_collective_waits_for_its_cause(
     sleeps: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,6 +311,7 @@ def test_an_error_of_a_collective_waits_for_its_cause(
     assert capsys.readouterr().err == ""  # rank 1's death is what there is to say
 
 
+@pytest.mark.usefixtures("handlers")
 def test_an_error_of_the_rank_itself_is_said_at_once(
     sleeps: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
