@@ -17,6 +17,7 @@ from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.benchmark.options import BenchmarkOptions, measurement_digest
 from opensora_sp.benchmark.report.files import Report, read_report, write_report
 from opensora_sp.benchmark.sweep_spec import Point, read_sweep
@@ -58,7 +59,7 @@ def run_sweep(command: CommandLine, argv: Sequence[str], launch: Launch | None =
             digest = _digest(flags, point.ranks)
             found = _finished(place, digest)
             if found is None:
-                print(f"{head}: measuring on {point.ranks} rank(s)", flush=True)
+                print(f"{head}: measuring on {plural(point.ranks, 'rank')}", flush=True)
                 found = _measure(point, flags, place, (launch or run_command), sweep.point_timeout)
             else:
                 print(f"{head}: measured already", flush=True)

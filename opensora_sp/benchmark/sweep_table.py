@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_sp.base.wording import plural
 from opensora_sp.benchmark.report import units
 from opensora_sp.benchmark.report.files import Report
 
@@ -45,7 +46,7 @@ def _table(
     alone: Mapping[tuple[str, str], float | None],
 ) -> str:
     ranks = mesh[0] * mesh[1]
-    title = f"{ranks} rank{'s' * (ranks > 1)} ({mesh[0]} guidance × {mesh[1]} sequence)"
+    title = f"{plural(ranks, 'rank')} ({mesh[0]} guidance × {mesh[1]} sequence)"
     lines = [[title, *sweep.durations], ["---"] * (1 + len(sweep.durations))]
     points = [p for p in sweep.points() if (p.guidance, p.sequence) == mesh]
     for resolution in sweep.resolutions:

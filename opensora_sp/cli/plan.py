@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from opensora_sp import __version__
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import note, on_any_screen
+from opensora_sp.base.wording import plural
 from opensora_sp.cli.console import refuse
 from opensora_sp.cli.help import help_asked, program_help
 from opensora_sp.planner.devices import CARDS, GB, parse_memory, usable
@@ -83,8 +84,8 @@ def _answer(values: Values) -> int:
     ranks = values["ranks"]
     if values["table"]:
         print(
-            f"{memory / GB:.0f} GB ({usable(memory) / GB:.1f} for tensors), {ranks} rank(s), "
-            f"{shape.dtype}: the fastest mode that fits, GB by stage"
+            f"{memory / GB:.0f} GB ({usable(memory) / GB:.1f} for tensors), "
+            f"{plural(ranks, 'rank')}, {shape.dtype}: the fastest mode that fits, GB by stage"
         )
         print(grid(ranks, models, options, memory, shape))
         return 0

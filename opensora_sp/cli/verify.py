@@ -12,6 +12,7 @@ from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.launcher import check_store, join, launcher_keeps_store
 from opensora_sp.base.screen import note, on_any_screen
+from opensora_sp.base.wording import plural
 from opensora_sp.cli.console import refuse, world_size
 from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.parser import RefusingParser
@@ -272,7 +273,7 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
     failed = sum(check.failed for check in checks)
     held = sum(check.ok for check in checks)
     if session.leads:
-        ranks = f"{session.world_size} rank{'s' * (session.world_size > 1)}"
+        ranks = plural(session.world_size, "rank")
         print(
             f"{suite}: {arguments.dtype} on {ranks}, {session.device.type}/{session.backend.name}"
         )

@@ -13,6 +13,7 @@ from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.deadlines import parse_deadlines
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.engine.model_set import Parallelism
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.text_cache import default_directory
@@ -206,8 +207,8 @@ def announce(pipeline: Pipeline, request: Request, mesh: Mesh) -> None:
     frames, height, width = request.latent_shape
     rows, columns = request.patch_grid
     _log.info(
-        f"{request.num_frames} frame{'s' * (request.num_frames > 1)} of "
+        f"{plural(request.num_frames, 'frame')} of "
         f"{request.height}x{request.width} as {frames}x{height}x{width} latents "
-        f"({rows * columns} patches a frame), {request.steps} step{'s' * (request.steps > 1)}, "
+        f"({rows * columns} patches a frame), {plural(request.steps, 'step')}, "
         f"{pipeline.models.dtype} on {whole.world_size} x {whole.device.type} ({mesh})"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.wording import plural
 from opensora_sp.media.bounds import (
     MOST_FRAME_PIXELS,
     BoundedReads,
@@ -116,8 +117,8 @@ class SourceFrames:
             raise
         except Exception as error:
             raise UserError(
-                f"reference {self._name} is damaged after {count} frames ({said(error)}): "
-                "give a whole file"
+                f"reference {self._name} is damaged after {plural(count, 'frame')} "
+                f"({said(error)}): give a whole file"
             ) from error
         if not count:
             raise UserError(f"reference {self._name} has no frame: give an image or a video")

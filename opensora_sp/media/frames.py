@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import without_secrets
+from opensora_sp.base.wording import plural
 from opensora_sp.media import reader
 from opensora_sp.media.bounds import MOST_RESAMPLED
 from opensora_sp.media.decoding import (
@@ -233,8 +234,8 @@ def _count_packets(container: Any, stream: Any, path: str | Path) -> _Timeline |
             continue
         if packet.is_corrupt and stream.frames:
             raise UserError(
-                f"reference {path} is damaged after {len(found)} frames (the file is cut off): "
-                "give a whole file"
+                f"reference {path} is damaged after {plural(len(found), 'frame')} "
+                "(the file is cut off): give a whole file"
             )
         if packet.is_discard:
             continue

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.wording import plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def plan_mesh(
         options = ", ".join(f"{m.replicas}×{m.guidance}×{m.sequence}" for m in legal) or "none"
         why = "" if guided else " (guidance 2 needs --cfg-scale other than 1)"
         raise UserError(
-            f"{asked} does not fit {world} rank{'s' * (world > 1)}{why}; "
+            f"{asked} does not fit {plural(world, 'rank')}{why}; "
             f"legal replicas×guidance×sequence: {options}"
         )
     return min(fitting, key=lambda m: (m.replicas, -m.guidance))

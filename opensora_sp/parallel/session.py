@@ -24,6 +24,7 @@ from opensora_sp.base.launcher import (
 )
 from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import nothing_on_stdout
+from opensora_sp.base.wording import plural
 from opensora_sp.parallel.backend import (
     device_module,
     load_plugin,
@@ -353,8 +354,9 @@ def _claim_device(kind: str, local_rank: int, local_world: int) -> torch.device:
     count = int(module.device_count())
     if local_world > count:
         raise UserError(
-            f"{local_world} ranks on this node but {count} visible {kind} device(s)"
-            f"{visible_note(kind)}; start with torchrun --nproc_per_node {count}"
+            f"{plural(local_world, 'rank')} on this node but "
+            f"{plural(count, f'visible {kind} device')}{visible_note(kind)}; "
+            f"start with torchrun --nproc_per_node {count}"
         )
     module.set_device(local_rank)
     return torch.device(kind, local_rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from opensora_sp.base.wording import plural
 from opensora_sp.planner.devices import GB
 from opensora_sp.planner.plan import Plan, decoding_ranks, make_plan
 from opensora_sp.request.memory_modes import MEMORY_MODES
@@ -28,7 +29,7 @@ def _fewer_ranks(plan: Plan) -> str | None:
         return None
     stage = _largest(plan)
     return (
-        f"{_ranks(least.mesh.size)} would need less ({_gb(least.peak)} instead of "
+        f"{plural(least.mesh.size, 'rank')} would need less ({_gb(least.peak)} instead of "
         f"{_gb(plan.peak)}): {_cause(stage, plan, least)}"
     )
 
@@ -38,18 +39,18 @@ def _cause(stage: str, plan: Plan, least: Plan) -> str:
     shares = decoding_ranks(plan.shape, plan.mesh, plan.options)
     if stage == "decode" and shares > 1:
         return (
-            f"{_ranks(shares)} share the decoding, and the first one holds the frames of all of "
-            "them as bytes (--vae-decode rank0 avoids it)"
+            f"{plural(shares, 'rank')} share the decoding, and the first one holds the frames of "
+            "all of them as bytes (--vae-decode rank0 avoids it)"
         )
     if stage == "denoise" and least.mesh.guidance > plan.mesh.guidance:
         return (
-            f"{_ranks(ranks)} {'are' if ranks > 1 else 'is'} grouped {plan.mesh}, so each "
+            f"{plural(ranks, 'rank')} {'are' if ranks > 1 else 'is'} grouped {plan.mesh}, so each "
             "computes both CFG branches"
         )
     if stage == "denoise" and least.mesh.sequence > plan.mesh.sequence:
         return (
-            f"{_ranks(ranks)} are grouped {plan.mesh}, so only {plan.mesh.sequence} share a "
-            "video's patches (--guidance-parallel 1 shares them among all)"
+            f"{plural(ranks, 'rank')} are grouped {plan.mesh}, so only {plan.mesh.sequence} share "
+            "a video's patches (--guidance-parallel 1 shares them among all)"
         )
     return (
         "ranks that share a video also hold whole frames for spatial attention, and uneven "
@@ -84,7 +85,3 @@ def _largest(plan: Plan) -> str:
 
 def _gb(size: int) -> str:
     return f"{size / GB:.3g} GB"
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count > 1)}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.wording import plural
 from opensora_sp.planner.devices import GB, usable
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
@@ -27,9 +28,9 @@ def describe(plan: Plan, memory: float | None, flop_rate: float | None, link: fl
     """The plan's figures, a line each."""
     shape = plan.shape
     lines = [
-        f"{shape.num_frames} frame{'s' * (shape.num_frames > 1)} of "
+        f"{plural(shape.num_frames, 'frame')} of "
         f"{shape.height}x{shape.width}, batch {shape.batch}, "
-        f"{_steps(shape)}, {shape.dtype}, on {plan.mesh.size} rank(s): {plan.mesh}",
+        f"{_steps(shape)}, {shape.dtype}, on {plural(plan.mesh.size, 'rank')}: {plan.mesh}",
         f"--memory {plan.mode}; peak of the busiest rank by stage, in GB:",
     ]
     for stage in plan.stages:
@@ -53,8 +54,8 @@ def describe(plan: Plan, memory: float | None, flop_rate: float | None, link: fl
 
 def _steps(shape: Shape) -> str:
     if not shape.left_out:
-        return f"{shape.steps} steps"
-    return f"{shape.computed} of {shape.steps} steps computed"
+        return plural(shape.steps, "step")
+    return f"{shape.computed} of {plural(shape.steps, 'step')} computed"
 
 
 def verdict(
@@ -101,8 +102,8 @@ def check_fits(
     plan, said, fits = verdict(shape, ranks, models, options, memory)
     if not fits:
         raise UserError(
-            f"{shape.num_frames} frames of {shape.height}x{shape.width} on {ranks} rank(s) {said}; "
-            "--no-plan tries it all the same"
+            f"{plural(shape.num_frames, 'frame')} of {shape.height}x{shape.width} on "
+            f"{plural(ranks, 'rank')} {said}; --no-plan tries it all the same"
         )
     return plan
 

@@ -13,6 +13,7 @@ from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.redaction import is_address, without_secrets
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.request import sizes
 from opensora_sp.request.mask_strategy import (
     END,
@@ -272,6 +273,6 @@ class _GroupNotes:
             yield f"{name} has {frames} frames: its first {clip.frames} are used"
         if self._flag == "--edit" and frames < clip.frames:
             yield (
-                f"{name} has {frames} frame{'s' * (frames > 1)}: the {clip.frames - frames} after "
+                f"{name} has {plural(frames, 'frame')}: the {clip.frames - frames} after "
                 f"them of the clip's {clip.frames} are made without it"
             )

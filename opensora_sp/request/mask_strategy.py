@@ -16,6 +16,7 @@ from typing import Final, Literal
 from opensora_sp.base import geometry
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 
 _MOST_SIGNS = 20  # characters of one value; int() refuses more than 4300 digits
 _FORM = (
@@ -229,7 +230,7 @@ def _at_the_end(
     if frames > available:
         fits = [n for n in range(length) if layout.frames_shown(start, n) <= available]
         raise UserError(
-            f"reference {group.ref} has {available} frame{'s' * (available != 1)}, but its last "
+            f"reference {group.ref} has {plural(available, 'frame')}, but its last "
             f"{frames} are to be kept ({length} latent frames): give a longer video, or a length "
             f"of {fits[-1]} (--condition-frame-length {fits[-1]} with --extend)"
         )

@@ -20,6 +20,7 @@ from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import PromptFault, UserError
 from opensora_sp.base.redaction import is_address, redacted
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.models.kernels.attention import check_attention
 from opensora_sp.parallel.launchers import check_launcher
 from opensora_sp.parallel.mesh import plan_mesh
@@ -230,7 +231,7 @@ def print_config(values: Values, program: str = "infer") -> str:
     left_out = any(kept[key] != value for key, value in shown_as.items())
     kept |= shown_as
     return (
-        f"# {frames} frame{'s' * (frames > 1)} of {height}x{width} (height x width) pixels: "
+        f"# {plural(frames, 'frame')} of {height}x{width} (height x width) pixels: "
         f"latents {latent[0]}x{latent[1]}x{latent[2]}, patches {rows}x{columns}\n"
         + (_LEFT_OUT if left_out else "")
         + write_config(kept)

@@ -11,6 +11,7 @@ from typing import Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import integer, shown
+from opensora_sp.base.wording import plural
 
 TABLE_FILE = Path(__file__).parents[1] / "assets" / "sizes.json"
 
@@ -146,7 +147,7 @@ def _embedded_notes(height: int, width: int, frames: int) -> list[str]:
     if smallest <= sides[0] and sides[1] <= largest and frames <= EMBEDDED_FRAMES:
         return []
     return [
-        f"{frames} frame{'s' * (frames > 1)} of {height}x{width} (height x width): the small "
+        f"{plural(frames, 'frame')} of {height}x{width} (height x width): the small "
         f"embedded model has learnt sides from {smallest} to {largest} and up to "
         f"{EMBEDDED_FRAMES} frames; others look worse (--config embedded is a size that it knows)"
     ]

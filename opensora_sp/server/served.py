@@ -17,6 +17,7 @@ from opensora_sp.base.atomic import atomic_output
 from opensora_sp.base.errors import CheckpointError, UserError
 from opensora_sp.base.outside_json import read_object
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.models.text_pieces import load_pieces
 from opensora_sp.planner.devices import parse_memory, usable
 from opensora_sp.planner.models import ModelSizes
@@ -164,7 +165,7 @@ def why_not(
     frames, size = fewer_frames(warm, *parts), smaller_size(warm, *parts)
     ways = []
     if frames is not None:
-        ways.append(f"{frames} frame{'s' * (frames > 1)} at this size")
+        ways.append(f"{plural(frames, 'frame')} at this size")
     if size is not None:
         ways.append(f"{size[1]}x{size[0]} at this length")
     nearest = f"the nearest that fits: {', or '.join(ways)}" if ways else "nothing smaller fits"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.free_memory import free_bytes
+from opensora_sp.base.wording import plural
 from opensora_sp.engine.guidance import Conditions, Denoiser
 from opensora_sp.engine.kernel_choice import PLAIN, choose_kernels, described_attention
 from opensora_sp.engine.loading import load_transformer
@@ -120,7 +121,7 @@ def _check(pipeline: Pipeline, request: Request, most_seconds: float) -> Parity 
                 break
         elif smaller is None:
             raise UserError(
-                f"rank 0 alone has no memory for even {request.num_frames} frames of "
+                f"rank 0 alone has no memory for even {plural(request.num_frames, 'frame')} of "
                 f"{request.height}x{request.width}: free some"
             )
         request = smaller
@@ -288,10 +289,11 @@ def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
     """The lines of the printed result."""
     request, mesh = parity.request, pipeline.models.mesh(parity.request)
     kind = "relative" if pipeline.models.dtype == torch.float32 else "relative RMS"
-    what = f"{request.num_frames} frames of {request.height}x{request.width}"
+    what = f"{plural(request.num_frames, 'frame')} of {request.height}x{request.width}"
     if parity.reduced:
         yield "the request is too large for one rank alone, so a smaller one is compared"
-    yield f"{what}, {pipeline.models.dtype}, {mesh.size} ranks as {mesh} against rank 0 alone"
+    ranks = plural(mesh.size, "rank")
+    yield f"{what}, {pipeline.models.dtype}, {ranks} as {mesh} against rank 0 alone"
     kernels = pipeline.models.kernels
     attention = "; ".join(
         f"{of}: {name}" for of, name in described_attention(pipeline.models).items()
@@ -300,7 +302,7 @@ def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
     yield f"steps: {steps}; attention: {attention}; norms: {kernels.fused_why or PLAIN}"
     for name, worst, error, limit in (
         ("one forward", parity.forward_max, parity.forward, parity.forward_limit),
-        (f"{request.steps} steps", parity.run_max, parity.run, parity.run_limit),
+        (plural(request.steps, "step"), parity.run_max, parity.run, parity.run_limit),
     ):
         verdict = "ok" if error <= limit else "FAILED"
         yield (
@@ -313,12 +315,12 @@ def report(parity: Parity, pipeline: Pipeline) -> Iterator[str]:
             f"{'plain' if pipeline.models.dtype == torch.float32 else 'float32'}  "
             f"limit {parity.folded_limit:.2e}  {'ok' if held else 'FAILED: --step-kernels plain'}"
         )
-    yield f"PSNR of the latents after {request.steps} steps: {parity.psnr:.1f} dB"
+    yield f"PSNR of the latents after {plural(request.steps, 'step')}: {parity.psnr:.1f} dB"
     kinds = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(parity.sent.items()))
     total = sum(parity.sent.values()) / 1e6
     yield f"sent per step by the busiest rank: {total:.2f} MB ({kinds or 'nothing'})"
     yield (
-        f"step: {parity.step_seconds:.3f} s on {mesh.size} ranks, {parity.alone_seconds:.3f} s "
+        f"step: {parity.step_seconds:.3f} s on {ranks}, {parity.alone_seconds:.3f} s "
         f"alone; waiting for the exchange: {parity.exchange_share:.0%} of the step"
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from opensora_sp.base.wording import plural
 from opensora_sp.benchmark.calibration.full_runs import FullRuns
 from opensora_sp.benchmark.calibration.options import CalibrationOptions, Sizes
 from opensora_sp.benchmark.calibration.result import (
@@ -170,7 +171,7 @@ def _digest(job: Job, requests: Sequence[Request], sources: _Sources) -> str:
 
 def _about(requests: Sequence[Request], model: str) -> dict[str, Any]:
     request = requests[0]
-    size = f"{request.height}×{request.width}, {request.num_frames} frames"
+    size = f"{request.height}×{request.width}, {plural(request.num_frames, 'frame')}"
     return {
         "title": f"{size}, {request.steps} steps, guidance {request.cfg_scale:g}",
         "model": model,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from opensora_sp.base.wording import plural
 from opensora_sp.benchmark.count.counter import Counter
 from opensora_sp.benchmark.count.forward import META, ForwardSize, first_rank, guided_forward
 from opensora_sp.benchmark.count.table import Table, markdown, plain
@@ -84,8 +85,9 @@ def sent(comm: Comm) -> dict[str, tuple[int, int]]:
 def count_text(counted: Counted, *, as_markdown: bool) -> str:
     """The count as people read it: by part, then by operation."""
     request, size, table = counted.request, counted.size, counted.table
+    frames = plural(request.num_frames, "frame")
     head = (
-        f"One {'guided ' * (size.cfg_scale != 1)}forward of {request.num_frames} frames of "
+        f"One {'guided ' * (size.cfg_scale != 1)}forward of {frames} of "
         f"{request.height}x{request.width}, {DTYPE_NAMES[size.dtype]}, --memory {counted.mode}: "
         f"X = {size.residual_bytes / 1e9:.3g} GB, {size.config.depth} pairs of blocks"
     )

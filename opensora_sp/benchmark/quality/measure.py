@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.outside_json import NotJson, parse_json
+from opensora_sp.base.wording import plural
 from opensora_sp.benchmark.quality.sides import Pair
 from opensora_sp.media import metrics
 from opensora_sp.media.output_frames import OutputFrames, open_output_frames
@@ -265,7 +266,7 @@ def _facts_of_latents(a: _Latents, b: _Latents) -> Facts:
         except (KeyError, NotJson):
             settings.append(None)
     _, frames, height, width = a[1].shape
-    count = "1 latent frame" if frames == 1 else f"{frames} latent frames"
+    count = plural(frames, "latent frame")
     return Facts(
         kind="latents",
         what=f"{count} of {height}x{width} cells",
@@ -284,7 +285,7 @@ def _same_size(pair: Pair, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> tuple[
 
 def _other_count(pair: Pair, a: int, b: int) -> UserError:
     return UserError(
-        f"{pair.a} has {a} frames, but {pair.b} has {b}: give two videos of one length"
+        f"{pair.a} has {plural(a, 'frame')}, but {pair.b} has {b}: give two videos of one length"
     )
 
 
@@ -292,7 +293,7 @@ def _what(a: OutputFrames, size: tuple[int, int]) -> str:
     height, width = size
     if a.kind == "picture":
         return f"a picture of {height}x{width}"
-    count = "a video" if a.announced is None else f"{a.announced} frames"
+    count = "a video" if a.announced is None else plural(a.announced, "frame")
     rate = "" if a.rate is None else f" at {float(a.rate):.5g} a second"
     return f"{count} of {height}x{width}{rate}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.wording import plural
 from opensora_sp.jobs.records import FOLDER
 
 _FRAMES = frozenset(
@@ -147,5 +148,5 @@ def named(names: Sequence[str]) -> str:
     if not names:
         return "0 outputs"
     more = ", …" if len(names) > _MOST_NAMED else ""
-    count = "1 output" if len(names) == 1 else f"{len(names)} outputs"
+    count = plural(len(names), "output")
     return f"{count}: {', '.join(names[:_MOST_NAMED])}{more}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from opensora_sp.base.wording import plural
 from opensora_sp.benchmark.report import units
 
 
@@ -13,7 +14,7 @@ def headline(report: Mapping[str, Any]) -> str:
     run, info = report["run"], report["performance_info"]
     mesh = run.get("mesh")
     how = "" if mesh is None else f" ({mesh['guidance']} guidance × {mesh['sequence']} sequence)"
-    what = "1 frame" if info["num_frames"] == 1 else f"{info['num_frames']} frames"
+    what = plural(info["num_frames"], "frame")
     return (
         f"{what} of {report['request']['first']['height']}x{report['request']['first']['width']}, "
         f"{_steps(report)}, {info['dtype']}, {run['ranks']} × {info['device']}{how}"
@@ -23,7 +24,8 @@ def headline(report: Mapping[str, Any]) -> str:
 def _steps(report: Mapping[str, Any]) -> str:
     steps = report["performance_info"]["denoising_steps"]
     computed = report["run"].get("computed_steps", steps)
-    return f"{steps} steps" if computed == steps else f"{computed} of {steps} steps computed"
+    whole = plural(steps, "step")
+    return whole if computed == steps else f"{computed} of {whole} computed"
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:

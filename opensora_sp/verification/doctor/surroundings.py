@@ -18,6 +18,7 @@ import torch
 from opensora_sp.base.cpu_threads import available_cores
 from opensora_sp.base.free_memory import free_bytes
 from opensora_sp.base.machine import run_tool
+from opensora_sp.base.wording import plural
 from opensora_sp.models.kernels.cpu_half import computes_natively
 from opensora_sp.parallel.backend import device_module, load_plugin, visible_note
 from opensora_sp.parallel.backend_table import for_device
@@ -95,7 +96,7 @@ def _backend(session: Session) -> CheckResult:
     load_plugin(session.device.type)
     row = session.backend
     plugin = "" if row.plugin is None else f", from {row.plugin}"
-    ranks = f"{session.world_size} rank{'s' * (session.world_size > 1)}"
+    ranks = plural(session.world_size, "rank")
     return passed("device", "backend", f"{row.name} on {session.device.type}{plugin}, {ranks}")
 
 
@@ -174,7 +175,7 @@ def _memory(ranks_here: int) -> CheckResult:
         return skipped("host", "memory", "this system does not say")
     limit = next(_limits(), float("inf"))
     room = min(free, limit)
-    said = f"{room / _GIB:.1f} GiB available for {ranks_here} rank{'s' * (ranks_here > 1)}"
+    said = f"{room / _GIB:.1f} GiB available for {plural(ranks_here, 'rank')}"
     enough = room >= _LEAST_MEMORY * ranks_here
     return passed("host", "memory", said) if enough else failed("host", "memory", f"only {said}")
 
