@@ -24,7 +24,7 @@ from opensora_sp.engine.progress import Position
 from opensora_sp.jobs.identity import Identity, difference, identity_of, latents_identity
 from opensora_sp.jobs.records import FOLDER, Record, Stage, read_record, write_record
 from opensora_sp.jobs.saved_latents import StateFiles
-from opensora_sp.request.naming import number_of, numbered
+from opensora_sp.request.naming import numbered, numbered_from
 from opensora_sp.request.request import Job, JobSettings, Task
 
 _log = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ def look_up_work(
 def _look_up(job: Job, models: Mapping[str, str], own: Collection[Process]) -> list[WorkState]:
     settings = job.settings
     identities = [identity_of(task, job.engine, settings, models) for task in job.tasks]
+    names = _NamesInUse()
     pairs = [
-        (_named(task, identity, settings), identity)
+        (_named(task, identity, settings, names), identity)
         for task, identity in zip(job.tasks, identities, strict=True)
     ]
     for task, _ in pairs:
@@ -142,11 +143,11 @@ def renamed(job: Job, states: Sequence[WorkState]) -> Job:
     return replace(job, tasks=tasks)
 
 
-def _named(task: Task, identity: Identity, settings: JobSettings) -> Task:
+def _named(task: Task, identity: Identity, settings: JobSettings, names: _NamesInUse) -> Task:
     """The task with the output it had before, or else with the first name that is free."""
     if not settings.default_names:
         return task
-    taken = _names_in_use(task.output)
+    taken = names.numbers(task.output)
     for number in sorted(taken):
         if _is_same(read_record(numbered(task.output, number)), identity, settings):
             return replace(task, output=numbered(task.output, number))
@@ -156,11 +157,27 @@ def _named(task: Task, identity: Identity, settings: JobSettings) -> Task:
     return replace(task, output=numbered(task.output, free))
 
 
-def _names_in_use(output: Path) -> set[int]:
-    """The numbers of an output's names that a file, a record or a saved state has."""
-    found = set()
+class _NamesInUse:
+    """The numbers of outputs' names that a file, a record or a saved state has.
+
+    A folder is read once, not for each output: a list may have thousands of them there.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, Mapping[str, set[int]]] = {}
+
+    def numbers(self, output: Path) -> Collection[int]:
+        """Those of one output. Raises UserError where its folder may not be looked into."""
+        if output.parent not in self._known:
+            self._known[output.parent] = _numbers_by_name(output.parent)
+        return self._known[output.parent].get(output.name, ())
+
+
+def _numbers_by_name(directory: Path) -> Mapping[str, set[int]]:
+    """The numbers in use of every output of a directory, by its name without one."""
+    found: dict[str, set[int]] = {}
     states = re.compile(r"(?P<name>.*)\.(?:json|step\.safetensors|clip\d{4,}\.safetensors)")
-    for folder in (output.parent, output.parent / FOLDER):
+    for folder in (directory, directory / FOLDER):
         try:
             names = [entry.name for entry in os.scandir(folder)]
         except (FileNotFoundError, NotADirectoryError):
@@ -168,10 +185,9 @@ def _names_in_use(output: Path) -> set[int]:
         except OSError as error:
             raise UserError(f"{folder} may not be looked into: {error.strerror}") from None
         for name in names:
-            state = states.fullmatch(name) if folder != output.parent else None
-            number = number_of(state["name"] if state else name, output)
-            if number is not None:
-                found.add(number)
+            state = states.fullmatch(name) if folder != directory else None
+            for output, number in numbered_from(state["name"] if state else name):
+                found.setdefault(output, set()).add(number)
     return found
 
 

@@ -38,14 +38,12 @@ def numbered(output: Path, number: int) -> Path:
     return output if number == 1 else output.with_name(f"{output.stem}_{number}{output.suffix}")
 
 
-def number_of(name: str, output: Path) -> int | None:
-    """The number with which `numbered` makes this name from `output`; None for other names."""
-    found = re.fullmatch(
-        re.escape(output.stem) + r"(?:_([1-9]\d{0,8}))?" + re.escape(output.suffix), name
-    )
-    if found is None or found[1] == "1":
-        return None
-    return int(found[1] or 1)
+def numbered_from(name: str) -> list[tuple[str, int]]:
+    """The output names and numbers of which `numbered` makes this name: itself is number 1."""
+    found = re.fullmatch(r"(.+)_([1-9][0-9]{0,8})(\.[^.]*)", name, re.DOTALL)
+    if found is None or found[2] == "1":
+        return [(name, 1)]
+    return [(name, 1), (found[1] + found[3], int(found[2]))]
 
 
 def output_stems(

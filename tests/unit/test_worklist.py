@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -211,6 +212,28 @@ def test_another_request_gets_a_free_name_where_nobody_named_it(
     assert run(second) == ("sample_0000_2.mp4", None)
     assert run(task(tmp_path, seed=4)) == ("sample_0000.mp4", Position())
     assert moved.output.read_bytes() == b"frames"
+
+
+def test_a_folder_is_read_once_for_a_list_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    scandir = os.scandir
+
+    def look(place: Path) -> Any:
+        looked.append(place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", look)
+    work = job(tmp_path, *(task(tmp_path, index) for index in range(20)), sample_name=None)
+    finish(work.tasks[3])
+    finish(task(tmp_path, 5, seed=1))  # another request's
+    found = names(work)
+    assert [name for name, _ in found] == [
+        f"sample_{index:04d}{'_2' if index == 5 else ''}.mp4" for index in range(20)
+    ]
+    assert [place for place, (_, position) in enumerate(found) if position is None] == [3]
+    assert len(looked) == 2  # the folder, and its records
 
 
 def test_an_output_of_another_step_cache_is_another_output(tmp_path: Path) -> None:
