@@ -211,10 +211,13 @@ def _length(fields: Mapping[str, Any]) -> list[str]:
             f'seconds {shown(seconds)} is not a number of seconds, such as "4"', "seconds"
         )
     amount = found[1]
-    if amount in ("2", "4", "8", "16"):  # the durations of the table, whole chunks of frames
+    # The file's rate decides how long it is; fps is only what the model is told.
+    usual = flags_by_key()["save_fps"].default
+    rate = _whole(fields.get("save_fps") or usual, "save_fps", 1, 1000)
+    # The durations of the table, whole chunks of frames, are of the usual rate.
+    if rate == usual and amount in ("2", "4", "8", "16"):
         return [f"--num-frames={amount}s"]
-    fps = _whole(fields.get("fps") or 24, "fps", 1, 1000)
-    return [f"--num-frames={max(1, round(float(amount) * fps))}"]
+    return [f"--num-frames={max(1, round(float(amount) * rate))}"]
 
 
 def _size(fields: Mapping[str, Any]) -> list[str]:

@@ -119,3 +119,19 @@ def test_lengths_and_sizes_are_described_as_they_are_read() -> None:
             except BadRequest:
                 taken = False
             assert valid.is_valid(value) is taken, (name, value)
+
+
+def test_seconds_are_those_of_the_file_whatever_the_model_is_told() -> None:
+    def frames(**fields: Any) -> str:
+        (found,) = (
+            word
+            for word in read_fields({"prompt": "a", **fields}).arguments
+            if word.startswith("--num-frames")
+        )
+        return found.partition("=")[2]
+
+    assert frames(seconds="4") == "4s"
+    assert frames(seconds="4", save_fps=24, fps=8) == "4s"
+    assert frames(seconds="3", fps=8) == "72"
+    assert frames(seconds="3", save_fps=8) == "24"
+    assert frames(seconds="4", save_fps="8") == "32"
