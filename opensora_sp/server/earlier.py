@@ -46,25 +46,32 @@ def files_of_earlier_jobs(
             raise BadRequest(f"{name} {shown(asked)} is not one of the videos", name)
         if name == REUSE:
             for field, file in entry.spec.shown.get("files", []):
-                path = _own(store.uploads(entry.spec.id) / Path(file).name, store, job_id, found)
+                source = store.uploads(entry.spec.id) / Path(file).name
+                path = _own(source, store, job_id, found, name)
                 found.append((field, str(path), picture_or_video(path)))
             continue
         output = store.output(entry.spec.id)
         if output is None:
             raise BadRequest(f"{name} {shown(asked)} is {entry.status}: it has no video", name)
-        path = _own(output, store, job_id, found)
+        path = _own(output, store, job_id, found, name)
         kind = picture_or_video(path)
         found.append(("image" if kind == "picture" else "extend", str(path), kind))
     return found
 
 
-def _own(file: Path, store: JobStore, job_id: str, uploads: list[Upload]) -> Path:
-    """A file under a name of the new job's; a link where the file system has them."""
+def _own(file: Path, store: JobStore, job_id: str, uploads: list[Upload], name: str) -> Path:
+    """A file under a name of the new job's; a link where the file system has them.
+
+    name: the field that asks for it. Raises BadRequest where the earlier job is deleted just now.
+    """
     folder = store.uploads(job_id)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{len(uploads)}{file.suffix}"
     try:
         os.link(file, path)
     except OSError:
-        shutil.copyfile(file, path)
+        try:
+            shutil.copyfile(file, path)
+        except FileNotFoundError:
+            raise BadRequest(f"{name}: the files of that video are gone", name) from None
     return path

@@ -51,13 +51,14 @@ class Feed:
         """Events for one listener: the jobs that have not ended first, then every change."""
         listener = Listener(sees)
         self._listeners.add(listener)
+        # From here on every change is kept for it, also while it is slow to take what is there.
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._watch())
         try:
             yield "retry: 1000\n\n" + event("state", self._state())
             for entry in reversed(self._board.all()):
                 if entry.live and sees(entry):
                     yield event("video", self._board.video(entry))
-            if self._task is None or self._task.done():
-                self._task = asyncio.create_task(self._watch())
             while True:
                 try:
                     told = await asyncio.wait_for(listener.events.get(), SILENT_SECONDS)

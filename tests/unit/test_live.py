@@ -127,3 +127,29 @@ def test_files_of_earlier_jobs_become_the_new_jobs_own_and_only_an_owners(tmp_pa
         assert refused.value.param == "extend_video_id"
     with pytest.raises(BadRequest, match="is queued: it has no video"):
         ask(extend_video_id=IDS[2])
+
+
+def test_a_job_that_ends_while_a_listener_takes_what_is_there_is_told_of() -> None:
+    board: Any = FakeBoard(entry(0), entry(1))
+    feed = Feed(board, lambda: "ready")
+
+    async def scenario() -> list[str]:
+        stream = feed.stream(lambda _: True)
+        told = [await anext(stream), await anext(stream)]
+        await asyncio.sleep(0)  # a slow listener: it has taken the state and the first job
+        board.entries[IDS[1]] = replace(board.entries[IDS[1]], status="completed")
+        while "completed" not in told[-1]:
+            told.append(await asyncio.wait_for(anext(stream), 5))
+        await stream.aclose()  # type: ignore[attr-defined]
+        return told
+
+    assert IDS[1] in asyncio.run(scenario())[-1]
+
+
+def test_files_of_a_job_that_is_deleted_just_now_are_refused_and_no_fault(tmp_path: Path) -> None:
+    done = entry(0, status="completed", files=[["image", "0.png"]])
+    board: Any = FakeBoard(done)
+    with pytest.raises(BadRequest, match="files_of_video_id: the files of that video are gone"):
+        files_of_earlier_jobs(
+            JobStore(tmp_path), board, lambda _: True, IDS[3], {"files_of_video_id": IDS[0]}, []
+        )
