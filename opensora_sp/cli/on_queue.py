@@ -66,7 +66,7 @@ def run(words: Sequence[str]) -> int:
         store = SharedStore(found.save_dir, lambda _: 0, lambda _: None)
         follow = Follow(queue, store, spec, failures, found.queued, found.retry_failed)
 
-        def stop(number: int, _frame: Any) -> None:
+        def stop(_number: int, _frame: Any) -> None:
             raise KeyboardInterrupt
 
         before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
             "are taken for all prompts; the groups have those that say how."
         ),
         add_help=False,
+        allow_abbrev=False,  # --prompt is not short for --prompt-path
     )
     parser.add_argument("--queue", metavar="URL", help="the database that the groups share")
     parser.add_argument(
@@ -258,7 +259,8 @@ class _Failures:
 
 def _specs(words: Sequence[str], save_dir: Path) -> Spec:
     """What makes a job of a prompt, with the flags of all. Raises UserError for a wrong flag."""
-    from opensora_sp.cli.client.forms import forms_of
+    from opensora_sp.cli.client.forms import PROMPTS, forms_of
+    from opensora_sp.request.settings import parse_command_line
     from opensora_sp.request.step_cache import LEVELS, OFF
     from opensora_sp.request.step_choice import OWN_FILE
     from opensora_sp.server.checking import judge
@@ -266,6 +268,12 @@ def _specs(words: Sequence[str], save_dir: Path) -> Spec:
     from opensora_sp.server.protocol import BadRequest, read_fields
     from opensora_sp.server.settings import GroupSettings
 
+    for key in parse_command_line(words).written:
+        if key in PROMPTS:
+            raise UserError(
+                f"--{key.replace('_', '-')} does not go with --queue: every line of the file that "
+                "--prompt-path names is made"
+            )
     form = forms_of([*words, "--prompt", "a list"], {})[0]
     if form.files:
         raise UserError("files go with one video, not with a list: opensora-sp submit sends them")
@@ -321,10 +329,12 @@ def _prompts(path: str) -> IO[str]:
 
 def _texts(lines: IO[str]) -> Iterator[str]:
     """The prompts, without comments and empty lines. Raises UserError for what is no UTF-8."""
+    from opensora_sp.request.prompt_files import is_comment
+
     try:
         for line in lines:
             text = line.strip()
-            if text and text != "#" and not text.startswith("# "):
+            if text and not is_comment(text):
                 yield text
     except UnicodeDecodeError:
         raise UserError(f"--prompt-path {shown(lines.name)} is not UTF-8") from None

@@ -320,7 +320,12 @@ class EngineSettings(Declared):
     @property
     def remote(self) -> Remote:
         """Which addresses references may be fetched from."""
-        return "private" if self.allow_remote and self.allow_private else self.allow_remote
+        return remote_of(self.allow_remote, self.allow_private)
+
+
+def remote_of(allow_remote: bool, allow_private: bool) -> Remote:
+    """Which addresses --allow-remote and --allow-private let references be fetched from."""
+    return "private" if allow_remote and allow_private else allow_remote
 
 
 def engine_keys() -> frozenset[str]:

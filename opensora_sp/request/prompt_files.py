@@ -188,12 +188,15 @@ def _lines(text: str) -> list[str]:
     return text.removesuffix(end).split(end)
 
 
+def is_comment(line: str) -> bool:
+    """Whether a line of a list, without white space around it, is a comment and no prompt."""
+    return _COMMENT.match(line) is not None
+
+
 def _read_lines(what: str, text: str) -> _Content:
     lines = [line.strip() for line in _lines(text)]
-    comments = [number for number, line in enumerate(lines, 1) if _COMMENT.match(line)]
-    entries = [
-        Entry(index, "" if _COMMENT.match(line) else line) for index, line in enumerate(lines)
-    ]
+    comments = [number for number, line in enumerate(lines, 1) if is_comment(line)]
+    entries = [Entry(index, "" if is_comment(line) else line) for index, line in enumerate(lines)]
     notes: tuple[str, ...] = ()
     if comments:
         numbers = ", ".join(map(str, comments[:_MOST_SHOWN]))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora_sp.base import geometry
-from opensora_sp.base.access import Remote
 from opensora_sp.base.errors import PromptFault, UserError
 from opensora_sp.base.redaction import is_address, redacted
 from opensora_sp.base.value_types import shown
@@ -28,10 +27,10 @@ from opensora_sp.request import sizes
 from opensora_sp.request.conditions import Facts, total_frames
 from opensora_sp.request.config_file import Raw, read_config, write_config
 from opensora_sp.request.embedded import embedded_checkpoints
-from opensora_sp.request.engine_settings import MODELS
+from opensora_sp.request.engine_settings import MODELS, remote_of
 from opensora_sp.request.flags.foreign import explain
 from opensora_sp.request.flags.rules import check_combinations
-from opensora_sp.request.flags.shortcuts import compose, flags_of
+from opensora_sp.request.flags.shortcuts import TYPED, compose, flags_of
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.labels import check_labels
 from opensora_sp.request.naming import output_stems
@@ -57,7 +56,6 @@ from opensora_sp.request.step_choice import check_step_cache
 
 Values = dict[str, Any]
 
-_TYPED = ("image", "last_image", "extend", "edit")
 PER_PROMPT = ("reference_path", "mask_strategy")  # lists with one entry per prompt
 
 
@@ -183,10 +181,10 @@ def compose_references(values: Values, prompts: int) -> Values:
     """The values with --image and its like written out: one path and strategy for each prompt."""
     frames = geometry.latent_frames(values["num_frames"], values["micro_frame_size"])
     path, strategy = compose(values, frames)
-    if not path:
-        return values
-    written = {"reference_path": [path] * prompts, "mask_strategy": [strategy] * prompts}
-    return values | written | dict.fromkeys(_TYPED)
+    written: Values = {}
+    if path:
+        written = {"reference_path": [path] * prompts, "mask_strategy": [strategy] * prompts}
+    return values | written | dict.fromkeys(TYPED)
 
 
 def _convert(flag: Setting, raw: Raw, program: str) -> Any:
@@ -336,8 +334,7 @@ def _requests(values: Values) -> tuple[list[Request], list[str], list[str]]:
     values = compose_references(values, len(prompts))
     height, width = size_of(values)
     shared = from_flags(Request, values) | {"height": height, "width": width}
-    remote: Remote = "private" if values["allow_private"] else True
-    remote = values["allow_remote"] and remote
+    remote = remote_of(values["allow_remote"], values["allow_private"])
     conditions = {key: per_prompt(values, key, len(prompts)) for key in PER_PROMPT}
     requests: list[Request] = []
     failed: list[str] = []
@@ -374,7 +371,7 @@ def _prompts(values: Values) -> PromptFile:
     if values["prompt_path"] is None:
         raise UserError('--prompt or --prompt-path is needed, such as --prompt "a red ball"')
     file = read_prompt_file(values["prompt_path"], values["start_index"], values["end_index"])
-    flags = [f"--{key.replace('_', '-')}" for key in (*PER_PROMPT, *_TYPED) if values[key]]
+    flags = [f"--{key.replace('_', '-')}" for key in (*PER_PROMPT, *TYPED) if values[key]]
     if flags and any(key in entry.own for entry in file.entries for key in PER_PROMPT):
         raise UserError(
             f"--prompt-path {shown(values['prompt_path'])} has references of its own: leave "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.cli.client.connection import connect
+from opensora_sp.cli import on_queue
+from opensora_sp.cli.client import submit
+from opensora_sp.cli.client.connection import Refused, connect
 from opensora_sp.cli.client.forms import forms_of
 from opensora_sp.cli.client.jobs import cut, table
 from opensora_sp.cli.client.submit import _wait, progress_text
@@ -223,3 +226,38 @@ def test_the_progress_of_several_jobs_is_one_line() -> None:
     assert text == "1 of 3 ended; 40 %, denoising, step 12 of 30, about 8 s left"
     assert progress_text([waiting], 1) == "queued, 3 before it"
     assert "\x1b" not in progress_text([{**made, "stage": "\x1b[2J"}], 1)
+
+
+def test_waiting_goes_on_for_the_others_where_one_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "video_" + "1" * 24
+
+    class Half:
+        """A server that knows one of two jobs, and has it ready at the second look."""
+
+        looks = 0
+
+        def call(self, _method: str, path: str) -> dict[str, Any]:
+            if path.endswith(ID):
+                raise Refused(f"there is no video '{ID}'", 404)
+            self.looks += 1
+            return {"status": "completed" if self.looks > 1 else "queued"}
+
+    monkeypatch.setattr(submit, "LOOK_SECONDS", 0.0)
+    server: Any = Half()
+    assert _wait(server, [ID, other], None, None) == 1
+    told = capsys.readouterr()
+    assert told.out == f"{other}\n"
+    assert told.err == f"error: {ID}: there is no video '{ID}'\n"
+
+
+def test_a_list_on_a_queue_has_the_comments_and_flags_of_a_list(tmp_path: Path) -> None:
+    lines = io.StringIO("# a comment\n## a heading\n#\n\n#1 of three cats\n a dog \n")
+    assert list(on_queue._texts(lines)) == ["#1 of three cats", "a dog"]
+    words = ["--queue", "u", "--save-dir", "s", "--prompt-path", "list.txt"]
+    for flag, value in (("--prompt", "a cat"), ("--start-index", "3"), ("--end-index", "5")):
+        found, rest = on_queue.parser().parse_known_args([*words, flag, value])
+        assert (found.prompt_path, rest) == ("list.txt", [flag, value])
+        with pytest.raises(UserError, match=f"{flag} does not go with --queue"):
+            on_queue._specs(rest, tmp_path)

@@ -114,6 +114,13 @@ def test_printed_config_reads_back_to_the_same_values(tmp_path: Path) -> None:
     assert (again["aes"], again["camera_motion"], again["save_fps"]) == (None, "none", 24)
 
 
+def test_a_printed_config_holds_no_login_of_a_video_that_is_not_used() -> None:
+    address = "https://me:hunter2@videos.example/a.mp4"
+    for strength in ("0.5", "1"):
+        text = print_config(values_of("--edit", address, "--edit-strength", strength))
+        assert "hunter2" not in text
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_makes_a_request(config: Path, tmp_path: Path) -> None:
     job = job_of(tmp_path, "--config", str(config), "--prompt", "x")

@@ -13,6 +13,7 @@ from opensora_sp.base.value_types import shown
 from opensora_sp.cli.client.connection import Form
 from opensora_sp.request.config_file import Raw, read_config
 from opensora_sp.request.engine_settings import engine_keys
+from opensora_sp.request.flags.shortcuts import TYPED
 from opensora_sp.request.prompt_files import Entry, read_prompt_file
 from opensora_sp.request.settings import (
     PER_PROMPT,
@@ -23,13 +24,12 @@ from opensora_sp.request.settings import (
 )
 from opensora_sp.server.protocol import REQUEST_FIELDS, flags_by_key
 
-_FILES = ("image", "last_image", "extend", "edit")
-_PROMPTS = ("prompt", "prompt_path", "start_index", "end_index")
+PROMPTS = ("prompt", "prompt_path", "start_index", "end_index")
 # The keys of the flags that a request may have, in the order of the flag table.
 SUBMITTED = tuple(
     key
     for key in flags_by_key()
-    if key in {*_PROMPTS, *_FILES, *PER_PROMPT, *REQUEST_FIELDS, "image_size"}
+    if key in {*PROMPTS, *TYPED, *PER_PROMPT, *REQUEST_FIELDS, "image_size"}
 )
 
 
@@ -64,7 +64,7 @@ def forms_of(words: Sequence[str], more: Mapping[str, str]) -> list[Form]:
         shared["size"] = f"{width}x{height}"
     entries = _entries(values)
     columns = {key: per_prompt(values, key, len(entries)) for key in PER_PROMPT}
-    files = [(key, _file(key, values[key])) for key in _FILES if values[key] is not None]
+    files = [(key, _file(key, values[key])) for key in TYPED if values[key] is not None]
     return [
         _form(entry, {key: column[place] for key, column in columns.items()}, shared, files)
         for place, entry in enumerate(entries)

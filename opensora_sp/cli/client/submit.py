@@ -6,15 +6,16 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import note, on_any_screen, one_line, result
-from opensora_sp.cli.client.connection import Connection, check_id, connect, video_path
+from opensora_sp.cli.client.connection import Connection, Refused, check_id, connect, video_path
 from opensora_sp.cli.client.fetch import fetch
-from opensora_sp.cli.client.flags import FAILED, client_parser, run_client
+from opensora_sp.cli.client.flags import FAILED, client_parser, each, run_client
 
 LOOK_SECONDS = 0.5
 _USUAL = (
@@ -118,7 +119,7 @@ def _wait(server: Connection, ids: Sequence[str], output: Path | None, exact: Pa
     """Until every job has ended; each is downloaded when it has, where that is asked for."""
     line, code, left = ProgressLine(len(ids)), 0, list(ids)
     while left:
-        videos = [server.call("GET", video_path(job_id)) for job_id in left]
+        videos = [_standing(server, job_id) for job_id in left]
         for job_id, video in zip(tuple(left), videos, strict=True):
             if video.get("status") not in ("completed", "failed"):
                 continue
@@ -132,12 +133,22 @@ def _wait(server: Connection, ids: Sequence[str], output: Path | None, exact: Pa
             elif output is None:
                 result(job_id)
             else:
-                fetch(server, job_id, output, exact=exact)
+                code |= each([job_id], partial(fetch, server, folder=output, exact=exact))
         if left:
             line.show(videos)
             time.sleep(LOOK_SECONDS)
     line.clear()
     return code
+
+
+def _standing(server: Connection, job_id: str) -> Mapping[str, Any]:
+    """A job as the server shows it; one that somebody has deleted counts as failed."""
+    try:
+        return server.call("GET", video_path(job_id))
+    except Refused as error:
+        if error.status != 404:
+            raise
+        return {"status": "failed", "error": {"message": str(error)}}
 
 
 class ProgressLine:

@@ -4,6 +4,7 @@ from opensora_sp.base.errors import UserError
 from opensora_sp.media.watermark import SMALLEST_HEIGHT, SMALLEST_WIDTH, fits
 from opensora_sp.parallel.backend_table import BACKENDS
 from opensora_sp.request import sizes
+from opensora_sp.request.flags.shortcuts import TYPED
 from opensora_sp.request.flags.table import declared_flags
 from opensora_sp.request.rules import REQUEST_COMBINATIONS, Combination, Values
 
@@ -17,7 +18,7 @@ def _moved(values: Values) -> bool:
 
 
 def _typed(values: Values) -> list[str]:
-    return [k for k in ("image", "last_image", "extend", "edit") if values[k] is not None]
+    return [k for k in TYPED if values[k] is not None]
 
 
 def _too_small_for_a_mark(values: Values) -> bool:

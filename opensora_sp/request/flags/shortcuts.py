@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from opensora_sp.base.errors import UserError
+from opensora_sp.base.value_types import shown
 from opensora_sp.request.mask_strategy import END
 
-# In the order in which they become references 0, 1, ...
-_ORDER = ("image", "extend", "edit", "last_image")
+# The typed flags of references, in the order in which they become references 0, 1, ...
+TYPED = ("image", "extend", "edit", "last_image")
 
 
 def compose(values: Mapping[str, Any], latent_frames: int) -> tuple[str, str]:
@@ -24,7 +25,7 @@ def compose(values: Mapping[str, Any], latent_frames: int) -> tuple[str, str]:
         path: str, ref_start: int | str, target_start: int, length: int, ratio: float = 0
     ) -> None:
         if ";" in path:
-            raise UserError(f"{path!r}: a ';' in a name separates references; rename the file")
+            raise UserError(f"{shown(path)}: a ';' in a name separates references; rename the file")
         groups.append(f"0,{len(paths)},{ref_start},{target_start},{length},{ratio:g}")
         paths.append(path)
 
@@ -42,7 +43,7 @@ def compose(values: Mapping[str, Any], latent_frames: int) -> tuple[str, str]:
 
 def flags_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The flag, such as --extend, of each reference that `compose` writes, by its number."""
-    given = [k for k in _ORDER if values[k] is not None and (k != "edit" or _edits(values))]
+    given = [k for k in TYPED if values[k] is not None and (k != "edit" or _edits(values))]
     return tuple(f"--{key.replace('_', '-')}" for key in given)
 
 
