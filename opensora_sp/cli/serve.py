@@ -362,14 +362,17 @@ def _require_engine_flags(words: Sequence[str]) -> None:
 
     command = parse_command_line(words)
     known = engine_keys() | {"label", "label_producer", "label_certificate", "label_key"}
-    for key in command.written:
+    if command.version:
+        raise UserError("--version belongs to opensora-sp itself: opensora-sp --version")
+    for key in (*command.written, *command.program_control):
         if key not in known:
             raise UserError(
                 f"--{key.replace('_', '-')} belongs to a job, not to the server: send it with the "
                 "request"
             )
     if command.config is not None or command.print_config:
-        raise UserError("--config is taken by generate; give the engine's flags themselves")
+        flag = "--config" if command.config is not None else "--print-config"
+        raise UserError(f"{flag} is taken by generate; give the engine's flags themselves")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from bad_inputs import FILES, BadInput, cell, given, rows, try_it, wrong
 
 from opensora_sp.cli.console import HEAD_START_S
 from opensora_sp.cli.infer import main
+from opensora_sp.cli.serve import main as serve
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = rows()
@@ -119,3 +120,13 @@ def test_refusals_import_nothing_heavy(folder: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--version", "--count", "--markdown", "--print-config"])
+def test_a_server_is_not_started_by_a_flag_of_another_command(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each was left out in silence, and the server started."""
+    pytest.importorskip("dbos")
+    assert serve(["--save-dir", "nowhere", flag]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag} ")
