@@ -12,7 +12,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from opensora_sp.server.gateway import Gateway
@@ -62,14 +61,15 @@ async def read_json_body(request: Request) -> dict[str, Any]:
 async def received(
     request: Request, gateway: Gateway, job_id: str
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """As `_read_body`. Raises HTTPException where the body does not arrive, or not in time."""
+    """As `_read_body`. Raises HTTPException where the body does not arrive in time.
+
+    Raises ClientDisconnect where the connection is closed before.
+    """
     seconds = gateway.limits.body_seconds
     try:
         return await asyncio.wait_for(_read_body(request, gateway, job_id), seconds)
     except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
         raise HTTPException(400, f"the body did not arrive within {seconds:.0f} s") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the connection was closed before the body was whole") from None
 
 
 async def _read_body(

@@ -33,6 +33,7 @@ LOOK_SECONDS = BEAT_SECONDS / 2
 # and this time more is ended here.
 STUCK_SECONDS = HEARTBEAT_S + SILENT_SECONDS
 END_SECONDS = 60.0
+NOT_STARTED = 1  # in place of an exit code
 log = logging.getLogger(__name__)
 
 
@@ -129,13 +130,17 @@ class EngineProcess:
     def _watch(self) -> None:
         while not self._ending.is_set():
             started = time.monotonic()
-            self._start()
-            was_ready = self._until_it_ends()
+            try:
+                self._start()
+            except OSError as error:  # such as no memory for another process
+                log.error("the engine cannot be started: %s", error)
+                code, was_ready = NOT_STARTED, False
+            else:
+                code, was_ready = self._until_it_ends()
             self._on_end()
             if self._ending.is_set():
                 return
-            assert self._process is not None
-            code, now = int(self._process.returncode), time.monotonic()
+            now = time.monotonic()
             wait = self._restarts.ended(
                 now,
                 code=code,
@@ -169,11 +174,11 @@ class EngineProcess:
             pipe = self._process.stderr
             threading.Thread(target=relay, args=(pipe,), name="engine log", daemon=True).start()
 
-    def _until_it_ends(self) -> bool:
-        """Look at it until it has ended; whether it ever was ready."""
+    def _until_it_ends(self) -> tuple[int, bool]:
+        """Look at it until it has ended: its exit code, and whether it ever was ready."""
         assert self._process is not None
         was_ready, looks = self._settings.node > 0, 0
-        while self._process.poll() is None:
+        while (code := self._process.poll()) is None:
             sign = read_beat(self._settings.place)
             if sign is not None and sign != self._seen[0]:
                 self._seen = (sign, time.monotonic())
@@ -186,7 +191,7 @@ class EngineProcess:
                 self._kill()
                 looks = 0
             time.sleep(LOOK_SECONDS)
-        return was_ready
+        return code, was_ready
 
     def _kill(self) -> None:
         """End it at once; rank 0 too, which torchrun may have put into a session of its own."""

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 # How long an idle group waits for word of a new job in one go; the sign of life waits as long.
 WAIT_SECONDS = 0.2
 RETRY_SECONDS = 1.0
-MOST_SHAPES = 200
+# Shapes that a group keeps in mind as too large for it, and those of them that it tells of with its
+# sign of life. Where more are queued, those that it forgets are judged again.
+MOST_UNFIT, MOST_TOLD = 10_000, 200
 log = logging.getLogger(__name__)
 
 
@@ -128,6 +130,7 @@ class GroupWorker:
         # Shapes that this group can make, and those that it cannot, with the reason.
         self._fit: set[str] = set()
         self._unfit: dict[str, str] = {}
+        self._refused = 0  # how often a shape was judged not to fit
         self._sweeper = Sweeper(self._queue)
         self.idle, self.state = True, "starting"
         self._end = threading.Event()
@@ -166,7 +169,7 @@ class GroupWorker:
             self._say_lost(error)
         while (left := end - time.monotonic()) > 0:
             try:
-                claim = self._claim()
+                claim = self._claim(end)
                 self._said_lost = False
                 if claim is None:
                     self._wait(end)
@@ -244,7 +247,8 @@ class GroupWorker:
             if self._queue.link.wait(min(WAIT_SECONDS, left)):
                 return
 
-    def _claim(self) -> Claim | None:
+    def _claim(self, end: float) -> Claim | None:
+        """A job that fits; None without one, or none by `end`: the ranks have to meet then."""
         if not holds_token(self._settings.save_dir, self._token):
             log.error("--save-dir %s is not there: no job is taken", self._settings.save_dir)
             time.sleep(RETRY_SECONDS)
@@ -253,7 +257,7 @@ class GroupWorker:
             self._queue.give_back(self._settings.group_name, self._epoch)
             self._unsure = False
         while True:
-            known = len(self._unfit)
+            judged = self._refused
             try:
                 claim = self._queue.claim(
                     self._settings.group_name, self._epoch, self._unfit, self._fits
@@ -261,7 +265,7 @@ class GroupWorker:
             except QueueLost:
                 self._unsure = True
                 raise
-            if claim is not None or len(self._unfit) == known:
+            if claim is not None or self._refused == judged or time.monotonic() > end:
                 return claim
 
     def _fits(self, shape: str, spec: JobSpec) -> bool:
@@ -278,9 +282,10 @@ class GroupWorker:
             if shape:
                 self._fit.add(shape)
             return True
-        if len(self._unfit) >= MOST_SHAPES:
-            self._unfit.clear()
+        if len(self._unfit) >= MOST_UNFIT:
+            self._unfit.pop(next(iter(self._unfit)))
         self._unfit[shape] = reason
+        self._refused += 1
         return False
 
     def _see(self, claim: Claim) -> None:
@@ -326,7 +331,7 @@ class GroupWorker:
             state="draining" if draining else self.state,
             claim=claim,
             progress=self._store.told,
-            unfit=self._unfit.copy(),
+            unfit=dict(list(self._unfit.copy().items())[-MOST_TOLD:]),
         )
         if held is None:
             self._replaced = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Mapping
 
 from fastapi import Request
@@ -15,6 +16,8 @@ from opensora_sp.server.refusals import refusal
 
 # Without a token: the page has no job in it, and asks for the token itself.
 OPEN = ("/", "/health", "/ready", LOGIN)
+# A host with or without a port; an address of IPv6 is in brackets.
+_HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
 # Sent with every answer that does not say otherwise itself.
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -62,7 +65,8 @@ def _refused(gateway: Gateway, scope: Scope) -> Response | None:
     # Of a name that came twice, the first.
     headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
     given = headers.get(b"host", "")
-    host = given.rsplit(":", 1)[0].strip("[]").lower()
+    named = _HOST.fullmatch(given)
+    host = given if named is None else named[1].strip("[]").lower()
     if gateway.hosts and host not in gateway.hosts:
         return refusal(421, f"this server does not answer for the host {host[:100]!r}")
     origin = headers.get(b"origin")

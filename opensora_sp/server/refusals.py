@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from opensora_sp.server.protocol import BadRequest, error_json
 from opensora_sp.server.shared_link import QueueLost
@@ -18,6 +19,7 @@ def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(BadRequest, _on_bad_request)
     app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(QueueLost, _on_queue_lost)
     app.add_exception_handler(Exception, _on_fault)
 
@@ -44,6 +46,11 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     return refusal(error.status_code, str(error.detail))
 
 
+async def _on_disconnect(_: Request, _error: Exception) -> Response:
+    """The client's doing, not a fault of the server's: nobody reads the answer."""
+    return refusal(400, "the connection was closed before the body was whole")
+
+
 async def _on_bad_parameter(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -52,12 +59,12 @@ async def _on_bad_parameter(_: Request, error: Exception) -> Response:
     return refusal(400, message, param=name, code="invalid_value")
 
 
-async def _on_fault(_: Request, error: Exception) -> Response:
+async def _on_fault(_: Request, _error: Exception) -> Response:
     """A fault of the server's own; uvicorn logs it with its traceback."""
     return refusal(500, "the server could not answer this; its log says why")
 
 
-async def _on_queue_lost(_: Request, error: Exception) -> Response:
+async def _on_queue_lost(_: Request, _error: Exception) -> Response:
     """The database of a shared queue does not answer; nothing was queued or deleted."""
     answer = refusal(503, "the queue does not answer just now: try again later")
     answer.headers["retry-after"] = str(LOST_RETRY_AFTER_SECONDS)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -28,6 +29,7 @@ import pytest
 for package in ("fastapi", "dbos", "prometheus_client", "httpx2"):
     pytest.importorskip(package)
 
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from opensora_sp.base.errors import UserError
@@ -46,10 +48,12 @@ from opensora_sp.server.health_port import answering_health, health_socket
 from opensora_sp.server.job_store import JobResult, JobSpec, JobStore
 from opensora_sp.server.metrics import Metrics
 from opensora_sp.server.protocol import BadRequest
+from opensora_sp.server.refusals import add_refusals
 from opensora_sp.server.restarts import MOST_FRUITLESS, MOST_QUICK, Restarts
 from opensora_sp.server.retention import DAY_SECONDS, Kept, Retention
 from opensora_sp.server.settings import GroupSettings, Operations, ServiceLabel, read_tokens
 from opensora_sp.server.settings import Limits as GatewayLimits
+from opensora_sp.server.shared_rows import Claim
 from opensora_sp.server.videos import remove
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -727,3 +731,128 @@ def test_without_allowed_origins_no_page_of_another_site_is_answered(bench: Benc
             answer = bench.client.request(method, "/v1/videos", headers=asking)
             assert answer.status_code == (200 if method == "GET" else 403)
             assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_body_is_no_fault_of_the_server() -> None:
+    app = FastAPI()
+    add_refusals(app)
+
+    @app.post("/")
+    async def whole(request: Request) -> None:
+        await request.body()
+
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400
+    assert b"closed before the body was whole" in sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("localhost", True),
+        ("LOCALHOST:8000", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("[::1]", True),  # as browsers send it for port 80
+        ("evil.example", False),
+        ("localhost.evil.example:80", False),
+        ("[::1]evil.example", False),
+        ("localhost]:80", False),
+        ("", False),
+    ],
+)
+def test_a_server_of_this_machine_answers_for_its_names_alone(given: str, taken: bool) -> None:
+    from opensora_sp.server.guard import _refused
+    from opensora_sp.server.settings import LOCAL_HOSTS
+
+    gateway: Any = SimpleNamespace(hosts=LOCAL_HOSTS, origins=(), tokens={}, limits=GatewayLimits())
+    scope = {"method": "GET", "path": "/", "headers": [(b"host", given.encode())]}
+    assert (_refused(gateway, scope) is None) is taken
+
+
+def test_an_engine_that_cannot_be_started_is_given_up_like_one_that_ends(
+    quick_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(engine_process.subprocess, "Popen", no_memory)
+    monkeypatch.setattr("opensora_sp.server.restarts.MOST_RESTART_SECONDS", 0.01)
+    health = until("failed", quick_engine(""))
+    assert f"It ended {MOST_QUICK} times in a row" in health.reason
+
+
+class LongQueue:
+    """A shared queue as a group asks it for a job: these shapes are queued, in this order."""
+
+    def __init__(self, shapes: list[str]) -> None:
+        self.shapes, self.asked = shapes, 0
+        self.link = SimpleNamespace(wait=lambda _: False)
+
+    def claim(self, _name: str, _epoch: int, unfit: Any, fits: Any) -> Claim | None:
+        self.asked += 1
+        assert self.asked < 20 * len(self.shapes), "the group asks for ever"
+        for shape in self.shapes:
+            if shape not in unfit:
+                spec = JobSpec(f"video_{self.shapes.index(shape):024x}", 0.0, ())
+                return Claim(spec.id, 1, spec) if fits(shape, spec) else None
+        return None
+
+    def give_out_again(self) -> tuple[list[Any], float]:
+        return [], 60.0
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group that can make jobs of the shape "small" alone. Its queue is given to it."""
+    from opensora_sp.server import group_worker
+    from opensora_sp.server.sweeper import Sweeper
+
+    monkeypatch.setattr(group_worker, "card_of", lambda _: "")
+    monkeypatch.setattr(group_worker, "holds_token", lambda *_: True)
+    monkeypatch.setattr(group_worker, "WAIT_SECONDS", 0.01)
+    settings = GroupSettings(tmp_path, "postgresql://nowhere/queue", ())
+    store = group_worker.GroupStore(settings)
+    device, control = SimpleNamespace(type="cpu"), ControlPlane()
+    worker = group_worker.GroupWorker(settings, store, control, device, None)
+    monkeypatch.setattr(GroupSettings, "job", lambda *_: None)
+
+    def with_queue(shapes: list[str]) -> Any:
+        worker._queue = LongQueue(shapes)  # type: ignore[assignment]
+        worker._sweeper = Sweeper(worker._queue)
+        judged = worker._fits
+
+        def fits(shape: str, spec: JobSpec) -> bool:
+            small = None if shape == "small" else "it is too large"
+            monkeypatch.setattr(group_worker, "why_not", lambda *_: small)
+            return judged(shape, spec)
+
+        worker._fits = fits  # type: ignore[method-assign]
+        return worker
+
+    return with_queue
+
+
+def test_a_group_finds_its_job_behind_any_number_of_shapes_that_are_too_large(group: Any) -> None:
+    worker = group([*(f"large {number}" for number in range(300)), "small"])
+    assert worker.next(30.0) == f"video_{300:024x}"
+
+
+def test_a_group_that_can_make_nothing_comes_back_in_time_to_meet_its_ranks(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opensora_sp.server import group_worker
+
+    monkeypatch.setattr(group_worker, "MOST_UNFIT", 5, raising=False)
+    worker = group([f"large {number}" for number in range(3000)])
+    assert worker.next(0.05) is None
+    assert len(worker._unfit) <= 5
