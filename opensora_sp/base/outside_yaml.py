@@ -88,13 +88,14 @@ def _refuse_twice(node: Node, what: str) -> None:
         for item in node.value:
             _refuse_twice(item, what)
     elif isinstance(node, MappingNode):
-        keys = [str(key.value) for key, _ in node.value]
-        for place, (key, value) in enumerate(node.value):
-            if keys[place] in keys[:place]:
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
                 raise UserError(
-                    f"{what} line {key.start_mark.line + 1}: the key {shown(keys[place])} is there "
-                    "twice"
+                    f"{what} line {key.start_mark.line + 1}: the key {shown(name)} is there twice"
                 )
+            seen.add(name)
             _refuse_twice(value, what)
 
 
