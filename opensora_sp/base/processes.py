@@ -66,13 +66,21 @@ class Process:
             return f"ended with exit code {os.WEXITSTATUS(status)}"
         number = os.WTERMSIG(status)
         hint = " (the kernel does that when memory runs out)" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{hint}"
+        return f"was killed by {signal_name(number)}{hint}"
 
     def kill(self) -> None:
         """Send SIGKILL, if the process still exists."""
         if self.here and self.state() != "gone":
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, such as SIGTERM; "signal 42" of a real-time signal, which has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def this_node() -> str:

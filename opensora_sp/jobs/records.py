@@ -73,7 +73,7 @@ def read_record(output: Path) -> Record | None:
         found: Any = parse_json(content)
         if found["version"] != _VERSION or found["stage"] not in get_args(Stage):
             return None
-        if found["digest"] != digest(found["identity"]):
+        if found["digest"] != digest(found["identity"]) or not isinstance(found["identity"], dict):
             return None
         return Record(
             identity=found["identity"],

@@ -54,6 +54,19 @@ def test_running_stopped_killed_and_replaced() -> None:
     assert "without a word" in peer.fate()
 
 
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    number = signal.SIGRTMIN + 3
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        peer = of(process)
+        os.kill(peer.pid, number)
+        wait_for(peer, "gone")
+        assert peer.fate() == f"was killed by signal {number:d}"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"

@@ -19,7 +19,7 @@ from opensora_sp.base.hashes import sampled_digest
 from opensora_sp.base.processes import Process, this_node
 from opensora_sp.engine.progress import Position
 from opensora_sp.jobs import worklist
-from opensora_sp.jobs.identity import difference, identity_of, latents_identity
+from opensora_sp.jobs.identity import difference, digest, identity_of, latents_identity
 from opensora_sp.jobs.records import read_record, record_path, write_record
 from opensora_sp.jobs.saved_latents import SavedStep, StateFiles
 from opensora_sp.jobs.schedule import deal, regroup
@@ -301,7 +301,9 @@ def test_an_unreadable_record_is_none(tmp_path: Path) -> None:
     finish(one)
     good = json.loads(record_path(one.output).read_text())
     changed = {**good, "identity": {**good["identity"], "dtype": "fp32"}}
-    for text in ("", "{", "[]", json.dumps({**good, "version": 9}), json.dumps(changed)):
+    listed = {**good, "identity": ["dtype"], "digest": digest(["dtype"])}  # type: ignore[arg-type]
+    texts = ["", "{", "[]", *map(json.dumps, ({**good, "version": 9}, changed, listed))]
+    for text in texts:
         record_path(one.output).write_text(text)
         assert read_record(one.output) is None
 
