@@ -29,7 +29,7 @@ def read_config(path: str, flag: str = "--config") -> dict[str, Raw]:
     from yaml import MappingNode
 
     what = f"{flag} {shown(path)}"
-    text = access.read_text(find_config(path), limit=access.CONFIG_LIMIT, what=what)
+    text = access.read_text(find_config(path, flag), limit=access.CONFIG_LIMIT, what=what)
     node = parse_yaml(text, what)
     if node is None:
         return {}

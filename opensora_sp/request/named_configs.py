@@ -25,21 +25,21 @@ def names() -> list[str]:
     return sorted(path.stem for path in directory().glob(f"*{_SUFFIX}"))
 
 
-def find_config(given: str) -> str:
+def find_config(given: str, flag: str = "--config") -> str:
     """The file that is meant by a path or a name; a file that is there is meant before a name.
 
-    Raises UserError, naming the nearest, where it can only be a name and there is none such.
+    flag: the one that it was given to. Raises UserError, naming the nearest, where it can only be a
+    name and there is none such.
     """
-    path = directory() / f"{given}{_SUFFIX}"
     is_path = os.sep in given or given.endswith((_SUFFIX, ".yml"))
     if is_path or access.exists(given):
         return given
     known = names()
     if given in known:
-        return str(path)
+        return str(directory() / f"{given}{_SUFFIX}")
     near = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
     offered = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(known)}"
     raise UserError(
-        f"--config {shown(given)}: there is no such file, and no configuration of that name; "
+        f"{flag} {shown(given)}: there is no such file, and no configuration of that name; "
         f"{offered}"
     )

@@ -114,6 +114,11 @@ def test_printed_config_reads_back_to_the_same_values(tmp_path: Path) -> None:
     assert (again["aes"], again["camera_motion"], again["save_fps"]) == (None, "none", 24)
 
 
+def test_a_file_that_is_not_there_is_told_with_the_flag_that_names_it() -> None:
+    with pytest.raises(UserError, match=r"^--sweep 'nowhere': there is no such file"):
+        read_config("nowhere", "--sweep")
+
+
 def test_a_printed_config_holds_no_login_of_a_video_that_is_not_used() -> None:
     address = "https://me:hunter2@videos.example/a.mp4"
     for strength in ("0.5", "1"):
