@@ -113,16 +113,14 @@ def read_bytes(path: AnyPath, *, limit: int, what: str | None = None) -> bytes:
         raise UserError(f"{name} cannot be read: {_said(error)}") from None
 
 
-def read_text(
-    path: AnyPath, *, limit: int, what: str | None = None, encoding: str = "utf-8-sig"
-) -> str:
+def read_text(path: AnyPath, *, limit: int, what: str | None = None) -> str:
     """As `read_bytes`, decoded as UTF-8. A byte order mark is dropped.
 
     Line endings become line feeds, as Python does for text files.
     """
     content = read_bytes(path, limit=limit, what=what)
     try:
-        text = content.decode(encoding)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         name = what or shown(os.fspath(path))
         raise UserError(f"{name} is not UTF-8 text (byte {error.start})") from None

@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 
 VARIABLE, LOG_VARIABLE = "OPENSORA_SP_FAULT", "OPENSORA_SP_FAULT_LOG"
-# In this order: raise an exception, SIGKILL, SIGSTOP, exit with code 0, sleep forever, change a
-# value that was broadcast, be slow. Being slow is no fault, and must not end the run.
+# In this order: raise an exception, SIGKILL, SIGSTOP, exit with code 0. Some points have more ways:
+# "hang" sleeps for an hour, "corrupt" changes a value that was broadcast, and "slow" sleeps for
+# `SLOW_S`, which is no fault and must not end the run.
 ENDS = ("exception", "kill", "stop", "exit")
-WAYS = (*ENDS, "hang", "corrupt", "slow")
 SLOW_S = 8.0
 # At every point: stand until the file `go` is in the log directory, while whoever injects the fault
 # does something to the machine, such as fill its disk.

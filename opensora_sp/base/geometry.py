@@ -8,10 +8,10 @@ PATCH = 2  # latent cells of height or width per patch
 MICRO_FRAME_SIZE = 17
 
 
-def latent_frames(frames: int, micro: int = MICRO_FRAME_SIZE, factor: int = TIME_FACTOR) -> int:
+def latent_frames(frames: int, micro: int = MICRO_FRAME_SIZE) -> int:
     """Latent frames T of a video. Each chunk of `micro` frames is rounded up by itself."""
     chunks, rest = divmod(frames, micro)
-    return chunks * -(-micro // factor) + -(-rest // factor)
+    return chunks * -(-micro // TIME_FACTOR) + -(-rest // TIME_FACTOR)
 
 
 def latent_shape(

@@ -134,9 +134,9 @@ def speaks(environ: Mapping[str, str] = os.environ) -> bool:
         return True
 
 
-def launcher_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
+def launcher_keeps_store() -> bool:
     """Whether torchrun hosts the store. It then outlives every rank."""
-    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def check_store(launch: Launch, *, kept_by_launcher: bool) -> None:

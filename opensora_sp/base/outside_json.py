@@ -71,12 +71,11 @@ def parse_object(
     raw: bytes | str,
     what: str,
     *,
-    most_bytes: int = MOST_BYTES,
     error: type[UserError] = UserError,
 ) -> dict[str, Any]:
     """The object that bytes or a text hold. Raises `error`, which begins with `what`."""
     try:
-        content = parse_json(raw, most_bytes=most_bytes)
+        content = parse_json(raw)
     except NotJson as problem:
         raise error(f"{what} {problem}") from None
     if not isinstance(content, dict):

@@ -82,7 +82,7 @@ def open_outputs(
 def held_bytes(request: Request, batch: int) -> int:
     """Bytes of decoded frames that may wait to be written: two chunks of every video."""
     height, width = request.decoded_size
-    frames = min(request.micro_frame_size or request.num_frames, request.num_frames)
+    frames = min(request.micro_frame_size, request.num_frames)
     return HELD_CHUNKS * batch * frames * height * width * 3
 
 

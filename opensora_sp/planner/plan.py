@@ -261,7 +261,7 @@ def _host(shape: Shape, mode: MemoryMode, models: ModelSizes, options: Options) 
     waiting = weights * shape.itemsize
     kept = max(waiting, text) if options.warm is None else waiting + text
     noise = 3 * 4 * 4 * shape.batch * frames * height * width
-    chunk = min(shape.micro_frames or shape.num_frames, shape.num_frames)
+    chunk = min(shape.micro_frames, shape.num_frames)
     written = HELD_CHUNKS * shape.batch * chunk * shape.pixels * 3
     return int(_PROCESS + kept + noise + written)
 
