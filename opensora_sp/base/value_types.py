@@ -17,9 +17,9 @@ from opensora_sp.base.redaction import redacted
 _TRUE = frozenset({"true", "t", "yes", "y", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "0"})
 _LONGEST_SHOWN = 80
-# Path separators, control characters, line separators and characters that change the direction of
-# text. A terminal would obey them, and a name could look like another one.
-_NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# Path separators, control characters, line separators, characters that change the direction of text
+# and surrogates. A terminal would obey them, and a name could look like another one.
+NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_PATH = 4095  # bytes; the limit of Linux
 LONGEST_STEM = 200  # bytes; leaves room for a number, an extension and a temporary suffix in 255
 
@@ -179,7 +179,7 @@ def file_stem() -> ValueType:
         if not isinstance(value, str) or not value.strip() or not _encodable(value):
             return False
         return (
-            not _NOT_IN_NAMES.search(value)
+            not NOT_IN_NAMES.search(value)
             and not value.startswith((".", "-"))
             and len(value.encode("utf-8")) <= LONGEST_STEM
         )

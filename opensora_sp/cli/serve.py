@@ -22,7 +22,7 @@ from opensora_sp.cli.parser import RefusingParser
 if TYPE_CHECKING:
     from opensora_sp.server.settings import GroupSettings, Operations, ServiceSettings
 
-MOST_BATCH_JOBS, LEASE = 64, "15"
+MOST_BATCH_JOBS = 64
 
 
 @on_any_screen
@@ -247,6 +247,7 @@ def group_of(
     from opensora_sp.server.queue_url import QUEUE_VARIABLE, parse_queue_url
     from opensora_sp.server.served import check_names, engine_of_settings
     from opensora_sp.server.settings import GroupSettings, require_packages
+    from opensora_sp.server.shared_queue import LEASE_SECONDS
 
     if not 0 < found.nproc <= 64:
         raise UserError(f"--nproc {found.nproc} is not a number of ranks from 1 to 64")
@@ -273,12 +274,9 @@ def group_of(
         sharing = {
             "group_name": _group_name(found.group_name),
             "parent": secrets.token_hex(8),
-            "lease_s": _number(
-                "--lease-seconds",
-                LEASE if found.lease_seconds is None else found.lease_seconds,
-                3600,
-                3,
-            ),
+            "lease_s": LEASE_SECONDS
+            if found.lease_seconds is None
+            else _number("--lease-seconds", found.lease_seconds, 3600, 3),
         }
         sharing |= _nodes(found)
     elif found.group_name or found.lease_seconds is not None:

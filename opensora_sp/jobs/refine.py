@@ -26,7 +26,6 @@ from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
 from opensora_sp.media.fetch import reason
 from opensora_sp.request.llm_endpoint import (
-    _SECRET_LENGTH,
     LONGEST_BACKOFF_S,
     MAX_ANSWER_BYTES,
     TRIES,
@@ -61,6 +60,7 @@ _VIDEO = _TASK.format(
     "light and the style; there are no cuts",
 )
 _SCORES = re.compile(r"\s*\b(?:aesthetic score|motion score|camera motion):")
+_SECRET_LENGTH = 16  # shorter keys are placeholders of local servers, such as EMPTY
 _REASONING = re.compile(r"\A.*</think>", re.DOTALL)  # some local models print it first
 _HINTS: Mapping[int, str] = {
     400: "does it know the model?",

@@ -18,7 +18,6 @@ TRIES = 2
 BACKOFF_S = 2.0
 LONGEST_BACKOFF_S = 20.0  # a server may ask for more
 MAX_ANSWER_BYTES = 64 * 2**10
-_SECRET_LENGTH = 16  # shorter keys are placeholders of local servers, such as EMPTY
 
 
 @dataclass(frozen=True)

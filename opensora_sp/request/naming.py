@@ -6,11 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from opensora_sp.base.value_types import LONGEST_STEM
+from opensora_sp.base.value_types import LONGEST_STEM, NOT_IN_NAMES
 
-_UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, surrogates, line separators
-# These change the direction of text, so that a name can look like another one.
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HASH_LENGTH = 8
 
 
@@ -21,7 +18,7 @@ def safe_stem(text: str) -> str:
     text that is too long is cut and ends in a hash of the whole text, so that two long prompts with
     the same beginning get two names.
     """
-    stem = "".join("_" if _is_unsafe(char) else char for char in text.strip())
+    stem = NOT_IN_NAMES.sub("_", text.strip())
     stem = re.sub(r"^[.\s]+", "", stem)
     if stem.startswith("-"):
         stem = f"_{stem[1:]}"
@@ -75,7 +72,3 @@ def _key(stem: str) -> str:
     """
     folded = unicodedata.normalize("NFD", stem).casefold()
     return unicodedata.normalize("NFC", folded)
-
-
-def _is_unsafe(char: str) -> bool:
-    return char in "/\\" or char in _BIDI or unicodedata.category(char) in _UNSAFE_CATEGORIES

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opensora_sp.server.durable import JobQueue, QueuedJob, queue_place
+from opensora_sp.server.durable import GIVEN_UP, JobQueue, QueuedJob, queue_place
 from opensora_sp.server.estimate import Estimator
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec, JobStore
 from opensora_sp.server.protocol import video_json
@@ -269,7 +269,7 @@ class Board:
             if result is None and ended is not None and ended.status == "ended":
                 result = JobResult(
                     finished_at=time.time(),
-                    error="the engine ended too often while it was made; it is given up",
+                    error=GIVEN_UP,
                     error_code="engine_ended",
                 )
                 self._store.put_result(job_id, result)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from opensora_sp.request.setting import Setting
 from opensora_sp.request.sizes import resolutions
 from opensora_sp.request.step_cache import LEVELS, OFF
+from opensora_sp.server.job_store import DEFAULT_PRIORITY
 from opensora_sp.server.protocol import (
     ALIASES,
     EARLIER_FIELDS,
@@ -44,7 +45,8 @@ class JobError(_Answer):
 class Video(_Answer):
     """A job as the video API shows it; the fields behind `error` are this server's own.
 
-    notes: what the model does not read of the prompt.
+    notes: what the model does not read of the prompt. group, waiting_for: of a shared queue, who
+    makes it, and why no group can.
     """
 
     id: str
@@ -75,6 +77,8 @@ class Video(_Answer):
     step: int | None = None
     steps: int | None = None
     preview: int | None = None
+    group: str | None = None
+    waiting_for: str | None = None
 
 
 class VideoList(_Answer):
@@ -252,7 +256,7 @@ def _video_fields() -> dict[str, Schema]:
             "type": "integer",
             "minimum": 1,
             "maximum": MOST_PRIORITY,
-            "default": 100,
+            "default": DEFAULT_PRIORITY,
             "description": "1 is first",
         },
         "n": {"enum": [1]},

@@ -19,6 +19,7 @@ QUEUE, WORKFLOW = "videos", "make_video"
 APPLICATION, VERSION = "opensora-sp", "1"
 # How often the engine may end in one job before the job is given up.
 MOST_ATTEMPTS = 5
+GIVEN_UP = "the engine ended too often while it was made; it is given up"
 POLL_SECONDS = 0.1
 
 log = logging.getLogger(__name__)

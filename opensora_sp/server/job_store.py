@@ -33,6 +33,7 @@ from opensora_sp.base.outside_json import parse_json
 _ID = re.compile(r"video_[0-9a-f]{24}")
 _LARGEST_FILE = 4 << 20
 _TOGETHER = "together.json"
+DEFAULT_PRIORITY = 100  # 1 is first
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class JobSpec:
     created_at: float
     arguments: tuple[str, ...]
     shown: dict[str, Any] = field(default_factory=dict)
-    priority: int = 100
+    priority: int = DEFAULT_PRIORITY
     owner: str = ""
 
 

@@ -19,7 +19,7 @@ from opensora_sp.base.value_types import shown
 from opensora_sp.request.flags.table import all_flags
 from opensora_sp.request.setting import Setting
 from opensora_sp.request.step_cache import LEVELS, OFF
-from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
+from opensora_sp.server.job_store import DEFAULT_PRIORITY, JobProgress, JobResult, JobSpec
 
 MODEL = "open-sora-1.2"
 # The API's names for flags; every other field has its flag's name with _ for -.
@@ -128,7 +128,7 @@ def read_fields(fields: Mapping[str, Any], uploads: Sequence[tuple[str, str, str
             arguments += _argument(flags[key], name, value)
     _refuse_step_cache_file(fields.get("step_cache"))
     arguments += _references(uploads)
-    asked = 100 if fields.get("priority") in (None, "") else fields["priority"]
+    asked = DEFAULT_PRIORITY if fields.get("priority") in (None, "") else fields["priority"]
     priority = _whole(asked, "priority", 1, MOST_PRIORITY)
     told = {"model": model, "prompt": prompt, "settings": _settings(fields)}
     told["files"] = [(field, path.rpartition("/")[2]) for field, path, _ in uploads]

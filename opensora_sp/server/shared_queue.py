@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from opensora_sp.server.durable import MOST_ATTEMPTS
+from opensora_sp.server.durable import GIVEN_UP, MOST_ATTEMPTS
 from opensora_sp.server.job_store import JobProgress, JobResult, JobSpec
 from opensora_sp.server.shared_link import CHANNEL, Link
 from opensora_sp.server.shared_rows import COLUMNS, Claim, Group, Row, read_row, read_spec
@@ -21,7 +21,6 @@ from opensora_sp.server.shared_tables import prepare_tables
 LEASE_SECONDS = 15.0
 # Rows of deleted jobs and of dead groups stay this long, so that every gateway hears of them.
 TOMBSTONE_SECONDS, DEAD_GROUP_SECONDS = 3600.0, 86_400.0
-GIVEN_UP = "the engine ended too often while it was made; it is given up"
 _CHANGED = "changed = pg_current_xact_id(), changed_at = clock_timestamp()"
 # A group that died in a job gives it back; after MOST_ATTEMPTS of them the job is given up.
 _BACK = f"""

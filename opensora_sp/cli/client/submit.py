@@ -68,10 +68,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _submit(words: list[str]) -> int:
     from opensora_sp.cli.client.forms import forms_of
+    from opensora_sp.server.protocol import MOST_PRIORITY
 
     own, rest = parser().parse_known_args(words)
-    if own.priority is not None and not 1 <= own.priority <= 1000:
-        raise UserError(f"--priority {own.priority} is not a whole number from 1 to 1000")
+    if own.priority is not None and not 1 <= own.priority <= MOST_PRIORITY:
+        raise UserError(
+            f"--priority {own.priority} is not a whole number from 1 to {MOST_PRIORITY}"
+        )
     forms = forms_of(rest, {} if own.priority is None else {"priority": str(own.priority)})
     exact = _exact(own.output, len(forms))
     if own.output is not None:  # a job may take hours before its file is written
