@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.transfer import Arriving
+from opensora_sp.base.wording import plural
 
 
 def require_finite(tensor: Tensor, what: str, *, hint: str = "") -> None:
@@ -74,7 +75,8 @@ def _counts(tensor: Tensor) -> Tensor:
 
 
 def _refuse(counts: list[int], total: int, what: str, hint: str) -> None:
+    are = "is" if counts[0] == 1 else "are"
     raise UserError(
-        f"{what} holds {counts[0]} values of {total} that are NaN or infinite "
+        f"{what} holds {plural(counts[0], 'value')} of {total} that {are} NaN or infinite "
         f"({counts[1]} NaN): {hint or 'check the weights, or run with --dtype bf16 or fp32'}"
     )

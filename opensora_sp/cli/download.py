@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.hashes import SUMS, git_blob, sha256, write_sums
-from opensora_sp.base.screen import on_any_screen, one_line
+from opensora_sp.base.screen import on_any_screen
 from opensora_sp.base.value_types import shown
+from opensora_sp.cli.console import refuse
 from opensora_sp.cli.parser import RefusingParser
 from opensora_sp.request.preflight import check_save_dir
 
@@ -87,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             send_token=not is_mirror() or arguments.token_to_mirror,
         )
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return refuse(error, same_everywhere=True)
     return 0
 
 
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 def is_mirror() -> bool:
     """Whether HF_ENDPOINT names somebody else than the hub itself. Raises UserError."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").strip()
+    endpoint = _endpoint()
     if not endpoint:
         return False
     try:
@@ -140,6 +140,16 @@ def is_mirror() -> bool:
             f"HF_ENDPOINT {shown(endpoint)} is not the address of a mirror, such as https://{HUB}"
         )
     return (parts.scheme, host, port) != ("https", HUB, None)
+
+
+def _endpoint() -> str:
+    """The address of a mirror that the environment names; empty without one."""
+    return os.environ.get("HF_ENDPOINT", "").strip()
+
+
+def _source() -> str:
+    """Where files come from, for messages."""
+    return _endpoint() or "the hub"
 
 
 def known_hashes(files: Sequence[Path]) -> dict[str, str]:
@@ -191,10 +201,9 @@ def download(
     write_sums(directory, sums)
     unknown = [name for name in sums if name not in known]
     if unknown:
-        source = os.environ.get("HF_ENDPOINT", "the hub")
         print(
             f"note: {len(unknown)} of {len(sums)} files have no SHA-256 in {PINNED.name} or "
-            f"--hashes, so only {source} vouches for them ({', '.join(unknown[:3])}"
+            f"--hashes, so only {_source()} vouches for them ({', '.join(unknown[:3])}"
             f"{', …' if len(unknown) > 3 else ''}); {directory / SUMS} holds what came: compare it "
             "with that of somebody you trust, and give it as --hashes elsewhere",
             file=sys.stderr,
@@ -232,7 +241,7 @@ def _published(
         if pinned is not None and _is_sha256(metadata.etag) and metadata.etag != pinned:
             raise UserError(
                 f"{name} of {repository.name} has SHA-256 {metadata.etag[:12]}… at "
-                f"{os.environ.get('HF_ENDPOINT', 'the hub')}, but the known one is {pinned[:12]}…: "
+                f"{_source()}, but the known one is {pinned[:12]}…: "
                 "that is another file; use another mirror, or none"
             )
         found[name] = Published(metadata.size, pinned or metadata.etag)
@@ -330,9 +339,9 @@ def _ask(repository: Repository, call: Any) -> Any:
         return call()
     except Exception as error:  # requests or httpx, by version, and the hub's own kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        endpoint = os.environ.get("HF_ENDPOINT", "the hub")
         raise UserError(
-            f"{repository.name} at {repository.commit[:12]} cannot be had from {endpoint}: {reason}"
+            f"{repository.name} at {repository.commit[:12]} cannot be had from {_source()}: "
+            f"{reason}"
         ) from error
 
 

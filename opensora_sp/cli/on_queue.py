@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.screen import one_line, result
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.cli.console import world_size
 from opensora_sp.cli.help import help_asked, say
 from opensora_sp.cli.parser import RefusingParser
@@ -166,7 +167,7 @@ class Follow:
     def summary(self) -> str:
         """How far the list is, in a line."""
         counts = self.counts
-        parts = [f"{counts.read} prompts", f"{counts.made} made"]
+        parts = [plural(counts.read, "prompt"), f"{counts.made} made"]
         parts.append(f"{counts.there} were there or stand twice")
         if self._waiting:
             parts.append(f"{len(self._waiting)} queued")

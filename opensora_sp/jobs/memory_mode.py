@@ -14,6 +14,7 @@ import torch
 
 from opensora_sp.base.free_memory import free_bytes
 from opensora_sp.base.launcher import read_launch
+from opensora_sp.base.wording import plural
 from opensora_sp.parallel.backend import device_module
 from opensora_sp.parallel.session import Session
 from opensora_sp.planner.devices import GB, parse_memory, usable
@@ -123,7 +124,7 @@ def _tell_of_idle_devices(session: Session, *, quiet: bool) -> None:
     count = int(module.device_count())
     if count > here:
         _log.warning(
-            f"{count} {session.device.type} devices are visible but {here} rank(s) run on "
-            f"this node: torchrun --nproc_per_node {count} --no-python opensora-sp generate … uses "
-            "them all"
+            f"{count} {session.device.type} devices are visible, but {plural(here, 'rank')} "
+            f"{'runs' if here == 1 else 'run'} on this node: torchrun --nproc_per_node {count} "
+            "--no-python opensora-sp generate … uses them all"
         )

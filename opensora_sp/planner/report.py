@@ -88,7 +88,8 @@ def _advice(least: Plan, ranks: int, models: ModelSizes, options: Options, memor
             ways.append(f"--vae-decode rank0 fits (--memory {alone.mode})")
     found = smallest_ranks(least.shape, models, options, memory)
     if found is not None and found[0] != ranks:
-        ways.append(f"{found[0]} ranks fit (--memory {found[1].mode})")
+        fit = "1 rank fits" if found[0] == 1 else f"{found[0]} ranks fit"
+        ways.append(f"{fit} (--memory {found[1].mode})")
     near = nearest_request(least.shape, ranks, models, options, memory)
     if near is not None:
         ways.append(f"nearest size that fits: {near[0]} (--memory {near[1].mode})")

@@ -19,7 +19,7 @@ from urllib.parse import unquote_plus
 from opensora_sp.base.value_types import shown
 from opensora_sp.request.prompts import (
     append_scores,
-    caption_for_clip,
+    caption,
     prompt_for_loop,
     split_loops,
 )
@@ -70,9 +70,10 @@ class CaptionCheck:
             )
         if self.unread:
             words = self.unread.split()
+            last = "word is" if len(words) == 1 else f"{len(words)} words are"
             said.append(
-                f"{where} is longer than the text encoder reads: the last {len(words)} words are "
-                f"not read, from {shown(' '.join(words[:_MOST_WORDS]))} on: shorten it"
+                f"{where} is longer than the text encoder reads: the last {last} not read, from "
+                f"{shown(' '.join(words[:_MOST_WORDS]))} on: shorten it"
             )
         if self.unknown:
             said.append(
@@ -84,8 +85,7 @@ class CaptionCheck:
 
 def captions(request: Request) -> list[str]:
     """The caption of every clip. Equal captions at the end are listed once."""
-    scores = (request.aes, request.flow, request.camera_motion)
-    every = [caption_for_clip(request.prompt, clip, *scores) for clip in range(request.loop)]
+    every = [caption(request, clip) for clip in range(request.loop)]
     while len(every) > 1 and every[-1] == every[-2]:
         every.pop()
     return every
@@ -103,16 +103,16 @@ def check_captions(
     texts = [clip for clip in sorted(split_loops(request.prompt)) if clip < request.loop]
     scores = (request.aes, request.flow, request.camera_motion)
     for clip in texts:
-        caption = caption_for_clip(request.prompt, clip, *scores)
+        told = caption(request, clip)
         written = append_scores(prompt_for_loop(request.prompt, clip), *scores)
-        unread, unknown = ("", []) if tokenizer is None else _read(tokenizer, caption, max_length)
+        unread, unknown = ("", []) if tokenizer is None else _read(tokenizer, told, max_length)
         found.append(
             CaptionCheck(
                 prompt=request.prompt,
                 clip=clip,
                 clips=len(texts),
-                caption=caption,
-                lost=lost_words(written, caption),
+                caption=told,
+                lost=lost_words(written, told),
                 unread=unread,
                 unknown=unknown,
             )

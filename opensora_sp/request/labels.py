@@ -128,7 +128,7 @@ def _without_mark(settings: JobSettings) -> list[str]:
 
 def _check_style(settings: JobSettings, style: MarkStyle, size: tuple[int, int]) -> None:
     if style.font is not None and not access.is_file(style.font):
-        raise UserError(f"--watermark-font {settings.watermark_font}: there is no such file")
+        raise UserError(f"--watermark-font {settings.watermark_font}: {access.no_file(style.font)}")
     text = style.texts[-1] if style.texts else ""
     for one in style.texts or TEXTS:
         if not (lacking := missing_characters(one, style.font)):

@@ -20,6 +20,7 @@ from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.outside_json import NotJson, parse_json
 from opensora_sp.base.value_types import shown
+from opensora_sp.base.wording import plural
 from opensora_sp.request.request import Request
 from opensora_sp.request.setting import settings_of
 
@@ -201,9 +202,15 @@ def _read_lines(what: str, text: str) -> _Content:
     if comments:
         numbers = ", ".join(map(str, comments[:_MOST_SHOWN]))
         more = ", ..." if len(comments) > _MOST_SHOWN else ""
+        one = len(comments) == 1
+        said = (
+            "begins with '# ' is a comment and makes"
+            if one
+            else "begin with '# ' are comments and make"
+        )
         notes = (
-            f"{what}: {len(comments)} lines that begin with '# ' are comments and make no video "
-            f"(line {numbers}{more})",
+            f"{what}: {plural(len(comments), 'line')} that {said} no video "
+            f"(line{'' if one else 's'} {numbers}{more})",
         )
     return _Content(entries, len(lines), "lines", notes)
 

@@ -137,7 +137,7 @@ def test_comments_and_unread_fields_are_told(tmp_path: Path) -> None:
     file = read(tmp_path, "list.txt", "# mine\n#cat on a roof\n##\n#1 cat\n")
     assert prompts(file) == [(1, "#cat on a roof"), (3, "#1 cat")]
     assert "2 lines" in file.notes[0]
-    assert "line 1, 3" in file.notes[0]
+    assert "lines 1, 3" in file.notes[0]
     file = read(tmp_path, "list.csv", "prompt,cfg_scale,id\na,3,4\n")
     assert "not read: 'cfg_scale', 'id'" in file.notes[0]
     assert not read(tmp_path, "list.txt", "a\n").notes
