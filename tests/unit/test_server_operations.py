@@ -785,7 +785,7 @@ def test_an_engine_that_cannot_be_started_is_given_up_like_one_that_ends(
     def no_memory(*_: Any, **__: Any) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(engine_process.subprocess, "Popen", no_memory)
+    monkeypatch.setattr(subprocess, "Popen", no_memory)
     monkeypatch.setattr("opensora_sp.server.restarts.MOST_RESTART_SECONDS", 0.01)
     health = until("failed", quick_engine(""))
     assert f"It ended {MOST_QUICK} times in a row" in health.reason
