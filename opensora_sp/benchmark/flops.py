@@ -118,16 +118,20 @@ def text_flops(t5: Path, length: int) -> float:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the best of those that fit into a second."""
+    """FLOP/s of a large square matrix product: the best of those that fit into a second.
+
+    Call it in the context that the models run in: `opensora_sp.models.kernels.cpu_half.arithmetic`.
+    """
     side = _GEMM_SIDE.get(device.type, _GEMM_SIDE_ACCELERATOR)
     a = torch.randn(side, side).to(dtype).to(device)
     b = torch.randn(side, side).to(dtype).to(device)
-    torch.mm(a, b)
+    # Not torch.mm, which `arithmetic` leaves alone: the models' products would beat this "peak".
+    torch.matmul(a, b)
     synchronize(device)
     best, end = math.inf, time.perf_counter() + _PEAK_SECONDS
     while time.perf_counter() < end:
         started = time.perf_counter()
-        torch.mm(a, b)
+        torch.matmul(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2.0 * side**3 / best

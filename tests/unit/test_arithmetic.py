@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import conditions, normal, tiny_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from opensora_sp.benchmark import flops
 from opensora_sp.engine.parallelize import parallelize
 from opensora_sp.models.kernels.cpu_half import Float32Arithmetic, arithmetic, computes_natively
 from opensora_sp.parallel.layout import Layout
@@ -33,6 +36,27 @@ def test_float32_and_integers_are_left_alone() -> None:
     with Float32Arithmetic():
         assert torch.equal(F.linear(x, x), x @ x.T)
         assert torch.equal(torch.arange(4) @ torch.arange(4), torch.tensor(14))
+
+
+def test_a_measured_peak_is_of_the_arithmetic_that_the_models_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or a run on a CPU without bf16 would be far above its own peak."""
+    monkeypatch.setattr(flops, "_GEMM_SIDE", {"cpu": 8})
+    monkeypatch.setattr(flops, "_PEAK_SECONDS", 0.01)
+    computed: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.mm.default:
+                computed.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Float32Arithmetic(), Products():
+        assert flops.measure_peak(torch.device("cpu"), torch.bfloat16) > 0
+    assert computed == {torch.float32}
 
 
 @pytest.mark.parametrize(
