@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,14 @@ from opensora_sp.engine import kernel_choice
 from opensora_sp.engine.kernel_choice import choose_attention, described_attention
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.models.kernels.active import Kernels, Lengths, using
-from opensora_sp.models.kernels.attention import KERNELS, Choice, Kernel, check_attention, run
+from opensora_sp.models.kernels.attention import (
+    KERNELS,
+    Choice,
+    Kernel,
+    check_attention,
+    run,
+    usable,
+)
 from opensora_sp.models.kernels.probe import Shape, fastest, probe
 from opensora_sp.models.kernels.reference import attend
 from opensora_sp.request.engine_settings import EngineSettings
@@ -44,6 +52,18 @@ def test_heads_padded_with_zeros_attend_as_they_are(kernel: str, width: int) -> 
     padded, bare = (run(Choice(kernel, wide), q, k, v) for wide in (width, WIDTH))
     assert padded.shape == bare.shape
     torch.testing.assert_close(padded, bare, rtol=0, atol=1e-6)
+
+
+def test_a_broken_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for a module in a package, Python imports the package."""
+    (tmp_path / "flash_attn").mkdir()
+    broken = "raise AttributeError('built for another torch')\n"
+    (tmp_path / "flash_attn" / "__init__.py").write_text(broken)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert "fa4" not in {row.name for row in usable("cuda", "bf16")}
+    with pytest.raises(UserError, match="needs the Python module flash_attn"):
+        check_attention("fa4", "cuda", "bf16")
 
 
 def test_the_interface_of_flash_attn_is_used_as_it_is_defined(

@@ -211,7 +211,9 @@ KERNELS: Table = MappingProxyType({row.name: row for row in _ROWS})
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # a package above it is not there, or is broken
+    # The package above it is imported for that. One that is not there raises ImportError, and one
+    # that was built for another torch or driver raises anything.
+    except Exception:
         return False
 
 
