@@ -118,7 +118,9 @@ class TextStage:
                 encoded = encoder.encode([caption])
                 if self.check_finite != "off":
                     require_finite(encoded.y, f"the text embedding of {shown(caption)}")
-                tokens = encoded.y[0, encoded.mask[0].bool()].to("cpu", self.models.dtype)
+                # Moved first: some accelerators have no sound indexing by a mask.
+                padded = encoded.y[0].to("cpu", self.models.dtype)
+                tokens = padded[encoded.mask[0].bool()]
                 self._captions[caption, max_length] = tokens
                 if cache:
                     cache.put(caption, tokens)

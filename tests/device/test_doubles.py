@@ -166,6 +166,7 @@ assert not broken("(x + 1).cpu()")
 assert broken("torch.arange(3, device=device) + 1"), "index arithmetic"
 assert broken("x.double() * 2"), "64 bits"
 assert broken("x[torch.tensor([True, False, True]).to(device)]"), "a mask as an index"
+assert broken("x[torch.tensor([True, False, True])]"), "a mask on the host as an index"
 assert broken("torch.cuda.is_available()"), "a name of another device"
 
 import torch.distributed as dist

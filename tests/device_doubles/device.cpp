@@ -209,11 +209,12 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
       .to(input.device());
 }
 
-// Indices, masks used as indices and all arithmetic on 64-bit numbers.
+// Indices, masks used as indices and all arithmetic on 64-bit numbers. A mask may lie on the host:
+// the device is handed it, or the 64-bit places that it stands for.
 void look_at(const std::string& operation, const at::Tensor& tensor) {
   if (!tensor.defined()) return;
-  const bool indexes = operation == "aten::index" && tensor.scalar_type() == at::kBool;
-  if (is_wide(tensor) || (indexes && tensor.device().type() == DEVICE)) report(operation, tensor);
+  const bool is_mask = operation == "aten::index" && tensor.scalar_type() == at::kBool;
+  if (is_wide(tensor) || is_mask) report(operation, tensor);
 }
 
 void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
