@@ -71,14 +71,10 @@ def _strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv3d(F.pad(x, (1, 1, 1, 1, 1, 0)), weight, bias, stride=(2, 1, 1))
 
 
-def _pick_rows(x: Tensor) -> Tensor:
-    order = torch.arange(x.shape[0]).view(4, -1).T.flatten()
-    return x[order.to(x.device)]
-
-
-def _keep_marked(x: Tensor) -> Tensor:
-    marked = torch.arange(x.shape[0]) % 3 != 1
-    return x[marked.to(x.device)]
+def _embed_tokens(table: Tensor) -> Tensor:
+    """As T5 does it: the one place where the device is given 64-bit indices."""
+    ids = torch.arange(table.shape[0]).view(4, -1).T
+    return F.embedding(ids.to(table.device), table)
 
 
 def _fill_padding(x: Tensor) -> Tensor:
@@ -182,8 +178,7 @@ CASES: tuple[Case, ...] = (
         [(2, 64, 5, 9, 7), (64,), (64,)],
     ),
     Case("nearest, twice", lambda x: F.interpolate(x, scale_factor=2.0), [(4, 16, 5, 7)], True),
-    Case("rows in an order", _pick_rows, [(32, 24)], exact=True),
-    Case("marked rows", _keep_marked, [(31, 24)], exact=True),
+    Case("embedding of tokens", _embed_tokens, [(32, 24)], exact=True),
     Case("fill padding", _fill_padding, [(3, 40)], exact=True),
     Case("where", _choose, [(4, 3, 24)] * 2, exact=True),
     Case("qkv apart", _heads_apart, [(2, 5, 3 * _C)], exact=True),
