@@ -69,7 +69,7 @@ def test_planted_faults_are_found() -> None:
     assert {f.state for f in sound} == {"ok"}
     names = {f.name for f in sound}
     for group in ("world", "sequence group", "guidance pair"):
-        for dtype in ("float32", "float16", "bfloat16"):
+        for dtype in ("float32", "float16", "bfloat16", "uint8"):
             assert f"all_to_all_single, {group}, {dtype}" in names
             assert f"broadcast, {group}, {dtype}" in names
     assert bad(swapped) == {name for name in names if name.startswith("all_to_all_single")}

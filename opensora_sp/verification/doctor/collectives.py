@@ -1,8 +1,8 @@
 """A test of every collective that the program uses, in which every received value is checked.
 
 Each element depends on its sender, its receiver and its place. So parts that arrive swapped,
-shifted or from the wrong rank are found. All values are whole numbers up to 256, which bf16 holds
-exactly.
+shifted or from the wrong rank are found. All values are whole numbers up to 250, which bf16 and
+uint8 hold exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from opensora_sp.verification.doctor.check_result import (
 )
 
 AREA = "collectives"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a run's activations, and of its decoded frames.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _EXACT = 251  # a prime below 256, so that the patterns of two ranks differ
 _SPEED_BYTES = 8 << 20  # that a rank sends to each other rank, to measure the link
 Sizes = Callable[[int, int, int], int]

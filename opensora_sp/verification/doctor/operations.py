@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_sp.media.pixels import to_bytes
 from opensora_sp.models.kernels.attention import DEFAULT, KERNELS, Choice
 from opensora_sp.models.kernels.cpu_half import arithmetic
 from opensora_sp.models.kernels.folded import (
@@ -75,6 +76,10 @@ def _embed_tokens(table: Tensor) -> Tensor:
     """As T5 does it: the one place where the device is given 64-bit indices."""
     ids = torch.arange(table.shape[0]).view(4, -1).T
     return F.embedding(ids.to(table.device), table)
+
+
+def _bytes(video: Tensor) -> Tensor:
+    return to_bytes(video).to(video.dtype)  # up to 255, which every dtype holds exactly
 
 
 def _fill_padding(x: Tensor) -> Tensor:
@@ -179,6 +184,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case("nearest, twice", lambda x: F.interpolate(x, scale_factor=2.0), [(4, 16, 5, 7)], True),
     Case("embedding of tokens", _embed_tokens, [(32, 24)], exact=True),
+    Case("pixels to bytes", _bytes, [(3, 2, 9, 11)], exact=True),
     Case("fill padding", _fill_padding, [(3, 40)], exact=True),
     Case("where", _choose, [(4, 3, 24)] * 2, exact=True),
     Case("qkv apart", _heads_apart, [(2, 5, 3 * _C)], exact=True),
