@@ -29,8 +29,7 @@ has_torch() { # PYTHON
 pick_python() { # prints the one to run; fails where none has torch
     local test candidate
     for test in sees_accelerator has_torch; do
-        for candidate in "${PYTHON:-}" "$ROOT/.venv/bin/python" "$ROOT/.venv-gcu2.3/bin/python" \
-            python3 python; do
+        for candidate in "${PYTHON:-}" "$ROOT"/.venv{,-gcu2.3,-gcu2.10}/bin/python python3 python; do
             if [[ -n "$candidate" ]] && "$test" "$candidate"; then
                 printf '%s\n' "$candidate"
                 return 0

@@ -183,11 +183,11 @@ def run_command(command: list[str], log: Path, limit: float | None) -> int:
 
 def _end(process: subprocess.Popen[Any]) -> None:
     """End what is left of a command's process group: SIGTERM, and SIGKILL if that fails."""
-    for number_, patience in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
+    for number, patience in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
         if process.poll() is not None:
             return
         try:
-            os.killpg(process.pid, number_)
+            os.killpg(process.pid, number)
         except ProcessLookupError:
             return
         try:

@@ -26,9 +26,6 @@ from opensora_sp.request.mask_strategy import FrameLayout, Placement, plan_clip
 from opensora_sp.request.request import Request, reference_paths
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-if TYPE_CHECKING:
     from opensora_sp.media.frames import ReferenceFrames
     from opensora_sp.models.video_vae import NoiseSource, VideoVAE
 

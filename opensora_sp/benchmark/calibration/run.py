@@ -37,8 +37,8 @@ from opensora_sp.request.prompts import caption
 from opensora_sp.request.request import Job, Request
 from opensora_sp.request.step_times import times_of
 
-# What confirming takes: about so many lists, of so many of the steps in the mean.
 _log = logging.getLogger(__name__)
+# What confirming takes: about so many lists, of so many of the steps in the mean.
 _LISTS, _SHARE = 12, 0.4
 
 
