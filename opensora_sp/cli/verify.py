@@ -242,6 +242,7 @@ def _parity(arguments: argparse.Namespace, session: Session, request: Request) -
         ),
         transformer_only=True,
         runtime=Runtime(
+            chunks=session.backend.chunks,
             step_kernels=arguments.step_kernels,
             attention=arguments.attention,
             fused_kernels=arguments.fused_kernels,
@@ -267,7 +268,9 @@ def _conformance(arguments: argparse.Namespace, session: Session) -> int:
 
     suite: Path = arguments.reference
     runtime = Runtime(
-        step_kernels=arguments.step_kernels, compile=arguments.enable_compile == "true"
+        chunks=session.backend.chunks,
+        step_kernels=arguments.step_kernels,
+        compile=arguments.enable_compile == "true",
     )
     checks = list(run_suite(suite, session, TORCH_DTYPES[arguments.dtype], runtime))
     failed = sum(check.failed for check in checks)

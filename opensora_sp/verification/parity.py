@@ -152,6 +152,7 @@ def _on_all_ranks(pipeline: Pipeline, request: Request) -> _Trial:
     denoiser = pipeline.models.denoiser(request)
     choose_kernels(pipeline.models, [request], [_text_tokens(pipeline)])
     forward = _forward(denoiser, pipeline, request)
+    synchronize(session.device)  # only the leading rank has waited for its forward
     before, started = ledger.snapshot(), time.perf_counter()
     run = _run(denoiser, pipeline, request, draw_noise([request], 0))
     synchronize(session.device)

@@ -83,7 +83,9 @@ class Transformer:
                 )
             )
         kernels = denoiser.step_kernels(x.shape[2], guided=True)
-        outs = run_blocks(model, streams, denoiser.sharding.reshard, kernels=kernels)
+        outs = run_blocks(
+            model, streams, denoiser.sharding.reshard, denoiser.runtime, kernels=kernels
+        )
         raw = [
             model.head(out, stream.tables, model.config.out_channels)
             for out, stream in zip(outs, streams, strict=True)

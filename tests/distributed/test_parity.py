@@ -17,6 +17,7 @@ from opensora_sp.models.folded_weights import fold
 from opensora_sp.models.kernels import reference
 from opensora_sp.models.kernels.attention import Choice, run
 from opensora_sp.parallel import exchange, layout
+from opensora_sp.parallel.backend_table import BACKENDS
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Request
 from opensora_sp.verification import parity
@@ -152,6 +153,30 @@ def test_parity_runs_with_the_kernels_of_a_run(monkeypatch: pytest.MonkeyPatch) 
     assert main([*FOLDED, "--num-sampling-steps", "1", "--dtype", "bf16"]) == 0
     assert set(used) == {(torch.bfloat16, "math"), (torch.float32, "sdpa")}
     assert main([*FOLDED, "--attention", "flash"]) == 2
+
+
+def test_parity_exchanges_in_the_chunks_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator cuts a lone CFG branch in parts, and then those are what is compared."""
+    monkeypatch.setitem(BACKENDS, "gloo", replace(BACKENDS["gloo"], chunks=2))
+    seen: list[int] = []
+
+    def check(pipeline: Pipeline, request: Request, *, most_seconds: float) -> object:
+        seen.append(pipeline.models.runtime.chunks)
+        return check_parity(pipeline, request, most_seconds=most_seconds)
+
+    monkeypatch.setattr(parity, "check_parity", check)
+    assert main([*FOLDED, "--num-sampling-steps", "1"]) == 0
+    assert seen == [2]
+
+
+def test_a_step_is_timed_from_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the leading rank waits for its forward; the others' devices may still compute it."""
+    order: list[str] = []
+    for name in ("_forward", "_run", "synchronize"):
+        monkeypatch.setattr(parity, name, lambda *_, name=name: order.append(name))
+    pipeline = Pipeline.load(dtype="fp32", transformer_only=True)
+    parity._on_all_ranks(pipeline, REQUEST)
+    assert order == ["_forward", "synchronize", "_run", "synchronize"]
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
