@@ -1,14 +1,13 @@
 """Writing of outputs: H.264 in mp4, frame by frame, and PNG. A file appears whole or not at all.
 
-PyAV and Pillow are imported inside the functions that need them, and torch only by `to_uint8`, so
-that checking a request does not load them. Reading is in `media.reader`.
+PyAV and Pillow are imported inside the functions that need them, so that checking a request does
+not load them. `media.output_frames` reads what is written here, the metadata too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -17,9 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from opensora_sp.base.atomic import atomic_output, is_ffmpeg_error, reported
+from opensora_sp.base.atomic import atomic_output, reported
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.outside_json import parse_json
 from opensora_sp.media.labels import FileLabel
 
 if TYPE_CHECKING:
@@ -31,45 +29,13 @@ if TYPE_CHECKING:
 BT709 = 1
 TV_RANGE = 1
 FULL_RANGE = 2
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _COMMENT = "comment"
 _XMP = "XML:com.adobe.xmp"  # the keyword of PNG's text chunk for XMP
-_FRAMES_AT_ONCE = 8
 MAX_FPS = 1000
 # These options make the same frames give the same bytes. x264's macroblock tree depends on the
 # CPU's vector instructions and on uninitialised memory; cpu-independent uses its plain form. With
 # several threads the result depends on their order and on the number of cores.
 _REPEATABLE = {"threads": "1", "x264-params": "cpu-independent=1"}
-
-
-def to_uint8(video: Tensor) -> NDArray[np.uint8]:
-    """Decoded video as displayable frames.
-
-    Args:
-        video: `[3, F, H, W]`, or the same with leading axes of size one, any float dtype, any
-            device, nominally in [-1, 1].
-
-    Returns:
-        `[F, H, W, 3]` uint8 on the CPU, rounded as in `media.pixels.to_bytes`.
-
-    Raises:
-        UserError: a value is NaN or infinite.
-        ValueError: the shape is not a video's.
-    """
-    import torch
-
-    from opensora_sp.media.pixels import to_bytes
-
-    if video.ndim < 4 or video.shape[-4] != 3 or any(n != 1 for n in video.shape[:-4]):
-        raise ValueError(f"a video is [3, F, H, W], not {list(video.shape)}")
-    video = video.detach().reshape(video.shape[-4:])  # [3, F, H, W]
-    _, count, height, width = video.shape
-    frames = torch.empty(count, height, width, 3, dtype=torch.uint8)
-    # A few frames at a time: a float32 copy of a long 720p video would be gigabytes.
-    for start in range(0, count, _FRAMES_AT_ONCE):
-        stop = start + _FRAMES_AT_ONCE
-        frames[start:stop] = to_bytes(video[:, start:stop], start)
-    return frames.numpy()
 
 
 def exact_rate(fps: int | float | Fraction) -> Fraction:
@@ -103,7 +69,7 @@ class VideoWriter:
         path: the file. Its directory is created.
         fps: frames per second.
         height, width: of every frame, in pixels.
-        metadata: written as JSON into the container's comment tag; see `read_metadata`.
+        metadata: written as JSON into the container's comment tag.
         label: says that the content was generated.
         codec: an FFmpeg encoder that takes yuv420p and crf.
         crf: constant rate factor from 0, the best, to 51. 17 is nearly transparent.
@@ -277,49 +243,6 @@ def write_image(
     with atomic_output(path) as temporary, reported(path):
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
         label.finish(temporary, "image/png")
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that `VideoWriter` or `write_image` stored in a file.
-
-    Raises:
-        UserError: the file cannot be read or holds no such settings.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            is_png = file.read(len(_PNG_MAGIC)) == _PNG_MAGIC
-        comment = (_png_comment if is_png else _container_comment)(path)
-        settings = parse_json(comment)
-    except ValueError as error:  # not JSON
-        raise UserError(_no_settings(path)) from error
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_ffmpeg_error(error):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read settings from {path}: {reason}") from error
-    if not isinstance(settings, dict):
-        raise UserError(_no_settings(path))
-    return settings
-
-
-def _no_settings(path: Path) -> str:
-    return f"{path} holds no settings: give an mp4 or png that this program wrote"
-
-
-def _png_comment(path: Path) -> str:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.load()  # also reads text after the pixels
-        return str(image.info.get(_COMMENT, ""))
-
-
-def _container_comment(path: Path) -> str:
-    import av
-
-    with av.open(os.path.abspath(path)) as container:
-        return container.metadata.get(_COMMENT, "")
 
 
 def probe_encoder(

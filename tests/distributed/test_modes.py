@@ -16,7 +16,8 @@ from opensora_sp.engine.denoising import denoise
 from opensora_sp.engine.noise import NoiseKey, draw_noise
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.engine.progress import ResumePoint
-from opensora_sp.media.writer import VideoWriter, to_uint8
+from opensora_sp.media.pixels import to_bytes
+from opensora_sp.media.writer import VideoWriter
 from opensora_sp.parallel.session import alone, open_session
 from opensora_sp.request.conditions import dropped_frames
 from opensora_sp.request.mask_strategy import parse_mask_strategy, plan_strategy
@@ -145,7 +146,7 @@ def test_a_loop_is_its_clips_made_by_hand(length: int) -> None:
             assert got is not None
             assert torch.equal(got, latents), clip
             video = vae.decode(latents, 51)
-            joined.append(to_uint8(video)[(length // 5 * 17 if clip else 0) :])
+            joined.append(to_bytes(video)[0].numpy()[(length // 5 * 17 if clip else 0) :])
             key = NoiseKey(request.seed, clip=clip)
             reference = vae.encode(video, lambda w, s, k=key: k.normal(s, f"carry {w}"))[0]  # type: ignore[misc]
     frames = result.videos[0]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from forked import Copies
 from ranks import environments, run_ranks
+from written import settings_in
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.cli.infer import main
 from opensora_sp.jobs.refine import refine_batches
-from opensora_sp.media.writer import read_metadata
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Request, Task
 
@@ -113,7 +113,7 @@ def test_the_command_tells_both_prompts_and_never_the_key(
     assert codes == [0, 0], stderr
     assert server.asked == ["a cat"]
     picture = made / "a cat.png"  # named after the words of the person
-    metadata = read_metadata(picture)
+    metadata = settings_in(picture)
     assert metadata["original_prompt"] == "a cat"
     assert metadata["request"]["prompt"] == "Caption number 1 of a cat"
     assert "'a cat' refined: Caption number 1 of a cat\n" in stderr

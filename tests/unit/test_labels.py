@@ -19,6 +19,7 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from written import settings_in
 
 from opensora_sp.base.atomic import remove_leftovers
 from opensora_sp.base.errors import UserError
@@ -33,7 +34,7 @@ from opensora_sp.media.watermark import (
     draw_mark,
     missing_characters,
 )
-from opensora_sp.media.writer import VideoWriter, read_metadata, write_image
+from opensora_sp.media.writer import VideoWriter, write_image
 from opensora_sp.request.labels import mark_style
 from opensora_sp.request.request import Job, JobSettings
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
@@ -263,7 +264,7 @@ def test_the_chinese_label_in_the_file_has_the_fields_of_the_standard(tmp_path: 
     check_aigc(found, "X<&>Co", "id-1")
     # One label a file; the settings are read as ever; the frames are the same.
     assert mp4.read_bytes().count(b'"Label"') == 1
-    assert read_metadata(mp4) == read_metadata(png) == {"a": 1}
+    assert settings_in(mp4) == settings_in(png) == {"a": 1}
     with av.open(str(mp4)) as a, av.open(str(video(tmp_path / "b.mp4", None))) as b:
         for one, other in zip(a.decode(video=0), b.decode(video=0), strict=True):
             np.testing.assert_array_equal(one.to_ndarray(), other.to_ndarray())
@@ -384,7 +385,7 @@ def test_a_manifest_is_signed_where_there_is_a_certificate(tmp_path: Path) -> No
         manifest = store["manifests"][store["active_manifest"]]
         actions = [a for a in manifest["assertions"] if a["label"].startswith("c2pa.actions")]
         assert actions[0]["data"]["actions"][0]["digitalSourceType"] == GENERATED
-        assert read_metadata(path) == {"a": 1}
+        assert settings_in(path) == {"a": 1}
         broken = bytearray(path.read_bytes())
         place = broken.find(b"IDAT" if path.suffix == ".png" else b"mdat") + 40
         broken[place] ^= 1
