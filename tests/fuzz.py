@@ -69,8 +69,9 @@ def pictures(folder: Path) -> tuple[list[bytes], Reader]:
     """Still and moving pictures as references."""
     import numpy as np
     from PIL import Image
+    from whole_reference import read_reference
 
-    from opensora_sp.media.reader import check_reference, read_reference
+    from opensora_sp.media.reader import check_reference
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 12, 20, 3)).astype(np.uint8) // 64 * 64
     frames = [Image.fromarray(each) for each in pixels]
@@ -126,8 +127,9 @@ def videos(folder: Path) -> tuple[list[bytes], Reader]:
     """Videos as references, and playlists that name other files."""
     import av
     import numpy as np
+    from whole_reference import read_reference
 
-    from opensora_sp.media.reader import check_reference, read_reference
+    from opensora_sp.media.reader import check_reference
 
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     kinds = [

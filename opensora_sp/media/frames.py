@@ -207,9 +207,15 @@ def open_reference(
 ) -> Iterator[ReferenceFrames]:
     """Open a reference and count its frames. An address is fetched once.
 
+    Images are rotated by their EXIF tag and converted to sRGB by their colour profile. An alpha
+    channel is dropped, and 16-bit grey keeps its upper eight bits. A video's rotation and the shape
+    of its pixels are applied, cover art is skipped, and high dynamic range is converted to standard
+    range.
+
     Args:
-        path, allow_remote: as for `reader.read_reference`.
-        fps: the rate to which a video is resampled; None keeps its frames.
+        path: a file, or with `allow_remote` an http(s) address, within the limits of `fetch`.
+        fps: animations and videos give the frame that is on screen at every multiple of 1/fps
+            seconds; None gives their frames one for one.
 
     Raises:
         UserError: one line that says why this file or address cannot be used.

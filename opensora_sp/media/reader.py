@@ -1,4 +1,4 @@
-"""Reading of reference pictures and videos: fit to a size, scale to [-1, 1].
+"""Fitting of reference pictures and frames to a size, in [-1, 1]; the check of a reference.
 
 Geometry and resampling are those of Open-Sora 1.2. Pillow and torch are imported inside the
 functions that need them, so that `check_reference` is fast.
@@ -6,16 +6,14 @@ functions that need them, so that `check_reference` is fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.base.redaction import is_address, without_secrets
+from opensora_sp.base.redaction import is_address
 from opensora_sp.media.bounds import check_resampled
-from opensora_sp.media.decoding import SourceFrames, TimedFrame, opened, resampled
+from opensora_sp.media.decoding import SourceFrames, opened
 from opensora_sp.media.fetch import Remote, check_address, open_file
 from opensora_sp.media.writer import exact_rate
 
@@ -33,14 +31,6 @@ _MOST_PIXELS = 2**25
 
 # Rates that are treated as the model's 24 frames per second without a note, such as 25 and 23.976.
 _ABOUT_24 = (Fraction(22), Fraction(26))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A reference. video: float32 [3, F, H, W] in [-1, 1] on the CPU; F is 1 for an image."""
-
-    video: Tensor
-    is_image: bool
 
 
 def fit_image(rgb: NDArray[np.uint8] | Image, height: int, width: int) -> Tensor:
@@ -124,39 +114,6 @@ def _filling_size(
     return size
 
 
-def read_reference(
-    path: str | Path,
-    height: int,
-    width: int,
-    *,
-    fps: float | None = None,
-    allow_remote: Remote = False,
-) -> Reference:
-    """Read one reference and fit it to a size.
-
-    Images are rotated by their EXIF tag and converted to sRGB by their colour profile. An alpha
-    channel is dropped, and 16-bit grey keeps its upper eight bits. Animations and videos give their
-    frames one for one. With `fps` they give the frame that is on screen at every multiple of 1/fps
-    seconds. A video's rotation and the shape of its pixels are applied, cover art is skipped, and
-    high dynamic range is converted to standard range.
-
-    Args:
-        path: a file, or with `allow_remote` an http(s) address, within the limits of `fetch`.
-        height, width: target in pixels.
-
-    Raises:
-        UserError: one line that says why this file or address cannot be used.
-    """
-    rate = None if fps is None else exact_rate(fps)
-    name = without_secrets(path)
-    with open_file(path, allow_remote) as file, opened(file, name) as source:
-        if not isinstance(source, SourceFrames):
-            return Reference(fit_image(source, height, width)[:, None], is_image=True)
-        check_resampled(name, source.seconds, rate)
-        pictures = source.frames() if rate is None else resampled(source.frames(), rate)
-        return Reference(_fitted(pictures, height, width, name), is_image=False)
-
-
 def check_reference(
     path: str | Path, *, allow_remote: Remote = False, fps: float | None = None
 ) -> list[str]:
@@ -165,7 +122,8 @@ def check_reference(
     Of an address only the text is checked, and nothing is fetched. Does not import torch.
 
     Args:
-        fps: as for `read_reference`. Without it there is a note if a video's rate is not about 24.
+        fps: the rate to which a video is resampled. Without it there is a note if its rate is not
+            about 24.
 
     Returns:
         Notes for the user, a sentence each, with the reference's name.
@@ -197,18 +155,3 @@ def _rate_notes(rate: Fraction | None) -> list[str]:
         f"has {float(rate):.4g} frames a second, which are taken one for one as 24: what moves is "
         f"{float(times):.2g} times {way}; --reference-fps 24 keeps its speed"
     ]
-
-
-def _fitted(pictures: Iterable[TimedFrame], height: int, width: int, path: str | Path) -> Tensor:
-    import torch
-
-    most = MAX_REFERENCE_BYTES // (3 * height * width * 4)
-    fitted: list[Tensor] = []  # of [3, H, W]
-    for frame in pictures:
-        if len(fitted) == most:
-            raise UserError(
-                f"reference {path} has more than {most} frames, too many at {height}x{width}: "
-                "cut it shorter"
-            )
-        fitted.append(fit_frame(frame.picture, height, width))
-    return torch.stack(fitted, dim=1)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from whole_reference import decoded_whole, read_reference
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.geometry import latent_frames
@@ -21,7 +22,6 @@ from opensora_sp.engine.clips import ConditioningFrames
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.media import decoding
 from opensora_sp.media.frames import open_reference
-from opensora_sp.media.reader import read_reference
 from opensora_sp.models.video_vae import VideoVAE
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.conditions import all_groups, dropped_frames
@@ -224,7 +224,7 @@ def whole(pipeline: Pipeline, request: Request, path: Path) -> torch.Tensor:
     """Latents [4,T,h,w] of all of a reference, encoded in one go."""
     from opensora_sp.engine.noise import noise_key
 
-    video = read_reference(path, 32, 48, fps=request.reference_fps).video
+    video = decoded_whole(path, 32, 48, request.reference_fps)
     key = noise_key(request, 0)
     vae = pipeline.models.vae(request, encoder=True)
     return vae.encode(video[None], lambda w, s: key.normal(s, f"reference 0 {w}"))[0].float()
@@ -292,7 +292,7 @@ def test_any_part_of_any_kind_is_that_of_all_of_it(
         write(path, 40, codec)
     else:
         animation(path, 40)
-    video = read_reference(path, 16, 16, fps=fps).video
+    video = decoded_whole(path, 16, 16, fps)
     with open_reference(path, fps=fps) as reference:
         assert reference.count == video.shape[1]
         for first, count in ((0, 1), (0, 5), (reference.count - 9, 9), (7, 6)):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from raw_server import Answer, page, raw_server
+from whole_reference import read_reference
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media import fetch
-from opensora_sp.media.reader import check_reference, fit_image, read_reference
+from opensora_sp.media.reader import check_reference, fit_image
 
 
 def picture() -> Image.Image:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from whole_reference import read_reference
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media.colour import to_srgb
-from opensora_sp.media.reader import check_reference, read_reference
+from opensora_sp.media.reader import check_reference
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (235, 235, 235)
 COLOURS = (RED, GREEN, BLUE, WHITE)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ImageCms, features
+from whole_reference import read_reference
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media.heif import heif_cicp, is_heif_still, read_heif
-from opensora_sp.media.reader import check_reference, read_reference
+from opensora_sp.media.reader import check_reference
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (235, 235, 235)
 TILE = 64

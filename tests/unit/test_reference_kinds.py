@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
+from whole_reference import read_reference
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.media.reader import check_reference, read_reference
+from opensora_sp.media.reader import check_reference
 
 
 def zipped() -> bytes:

@@ -11,9 +11,10 @@ import pytest
 from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from whole_reference import read_reference
 
 from opensora_sp.base.errors import UserError
-from opensora_sp.media.reader import check_reference, read_reference
+from opensora_sp.media.reader import check_reference
 from opensora_sp.request.settings import build_job, parse_command_line, resolve
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (235, 235, 235)

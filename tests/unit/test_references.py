@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
+from whole_reference import read_reference
 
 from opensora_sp.base.errors import UserError
 from opensora_sp.media import reader as references
-from opensora_sp.media.reader import check_reference, fit_image, fit_video, read_reference
+from opensora_sp.media.reader import check_reference, fit_image, fit_video
 from opensora_sp.media.writer import VideoWriter
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -377,8 +378,9 @@ def test_a_film_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     write_video(tmp_path / "film.mp4", numbered(12))
     monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", 12 * 3 * 16 * 16 * 4)
     assert len(numbers(tmp_path / "film.mp4", None)) == 12
-    with pytest.raises(UserError, match="more than 12 frames"):
-        read_reference(tmp_path / "film.mp4", 16, 16, fps=25)
+    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", 11 * 3 * 16 * 16 * 4)
+    with pytest.raises(UserError, match="is to give 12 frames, more than the 11 that fit at 16x16"):
+        read_reference(tmp_path / "film.mp4", 16, 16)
 
 
 def test_checking_imports_no_torch(tmp_path: Path) -> None:
