@@ -181,10 +181,10 @@ class _Axis:
         return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
 
 
-def _tick_step(span: float, about: int = 5) -> float:
-    """The step of 1, 2 or 5 times a power of ten that gives about so many ticks."""
-    power = 10.0 ** math.floor(math.log10(span / about))
-    return next(n * power for n in (1, 2, 5, 10) if n * power >= span / about * 0.999)
+def _tick_step(span: float) -> float:
+    """The step of 1, 2 or 5 times a power of ten that gives about five ticks."""
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    return next(n * power for n in (1, 2, 5, 10) if n * power >= span / 5 * 0.999)
 
 
 class _Canvas(Protocol):

@@ -68,14 +68,12 @@ def motion_squared_error(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[
     return found
 
 
-def decibels(squared_error: float, peak: float = PEAK) -> float:
-    """PSNR in dB of a mean squared error; infinite for 0.
+def decibels(squared_error: float) -> float:
+    """PSNR in dB of a mean squared error of bytes, 0 or more; infinite for 0.
 
-    Args:
-        squared_error: 0 or more. Of a whole video it is the mean over its frames.
-        peak: the largest value that the compared numbers can have.
+    Of a whole video the error is the mean over its frames.
     """
-    return 10 * math.log10(peak * peak / squared_error) if squared_error > 0 else math.inf
+    return 10 * math.log10(PEAK * PEAK / squared_error) if squared_error > 0 else math.inf
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

@@ -23,9 +23,9 @@ MAX_PERIOD = 10_000.0
 SINUSOID_WIDTH = 256
 
 
-def sinusoid(values: Tensor, width: int = SINUSOID_WIDTH) -> Tensor:
-    """values [N], float32 → [N, width]: cosines, then sines, of period 2π to 2π·10000."""
-    half = width // 2
+def sinusoid(values: Tensor) -> Tensor:
+    """values [N] → float32 [N, SINUSOID_WIDTH]: cosines, then sines, of period 2π to 2π·10000."""
+    half = SINUSOID_WIDTH // 2
     exponents = torch.arange(half, dtype=torch.float32) / half
     frequencies = to_device(torch.exp(-math.log(MAX_PERIOD) * exponents), values.device)
     angles = values.float()[:, None] * frequencies[None]

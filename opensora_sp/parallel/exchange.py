@@ -169,14 +169,14 @@ def swap_branches(comm: Comm, mine: Tensor) -> Transfer:
     )
 
 
-def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor | None:
-    """Gather patch shards [B,T,S_local,c] → [B,T,S,c] on rank `to` of the group, None elsewhere.
+def gather_patches(comm: Comm, layout: Layout, z: Tensor) -> Tensor | None:
+    """Gather patch shards [B,T,S_local,c] → [B,T,S,c] on the group's rank 0, None elsewhere.
 
     It is an all-to-all with empty parts, for not every backend has a gather.
     """
     batch, frames, _, channels = z.shape
     patches = layout.patch_split
-    leads = comm.rank == to
+    leads = comm.rank == 0
     recv = [batch * frames * count * channels if leads else 0 for count in patches]
 
     def join(received: Tensor) -> Tensor:
@@ -186,30 +186,30 @@ def gather_patches(comm: Comm, layout: Layout, z: Tensor, to: int = 0) -> Tensor
         shards = [part.view(batch, frames, stop - start, channels) for part, (start, stop) in parts]
         return torch.cat(shards, dim=2)
 
-    send = [z.numel() if rank == to else 0 for rank in range(comm.size)]
+    send = [z.numel() if rank == 0 else 0 for rank in range(comm.size)]
     whole = Transfer(comm, "gather_latents", z.contiguous().view(-1), send, recv, join).wait()
     return whole if leads else None
 
 
 def scatter_parts(
-    comm: Comm, parts: Sequence[Tensor] | None, sizes: Sequence[int], like: Tensor, source: int = 0
+    comm: Comm, parts: Sequence[Tensor] | None, sizes: Sequence[int], like: Tensor
 ) -> Transfer:
-    """Scatter flat parts, of `sizes[rank]` elements, from the rank `source` that has them all.
+    """Scatter flat parts, of `sizes[rank]` elements, from the group's rank 0, which has them all.
 
     like: any tensor of the dtype and device that the parts have. It is an all-to-all with empty
     parts, for not every backend has a scatter.
     """
-    leads = comm.rank == source
+    leads = comm.rank == 0
     flat = torch.cat([part.reshape(-1) for part in parts or []]) if leads else like.new_empty(0)
     send = list(sizes) if leads else [0] * comm.size
-    recv = [sizes[comm.rank] if rank == source else 0 for rank in range(comm.size)]
+    recv = [sizes[comm.rank] if rank == 0 else 0 for rank in range(comm.size)]
     return Transfer(comm, "latents", flat.contiguous(), send, recv, lambda got: got)
 
 
-def gather_parts(comm: Comm, mine: Tensor, sizes: Sequence[int], to: int = 0) -> Transfer:
-    """Gather flat parts, of `sizes[rank]` elements, end to end on rank `to`; empty elsewhere."""
-    send = [mine.numel() if rank == to else 0 for rank in range(comm.size)]
-    recv = list(sizes) if comm.rank == to else [0] * comm.size
+def gather_parts(comm: Comm, mine: Tensor, sizes: Sequence[int]) -> Transfer:
+    """Gather flat parts, of `sizes[rank]` elements, end to end on rank 0; empty elsewhere."""
+    send = [mine.numel() if rank == 0 else 0 for rank in range(comm.size)]
+    recv = list(sizes) if comm.rank == 0 else [0] * comm.size
     return Transfer(comm, "frames", mine, send, recv, lambda got: got)
 
 

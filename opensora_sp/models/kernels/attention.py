@@ -222,25 +222,23 @@ def usable(device: str, dtype: str, table: Table = KERNELS) -> list[Kernel]:
     return [row for row in table.values() if row.objection(device, dtype) is None]
 
 
-def check_attention(name: str, device: str | None, dtype: str, table: Table = KERNELS) -> None:
+def check_attention(name: str, device: str | None, dtype: str) -> None:
     """Raise UserError where a kernel that was asked for cannot run.
 
     device None: it is not known yet, so only what does not depend on it is checked.
     """
     if name == AUTO:
         return
-    row = table[name]
+    row = KERNELS[name]
     trouble = row.missing() if device is None else row.objection(device, dtype)
     if trouble is not None:
-        raise refusal(name, trouble, device, dtype, table)
+        raise refusal(name, trouble, device, dtype)
 
 
-def refusal(
-    name: str, trouble: str, device: str | None, dtype: str, table: Table = KERNELS
-) -> UserError:
+def refusal(name: str, trouble: str, device: str | None, dtype: str) -> UserError:
     """The one line that refuses a kernel and names those that can be asked for."""
-    installed = [row for row in table.values() if row.missing() is None]
-    rows = installed if device is None else usable(device, dtype, table)
+    installed = [row for row in KERNELS.values() if row.missing() is None]
+    rows = installed if device is None else usable(device, dtype)
     others = ", ".join([AUTO, *(row.name for row in rows if row.name != name)])
     return UserError(f"--attention {name}: {trouble}: leave it out, or give one of {others}")
 
