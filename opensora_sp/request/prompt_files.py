@@ -97,7 +97,8 @@ def read_prompt_file(path: str, start: int = 0, end: int | None = None) -> Promp
     content = _parse(what, Path(path).suffix.lower(), _decode(what, path, data))
     if start >= content.count and any(entry.prompt for entry in content.entries):
         raise UserError(
-            f"--start-index {start} is beyond the {content.count} {content.places} of {what}"
+            f"--start-index {start} is beyond the {content.places} of {what}: the last one is "
+            f"{content.count - 1}"
         )
     last = content.count if end is None else end
     entries = tuple(e for e in content.entries if start <= e.index < last and e.prompt)
@@ -238,8 +239,9 @@ def _read_table(what: str, text: str) -> _Content:
     for line, row in given:
         if len(row) > len(names):
             raise UserError(
-                f"{what} line {line} has {len(row)} cells, but the first row names {len(names)} "
-                f"columns: put a cell that holds {shown(delimiter)} in double quotes"
+                f"{what} line {line} has {plural(len(row), 'cell')}, but the first row names "
+                f"{plural(len(names), 'column')}: put a cell that holds {shown(delimiter)} "
+                "in double quotes"
             )
         records.append((f"line {line}", dict(zip(names, row, strict=False))))
     return _entries_of(what, records, "the first row names")

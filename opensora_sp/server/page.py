@@ -14,12 +14,13 @@ from opensora_sp import __version__
 from opensora_sp.server.words import LANGUAGES, WORDS
 
 _HERE = Path(__file__).parent
-# A shape is a size for the embedded model; for the size table, an aspect ratio, height to width.
+# A shape is a size that the embedded model has learnt; of the size table it is an aspect ratio,
+# height to width.
 # Each: its value, the class of its little picture, what it is called.
 _EMBEDDED_SHAPES = (
-    ("160x96", "r16x9", "landscape"),
-    ("96x160", "r9x16", "portrait"),
-    ("128x128", "r1x1", "square"),
+    ("144x96", "r3x2", "landscape"),
+    ("96x144", "r2x3", "portrait"),
+    ("144x144", "r1x1", "square"),
 )
 _PUBLISHED_SHAPES = (
     ("9:16", "r16x9", "16:9"),
@@ -78,7 +79,7 @@ def page_text(language: str, *, embedded: bool, asks_token: bool) -> str:
         lengths=_EMBEDDED_LENGTHS if embedded else _PUBLISHED_LENGTHS,
         numbers=_NUMBERS,
         motions=_MOTIONS,
-        own_size="160x96" if embedded else "426x240",
+        own_size="144x96" if embedded else "426x240",
         version=__version__,
         asks_token=asks_token,
         said=script_words(language),
