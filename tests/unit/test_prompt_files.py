@@ -105,7 +105,7 @@ def test_places_stay_those_of_the_whole_file(tmp_path: Path) -> None:
     ):
         assert prompts(read(tmp_path, name, content)) == [(0, "a"), (2, "c"), (3, "d")]
         assert prompts(read(tmp_path, name, content, 1, 3)) == [(2, "c")]
-        with pytest.raises(UserError, match="--start-index 9 is beyond .*: the last one is 3$"):
+        with pytest.raises(UserError, match=r"--start-index 9 is beyond .*: the last one is 3$"):
             read(tmp_path, name, content, 9)
         with pytest.raises(UserError, match=r"holds no prompt in .* 1 to 2"):
             read(tmp_path, name, content, 1, 2)
