@@ -97,7 +97,7 @@ def licence(about: Distribution) -> str:
     if expression := metadata.get("License-Expression"):
         return str(expression)
     own = " ".join((metadata.get("License") or "").split())
-    if 0 < len(own) <= 60:
+    if 0 < len(own) <= 60 and own != "UNKNOWN":
         return own
     classes = [
         text.rpartition("::")[2].strip()

@@ -281,7 +281,7 @@ def limits(costs: Costs, assumed: Assumed) -> str:
 
 def short(value: float) -> str:
     """A number with two or three digits that count."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
 
 
 # Measuring.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from opensora_sp.parallel.backend_table import BACKENDS, for_device
 from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import Shape
 from opensora_sp.planner.plan import Options, Plan, make_plan
@@ -68,9 +69,19 @@ def options_of(settings: EngineSettings) -> Options:
         t5_on_cpu=settings.t5_device == "cpu",
         t5_int8=settings.t5_weights == "int8",
         step_kernels=settings.step_kernels,
+        chunks=_chunks_of(settings),
         guidance=settings.guidance_parallel,
         sequence=settings.sequence_parallel,
     )
+
+
+def _chunks_of(settings: EngineSettings) -> int:
+    """Overlap chunks of the backend that the settings name; of an accelerator's if they do not."""
+    if settings.backend is not None:
+        return BACKENDS[settings.backend].chunks
+    if settings.device is not None:
+        return for_device(settings.device).chunks
+    return Options.chunks
 
 
 def plan_job(job: Job, ranks: int, memory: float) -> Plan:

@@ -108,7 +108,7 @@ class JobSettings(Declared):
         "--watermark",
         boolean(),
         False,
-        "write 'AI generated', or --watermark-text, in a corner of every frame",
+        "write that it is AI generated, or --watermark-text, in a corner of every frame",
         changes="file",
     )
     watermark_text: str | None = setting(
@@ -117,7 +117,7 @@ class JobSettings(Declared):
         None,
         "what the watermark says",
         changes="file",
-        shown_default="AI generated, or less where there is no room; of --label cn Chinese",
+        shown_default="AI generated · Open-Sora, less where room is short; Chinese of --label cn",
     )
     watermark_size: float | None = setting(
         "--watermark-size",

@@ -22,7 +22,8 @@ from opensora_sp.planner.peaks import Shape, decoding_peak, denoising_peak
 from opensora_sp.planner.plan import Options, decoding_ranks, make_plan, plans, smallest_ranks
 from opensora_sp.planner.reasons import unexpected_peaks
 from opensora_sp.planner.report import check_fits, verdict
-from opensora_sp.planner.requests import sizes_of
+from opensora_sp.planner.requests import options_of, sizes_of
+from opensora_sp.request.engine_settings import EngineSettings
 from opensora_sp.request.memory_modes import MEMORY_MODES
 from opensora_sp.request.runtime import Runtime
 from opensora_sp.verification.traced_stages import traced_decoding, traced_denoising, traced_text
@@ -177,6 +178,17 @@ def test_the_command() -> None:
         assert refused.returncode == 2
         assert refused.stderr.startswith("error: ")
         assert "Traceback" not in refused.stderr
+
+
+def test_chunks_are_those_of_the_backend_that_is_named() -> None:
+    """What a run on that backend has, as jobs/memory_mode.py takes it from the session."""
+    for flags, chunks in (
+        ({}, 2),
+        ({"device": "cuda"}, 2),
+        ({"device": "cpu"}, 1),
+        ({"device": "cuda", "backend": "gloo"}, 1),
+    ):
+        assert options_of(EngineSettings(**flags)).chunks == chunks, flags
 
 
 def test_the_docs_have_the_table_that_the_planner_writes() -> None:

@@ -50,7 +50,11 @@ CUSTOM: dict[str, Any] = {
         "minReplicaCount": int,
         "maxReplicaCount": int,
         "pollingInterval": int,
-        "cooldownPeriod": int,
+        "advanced": {
+            "horizontalPodAutoscalerConfig": {
+                "behavior": {"scaleDown": {"stabilizationWindowSeconds": int}}
+            }
+        },
         "triggers": list,
     },
 }
