@@ -32,7 +32,7 @@ from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Checkpoints, Request
 from scripts.train_embedded.captions import UNTRAINED, describe
 from scripts.train_embedded.judge import as_uint8, look
-from scripts.train_embedded.latents import LARGEST
+from scripts.train_embedded.vae import LARGEST
 from scripts.train_embedded.world import (
     BACKGROUNDS,
     COLOURS,

@@ -18,14 +18,13 @@ from opensora_sp.base.geometry import MICRO_FRAME_SIZE, split_chunks
 from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE
 from scripts.train_embedded.captions import caption, facts
 from scripts.train_embedded.state import pick_device, read_state, save_state
-from scripts.train_embedded.vae import CLIP, as_input, build, spatial_encode
+from scripts.train_embedded.vae import CLIP, LARGEST, as_input, build, spatial_encode
 from scripts.train_embedded.world import draw_scene, render
 
 SEED = 14
 SHARD = 192  # clips
 PICTURES = 1536  # in a shard of single pictures, which cost little
 CAPTIONS = 3  # phrasings kept of each clip
-LARGEST = (144, 256)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ learns: the temporal encoder hands on the latents of each group's last frame (se
 that a clip's latents are those of its key frames and a picture is a clip of one. The temporal
 decoder starts out fading from one to the next and learns to move what moved, first in latents.
 At last both decoders learn the pixels together, from latents with a little noise, as the
-transformer's have. The state is saved on the way and a run goes on from it.
+transformer's have; at the very end mostly of what comes out worst: pairs of objects, which are
+small, and what turns. The state is saved on the way and a run goes on from it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ FRAMES = 4  # of each clip that are compared
 LATENT_NOISE = 0.08  # most noise on a decoder's latents, in their standard deviations
 SIZES = ((64, 64), (64, 96), (96, 64), (72, 72), (96, 96))
 LARGE = ((96, 144), (144, 96), (144, 144))
+LARGEST = (144, 256)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ PHASES = (
     Phase("motion", 3000, 8, 1e-3),
     Phase("decoder", 1400, 4, 5e-4),
     Phase("decoder", 1800, 4, 5e-4),
+    Phase("details", 4000, 4, 6e-4),
 )
 SPATIAL = ("pictures", "jumbles", "mixed")  # what trains both halves of the spatial VAE
+PIXELS = ("decoder", "details")  # what trains both decoders
 
 
 def build() -> VideoVAE:
@@ -86,6 +90,8 @@ def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
     if phase == "jumbles":
         size = ((64, 64), (64, 96))[int(rng.random() < 0.3)]
         return torch.stack([as_input(jumble(rng, size)) for _ in range(batch)])
+    if phase == "details":
+        return torch.stack(details(rng, batch))
     large = phase not in SPATIAL and rng.random() < 0.1
     choices = LARGE if large else SIZES
     size = choices[int(rng.integers(len(choices)))]
@@ -96,6 +102,20 @@ def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
             video = video[int(rng.integers(CLIP))][None]
         clips.append(as_input(video))
     return torch.stack(clips)
+
+
+def details(rng: np.random.Generator, batch: int) -> list[Tensor]:
+    """Clips [3,F,H,W] of one size, the larger the fewer: half of pairs, some of what turns."""
+    sizes = (*SIZES, *LARGE, LARGEST)
+    shares = np.array([min(1.0, 96**2 / (height * width)) for height, width in sizes])
+    height, width = sizes[int(rng.choice(len(sizes), p=shares / shares.sum()))]
+    clips = []
+    for _ in range(max(1, min(batch, batch * 96**2 // (height * width)))):
+        things = 2 if rng.random() < 0.5 else 1
+        motion = "spin" if rng.random() < 0.2 else None
+        scene = draw_scene(rng, (height, width), CLIP, things=things, motion=motion, training=False)
+        clips.append(as_input(render(scene)))
+    return clips
 
 
 def as_input(video: Array) -> Tensor:
@@ -166,7 +186,7 @@ def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator
     made = vae.temporal_vae.decode(latents, frames)
     few = torch.randperm(frames, generator=generator)[:FRAMES].to(video.device)
     made, video = made[:, :, few], video[:, :, few]
-    if phase == "decoder":
+    if phase in PIXELS:
         return difference(spatial_decode(vae, made / SPATIAL_SCALE), video)
     with torch.no_grad():
         true, _ = spatial_encode(vae, video)
@@ -181,7 +201,7 @@ def trained_weights(vae: VideoVAE, phase: str) -> list[torch.nn.Parameter]:
         # The residual branches start at zero, beside the fade; what carries the fade stays.
         blocks = [m for m in vae.temporal_vae.decoder.modules() if isinstance(m, ResBlock)]
         parts = [part for b in blocks for part in (b.norm1, b.conv1, b.norm2, b.conv2)]
-    if phase == "decoder":
+    if phase in PIXELS:
         parts += [spatial.decoder, spatial.post_quant_conv]
     return [weight for part in parts for weight in part.parameters()]
 
