@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from opensora_sp.base.errors import UserError
+from opensora_sp.base.errors import Stopped, UserError
 from opensora_sp.base.screen import one_line, result
 from opensora_sp.base.value_types import shown
 from opensora_sp.base.wording import plural
@@ -67,19 +67,19 @@ def run(words: Sequence[str]) -> int:
         store = SharedStore(found.save_dir, lambda _: 0, lambda _: None)
         follow = Follow(queue, store, spec, failures, found.queued, found.retry_failed)
 
-        def stop(_number: int, _frame: Any) -> None:
-            raise KeyboardInterrupt
+        def stop(number: int, _frame: Any) -> None:
+            raise Stopped(number)
 
         before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
         try:
             follow.all(_texts(lines))
-        except KeyboardInterrupt:
+        except Stopped as stopped:
             print(follow.summary(), file=sys.stderr)
             print(
                 "stopped: what is queued is made all the same; the same command goes on from here",
                 file=sys.stderr,
             )
-            return 128 + signal.SIGINT
+            return 128 + stopped.number
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)

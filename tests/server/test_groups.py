@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -577,12 +577,12 @@ def test_a_group_takes_what_fits_it_and_what_fits_none_waits_with_the_reason(
 class StandIn(threading.Thread):
     """A group that makes nothing, and says so at once.
 
-    interrupt_at: after so many jobs each, this process gets Ctrl-C.
+    signals: what this process gets after so many jobs.
     """
 
-    def __init__(self, url: str, interrupt_at: tuple[int, ...]) -> None:
+    def __init__(self, url: str, signals: Mapping[int, signal.Signals]) -> None:
         super().__init__(daemon=True)
-        self._queue, self._interrupt_at = SharedQueue(url), interrupt_at
+        self._queue, self._signals = SharedQueue(url), signals
         self.made: Counter[str] = Counter()
         self.most_queued, self.fails = 0, True
         self.end = threading.Event()
@@ -599,9 +599,9 @@ class StandIn(threading.Thread):
             self.made[prompt] += 1
             bad = self.fails and prompt.endswith("00")
             self._queue.publish(claim, JobResult(1.0, "v.mp4", error="it is bad" if bad else None))
-            if sum(self.made.values()) in self._interrupt_at:
+            if (number := self._signals.get(sum(self.made.values()))) is not None:
                 self.most_queued = max(self.most_queued, self.queued())
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
     def queued(self) -> int:
         rows, _ = self._queue.changes(None)
@@ -619,7 +619,7 @@ def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
     prompts = [f"prompt {number}" for number in range(600)]
     lines = ["# a comment", *prompts[:300], "", *prompts[:50], *prompts[300:]]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
-    group = StandIn(queue.url, (120, 330))
+    group = StandIn(queue.url, {120: signal.SIGINT, 330: signal.SIGTERM})
     group.start()
 
     def sent(path: str, *more: str) -> tuple[int, str]:
@@ -630,7 +630,7 @@ def test_a_list_that_is_sent_and_interrupted_again_is_made_once(
     try:
         code, said = sent("list.txt")
         assert (code, "stopped: what is queued is made all the same" in said) == (130, True)
-        assert sent("list.txt")[0] == 130
+        assert sent("list.txt")[0] == 143
         code, said = sent("list.txt")
         assert code == 1
         assert "failed: prompt 100: it is bad" in said
