@@ -39,6 +39,7 @@ from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.mesh import Mesh, Place
 from opensora_sp.parallel.nodes import node_name, number_nodes
+from opensora_sp.parallel.watchdog.orphans import under_torchrun
 from opensora_sp.parallel.watchdog.signals import default_signals
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.parallel.watchdog.store import StatusStore, connect_store
@@ -246,6 +247,8 @@ def open_session(
     ledger = Ledger()
     control = ControlPlane(rank, world, side=side, mark=ledger.mark)
     comm = Comm(dist.group.WORLD, rank, world, ledger, through_host)
+    if not row.through_host:
+        _require_own_devices(here, control)
     nodes = number_nodes(control.all_gather_object(node_name()))
     comm = replace(comm, elsewhere=_elsewhere(range(world), rank, nodes))
     session = Session(rank, local_rank, world, here, row, comm, control, nodes, colossal)
@@ -347,12 +350,19 @@ def _close(session: Session) -> None:
 
 
 def _claim_device(kind: str, local_rank: int, local_world: int) -> torch.device:
-    """This rank's device, made current; UserError when there are fewer devices than ranks."""
+    """This rank's device, made current; UserError when there are fewer devices than ranks.
+
+    Slurm and mpirun can show each rank one device alone, which is number 0 to all of them (srun
+    --gpus-per-task=1). torchrun shows all ranks the same ones. `_require_own_devices` tells whether
+    one is shared.
+    """
     if kind == "cpu":
         return torch.device("cpu")
     module = device_module(kind)
     count = int(module.device_count())
-    if local_world > count:
+    if count == 1 < local_world and not under_torchrun():
+        local_rank = 0
+    elif local_world > count:
         raise UserError(
             f"{plural(local_world, 'rank')} on this node but "
             f"{plural(count, f'visible {kind} device')}{visible_note(kind)}; "
@@ -360,3 +370,19 @@ def _claim_device(kind: str, local_rank: int, local_world: int) -> torch.device:
         )
     module.set_device(local_rank)
     return torch.device(kind, local_rank)
+
+
+def _require_own_devices(device: torch.device, control: ControlPlane) -> None:
+    """UserError, on all ranks, where two of them have the same device. Collective.
+
+    Only where torch can say which one it is: torch 2.3 cannot, and then the backend finds it.
+    """
+    properties = device_module(device.type).get_device_properties(device)
+    names = control.all_gather_object(str(getattr(properties, "uuid", "")))
+    for rank, name in enumerate(names):
+        first = names.index(name)
+        if name and first < rank:
+            raise UserError(
+                f"ranks {first} and {rank} have the same {device.type} device ({name}): show "
+                "each rank of a node a device of its own, or all of the node's devices"
+            )
