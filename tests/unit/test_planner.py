@@ -182,13 +182,14 @@ def test_the_command() -> None:
 
 def test_chunks_are_those_of_the_backend_that_is_named() -> None:
     """What a run on that backend has, as jobs/memory_mode.py takes it from the session."""
-    for flags, chunks in (
-        ({}, 2),
-        ({"device": "cuda"}, 2),
-        ({"device": "cpu"}, 1),
-        ({"device": "cuda", "backend": "gloo"}, 1),
+    for device, backend, chunks in (
+        (None, None, 2),
+        ("cuda", None, 2),
+        ("cpu", None, 1),
+        ("cuda", "gloo", 1),
     ):
-        assert options_of(EngineSettings(**flags)).chunks == chunks, flags
+        settings = EngineSettings(device=device, backend=backend)
+        assert options_of(settings).chunks == chunks, settings
 
 
 def test_the_docs_have_the_table_that_the_planner_writes() -> None:
