@@ -339,7 +339,11 @@ def read_tokens(path: Path) -> dict[str, str]:
                 f"--token-file {path}: the token in line {number} has a character that no request "
                 "can carry: printable ASCII is needed, such as `openssl rand -hex 24` makes"
             )
-        tokens[token] = name
+        if (before := tokens.setdefault(token, name)) != name:
+            raise UserError(
+                f"--token-file {path}: the token in line {number} is {shown(before)}'s already: "
+                f"give {shown(name)} one of its own"
+            )
     if not tokens:
         raise UserError(f"--token-file {path} holds no token")
     return tokens

@@ -622,6 +622,11 @@ def test_tokens_of_one_name_are_one_owner_and_a_file_that_all_may_read_is_warned
     path.write_text(f":{ANN}\n")
     with pytest.raises(UserError, match="line 1 has no name"):
         read_tokens(path)
+    # Or whoever stands last would see what the other has made.
+    path.write_text(f"ann:{ANN}\nbob:{ANN}\n")
+    with pytest.raises(UserError, match="line 2 is 'ann''s already") as refused:
+        read_tokens(path)
+    assert ANN not in str(refused.value)
 
 
 @pytest.mark.parametrize(
