@@ -72,9 +72,7 @@ def found(needed: float = 1e9, **environ: str) -> tuple[bool, int, int, int]:
 def test_freed_memory_is_used_again_without_page_faults_and_given_back() -> None:
     kept, inside, left, after = found()
     assert kept
-    # Where nothing is kept it is PAGES * USES. Aligned blocks do not always fit where one was: it
-    # depends on how the heap lies, and has come to exactly half.
-    assert inside < PAGES * USES * 3 // 4
+    assert inside < PAGES * USES // 2  # aligned blocks do not always fit where one was
     assert left < 100  # of 640
     assert after >= PAGES  # it has to come from the system again
 
