@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -32,8 +31,8 @@ from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Checkpoints, Request
 from scripts.train_embedded.captions import UNTRAINED, describe
-from scripts.train_embedded.judge import as_uint8, look
-from scripts.train_embedded.vae import LARGEST, as_input, psnr
+from scripts.train_embedded.judge import Seen, as_uint8, look
+from scripts.train_embedded.vae import LARGEST, as_input, psnr, round_trip
 from scripts.train_embedded.world import (
     BACKGROUNDS,
     COLOURS,
@@ -169,15 +168,20 @@ def two_objects(clips: Clips, size: tuple[int, int], frames: int) -> None:
     wanted, texts = [], []
     for _ in range(20):
         scene = draw_scene(rng, size, frames, things=2)
-        wanted.append({(thing.colour, thing.shape) for thing in scene.things})
+        wanted.append(pairs_of(scene.things))
         texts.append(Asked(describe(scene, rng), "", "", ""))
     made = clips.make(ask(texts, 1, size, num_frames=frames))
-    seen = [{(o.colour, o.shape) for o in look(video)} for video in made]
+    seen = [pairs_of(look(video)) for video in made]
     both = list(zip(wanted, seen, strict=True))
     colours = ({c for c, _ in want} == {c for c, _ in found} for want, found in both)
     print(f"two objects, {size[0]}x{size[1]}, {frames} frames:", end=" ")
     print(share("both colours", colours), end=", ")
     print(share("both colours and shapes", (want == found for want, found in both)), flush=True)
+
+
+def pairs_of(things: Iterable[Thing | Seen]) -> set[tuple[str, str]]:
+    """Colour and shape of each."""
+    return {(one.colour, one.shape) for one in things}
 
 
 def spins(clips: Clips) -> None:
@@ -283,12 +287,10 @@ def vae(clips: Clips) -> None:
         right, decibels = [], []
         for _ in range(count):
             scene = draw_scene(rng, size, frames, things=2)
-            true = as_input(render(scene))[None]
-            made = model.decode(model.encode(true), frames).clamp(-1, 1)
-            decibels.append(10 * math.log10(4 / float((made - true).pow(2).mean())))
+            made, quality = round_trip(model, as_input(render(scene))[None])
+            decibels.append(quality)
             pixels = as_uint8((made[0].permute(1, 2, 3, 0).numpy() + 1) / 2)
-            wanted = {(thing.colour, thing.shape) for thing in scene.things}
-            right.append({(o.colour, o.shape) for o in look(pixels)} == wanted)
+            right.append(pairs_of(look(pixels)) == pairs_of(scene.things))
         print(f"round trip of two objects, {size[0]}x{size[1]}, {frames} frames:", end=" ")
         print(f"{min(decibels):.1f} to {max(decibels):.1f} dB,", end=" ")
         print(share("both colours and shapes", right), flush=True)

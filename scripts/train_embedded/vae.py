@@ -226,11 +226,15 @@ def psnr(vae: VideoVAE, clips: int = 12, seed: int = 999) -> float:
     values = []
     for index in range(clips):
         size = (*SIZES, LARGE[0])[index % 6]
-        video = torch.from_numpy(render(draw_scene(rng, size, CLIP, training=False)))
-        video = (video.permute(3, 0, 1, 2)[None] * 2 - 1).to(vae.device)
-        made = vae.decode(vae.encode(video), CLIP).clamp(-1, 1)
-        values.append(10 * math.log10(4 / float(F.mse_loss(made, video))))
+        video = as_input(render(draw_scene(rng, size, CLIP, training=False)))[None]
+        values.append(round_trip(vae, video.to(vae.device))[1])
     return sum(values) / len(values)
+
+
+def round_trip(vae: VideoVAE, video: Tensor) -> tuple[Tensor, float]:
+    """A video [1,3,F,H,W] in [-1, 1] through the posterior's mean and back, and its PSNR in dB."""
+    made = vae.decode(vae.encode(video), video.shape[2]).clamp(-1, 1)
+    return made, 10 * math.log10(4 / float(F.mse_loss(made, video)))
 
 
 def train(directory: Path, device: torch.device) -> None:
