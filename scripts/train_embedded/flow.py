@@ -31,6 +31,7 @@ from opensora_sp.request.request import IMAGE_FPS
 from scripts.train_embedded.architecture import DIT, T5
 from scripts.train_embedded.captions import FACTS
 from scripts.train_embedded.latents import key_frames
+from scripts.train_embedded.muon import Muon
 from scripts.train_embedded.shards import Shards
 from scripts.train_embedded.state import pick_device, read_state, save_state
 from scripts.train_embedded.tokens import train_vocabulary
@@ -245,6 +246,28 @@ def rate_at(step: int, steps: int, begun: int) -> float:
     return RATE * min(1.0, (step - begun + 1) / WARM_UP, max(0.02, left))
 
 
+def make_optimizers(models: Models) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else."""
+    blocks = [
+        (name, module)
+        for pair in models.dit.pairs
+        for b in pair
+        for name, module in b.named_modules()
+    ]
+    # What one weight holds below one another: queries, keys and values; keys and values.
+    held = {"qkv": 3, "kv_linear": 2}
+    pieces = {
+        module.weight: held.get(name.rpartition(".")[2], 1)
+        for name, module in blocks
+        if isinstance(module, nn.Linear)
+    }
+    others = [weight for weight in models.parameters() if weight not in pieces]
+    return [
+        Muon(pieces, lr=RATE, weight_decay=0.01, pieces=pieces),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
 def add_gradients(models: Models, session: Session) -> None:
     """Give every rank the sum of all ranks' gradients; zeros where none has any.
 
@@ -303,24 +326,24 @@ def train(directory: Path, steps: int, batches: int, session: Session) -> None:
     shards = open_shards(directory, session)
     models = Models().to(device)
     average = {name: value.clone() for name, value in models.state_dict().items()}
-    optimizer = torch.optim.AdamW(
-        models.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizers = make_optimizers(models)
     first = begun = 0
     if state := read_state(directory / "flow.pt", device):
         models.load_state_dict(state["model"])
         average, first = state["average"], state["step"]
         if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved_of in zip(optimizers, state["optimizer"], strict=True):
+                optimizer.load_state_dict(saved_of)
             begun = state["begun"]
         else:  # of `restore`
             teach_readers(models, shards, first, session)
             begun = first
     saved, losses = time.monotonic(), []
     for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, begun)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, steps, begun)
+            optimizer.zero_grad(set_to_none=True)
         # All batches of a step are of one shape, and so of one length: no rank waits for another.
         shape = shards.draw_shape(np.random.default_rng([SEED, step]), step)
         for number in range(session.rank, batches, session.world_size):
@@ -333,15 +356,16 @@ def train(directory: Path, steps: int, batches: int, session: Session) -> None:
             losses.append(float(loss.detach()))
         add_gradients(models, session)
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         keep = min(AVERAGE, (step + 1) / (step + 10))
         for name, value in models.state_dict().items():
             average[name].lerp_(value, 1 - keep)
         if step + 1 == steps or time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
             if session.leads:
-                state = {"model": models.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"average": average, "step": step + 1, "begun": begun}
+                state = {"model": models.state_dict(), "average": average, "begun": begun}
+                state |= {"optimizer": [o.state_dict() for o in optimizers], "step": step + 1}
                 save_state(directory / "flow.pt", state)
                 mean = sum(losses) / len(losses)
                 print(f"step {step + 1}/{steps} loss {mean:.4f} shards {shards.read}", flush=True)

@@ -175,3 +175,47 @@ def test_training_goes_on_from_the_shipped_model(
     assert (state["begun"], state["step"]) == (7, 8)
     moved = {n.split(".")[0] for n, w in state["model"].items() if not torch.equal(w, shipped[n])}
     assert moved == {"t5", "dit", "places", "facts"}
+
+
+def test_muon_keeps_the_singular_vectors_and_evens_the_values_out() -> None:
+    from scripts.train_embedded.muon import orthogonal
+
+    matrices = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = u.mT @ orthogonal(matrices) @ vh.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
+    torch.testing.assert_close(values, torch.diag_embed(diagonal), rtol=0, atol=1e-4)
+
+
+def test_muon_moves_what_one_weight_holds_as_if_each_were_a_weight() -> None:
+    from scripts.train_embedded.muon import Muon
+
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(30, 10, generator=generator)
+    tall = torch.randn(20, 8, generator=generator)
+    parts = [part.clone() for part in whole.chunk(3)]
+    optimizers = [
+        Muon([whole, tall], lr=0.1, pieces={whole: 3}),
+        Muon([*parts, turned := tall.T.contiguous()], lr=0.1),
+    ]
+    before = whole.clone()
+    for _ in range(2):
+        whole.grad, tall.grad = whole.clone(), tall.sin()
+        for part in parts:
+            part.grad = part.clone()
+        turned.grad = turned.sin()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(whole, torch.cat(parts))
+    torch.testing.assert_close(tall, turned.T)
+    assert not torch.allclose(whole, before)
+
+
+def test_every_weight_has_one_optimizer() -> None:
+    from scripts.train_embedded.flow import Models, make_optimizers
+
+    models = Models()
+    held = [w for o in make_optimizers(models) for group in o.param_groups for w in group["params"]]
+    assert len({id(w) for w in held}) == len(held)
+    assert {id(w) for w in held} == {id(w) for w in models.parameters()}
