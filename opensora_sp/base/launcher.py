@@ -134,6 +134,11 @@ def speaks(environ: Mapping[str, str] = os.environ) -> bool:
         return True
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun, or what is built on it, started this process as its child."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def launcher_keeps_store() -> bool:
     """Whether torchrun hosts the store. It then outlives every rank."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

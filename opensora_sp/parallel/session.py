@@ -21,6 +21,7 @@ from opensora_sp.base.launcher import (
     nobody_answers,
     others_missing,
     port_taken,
+    under_torchrun,
 )
 from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import nothing_on_stdout
@@ -39,7 +40,6 @@ from opensora_sp.parallel.exchange import Comm
 from opensora_sp.parallel.ledger import Ledger
 from opensora_sp.parallel.mesh import Mesh, Place
 from opensora_sp.parallel.nodes import node_name, number_nodes
-from opensora_sp.parallel.watchdog.orphans import under_torchrun
 from opensora_sp.parallel.watchdog.signals import default_signals
 from opensora_sp.parallel.watchdog.stages import Limits
 from opensora_sp.parallel.watchdog.store import StatusStore, connect_store

@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from opensora_sp.base.launcher import speaks
+from opensora_sp.base.launcher import speaks, under_torchrun
 from opensora_sp.parallel.watchdog.signals import leave
 
 POLL_S = 0.25
@@ -37,11 +37,6 @@ def launcher_process() -> int:
 def watched_by_the_session(looks: bool) -> None:
     """Say that the session's threads look after the launcher from now on, or no longer do."""
     (_Start.session_looks.set if looks else _Start.session_looks.clear)()
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun, or what is built on it, started this process as its child."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def watch_launcher() -> None:

@@ -22,16 +22,12 @@ from typing import NoReturn
 
 from opensora_sp.base.atomic import remove_leftovers, remove_unfinished
 from opensora_sp.base.errors import JobEnded, Stopped, UserError, printable
-from opensora_sp.base.launcher import launcher_keeps_store
+from opensora_sp.base.launcher import launcher_keeps_store, under_torchrun
 from opensora_sp.base.processes import Process
 from opensora_sp.base.screen import one_line
 from opensora_sp.parallel.watchdog.collective_mark import CollectiveMark, raised_in_collective
 from opensora_sp.parallel.watchdog.detector import FailureDetector
-from opensora_sp.parallel.watchdog.orphans import (
-    launcher_process,
-    under_torchrun,
-    watched_by_the_session,
-)
+from opensora_sp.parallel.watchdog.orphans import launcher_process, watched_by_the_session
 from opensora_sp.parallel.watchdog.own_clock import TICK_S
 from opensora_sp.parallel.watchdog.signals import STOP_SIGNALS, leave
 from opensora_sp.parallel.watchdog.stages import Limits
