@@ -19,6 +19,7 @@ from opensora_sp.base import access
 from opensora_sp.base.hashes import sampled_digest, sha256
 from opensora_sp.base.redaction import address_identity
 from opensora_sp.base.value_types import shown
+from opensora_sp.request.llm_endpoint import model_asked
 from opensora_sp.request.request import EngineSettings, JobSettings, Request, Task, reference_paths
 from opensora_sp.request.setting import Setting, settings_of
 from opensora_sp.request.step_cache import OFF
@@ -56,7 +57,9 @@ def _prompt(output: _Output) -> str:
 
 def _refiner(output: _Output) -> str | None:
     settings = output.settings
-    return settings.prompt_generator or "the default" if settings.llm_refine else None
+    if not settings.llm_refine:
+        return None
+    return model_asked(settings.prompt_generator) or "the default"
 
 
 def _lossless(output: _Output) -> bool:

@@ -31,6 +31,11 @@ class Endpoint:
     backoff_s: float = BACKOFF_S
 
 
+def model_asked(model: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The language model that is asked: `model`, else OPENAI_MODEL, else None."""
+    return model or environ.get("OPENAI_MODEL", "").strip() or None
+
+
 def endpoint_from_environment(
     model: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Endpoint:
@@ -51,8 +56,8 @@ def endpoint_from_environment(
         )
     base_url = environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
     _check_base_url(base_url)
-    model = model or environ.get("OPENAI_MODEL", "").strip()
-    if not model:
+    model = model_asked(model, environ)
+    if model is None:
         # There is no default, because services withdraw their models.
         raise UserError(
             "--llm-refine needs the name of a language model that OPENAI_BASE_URL serves: give "

@@ -148,6 +148,21 @@ def test_other_weights_and_settings_are_other_requests(tmp_path: Path) -> None:
     assert positions(job(tmp_path, small)) == [None]
 
 
+def test_prompts_refined_by_another_model_are_other_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = task(tmp_path)
+    monkeypatch.setenv("OPENAI_MODEL", "small")
+    finish(one, llm_refine=True)
+    assert positions(job(tmp_path, one, llm_refine=True)) == [None]
+    named = job(tmp_path, one, llm_refine=True, prompt_generator="small")
+    assert positions(named) == [None]
+    monkeypatch.setenv("OPENAI_MODEL", "large")
+    assert positions(named) == [None]
+    with pytest.raises(UserError, match="its refined by was 'small' and is 'large' now"):
+        look_up_work(job(tmp_path, one, llm_refine=True), MODELS)
+
+
 def test_a_file_that_was_changed_since_is_left_alone(tmp_path: Path) -> None:
     one = task(tmp_path)
     finish(one)
