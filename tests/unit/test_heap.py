@@ -74,7 +74,9 @@ def test_freed_memory_is_used_again_without_page_faults_and_given_back() -> None
     assert kept
     assert inside < PAGES * USES // 2  # aligned blocks do not always fit where one was
     assert left < 100  # of 640
-    assert after >= PAGES  # it has to come from the system again
+    # It has to come from the system again. A block that does not begin with a page shares its first
+    # and its last one with its neighbours: one fewer than PAGES is certain to be its own.
+    assert after >= PAGES - 1
 
 
 @glibc
