@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 USES = 6
 # Prints whether memory is kept; the page faults of using 64 MB six times within the block; the MB
 # that the process has afterwards of 640 that it freed in it; and the faults of the same uses then.
+# What is used is a page larger: where it does not begin with a page, its first and last one are its
+# neighbours' too, and 64 MB of whole pages are its own.
 FAULTS = f"""
 import resource
 import torch
@@ -36,7 +38,7 @@ from opensora_sp.base.heap import freed_memory_kept
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range({USES}):
-        torch.ones(16 * 2**20)
+        torch.ones(16 * 2**20 + 1024)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():
@@ -74,9 +76,7 @@ def test_freed_memory_is_used_again_without_page_faults_and_given_back() -> None
     assert kept
     assert inside < PAGES * USES // 2  # aligned blocks do not always fit where one was
     assert left < 100  # of 640
-    # It has to come from the system again. A block that does not begin with a page shares its first
-    # and its last one with its neighbours: one fewer than PAGES is certain to be its own.
-    assert after >= PAGES - 1
+    assert after >= PAGES  # it has to come from the system again
 
 
 @glibc
