@@ -20,7 +20,7 @@ rm -f "$sheet"
 # A free port on this machine's own loopback address: several demos may run side by side.
 "$ROOT/.venv/bin/torchrun" --nproc_per_node 2 \
     --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0 --local_addr 127.0.0.1 \
-    launch/infer.py --config configs/embedded.yaml --image-size 96 144 --num-frames 51 \
+    launch/infer.py --config configs/embedded.yaml --image-size 144 256 --num-frames 51 \
     --save-dir samples/demo --sheet \
     --prompt "a red ball rolls to the right over a gray background" "$@"
 # Flags may have put it elsewhere; the program has said where.

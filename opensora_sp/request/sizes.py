@@ -19,8 +19,10 @@ SMALLEST_SIDE = 16  # one whole patch
 LARGEST_SIDE = 16384  # the largest side of an H.264 picture
 MOST_FRAMES = 100_000
 LONGEST_TRAINED = 408  # 16 s at 24 fps
-# What the embedded model has learnt (assets/embedded/README.md): sides in pixels, and frames.
+# What the embedded model has learnt (assets/embedded/README.md): sides in pixels, one size beyond
+# them, height and width, and frames.
 EMBEDDED_SIDES = (64, 144)
+EMBEDDED_LARGEST = (144, 256)
 EMBEDDED_FRAMES = 51
 
 # Resolutions of the table that are larger than what the model was trained on.
@@ -143,11 +145,12 @@ def size_notes(height: int, width: int, frames: int, *, embedded: bool = False) 
 
 def _embedded_notes(height: int, width: int, frames: int) -> list[str]:
     smallest, largest = EMBEDDED_SIDES
-    sides = sorted((height, width))
-    if smallest <= sides[0] and sides[1] <= largest and frames <= EMBEDDED_FRAMES:
+    learnt = smallest <= min(height, width) and max(height, width) <= largest
+    if (learnt or (height, width) == EMBEDDED_LARGEST) and frames <= EMBEDDED_FRAMES:
         return []
     return [
         f"{plural(frames, 'frame')} of {height}x{width} (height x width): the small "
-        f"embedded model has learnt sides from {smallest} to {largest} and up to "
-        f"{EMBEDDED_FRAMES} frames; others look worse (--config embedded is a size that it knows)"
+        f"embedded model has learnt sides from {smallest} to {largest}, "
+        f"{EMBEDDED_LARGEST[0]}x{EMBEDDED_LARGEST[1]}, and up to {EMBEDDED_FRAMES} frames; "
+        "others look worse (--config embedded is a size that it knows)"
     ]

@@ -21,6 +21,7 @@ _EMBEDDED_SHAPES = (
     ("144x96", "r3x2", "landscape"),
     ("96x144", "r2x3", "portrait"),
     ("144x144", "r1x1", "square"),
+    ("256x144", "r16x9", "wide"),
 )
 _PUBLISHED_SHAPES = (
     ("9:16", "r16x9", "16:9"),

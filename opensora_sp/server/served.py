@@ -43,11 +43,10 @@ from opensora_sp.request.step_schedule import FILLS
 from opensora_sp.server.settings import GroupSettings
 
 # Where --serves is not given: the largest size that the published model was trained on, and the
-# largest and the longest of the embedded one.
+# embedded one.
 PUBLISHED = "720p-16s"
 EMBEDDED: Mapping[str, tuple[int, int, int]] = {
-    "144x144 of 17 frames": (144, 144, 17),
-    "96x64 of 51 frames": (64, 96, 51),
+    "256x144 of 51 frames": (144, 256, 51),
 }
 
 

@@ -248,7 +248,7 @@ def test_the_sizes_that_are_served(tmp_path: Path) -> None:
         assert all(shape.encodes and shape.guided and shape.dtype == "fp32" for shape in shapes)
         return {(shape.height, shape.width, shape.num_frames) for shape in shapes}
 
-    assert sizes() == {(144, 144, 17), (64, 96, 51)}
+    assert sizes() == {(144, 256, 51)}
     assert sizes(serves=("480p-2s", "embedded")) == {(480, 854, 51), (64, 96, 17)}
     assert (720, 1280, 408) in sizes(warmup=("720p-16s",))
 

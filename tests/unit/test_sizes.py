@@ -111,6 +111,8 @@ def test_sizes_beyond_the_training_are_told() -> None:
     [
         ((64, 96), 17, ""),
         ((144, 144), 51, ""),
+        ((144, 256), 51, ""),
+        ((256, 144), 51, "sides from 64 to 144, 144x256"),
         ((240, 426), 51, "sides from 64 to 144"),
         ((48, 64), 1, "1 frame of 48x64"),
         ((64, 64), 52, "up to 51 frames"),
@@ -125,4 +127,5 @@ def test_the_embedded_model_is_judged_by_what_it_has_learnt(
     card = (sizes.TABLE_FILE.parent / "embedded" / "README.md").read_text(encoding="utf-8")
     smallest, largest = sizes.EMBEDDED_SIDES
     assert f"Sizes from {smallest}×{smallest} to {largest}×{largest}" in card
+    assert "and {}×{},".format(*sizes.EMBEDDED_LARGEST) in card
     assert f"or {sizes.EMBEDDED_FRAMES} frames" in " ".join(card.split())
