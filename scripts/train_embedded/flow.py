@@ -377,7 +377,7 @@ def main() -> None:
     """Train to the end, or until interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the state is kept")
-    parser.add_argument("--steps", type=int, default=45_000)
+    parser.add_argument("--steps", type=int, default=64_000)
     parser.add_argument("--batches", type=int, default=2, help="of each step, for all ranks")
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Clips side by side, for the README: python -m scripts.train_embedded.preview [OUT.webp]
 
-Twelve clips that the program made of the embedded model with its default steps and guidance, each
-over its prompt, with the first seed. The prompts name motions that the model knows well: at this
-length what spins or grows comes apart. It takes about a minute of one core.
+Nine clips that the program made of the embedded model with its default steps and guidance, each
+over its prompt, with the first seed: seven single objects and two pairs. Nothing spins, as that
+comes apart. It takes two to three minutes of one core.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ from opensora_sp.request.request import Request
 PROMPTS = (
     "a red ball rolls to the right on a gray background",
     "a yellow triangle flies up on a navy background",
-    "a blue ring drifts to the left on a white background",
-    "a green square bounces on a black background",
+    "a blue square drifts to the left on a white background",
     "a purple circle bounces on a beige background",
+    "a red square and a blue circle move to the right on a white background",
     "a cyan square moves to the lower right on a black background",
-    "a green triangle moves down on a white background",
+    "a green triangle moves down on a black background",
     "a red ring moves up and to the right on a navy background",
-    "a cyan ball goes up and to the left on a gray background",
-    "a purple triangle glides to the left on a black background",
-    "a yellow square slides down and to the left on a navy background",
-    "a blue ball stays still on a background that fades from white to gray",
+    "a green circle and a yellow square move down on a navy background",
 )
-HEIGHT, WIDTH, FRAMES = 96, 144, 51
-COLUMNS, GAP, CAPTION = 4, 6, 36
+HEIGHT, WIDTH, FRAMES = 144, 256, 51
+COLUMNS, GAP, CAPTION = 3, 6, 28
 KEPT, PAUSE = 2, 700  # every second frame is shown; milliseconds that the last one stays
 QUALITY = 75
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "images" / "embedded.webp"
@@ -49,7 +46,7 @@ def lines_of(prompt: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
 
 def sheet(clips: list[np.ndarray], frame: int) -> Image.Image:
     """One frame of all clips [F,H,W,3] uint8, each over its prompt, on white."""
-    font = ImageFont.load_default(size=9)
+    font = ImageFont.load_default(size=11)
     cell = WIDTH + GAP, HEIGHT + CAPTION + GAP
     rows = -(-len(clips) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * cell[0] + GAP, rows * cell[1] + GAP), "white")

@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the states are to be kept")
     parser.add_argument("--model", type=Path, default=TARGET, help="default: the shipped model")
-    parser.add_argument("--step", type=int, default=45_000, help="that flow goes on from")
+    parser.add_argument("--step", type=int, default=64_000, help="that flow goes on from")
     parser.add_argument(
         "--flow", type=Path, metavar="FILE", help="go on from what export --flow wrote"
     )
