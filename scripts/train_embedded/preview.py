@@ -24,8 +24,8 @@ PROMPTS = (
     "a purple circle bounces on a beige background",
     "a red square and a blue circle move to the right on a white background",
     "a cyan square moves to the lower right on a black background",
-    "a green triangle moves down on a black background",
-    "a red ring moves up and to the right on a navy background",
+    "a green square bounces on a black background",
+    "a cyan ball goes up and to the left on a gray background",
     "a green circle and a yellow square move down on a navy background",
 )
 HEIGHT, WIDTH, FRAMES = 144, 256, 51
