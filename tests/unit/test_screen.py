@@ -227,8 +227,8 @@ def test_a_library_that_writes_to_standard_output_is_not_heard(closed: bool) -> 
 
 # Standard error of a run as it was when every line was printed and none was logged.
 FIRST_RUN = """\
-note: 1 frame of 32x48 (height x width): the small embedded model has learnt sides from 64 to 144 \
-and up to 51 frames; others look worse (--config embedded is a size that it knows)
+note: 1 frame of 32x48 (height x width): the small embedded model has learnt sides from 64 to 144, \
+144x256, and up to 51 frames; others look worse (--config embedded is a size that it knows)
 note: --flash-attn has no effect: --attention chooses the kernel
 note: no --ckpt-path flags: the small embedded model is used
 note: CPU threads of a rank: 1
@@ -245,8 +245,8 @@ done in N s
 done in N s
 """
 SECOND_RUN = """\
-note: 1 frame of 32x48 (height x width): the small embedded model has learnt sides from 64 to 144 \
-and up to 51 frames; others look worse (--config embedded is a size that it knows)
+note: 1 frame of 32x48 (height x width): the small embedded model has learnt sides from 64 to 144, \
+144x256, and up to 51 frames; others look worse (--config embedded is a size that it knows)
 note: --flash-attn has no effect: --attention chooses the kernel
 note: no --ckpt-path flags: the small embedded model is used
 note: CPU threads of a rank: 1
