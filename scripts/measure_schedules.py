@@ -45,6 +45,7 @@ from opensora_sp.media.metrics import psnr
 from opensora_sp.parallel.session import alone
 from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.request import Request
+from opensora_sp.request.sizes import EMBEDDED_FRAMES, EMBEDDED_LARGEST
 from opensora_sp.request.step_choice import OWN_FILE, tokens_of
 from opensora_sp.request.step_schedule import StepSchedule, read_schedules
 from scripts.train_embedded.captions import describe
@@ -61,7 +62,7 @@ UNSEEN: tuple[Size, ...] = (
 )  # fmt: skip
 # Of the classes beyond them, whose videos take long: their schedules alone, at the size that these
 # were calibrated at.
-LARGEST: tuple[Size, ...] = ((144, 256, 51),)
+LARGEST: tuple[Size, ...] = ((*EMBEDDED_LARGEST, EMBEDDED_FRAMES),)
 SCALES = (3.0, 5.0, 10.0)
 COUNTS = (24, 20, 18, 16, 15, 14, 12, 11, 10, 9, 8, 7, 6, 5)
 JUDGED = ("colour", "shape", "motion")

@@ -39,6 +39,7 @@ from opensora_sp.request.embedded import embedded_checkpoints
 from opensora_sp.request.memory_modes import FASTEST
 from opensora_sp.request.request import Checkpoints, EngineSettings, Job, Request
 from opensora_sp.request.settings import parse_command_line, resolve, size_of
+from opensora_sp.request.sizes import EMBEDDED_FRAMES, EMBEDDED_LARGEST
 from opensora_sp.request.step_schedule import FILLS
 from opensora_sp.server.settings import GroupSettings
 
@@ -46,7 +47,10 @@ from opensora_sp.server.settings import GroupSettings
 # embedded one.
 PUBLISHED = "720p-16s"
 EMBEDDED: Mapping[str, tuple[int, int, int]] = {
-    "256x144 of 51 frames": (144, 256, 51),
+    f"{EMBEDDED_LARGEST[1]}x{EMBEDDED_LARGEST[0]} of {EMBEDDED_FRAMES} frames": (
+        *EMBEDDED_LARGEST,
+        EMBEDDED_FRAMES,
+    ),
 }
 
 

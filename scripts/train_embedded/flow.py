@@ -38,6 +38,7 @@ from scripts.train_embedded.tokens import train_vocabulary
 from scripts.train_embedded.vae import CLIP
 
 SEED = 15
+STEPS = 64_000  # of what is shipped
 RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
 # Where a clip is continued, its own motion says what follows: were that known with a caption only,
 # guidance would push it further than it goes.
@@ -377,7 +378,7 @@ def main() -> None:
     """Train to the end, or until interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the state is kept")
-    parser.add_argument("--steps", type=int, default=64_000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batches", type=int, default=2, help="of each step, for all ranks")
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator's name in torch")
     arguments = parser.parse_args()

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from opensora_sp.engine.pipeline import Pipeline
 from opensora_sp.parallel.session import open_session
 from opensora_sp.request.request import Request
+from opensora_sp.request.sizes import EMBEDDED_FRAMES, EMBEDDED_LARGEST
 
 PROMPTS = (
     "a red ball rolls to the right on a gray background",
@@ -28,7 +29,7 @@ PROMPTS = (
     "a cyan ball goes up and to the left on a gray background",
     "a green circle and a yellow square move down on a navy background",
 )
-HEIGHT, WIDTH, FRAMES = 144, 256, 51
+(HEIGHT, WIDTH), FRAMES = EMBEDDED_LARGEST, EMBEDDED_FRAMES
 COLUMNS, GAP, CAPTION = 3, 6, 28
 KEPT, PAUSE = 2, 700  # every second frame is shown; milliseconds that the last one stays
 QUALITY = 75

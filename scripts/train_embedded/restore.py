@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opensora_sp.models.tensor_files import load_tensor_file
 from scripts.train_embedded.export import FLOW_PARTS, TARGET
-from scripts.train_embedded.flow import Models
+from scripts.train_embedded.flow import STEPS, Models
 from scripts.train_embedded.state import save_state
 from scripts.train_embedded.vae import PHASES, build
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the states are to be kept")
     parser.add_argument("--model", type=Path, default=TARGET, help="default: the shipped model")
-    parser.add_argument("--step", type=int, default=64_000, help="that flow goes on from")
+    parser.add_argument("--step", type=int, default=STEPS, help="that flow goes on from")
     parser.add_argument(
         "--flow", type=Path, metavar="FILE", help="go on from what export --flow wrote"
     )

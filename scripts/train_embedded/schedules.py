@@ -18,12 +18,12 @@ from typing import Any
 from opensora_sp.benchmark.calibration.selection import LEVELS
 from opensora_sp.request.step_choice import OWN_FILE
 from opensora_sp.request.step_schedule import StepSchedule, read_schedules, write_schedules
-from scripts.measure_schedules import STEPS, Size, calibrated
+from scripts.measure_schedules import LARGEST, STEPS, Size, calibrated
 from scripts.train_embedded.export import TARGET
 
 # One of each size class, videos and pictures; the longest first, as others run beside it.
 SIZES: tuple[Size, ...] = (
-    (144, 256, 51), (96, 144, 17), (64, 96, 17), (144, 144, 1), (64, 96, 1),
+    *LARGEST, (96, 144, 17), (64, 96, 17), (144, 144, 1), (64, 96, 1),
 )  # fmt: skip
 
 
