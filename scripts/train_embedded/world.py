@@ -238,22 +238,31 @@ def render(scene: Scene, only: Sequence[int] | None = None) -> Array:
     rows = np.arange(scene.height, dtype=np.float32)[:, None] + 0.5
     columns = np.arange(scene.width, dtype=np.float32)[None, :] + 0.5
     chosen = list(range(scene.frames)) if only is None else list(only)
-    time = progress(scene)[chosen]
-    video = _background(scene, time, rows, columns)
-    short = min(scene.height, scene.width)
+    video = _background(scene, progress(scene)[chosen], rows, columns)
     for thing in scene.things:
-        path = centres(scene, thing)[chosen]
-        growth = 1 + (thing.travel - 1) * time if thing.motion == "grow" else np.ones_like(time)
-        for frame in range(len(chosen)):
-            radius = thing.diameter * short / 2 * float(growth[frame])
-            x, y = columns - path[frame, 0], rows - path[frame, 1]
-            angle = 2 * math.pi * thing.turns * float(time[frame])
-            if angle:
-                cos, sin = math.cos(angle), math.sin(angle)
-                x, y = cos * x + sin * y, cos * y - sin * x
-            cover = np.clip(0.5 - distance(thing.shape, x, y, radius) / EDGE, 0, 1)[..., None]
-            video[frame] += cover * (np.array(COLOURS[thing.colour], np.float32) - video[frame])
+        colour = np.array(COLOURS[thing.colour], np.float32)
+        for frame, covered in enumerate(cover(scene, thing, chosen)):
+            video[frame] += covered[..., None] * (colour - video[frame])
     return video
+
+
+def cover(scene: Scene, thing: Thing, chosen: Sequence[int]) -> Array:
+    """How much of every pixel the object covers in the chosen frames, [F, H, W] in 0..1."""
+    rows = np.arange(scene.height, dtype=np.float32)[:, None] + 0.5
+    columns = np.arange(scene.width, dtype=np.float32)[None, :] + 0.5
+    time = progress(scene)[list(chosen)]
+    path = centres(scene, thing)[list(chosen)]
+    growth = 1 + (thing.travel - 1) * time if thing.motion == "grow" else np.ones_like(time)
+    covers = []
+    for frame in range(len(chosen)):
+        radius = thing.diameter * min(scene.height, scene.width) / 2 * float(growth[frame])
+        x, y = columns - path[frame, 0], rows - path[frame, 1]
+        angle = 2 * math.pi * thing.turns * float(time[frame])
+        if angle:
+            cos, sin = math.cos(angle), math.sin(angle)
+            x, y = cos * x + sin * y, cos * y - sin * x
+        covers.append(np.clip(0.5 - distance(thing.shape, x, y, radius) / EDGE, 0, 1))
+    return np.stack(covers)
 
 
 def _background(scene: Scene, time: Array, rows: Array, columns: Array) -> Array:
