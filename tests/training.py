@@ -24,6 +24,8 @@ def write_clips(directory: Path, embedded_dir: Path) -> None:
             [f"a red ball goes {way}"] for way in ("up", "down", "left", "right", "on", "off")
         ],
         "facts": torch.eye(6, len(FACTS)) > 0,
+        # Patches of a picture of 32 by 32 in every latent frame; -1 where nothing stands.
+        "stands": (torch.arange(6 * 5 * 4) % 7 - 1).view(6, 5, 4).to(torch.int8),
         "size": [32, 32],
         "frames": 17,
     }

@@ -29,7 +29,7 @@ from opensora_sp.models.stdit3 import STDiT3, STDiT3Config, patchify, unpatchify
 from opensora_sp.parallel.session import Session, open_session
 from opensora_sp.request.request import IMAGE_FPS
 from scripts.train_embedded.architecture import DIT, T5
-from scripts.train_embedded.captions import FACTS
+from scripts.train_embedded.captions import FACTS, OBJECTS
 from scripts.train_embedded.latents import key_frames
 from scripts.train_embedded.muon import Muon
 from scripts.train_embedded.shards import Shards
@@ -50,7 +50,7 @@ EVEN_TIMES = 0.2  # drawn evenly instead of logit-normal, so that both ends are 
 UNTRANSFORMED = 0.6
 NOISY_TIMES, NOISY_FROM = 0.3, 0.6
 AVERAGE = 0.9985
-PLACES, TOLD = 0.3, 0.2  # weights of what is read from the blocks' states
+PLACES, TOLD, STANDS = 0.3, 0.2, 0.05  # weights of what is read from the blocks' states
 WORDS_ALONE, CAPTIONS = 500, 160  # first steps, which learn what captions tell, and captions in one
 READERS_ALONE = 200  # steps that new readers of a restored model learn in
 SAVE_EVERY = 60.0  # seconds
@@ -64,7 +64,8 @@ class Models(nn.Module):
     the clip either one is: out of pure noise nothing could start to move. And what shifts the
     whole picture is learnt from the text at once (colours), while words that only mean something
     at some place (shapes, directions) first disturb, and are faded out for good. So layers read
-    both from the blocks' states, and their errors are part of the loss.
+    both from the blocks' states, and their errors are part of the loss. A third reading is of two
+    objects, which gave each other their shapes: at every patch, which object stands there.
     """
 
     def __init__(self) -> None:
@@ -78,22 +79,29 @@ class Models(nn.Module):
         width, pairs = self.dit.config.hidden_size, self.dit.pairs
         self.places = nn.ModuleList(nn.Linear(width, 2) for _ in pairs[1:])
         self.facts = nn.ModuleList(nn.Linear(width, len(FACTS)) for _ in pairs)
+        self.stands = nn.ModuleList(nn.Linear(width, len(OBJECTS)) for _ in pairs)
+        self.readers = (self.places, self.facts, self.stands)
         self._seen: list[Tensor] = []
         for _, temporal in pairs:
             temporal.register_forward_hook(lambda _module, _inputs, out: self._seen.append(out))
 
-    def read_error(self, facts: Tensor, told: list[int]) -> Tensor:
+    def read_error(self, facts: Tensor, told: list[int], stands: Tensor | None = None) -> Tensor:
         """Error of what is read from the clips that passed last; a number.
 
         facts: what their captions tell [B,facts]; told: the clips whose captions were not dropped.
+        stands: which object stands at each patch [B,T,S], -1 for none; None: not asked.
         """
         states = [F.layer_norm(x, x.shape[-1:]) for x in self._seen]  # [B,T,S,C]
         self._seen = []
         error = states[0].new_zeros(())
-        for state, reader in zip(states, self.facts, strict=True):
-            read = reader(state[told].mean((1, 2)))
-            if told:
+        if told:
+            for state, reader in zip(states, self.facts, strict=True):
+                read = reader(state[told].mean((1, 2)))
                 error = error + TOLD * F.binary_cross_entropy_with_logits(read, facts[told])
+        if told and stands is not None and bool((there := stands[told] >= 0).any()):
+            for state, reader in zip(states, self.stands, strict=True):
+                read = reader(state[told][there])
+                error = error + STANDS * F.cross_entropy(read, stands[told][there])
         frames = states[0].shape[1]
         if frames == 1:
             return error
@@ -221,7 +229,8 @@ def loss_of(
     error = (velocity - (z - noise)).pow(2).mean(dim=(1, 3, 4))  # [B,T]
     made = torch.ones_like(error) if mask is None else mask.to(device)
     loss = (error * made).sum() / made.sum()
-    return loss + models.read_error(batch["facts"].to(device), np.flatnonzero(~dropped).tolist())
+    facts, stands = batch["facts"].to(device), batch["stands"].to(device)
+    return loss + models.read_error(facts, np.flatnonzero(~dropped).tolist(), stands)
 
 
 def words_loss(
@@ -291,7 +300,7 @@ def add_gradients(models: Models, session: Session) -> None:
 
 def teach_readers(models: Models, shards: Shards, first: int, session: Session) -> None:
     """Let new readers learn to read a model that was trained without them; it stays as it is."""
-    readers = [*models.places.parameters(), *models.facts.parameters()]
+    readers = [w for part in models.readers for w in part.parameters()]
     optimizer = torch.optim.AdamW(readers, lr=10 * RATE, weight_decay=0.0)
     for step in range(READERS_ALONE):
         rng = np.random.default_rng([SEED, first, step])

@@ -13,18 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from opensora_sp.base.geometry import MICRO_FRAME_SIZE, split_chunks
 from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE
-from scripts.train_embedded.captions import caption, facts
+from scripts.train_embedded.captions import OBJECTS, caption, facts
 from scripts.train_embedded.state import pick_device, read_state, save_state
 from scripts.train_embedded.vae import CLIP, LARGEST, as_input, build, spatial_encode
-from scripts.train_embedded.world import draw_scene, render
+from scripts.train_embedded.world import Scene, cover, draw_scene, render
 
 SEED = 14
 SHARD = 192  # clips
 PICTURES = 1536  # in a shard of single pictures, which cost little
 CAPTIONS = 3  # phrasings kept of each clip
+PATCH = 16  # pixels of the side of one of the transformer's patches
+STANDS = 0.3  # share of a patch that an object must cover to stand there
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,31 @@ def key_frames(frames: int) -> list[int]:
     ]
 
 
+def standing(scene: Scene, frames: list[int]) -> Tensor:
+    """Which object stands at each patch of these frames: its place in OBJECTS, or -1; int8 [T,S].
+
+    The size must be whole patches.
+    """
+    found = torch.full((len(frames), scene.height // PATCH, scene.width // PATCH), -1)
+    most = torch.full(found.shape, STANDS)
+    for thing in scene.things:
+        pixels = torch.from_numpy(cover(scene, thing, frames)).float()
+        share = F.avg_pool2d(pixels[:, None], PATCH)[:, 0]
+        found[share > most] = OBJECTS.index(f"{thing.colour} {thing.shape}")
+        most = most.maximum(share)
+    return found.flatten(1).to(torch.int8)
+
+
 @torch.no_grad()
 def encode_shard(vae: VideoVAE, number: int) -> dict[str, Any]:
-    """z [N,4,T,h,w], N × CAPTIONS captions and what they tell [N,facts], with the clips' shape."""
+    """z [N,4,T,h,w], N × CAPTIONS captions and what they tell [N,facts], with the clips' shape.
+
+    Beside them, which object stands where, [N,T,S] as of `standing`.
+    """
     bucket = schedule(number)
     rng = np.random.default_rng([SEED, number])
     keys = key_frames(bucket.frames)
-    z, texts, told = [], [], []
+    z, texts, told, stands = [], [], [], []
     for _ in range(bucket.count):
         scene = draw_scene(
             rng, bucket.size, bucket.frames, things=bucket.things, motion=bucket.motion
@@ -114,7 +136,9 @@ def encode_shard(vae: VideoVAE, number: int) -> dict[str, Any]:
         z.append((mean * SPATIAL_SCALE - vae.shift) / vae.scale)
         texts.append([caption(scene, rng) for _ in range(CAPTIONS)])
         told.append(facts(scene))
+        stands.append(standing(scene, keys))
     whole = {"z": torch.cat(z).cpu(), "captions": texts, "facts": torch.tensor(told)}
+    whole["stands"] = torch.stack(stands)
     return {**whole, "size": list(bucket.size), "frames": bucket.frames}
 
 

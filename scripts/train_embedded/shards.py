@@ -56,6 +56,7 @@ class Shards:
             "z": torch.stack([shard["z"][i] for shard, i in chosen]),
             "tokens": [_phrasing(rng, shard, i) for shard, i in chosen],
             "facts": torch.stack([shard["facts"][i] for shard, i in chosen]).float(),
+            "stands": torch.stack([shard["stands"][i] for shard, i in chosen]).long(),
             "shape": shape,
         }
 

@@ -11,9 +11,9 @@ import torch
 from training import small_training, write_clips
 
 from opensora_sp.parallel.session import alone
-from scripts.train_embedded.captions import FACTS, TRAINED, UNTRAINED, caption, facts
+from scripts.train_embedded.captions import FACTS, OBJECTS, TRAINED, UNTRAINED, caption, facts
 from scripts.train_embedded.judge import as_uint8, look, validate
-from scripts.train_embedded.latents import key_frames
+from scripts.train_embedded.latents import key_frames, standing
 from scripts.train_embedded.world import Scene, Thing, centres, draw_scene, held_out, render
 
 
@@ -81,6 +81,21 @@ def test_key_frames_end_each_group(frames: int, keys: list[int]) -> None:
 
 
 @pytest.mark.slow
+def test_objects_stand_where_they_are_drawn() -> None:
+    red = Thing("red", "square", "right", 0.5, (0.25, 0.5), travel=1.0)
+    blue = Thing("blue", "circle", "still", 0.5, (0.75, 0.25))
+    scene = Scene(64, 128, 5, (red, blue), "black", "black")
+    stands = standing(scene, [0, 4]).view(2, 4, 8)
+    square, circle = OBJECTS.index("red square"), OBJECTS.index("blue circle")
+    assert (stands[0, 1:3, 1:3] == square).all(), "its patches in the first frame"
+    assert (stands[1, 2:3, 5:7] == square).all(), "and where it went"
+    assert (stands[0, 0:2, 5:7] == circle).all()
+    colours = torch.from_numpy(render(scene, [0, 4])).mean(-1)
+    empty = colours.view(2, 4, 16, 8, 16).amax((2, 4)) < 0.1
+    assert (stands[empty] == -1).all()
+    assert empty.any()
+
+
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
 ) -> None:
@@ -174,7 +189,7 @@ def test_training_goes_on_from_the_shipped_model(
     state = torch.load(tmp_path / "flow.pt", weights_only=True)
     assert (state["begun"], state["step"]) == (7, 8)
     moved = {n.split(".")[0] for n, w in state["model"].items() if not torch.equal(w, shipped[n])}
-    assert moved == {"t5", "dit", "places", "facts"}
+    assert moved == {"t5", "dit", "places", "facts", "stands"}
 
 
 def test_muon_keeps_the_singular_vectors_and_evens_the_values_out() -> None:
