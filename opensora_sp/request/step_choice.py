@@ -16,6 +16,7 @@ from pathlib import Path
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
+from opensora_sp.request.general_pattern import FEWEST_STEPS, general_steps
 from opensora_sp.request.request import Request
 from opensora_sp.request.step_cache import LEVELS, OFF
 from opensora_sp.request.step_schedule import (
@@ -25,10 +26,10 @@ from opensora_sp.request.step_schedule import (
     read_schedules,
     steps_text,
 )
+from opensora_sp.request.step_times import times_of
 
 OWN_FILE = "step_cache.yaml"  # beside a transformer's weights
 _FLAG = "--step-cache"
-FEWEST_STEPS = 10  # of which a general pattern leaves any out
 
 
 def check_step_cache(requests: Sequence[Request], directory: Path | None) -> None:
@@ -81,7 +82,7 @@ def choose_schedule(
     found = _first(request, candidates, value, model)
     if found is not None:
         return Choice(found, describe(found))
-    pattern = general_pattern(value, request.steps, images=request.is_image)
+    pattern = general_pattern(value, times_of(request), images=request.is_image)
     why = "no measured schedule" if candidates else f"no {OWN_FILE}"
     return Choice(
         pattern,
@@ -116,32 +117,23 @@ def describe(schedule: StepSchedule) -> str:
     return said
 
 
-def general_pattern(level: str, steps: int, *, images: bool = False) -> StepSchedule:
-    """A schedule that was measured on no model in particular; the fill is linear.
+def general_pattern(level: str, times: Sequence[float], *, images: bool = False) -> StepSchedule:
+    """A schedule that follows from the times of the steps; the fill is linear.
 
-    Velocities change most near the noise, so the steps left out are late: near-lossless computes
-    the first 30 %, every second one of the others, and the last one. fast computes the first 20 %,
-    every second one up to 45 %, and then every third. Raises UserError for fewer than 10 steps.
+    times: of all steps, falling from 1000. near-lossless computes two thirds of them, fast half:
+    see `general_steps`. Raises UserError for fewer than 10 steps.
     """
+    steps = len(times)
     if steps < FEWEST_STEPS:
         raise UserError(
             f"{_FLAG} {level}: of {steps} steps none is left out without a schedule that was "
             f"measured for it: give --num-sampling-steps of at least {FEWEST_STEPS}, a file that "
             f"opensora-sp calibrate writes, or {_FLAG} {OFF}"
         )
-    dense, second = (0.3, 1.0) if level == LEVELS[0] else (0.2, 0.45)
-    computed, step = [0], 0
-    while True:
-        step += 1 if step + 1 < dense * steps else 2 if step + 2 < second * steps else 3
-        if step >= steps:
-            break
-        computed.append(step)
-    if level == LEVELS[0] and computed[-1] != steps - 1:
-        computed.append(steps - 1)
     return StepSchedule(
         name=level,
         steps=steps,
-        computed=tuple(computed),
+        computed=general_steps(level, tuple(times)),
         fill="linear",
         tokens=(1, MOST_TOKENS),
         images=images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from opensora_sp.planner.models import ModelSizes
 from opensora_sp.planner.peaks import denoising_peak
 from opensora_sp.planner.plan import Options, make_plan
 from opensora_sp.planner.requests import plan_in_mode, shape_of
+from opensora_sp.request.general_pattern import LONGEST, _stretches
 from opensora_sp.request.memory_modes import FASTEST
 from opensora_sp.request.request import EngineSettings, Job, JobSettings, Request, Task
 from opensora_sp.request.runtime import Runtime
@@ -38,7 +40,7 @@ from opensora_sp.request.step_schedule import (
     read_schedules,
     write_schedules,
 )
-from opensora_sp.request.step_times import times_of
+from opensora_sp.request.step_times import times_of, timesteps
 
 VIDEO = Request(prompt="p", height=64, width=96, num_frames=17)
 TOKENS = tokens_of(VIDEO)
@@ -149,24 +151,53 @@ def test_a_level_is_the_checkpoints_own_and_else_a_pattern_that_says_so(tmp_path
         (replace(asked, steps=50), "ab12"),
     ):
         chosen = choose_schedule(request, tmp_path, known(model))
-        pattern = general_pattern("fast", request.steps, images=request.is_image)
+        pattern = general_pattern("fast", times_of(request), images=request.is_image)
         assert chosen.schedule == pattern
         assert "a general pattern" in chosen.said
         assert "was not measured" in chosen.said
 
 
-def test_a_general_pattern_computes_the_beginning_and_leaves_no_long_gap() -> None:
-    near, fast = (general_pattern(level, 30).computed for level in ("near-lossless", "fast"))
-    assert near == (*range(9), 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 29)
-    assert fast == (0, 1, 2, 3, 4, 5, 7, 9, 11, 13, 16, 19, 22, 25, 28)
-    for steps in range(10, 120):
-        for level, gap in (("near-lossless", 2), ("fast", 3)):
-            computed = [*general_pattern(level, steps).computed, steps]
-            gaps = [after - before for before, after in itertools.pairwise(computed)]
-            assert max(gaps) <= gap
-            assert gaps[:-2] == sorted(gaps[:-2])
+def test_a_general_pattern_leaves_steps_out_where_the_velocity_changes_least() -> None:
+    small = timesteps(30, height=64, width=96, frames=17)
+    large = timesteps(30, height=720, width=1280, frames=408)
+    near, fast = (general_pattern(level, small).computed for level in ("near-lossless", "fast"))
+    assert near == (*range(10), 11, 13, 15, 17, 19, 22, 24, 26, 28, 29)
+    assert (len(near), len(fast)) == (20, 15)
+    assert set(range(7)) <= set(fast), "near the noise, where a small size has its longest moves"
+    for level, every in (("near-lossless", 9), ("fast", 7)):
+        computed = general_pattern(level, large).computed
+        assert set(range(30 - every, 30)) <= set(computed), "a large one has them at the end"
+        assert len([step for step in computed if step < 15]) < every
     with pytest.raises(UserError, match="--step-cache fast: of 9 steps none is left out"):
-        general_pattern("fast", 9)
+        general_pattern("fast", small[:9])
+
+
+@pytest.mark.parametrize("size", [(64, 96, 1), (144, 256, 51), (720, 1280, 408)])
+def test_general_patterns_of_any_number_of_steps(size: tuple[int, int, int]) -> None:
+    height, width, frames = size
+    for steps in (10, 11, 29, 100):
+        times = timesteps(steps, height=height, width=width, frames=frames)
+        for level, share in (("near-lossless", 2 / 3), ("fast", 1 / 2)):
+            computed = general_pattern(level, times).computed
+            assert computed[0] == 0
+            assert computed[-1] == steps - 1
+            assert len(computed) == math.ceil(share * steps)
+            assert list(computed) == sorted(set(computed))
+
+
+def test_a_general_pattern_is_the_best_list_of_its_own_measure() -> None:
+    """Against every list there is, of a run short enough to look at all."""
+    times = tuple(timesteps(10, height=240, width=426, frames=51))
+    computed = general_pattern("fast", times).computed
+
+    def cost(listed: tuple[int, ...]) -> float:
+        pairs = zip((None, *listed), listed, listed[1:], strict=False)
+        return sum(_stretches(times, before, a)[b - a - 1] for before, a, b in pairs)
+
+    lists = [(0, *middle, 9) for middle in itertools.combinations(range(1, 9), len(computed) - 2)]
+    lists = [one for one in lists if max(b - a for a, b in itertools.pairwise(one)) <= LONGEST]
+    assert cost(computed) == pytest.approx(min(map(cost, lists)), rel=1e-12)
+    assert sorted(map(cost, lists))[1] > 1.0001 * cost(computed), "one list is the best"
 
 
 def test_a_file_is_taken_whole_or_by_a_name_in_it(tmp_path: Path) -> None:
@@ -271,10 +302,10 @@ def test_the_command_plan_counts_the_step_at_which_an_edit_begins(
     said = []
     edit = ["--edit", "a.mp4", "--edit-strength"]
     written = ["--reference-path", "a.mp4", "--mask-strategy", "0,0,0,0,15,0.3"]
-    for more in ([], [*edit, "0.2"], [*edit, "0.3"], written):
+    for more in ([], [*edit, "0.25"], [*edit, "0.3"], written):
         assert plan([*asked, *more]) == 0
         said.append(re.findall(r"(\d+) of 30 steps computed", capsys.readouterr().out))
-    assert said == [["15"], ["15"], ["16"], ["16"]]  # 0.2 joins at a step that is computed anyway
+    assert said == [["15"], ["15"], ["16"], ["16"]]  # 0.25 joins at a step that is computed anyway
 
 
 def test_weights_of_a_fill_sum_to_one_and_fewer_times_are_a_lower_order() -> None:
