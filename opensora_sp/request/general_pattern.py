@@ -2,9 +2,10 @@
 
 On the embedded model the second derivative of a run's velocity in time is about
 4 / (1.02 − t)² + 0.5 / t², t from 1, the noise, to 0: at every size that was tried, and with the
-step times of sizes up to 720p and 16 s (docs/calibration.md). So which steps matter follows from
+step times of sizes up to 720p and 16 s (docs/step_cache.md). So which steps matter follows from
 their times. At small sizes the steps near the noise do. At large ones most steps lie near the
-noise, close to one another, and those that come after them do.
+noise, close to one another, and those that come after them do. 1.005 stands here for 1.02: what is
+wrong near the noise also changes what comes after it, and single prompts became other videos.
 """
 
 from __future__ import annotations
@@ -78,4 +79,4 @@ def _stretches(times: Sequence[float], before: int | None, last: int) -> list[fl
 def _velocity(time: float) -> float:
     """What has the second derivative above."""
     t = time / TRAINING_TIMESTEPS
-    return -4 * math.log(1.02 - t) - 0.5 * math.log(t)
+    return -4 * math.log(1.005 - t) - 0.5 * math.log(t)
