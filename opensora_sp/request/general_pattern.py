@@ -20,6 +20,7 @@ from opensora_sp.request.step_times import TRAINING_TIMESTEPS
 
 FEWEST_STEPS = 10  # of which any is left out
 LONGEST = 8  # steps from a computed one to the next, at most
+MOST_STEPS = 100  # that are looked at one by one; of more, groups: the search is quadratic
 SHARES = dict(zip(LEVELS, (2 / 3, 1 / 2), strict=True))  # of the steps that are computed
 
 
@@ -29,9 +30,20 @@ def general_steps(level: str, times: tuple[float, ...]) -> tuple[int, ...]:
 
     level: one of LEVELS. times: of all steps, falling from 1000; the run ends at 0.
     The list of that many steps with the smallest sum of squared errors of what moves the latents,
-    each stretch of steps left out on its own; by dynamic programming over the last two computed
-    steps.
+    each stretch of steps left out on its own. Of more than MOST_STEPS steps, neighbours are
+    computed or left out together.
     """
+    steps = len(times)
+    together = math.ceil(steps / MOST_STEPS)
+    if together == 1:
+        return _best_list(level, times)
+    groups = _best_list(level, times[::together])
+    starts = (group * together for group in groups)
+    return tuple(step for at in starts for step in range(at, min(at + together, steps)))
+
+
+def _best_list(level: str, times: Sequence[float]) -> tuple[int, ...]:
+    """By dynamic programming over the last two computed steps."""
     import numpy as np
 
     steps, count = len(times), math.ceil(SHARES[level] * len(times))
