@@ -80,7 +80,6 @@ def test_key_frames_end_each_group(frames: int, keys: list[int]) -> None:
     assert key_frames(frames) == keys
 
 
-@pytest.mark.slow
 def test_objects_stand_where_they_are_drawn() -> None:
     red = Thing("red", "square", "right", 0.5, (0.25, 0.5), travel=1.0)
     blue = Thing("blue", "circle", "still", 0.5, (0.75, 0.25))
@@ -96,6 +95,7 @@ def test_objects_stand_where_they_are_drawn() -> None:
     assert empty.any()
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_dir: Path
 ) -> None:
