@@ -16,9 +16,11 @@ from functools import lru_cache
 from typing import Any
 
 from opensora_sp.request.step_cache import LEVELS
+from opensora_sp.request.step_schedule import fill_weights
 from opensora_sp.request.step_times import TRAINING_TIMESTEPS
 
 FEWEST_STEPS = 10  # of which any is left out
+FILL = "linear"  # of the steps left out
 LONGEST = 8  # steps from a computed one to the next, at most
 MOST_STEPS = 100  # that are looked at one by one; of more, groups: the search is quadratic
 SHARES = dict(zip(LEVELS, (2 / 3, 1 / 2), strict=True))  # of the steps that are computed
@@ -26,7 +28,7 @@ SHARES = dict(zip(LEVELS, (2 / 3, 1 / 2), strict=True))  # of the steps that are
 
 @lru_cache(maxsize=64)
 def general_steps(level: str, times: tuple[float, ...]) -> tuple[int, ...]:
-    """The computed steps of a level, ascending from 0, for the linear fill.
+    """The computed steps of a level, ascending from 0, for the fill of FILL.
 
     level: one of LEVELS. times: of all steps, falling from 1000; the run ends at 0.
     The list of that many steps with the smallest sum of squared errors of what moves the latents,
@@ -77,12 +79,12 @@ def _best_list(level: str, times: Sequence[float]) -> tuple[int, ...]:
 
 def _stretches(times: Sequence[float], before: int | None, last: int) -> list[float]:
     """Costs of the stretches from a computed step to each of those that may be the next."""
-    slope = 0.0
-    if before is not None:
-        slope = (_velocity(times[last]) - _velocity(times[before])) / (times[last] - times[before])
+    known = [times[step] for step in (before, last) if step is not None]
+    velocities = [_velocity(time) for time in known]
     error, costs = 0.0, [0.0]
     for step in range(last + 1, min(last + LONGEST, len(times) - 1)):
-        filled = _velocity(times[last]) + slope * (times[step] - times[last])
+        weights = fill_weights(FILL, known, times[step])
+        filled = sum(w * v for w, v in zip(weights, velocities, strict=True))
         error += (times[step] - times[step + 1]) * (_velocity(times[step]) - filled)
         costs.append(error**2)
     return costs

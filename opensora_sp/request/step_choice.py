@@ -16,7 +16,7 @@ from pathlib import Path
 from opensora_sp.base import access
 from opensora_sp.base.errors import UserError
 from opensora_sp.base.value_types import shown
-from opensora_sp.request.general_pattern import FEWEST_STEPS, general_steps
+from opensora_sp.request.general_pattern import FEWEST_STEPS, FILL, general_steps
 from opensora_sp.request.request import Request
 from opensora_sp.request.step_cache import LEVELS, OFF
 from opensora_sp.request.step_schedule import (
@@ -134,7 +134,7 @@ def general_pattern(level: str, times: Sequence[float], *, images: bool = False)
         name=level,
         steps=steps,
         computed=general_steps(level, tuple(times)),
-        fill="linear",
+        fill=FILL,
         tokens=(1, MOST_TOKENS),
         images=images,
     )
