@@ -78,7 +78,7 @@ VAE3D: dict[str, Any] = {
         "latent_embed_dim": 4,
         "embed_dim": 4,
         "filters": 16,
-        "num_res_blocks": 1,
+        "num_res_blocks": 2,
         "channel_multipliers": [1, 2, 2, 4],
         "temporal_downsample": [False, True, True],
         "num_groups": 4,

@@ -5,9 +5,10 @@ teach more a picture, then both. Then its encoder is fixed, and with it what the
 learns: the temporal encoder hands on the latents of each group's last frame (see `keyframes`), so
 that a clip's latents are those of its key frames and a picture is a clip of one. The temporal
 decoder starts out fading from one to the next and learns to move what moved, first in latents.
-At last both decoders learn the pixels together, from latents with a little noise, as the
-transformer's have; at the very end mostly of what comes out worst: pairs of objects, which are
-small, and what turns. The state is saved on the way and a run goes on from it.
+Then both decoders learn the pixels together, from latents with a little noise, as the
+transformer's have; at the end mostly of what comes out worst: pairs of objects, which are small,
+and what turns or bounces. What moves far between two key frames was still the worst then: motion
+and details come once more. The state is saved on the way and a run goes on from it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SAVE_EVERY = 90.0  # seconds
 CLIP = 17  # frames of one chunk: what both VAEs work on
 KL_SPATIAL = 1e-4
 FRAMES = 4  # of each clip that are compared
+MOVING = 320  # batches of the motion phases, encoded once and gone through again and again
 LATENT_NOISE = 0.08  # most noise on a decoder's latents, in their standard deviations
 SIZES = ((64, 64), (64, 96), (96, 64), (72, 72), (96, 96))
 LARGE = ((96, 144), (144, 96), (144, 144))
@@ -69,6 +71,10 @@ PHASES = (
     Phase("decoder", 1400, 4, 5e-4),
     Phase("decoder", 1800, 4, 5e-4),
     Phase("details", 4000, 4, 6e-4),
+    Phase("motion", 3500, 4, 1e-3),
+    Phase("details", 1900, 4, 5e-4),
+    Phase("details", 2700, 4, 4e-4),
+    Phase("details", 1800, 4, 4e-4),
 )
 SPATIAL = ("pictures", "jumbles", "mixed")  # what trains both halves of the spatial VAE
 PIXELS = ("decoder", "details")  # what trains both decoders
@@ -90,8 +96,8 @@ def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
     if phase == "jumbles":
         size = ((64, 64), (64, 96))[int(rng.random() < 0.3)]
         return torch.stack([as_input(jumble(rng, size)) for _ in range(batch)])
-    if phase == "details":
-        return torch.stack(details(rng, batch))
+    if phase in ("motion", "details"):
+        return torch.stack(chosen_clips(rng, batch, phase))
     large = phase not in SPATIAL and rng.random() < 0.1
     choices = LARGE if large else SIZES
     size = choices[int(rng.integers(len(choices)))]
@@ -104,15 +110,18 @@ def pixels(rng: np.random.Generator, batch: int, phase: str) -> Tensor:
     return torch.stack(clips)
 
 
-def details(rng: np.random.Generator, batch: int) -> list[Tensor]:
-    """Clips [3,F,H,W] of one size, the larger the fewer: half of pairs, some of what turns."""
-    sizes = (*SIZES, *LARGE, LARGEST)
+def chosen_clips(rng: np.random.Generator, batch: int, phase: str) -> list[Tensor]:
+    """Clips [3,F,H,W] of one size, the larger the fewer, with more than chance has of what is hard.
+
+    For the details half of pairs. Some turn; some bounce, which moves furthest between key frames.
+    """
+    sizes = (*SIZES, *LARGE, LARGEST) if phase == "details" else (*SIZES, *LARGE)
     shares = np.array([min(1.0, 96**2 / (height * width)) for height, width in sizes])
     height, width = sizes[int(rng.choice(len(sizes), p=shares / shares.sum()))]
     clips = []
     for _ in range(max(1, min(batch, batch * 96**2 // (height * width)))):
-        things = 2 if rng.random() < 0.5 else 1
-        motion = "spin" if rng.random() < 0.2 else None
+        things = 2 if rng.random() < (0.5 if phase == "details" else 0.2) else 1
+        motion = (None, "spin", "bounce")[int(rng.choice(3, p=(0.68, 0.12, 0.2)))]
         scene = draw_scene(rng, (height, width), CLIP, things=things, motion=motion, training=False)
         clips.append(as_input(render(scene)))
     return clips
@@ -169,28 +178,38 @@ def spatial_decode(vae: VideoVAE, latents: Tensor) -> Tensor:
 
 
 def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator) -> Tensor:
-    """The loss of one step."""
-
-    def sample(mean: Tensor, std: Tensor) -> Tensor:
-        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
-
-    frames, keys = video.shape[2], slice((video.shape[2] - 1) % 4, None, 4)
-    with torch.set_grad_enabled(phase in SPATIAL):
-        mean, std = spatial_encode(vae, video if phase in SPATIAL else video[:, :, keys])
+    """The loss of one step of a phase of pixels."""
     if phase in SPATIAL:
-        made = spatial_decode(vae, sample(mean, std))
+        mean, std = spatial_encode(vae, video)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        made = spatial_decode(vae, mean + std * noise)
         return difference(made, video) + KL_SPATIAL * divergence(mean, std)
-    latents = mean * SPATIAL_SCALE
-    noise = sample(0 * latents, vae.scale)
-    latents = latents + LATENT_NOISE * torch.rand((), generator=generator) * noise
-    made = vae.temporal_vae.decode(latents, frames)
-    few = torch.randperm(frames, generator=generator)[:FRAMES].to(video.device)
-    made, video = made[:, :, few], video[:, :, few]
-    if phase in PIXELS:
-        return difference(spatial_decode(vae, made / SPATIAL_SCALE), video)
+    frames = video.shape[2]
     with torch.no_grad():
-        true, _ = spatial_encode(vae, video)
-    return F.mse_loss(made / vae.scale, true * SPATIAL_SCALE / vae.scale)
+        mean, _ = spatial_encode(vae, video[:, :, keys_of(frames)])
+    made = decode_moved(vae, mean, frames, generator)
+    few = torch.randperm(frames, generator=generator)[:FRAMES].to(video.device)
+    return difference(spatial_decode(vae, made[:, :, few]), video[:, :, few])
+
+
+def motion_loss(vae: VideoVAE, true: Tensor, generator: torch.Generator) -> Tensor:
+    """How far decoded latents are from those of every frame, true [B,4,F,h,w], unscaled."""
+    frames = true.shape[2]
+    made = decode_moved(vae, true[:, :, keys_of(frames)], frames, generator)
+    return F.mse_loss(made * SPATIAL_SCALE / vae.scale, true * SPATIAL_SCALE / vae.scale)
+
+
+def keys_of(frames: int) -> slice:
+    """The last of every four frames, counted from the end."""
+    return slice((frames - 1) % 4, None, 4)
+
+
+def decode_moved(vae: VideoVAE, keys: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+    """Unscaled latents [B,4,F,h,w] of all frames, from those of the key frames with some noise."""
+    latents = keys * SPATIAL_SCALE
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device) * vae.scale
+    latents = latents + LATENT_NOISE * torch.rand((), generator=generator) * noise
+    return vae.temporal_vae.decode(latents, frames) / SPATIAL_SCALE
 
 
 def trained_weights(vae: VideoVAE, phase: str) -> list[torch.nn.Parameter]:
@@ -246,7 +265,8 @@ def train(directory: Path, device: torch.device) -> None:
     for number, phase in enumerate(PHASES):
         if state and state["phase"] > number:
             continue
-        if phase.name == "motion" and not (state and state["phase"] == number):
+        encoder_ends = phase.name not in SPATIAL and PHASES[number - 1].name in SPATIAL
+        if encoder_ends and not (state and state["phase"] == number):
             fit_normalisation(vae, device)
             save_state(directory / "vae_encoder.pt", {"model": vae.state_dict()})
         trained = trained_weights(vae, phase.name)
@@ -271,6 +291,7 @@ def _run_phase(
 ) -> None:
     """The steps of one phase from `first` on; the state is saved on the way and at the end."""
     saved, losses = time.monotonic(), []
+    moving: dict[int, Tensor] = {}  # the motion phase's latents
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for step in range(first, phase.steps):
         warm = min(1.0, (step + 1) / 50)
@@ -282,9 +303,17 @@ def _run_phase(
         # Data and noise follow from the step's number alone, so a resumed run is the same run.
         rng = np.random.default_rng([SEED, number, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        video = pixels(rng, phase.batch, phase.name).to(device)
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(vae, phase.name, video, generator)
+        if phase.name == "motion":
+            if (chosen := step % MOVING) not in moving:
+                clips = np.random.default_rng([SEED, number, 10**6 + chosen])
+                video = pixels(clips, phase.batch, phase.name).to(device)
+                with torch.no_grad():
+                    moving[chosen] = spatial_encode(vae, video)[0]
+            loss = motion_loss(vae, moving[chosen], generator)
+        else:
+            video = pixels(rng, phase.batch, phase.name).to(device)
+            loss = loss_of(vae, phase.name, video, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

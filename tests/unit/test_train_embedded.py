@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from opensora_sp.parallel.session import alone
 from scripts.train_embedded.captions import FACTS, OBJECTS, TRAINED, UNTRAINED, caption, facts
 from scripts.train_embedded.judge import as_uint8, look, validate
 from scripts.train_embedded.latents import key_frames, standing
+from scripts.train_embedded.state import save_state
 from scripts.train_embedded.world import Scene, Thing, centres, draw_scene, held_out, render
 
 
@@ -117,6 +120,43 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
             torch.testing.assert_close(stopped[part][name], weight, rtol=1e-5, atol=1e-7, msg=name)
     moved = [not torch.equal(start[name], weight) for name, weight in whole["model"].items()]
     assert sum(moved) > len(moved) / 2, "the training changes the weights"
+
+
+@pytest.mark.slow
+def test_a_killed_training_of_the_vae_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.train_embedded import vae
+
+    sizes = ((32, 32),)
+    phases = tuple(vae.Phase(name, 2, 1, 1e-3) for name in ("pictures", "motion", "details"))
+    for name, value in {
+        "PHASES": phases, "SIZES": sizes, "LARGE": sizes, "LARGEST": sizes[0], "SAVE_EVERY": -1.0,
+        "fit_normalisation": partial(vae.fit_normalisation, pictures=8), "psnr": lambda *_: 0.0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(vae, name, value)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    vae.train(whole, torch.device("cpu"))
+
+    def save_and_die(path: Path, state: dict[str, Any]) -> None:
+        save_state(path, state)
+        if path.name == "vae.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(vae, "save_state", save_and_die)
+    for _ in range(sum(phase.steps for phase in phases)):
+        with pytest.raises(KeyboardInterrupt):
+            vae.train(killed, torch.device("cpu"))
+    ends = [torch.load(path / "vae.pt", weights_only=True) for path in (whole, killed)]
+    assert ends[0]["model"].keys() == ends[1]["model"].keys()
+    for name, weight in ends[0]["model"].items():
+        torch.testing.assert_close(ends[1]["model"][name], weight, rtol=1e-5, atol=1e-7, msg=name)
+    encoder = torch.load(whole / "vae_encoder.pt", weights_only=True)["model"]
+    moved = {name for name, weight in encoder.items() if not weight.equal(ends[0]["model"][name])}
+    assert moved, "the later phases train the decoders"
+    assert not [name for name in moved if "encoder" in name], "and nothing but them"
 
 
 def test_the_shipped_model_makes_states_that_make_the_shipped_model(
