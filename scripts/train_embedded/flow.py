@@ -38,7 +38,7 @@ from scripts.train_embedded.tokens import train_vocabulary
 from scripts.train_embedded.vae import CLIP
 
 SEED = 15
-STEPS = 64_000  # of what is shipped
+STEPS = 69_200  # of what is shipped
 RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.25
 # Where a clip is continued, its own motion says what follows: were that known with a caption only,
 # guidance would push it further than it goes.

@@ -25,9 +25,9 @@ PROMPTS = (
     "a purple circle bounces on a beige background",
     "a red square and a blue circle move to the right on a white background",
     "a cyan square moves to the lower right on a black background",
-    "a green square bounces on a black background",
+    "a green square moves to the lower left on a black background",
     "a cyan ball goes up and to the left on a gray background",
-    "a green circle and a yellow square move down on a navy background",
+    "a yellow triangle and a cyan circle move down on a navy background",
 )
 (HEIGHT, WIDTH), FRAMES = EMBEDDED_LARGEST, EMBEDDED_FRAMES
 COLUMNS, GAP, CAPTION = 3, 6, 28
