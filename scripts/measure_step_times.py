@@ -39,7 +39,7 @@ from opensora_sp.request.step_cache import LEVELS
 from opensora_sp.request.step_choice import general_pattern
 from opensora_sp.request.step_schedule import StepSchedule
 from opensora_sp.request.step_times import timesteps
-from scripts.measure_schedules import LARGEST, SIZES, STEPS, Case, Size, asked_of
+from scripts.measure_schedules import LARGEST, SIZES, STEPS, Case, Listed, Size, asked_of
 
 COUNTS = (15, 10, 8)
 # 240p and 2 s, 720p and 4 s, 720p and 16 s.
@@ -85,32 +85,24 @@ def best_lists(found: Candidates, _times: Sequence[float]) -> dict[str, StepSche
     for count in COUNTS:
         # Few steps extrapolated have a far worse worst prompt than held, predicted alike.
         one = next(c for c in found[count] if count >= STEPS // 2 or c.fill == "hold")
-        lists[str(count)] = scheduled(one.computed, one.fill)
+        lists[str(count)] = Listed(one.computed, one.fill).schedule(images=False)
     return lists
 
 
 def general_lists(found: Candidates, times: Sequence[float]) -> dict[str, StepSchedule]:
-    """The general pattern of each level, and the best linear list of as many steps."""
+    """The general pattern of each level, and the best list of as many steps with its fill."""
     lists = {}
     for level in LEVELS:
-        computed = general_pattern(level, times).computed
-        one = next(c for c in found[len(computed)] if c.fill == "linear")
-        lists[f"{level}, {len(computed)}"] = scheduled(computed, "linear")
-        lists[f"best {len(computed)}"] = scheduled(one.computed, one.fill)
+        pattern = general_pattern(level, times)
+        count = len(pattern.computed)
+        one = next(c for c in found[count] if c.fill == pattern.fill)
+        lists[f"{level}, {count}"] = pattern
+        lists[f"best {count}"] = Listed(one.computed, one.fill).schedule(images=False)
     return lists
 
 
-def scheduled(computed: tuple[int, ...], fill: str) -> StepSchedule:
-    """A list as a request takes it."""
-    return StepSchedule(name="listed", steps=STEPS, computed=computed, fill=fill)
-
-
 def measured(
-    pipeline: Pipeline,
-    size: Size,
-    of: Size,
-    prompts: int,
-    lists: Lists,
+    pipeline: Pipeline, size: Size, of: Size, prompts: int, lists: Lists
 ) -> dict[str, Any]:
     """Decibels of lists of computed steps at a size, its steps at the times of another one's."""
     times, found = times_at(of), {}

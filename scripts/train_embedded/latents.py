@@ -20,7 +20,7 @@ from opensora_sp.base.geometry import MICRO_FRAME_SIZE, split_chunks
 from opensora_sp.models.video_vae import SPATIAL_SCALE, VideoVAE
 from scripts.train_embedded.captions import OBJECTS, caption, facts
 from scripts.train_embedded.state import pick_device, read_state, save_state
-from scripts.train_embedded.vae import CLIP, LARGEST, as_input, build, spatial_encode
+from scripts.train_embedded.vae import CLIP, LARGEST, as_input, build, keys_of, spatial_encode
 from scripts.train_embedded.world import Scene, cover, draw_scene, render
 
 SEED = 14
@@ -98,7 +98,7 @@ def key_frames(frames: int) -> list[int]:
     return [
         chunk.frame_start + index
         for chunk in split_chunks(frames, MICRO_FRAME_SIZE)
-        for index in range((chunk.frames - 1) % 4, chunk.frames, 4)
+        for index in range(chunk.frames)[keys_of(chunk.frames)]
     ]
 
 

@@ -17,6 +17,7 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def spatial_decode(vae: VideoVAE, latents: Tensor) -> Tensor:
 
 
 def loss_of(vae: VideoVAE, phase: str, video: Tensor, generator: torch.Generator) -> Tensor:
-    """The loss of one step of a phase of pixels."""
+    """The loss of one step in pixels; of a motion phase see `motion_loss`."""
     if phase in SPATIAL:
         mean, std = spatial_encode(vae, video)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -291,8 +292,15 @@ def _run_phase(
 ) -> None:
     """The steps of one phase from `first` on; the state is saved on the way and at the end."""
     saved, losses = time.monotonic(), []
-    moving: dict[int, Tensor] = {}  # the motion phase's latents
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+
+    @cache
+    def moving(chosen: int) -> Tensor:
+        """Unscaled latents of every frame of a motion phase's batch [B,4,F,h,w]."""
+        rng = np.random.default_rng([SEED, number, 10**6 + chosen])
+        with torch.no_grad():
+            return spatial_encode(vae, pixels(rng, phase.batch, phase.name).to(device))[0]
+
     for step in range(first, phase.steps):
         warm = min(1.0, (step + 1) / 50)
         rate = (
@@ -305,12 +313,7 @@ def _run_phase(
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         optimizer.zero_grad(set_to_none=True)
         if phase.name == "motion":
-            if (chosen := step % MOVING) not in moving:
-                clips = np.random.default_rng([SEED, number, 10**6 + chosen])
-                video = pixels(clips, phase.batch, phase.name).to(device)
-                with torch.no_grad():
-                    moving[chosen] = spatial_encode(vae, video)[0]
-            loss = motion_loss(vae, moving[chosen], generator)
+            loss = motion_loss(vae, moving(step % MOVING), generator)
         else:
             video = pixels(rng, phase.batch, phase.name).to(device)
             loss = loss_of(vae, phase.name, video, generator)
