@@ -465,7 +465,7 @@ def planted(folder: Path) -> tuple[list[bytes], Reader]:
             case b"long line":
                 raise UserError("a line of " + "a" * 5000)
             case b"memory":
-                bytearray(b"x") * (300 << 20)  # more than --memory-mb 200
+                bytearray(b"x") * (150 << 20)  # more than --memory-mb 50
             case b"much memory":
                 bytearray(8 << 30)
             case b"hang":

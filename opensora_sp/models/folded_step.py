@@ -3,6 +3,9 @@
 It is equal to `PlainStep` in algebra and differs in rounding. It is for inference, and for steps
 with few groups of frames; everything else is handed to the plain one. Every operation is one that
 all backends have, except where `opensora_sp.models.kernels.folded` has a better one for a device.
+
+On a CPU that does not compute in half precision a segment is in float32 throughout. What lies
+between segments is in the model's own format everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from opensora_sp.models.compiler import Run, directly
 from opensora_sp.models.folded_weights import FoldBuffers, FoldedWeights, fold
 from opensora_sp.models.frame_groups import FrameGroups
+from opensora_sp.models.kernels.cpu_half import wide
 from opensora_sp.models.kernels.folded import (
     accumulate_,
     head_norm,
@@ -98,9 +102,9 @@ class FoldedStep:
         weights = self._weights(block, tables.groups)
         for t, c in tiles(x.shape, self.tokens):
             for b, frames, group in _by_group(tables.groups, x, t):
-                part = x[b, frames, c]
-                accumulate_(part, attended[b, frames, c], weights[group].proj)
-                _after_attention(block, part, weights[group], text[b], self._run)
+                self._after_attention(
+                    block, x[b, frames, c], weights[group], text[b], attended[b, frames, c]
+                )
         return x
 
     def along_time(
@@ -123,14 +127,34 @@ class FoldedStep:
         for b in range(x.shape[0]):
             runs = list(tables.groups.runs(b, x.shape[1]))
             for c in ranges(x.shape[2], x.shape[1], self.tokens):
-                tile = x[b, :, c]
+                tile = wide(x[b, :, c])
                 attended = _along_time(block, tile, runs, weights, rotary, matrices, self._run)
                 for frames, group in runs:
                     accumulate_(tile[frames], attended[frames], weights[group].proj)
+                _store(tile, x[b, :, c])
         for t, c in tiles(x.shape, self.tokens):
             for b, frames, group in _by_group(tables.groups, x, t):
-                _after_attention(block, x[b, frames, c], weights[group], text[b], self._run)
+                self._after_attention(block, x[b, frames, c], weights[group], text[b])
         return x
+
+    def _after_attention(
+        self,
+        block: Block,
+        x: Tensor,
+        folded: FoldedWeights,
+        text: KeyValue,
+        attended: Tensor | None = None,
+    ) -> None:
+        """Projection, cross-attention and MLP, added into x [F,S,C].
+
+        attended: of the same shape; None where it was added already, without its bias.
+        """
+        residual = wide(x)
+        if attended is not None:
+            accumulate_(residual, attended, folded.proj)
+        _cross_attention(block, residual, folded, text)
+        _mlp(residual, folded, self._run)
+        _store(residual, x)
 
     def _weights(self, block: Block, groups: FrameGroups) -> list[FoldedWeights]:
         """A block's weights folded for each group; made when another block or step had its turn."""
@@ -152,7 +176,7 @@ class FoldedStep:
         if self._turns is None or self._turns[0] is not rotary[0]:
             self._turns = (rotary[0], rotation_matrices(rotary))
         norms = _norm_weights(block)
-        turns, dtype = self._turns[1], block.attn.qkv.weight.dtype
+        turns, dtype = self._turns[1], wide(block.scale_shift_table).dtype
         if norms is None:
             return turns.to(dtype), turns.to(dtype)
         q, k = (turns * weight.float()[:, None] for weight in norms)
@@ -176,6 +200,12 @@ def _by_group(groups: FrameGroups, x: Tensor, t: slice) -> list[tuple[int, slice
     ]
 
 
+def _store(residual: Tensor, x: Tensor) -> None:
+    """Put a widened part of the residual stream back where it came from."""
+    if residual.dtype != x.dtype:
+        x.copy_(residual)
+
+
 def _layer_norm(x: Tensor) -> Tensor:
     """Of x [B,T,S,C] or [T,S,C], contiguous."""
     if x.is_contiguous():
@@ -195,8 +225,9 @@ def _norm_weights(block: Block) -> tuple[Tensor, Tensor] | None:
 def _within_frames(block: SpatialBlock, h: Tensor, folded: FoldedWeights, run: Run) -> Tensor:
     """Every patch attends to its frame: normed h [F,S,C] → [F,S,C], before the projection."""
     norms = _norm_weights(block)
-    q, k, v = run(_heads_in_frames, h, folded.qkv, folded.qkv_bias, norms, block.attn.heads)
-    return attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+    q, k, v = run(_heads_in_frames, wide(h), folded.qkv, folded.qkv_bias, norms, block.attn.heads)
+    out = attend(*(part.transpose(1, 2) for part in (q, k, v)))
+    return out.transpose(1, 2).flatten(2).to(h.dtype)
 
 
 def _heads_in_frames(
@@ -219,7 +250,7 @@ def _along_time(
     matrices: Callable[[], tuple[Tensor, Tensor]],
     run: Run,
 ) -> Tensor:
-    """Every position attends to itself in all frames: x [T,S,C] → [T,S,C], not yet projected.
+    """Every position attends to itself in all frames: wide x [T,S,C] → [T,S,C], not yet projected.
 
     matrices: of `FoldedStep._matrices`, where no kernel computes norm and rotation in one.
     """
@@ -247,19 +278,11 @@ def _turned(x: Tensor, matrices: Tensor, normed: bool) -> Tensor:
     return turn(head_norm(x) if normed else x.contiguous(), matrices)
 
 
-def _after_attention(
-    block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue, run: Run
-) -> None:
-    """Cross-attention and MLP, added into x [F,S,C], to which proj was added without its bias."""
-    _cross_attention(block, x, folded, text)
-    _mlp(x, folded, run)
-
-
 def _cross_attention(block: Block, x: Tensor, folded: FoldedWeights, text: KeyValue) -> None:
     cross = block.cross_attn
-    q = F.linear(x, cross.q_linear.weight, folded.cross_q_bias)
+    q = F.linear(x, wide(cross.q_linear.weight), folded.cross_q_bias)
     q = q.unflatten(-1, (cross.heads, -1)).flatten(0, 1).transpose(0, 1)[None]  # [1,H,F·S,D]
-    seen = attend(q, *text)[0].transpose(0, 1).flatten(1).view(x.shape)
+    seen = attend(q, *(wide(part) for part in text))[0].transpose(0, 1).flatten(1).view(x.shape)
     del q
     accumulate_(x, seen, cross.proj.weight)
 

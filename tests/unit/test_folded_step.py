@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opensora_sp.models import folded_step
 from opensora_sp.models.folded_step import FoldedStep
 from opensora_sp.models.frame_groups import FrameGroups
-from opensora_sp.models.kernels.folded import accumulate_, head_norm, linear_gelu
+from opensora_sp.models.kernels import cpu_half
+from opensora_sp.models.kernels import folded as folded_kernels
+from opensora_sp.models.kernels.folded import accumulate_, gelu_, head_norm, linear_gelu
 from opensora_sp.models.kernels.reference import rms_norm
 from opensora_sp.models.stdit3 import STDiT3Config
 from opensora_sp.models.step_kernels import PlainStep
@@ -112,6 +115,65 @@ def test_the_operations(dtype: torch.dtype) -> None:
     assert distance(head_norm(heads).double(), expected) < limit
 
 
+class Record(TorchDispatchMode):
+    """The operations that are called, and the formats of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[tuple[str, set[torch.dtype]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        formats = {each.dtype for each in args if isinstance(each, Tensor)}
+        self.called.append((str(func), formats))
+        return func(*args, **(kwargs or {}))
+
+
+def test_gelu_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded_kernels, "_CACHED", 100)
+    x = 6 * normal(3, 7, 31)  # 651 numbers: six parts and a rest
+    x[0, 0, :4] = torch.tensor([0.0, -60.0, 60.0, 1e30])
+    expected = F.gelu(x.double(), approximate="tanh")
+    strided = x.clone().transpose(0, 1)
+    assert gelu_(x) is x
+    assert float(((x - expected).abs() / expected.abs().clamp_min(1)).max()) < 1e-6
+    assert distance(gelu_(strided).double(), expected.transpose(0, 1)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_half_precision_only_the_residual_stream_is_stored_in_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_half, "computes_natively", lambda _: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = tiny_transformer()
+    exact = through_blocks(model, PlainStep(), MASK)
+    frequencies = model.rope.freqs
+    model.to(dtype)
+    model.rope.freqs = frequencies
+    step, inputs = FoldedStep(5), Record()
+    monkeypatch.setattr(step, "rest", _recorded(step.rest, inputs))
+    monkeypatch.setattr(step, "attend", _recorded(step.attend, inputs))
+    monkeypatch.setattr(step, "along_time", _recorded(step.along_time, inputs))
+    found = distance(through_blocks(model, step, MASK), exact)
+    heavy = [each for each in inputs.called if any(name in each[0] for name in _HEAVY)]
+    assert {name for name in _HEAVY for called, _ in heavy if name in called} == set(_HEAVY)
+    assert all(formats == {torch.float32} for _, formats in heavy)
+    with cpu_half.Float32Arithmetic():
+        plain = distance(through_blocks(model, PlainStep(5), MASK), exact)
+    assert 0 < found < plain
+
+
+_HEAVY = ("addmm", "bmm", "scaled_dot_product", "sigmoid")
+
+
+def _recorded(method: Callable[..., Tensor], record: Record) -> Callable[..., Tensor]:
+    def call(*given: object) -> Tensor:
+        with record:
+            return method(*given)
+
+    return call
+
+
 @pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch has no such product"
 )
@@ -120,17 +182,10 @@ def test_gelu_in_a_float32_product_where_that_is_faster(
     capability: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    called: list[str] = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            called.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     x, w, bias = normal(3, 4, 6), normal(8, 6), normal(8, seed=5)
-    with Record():
+    with Record() as record:
         made = linear_gelu(x, w, bias)
-    assert any("_linear_pointwise" in name for name in called) is fused
+    assert any("_linear_pointwise" in name for name, _ in record.called) is fused
     assert distance(made, F.gelu(F.linear(x, w, bias), approximate="tanh")) < 1e-6
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import fuzz
 import pytest
 
-LIMITS = {"memory_mb": 200, "case_seconds": 1.0, "still_seconds": 2.0, "guided": False}
+LIMITS = {"memory_mb": 50, "case_seconds": 1.0, "still_seconds": 2.0, "guided": False}
 
 
 @pytest.mark.parametrize(

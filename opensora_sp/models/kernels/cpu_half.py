@@ -83,6 +83,14 @@ def computes_natively(dtype: torch.dtype, cpuinfo: Path = _CPUINFO) -> bool:
     return not flags or bool(_NATIVE[dtype] & set(flags.partition(":")[2].split()))
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in the format that its device computes in: float32 if half precision on such a CPU, else x.
+
+    For operations that follow one another: what lies between them is not rounded and widened again.
+    """
+    return x if not _is_half(x) or computes_natively(x.dtype) else x.float()
+
+
 def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """The context to run models in on this device: nothing special, except on such a CPU."""
     if device.type == "cpu" and not computes_natively(dtype):

@@ -6,16 +6,20 @@ They are for inference: inputs and residuals are overwritten. Shapes as in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_sp.models.kernels.cpu_half import computes_natively
+from opensora_sp.models.kernels.cpu_half import computes_natively, wide
 
 # One kernel where it exists and the device has it; on a CPU it is a chain of float32 passes.
 _fused_rms_norm = getattr(torch.ops.aten, "_fused_rms_norm", None)
+# Numbers of a part whose passes find it in a CPU's cache: 4 MB in float32. Smaller parts have more
+# threads wait for one another.
+_CACHED = 1 << 20
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -28,14 +32,15 @@ def accumulate_(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
 
     x may be some positions of all frames. Then it is not one matrix, but one for each frame.
     """
-    if x.is_contiguous():
-        x.view(-1, x.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), weight.t())
+    into, a, weight = wide(x), wide(a), wide(weight)
+    if into.is_contiguous():
+        into.view(-1, x.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), weight.t())
     elif on_cuda(x):
-        x.baddbmm_(a, weight.t().expand(x.shape[0], -1, -1))
+        into.baddbmm_(a, weight.t().expand(x.shape[0], -1, -1))
     else:  # without the copies that a batched product makes here
-        for frame, part in zip(x, a, strict=True):
+        for frame, part in zip(into, a, strict=True):
             frame.addmm_(part, weight.t())
-    return x
+    return x if into is x else x.copy_(into)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -51,7 +56,23 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         onednn: Any = torch.ops.mkldnn
         fused: Tensor = onednn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return fused
-    return torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate="tanh")
+    return gelu_(F.linear(wide(x), wide(weight), wide(bias))).to(x.dtype)
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """tanh-GELU where x lies."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+    # 0.5·(1 + tanh(u)) is sigmoid(2u). torch's tanh of a vector takes a CPU three times as long as
+    # its sigmoid: docs/speed.md. Part by part, so that the passes find the numbers in the cache.
+    twice = 2 * math.sqrt(2 / math.pi)
+    first, cubed = x.new_tensor(twice), 0.044715 * twice
+    room = torch.empty_like(x.view(-1)[:_CACHED])
+    for part in x.view(-1).split(_CACHED):
+        gate = room[: part.numel()]
+        torch.addcmul(first, part, part, value=cubed, out=gate).mul_(part).sigmoid_()
+        part.mul_(gate)
+    return x
 
 
 def _has_onednn_gelu(x: Tensor) -> bool:
