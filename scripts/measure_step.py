@@ -2,16 +2,18 @@
 
 A pair of blocks at the published width, both CFG branches, without what a step does once: folded,
 plain, in Open-Sora 1.2's order of operations, and the products and attention of the pair alone,
-in float32 and bf16, on 1 and 2 threads. All of them take turns: within a round each size, number
-format and number of threads is computed once by each way, so that a machine whose speed drifts
-slows all alike. OUT.json has the seconds of each round, by the clock and of the CPU, and what the
-machine is. The tables are printed too. The folded step is also computed without keeping what it
-frees in the process; see opensora_sp/base/heap.py. A round that would not end within --budget
-seconds is left out.
+in float32 and bf16, on 1 and 2 threads. One size and number format after the other, all of them
+take turns: within a round each number of threads is computed once by each way, so that a machine
+whose speed drifts slows all alike. Each way has a process of its own, because a run has one way
+only: in a shared one, what another way freed lies about and does not always fit. OUT.json has the
+seconds of each round, by the clock and of the CPU, and what the machine is. The tables are printed
+too. The folded step is also computed without keeping what it frees in the process; see
+opensora_sp/base/heap.py. A round that would not end within --budget seconds, shared by sizes and
+number formats, is left out.
 
---alone measures each optimisation of the folded step by itself instead: switched on in a plain
-step, and off in a folded one. It counts kernels and bytes of a whole step too, at 720p 16 s and
-144p 2 s, with the operations that CUDA has and with those that every device has. See
+--alone measures each optimisation of the folded step by itself instead, in one process: switched
+on in a plain step, and off in a folded one. It counts kernels and bytes of a whole step too, at
+720p 16 s and 144p 2 s, with the operations that CUDA has and with those that every device has. See
 scripts/step_switches.py.
 
 --quick is a trial of the command with a narrow model; its seconds mean nothing.
@@ -21,13 +23,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,7 @@ from scripts.step_pair import (  # noqa: E402
     FLOOR,
     FOLDED,
     PLAIN,
+    WAYS,
     Compute,
     Pair,
     forward_size,
@@ -69,44 +75,97 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PUBLISHED = STDiT3Config(depth=1)
 NARROW = STDiT3Config(depth=1, hidden_size=144, num_heads=2, model_max_length=20)
 CPU = torch.device("cpu")
-# Residual streams that a pair holds at most, with a margin.
-_TOUCHED = 20
 GIVEN_BACK = "folded, freed memory given back"
+
+
+# What one computation gave: its result where it was asked for, seconds of the clock and of the CPU.
+Timed = tuple[Tensor | None, float, float]
+
+
+class Here:
+    """A way that is computed in this process."""
+
+    def __init__(self, compute: Compute, dtype: torch.dtype) -> None:
+        self._compute, self._dtype = compute, dtype
+
+    def timed(self, threads: int, *, keep: bool = False) -> Timed:
+        """One computation; with its result if it is to be kept."""
+        torch.set_num_threads(threads)
+        with torch.no_grad(), arithmetic(CPU, self._dtype):
+            wall, cpu = time.perf_counter(), time.process_time()
+            result = self._compute()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return result if keep else None, wall, cpu
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Elsewhere:
+    """A way that has a process of its own."""
+
+    def __init__(self, way: str, size: str, dtype: torch.dtype, config: STDiT3Config) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would lack the threads of OpenMP
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(other, way, size, dtype, config), daemon=True
+        )
+        self._process.start()
+        other.close()
+
+    def timed(self, threads: int, *, keep: bool = False) -> Timed:
+        """As `Here.timed`. Raises EOFError when the process has ended."""
+        self._pipe.send((threads, keep))
+        found: Timed = self._pipe.recv()
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, way: str, size: str, dtype: torch.dtype, config: STDiT3Config) -> None:
+    """Compute what is asked for, until nobody asks."""
+    kept = nullcontext() if way == GIVEN_BACK else heap.freed_memory_kept(CPU, 0)
+    with torch.no_grad(), arithmetic(CPU, dtype), kept:
+        compute = ways(Pair.of(size, dtype, config))[FOLDED if way == GIVEN_BACK else way]
+        here = Here(compute, dtype)
+        with suppress(EOFError):
+            while True:
+                threads, keep = pipe.recv()
+                pipe.send(here.timed(threads, keep=keep))
 
 
 @dataclass
 class Case:
     """One size in one number format: its ways, and what they took on each number of threads."""
 
-    pair: Pair
+    size: str
     dtype: str
-    ways: dict[str, Compute]
+    tokens: int
+    ways: dict[str, Here | Elsewhere]
     difference: dict[str, float] = field(default_factory=dict)
     wall: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     cpu: dict[tuple[int, str], list[float]] = field(default_factory=dict)
 
-    def compute(self, way: str, threads: int, *, count: bool = True) -> Tensor:
+    def compute(self, way: str, threads: int) -> None:
         """One computation by one way, timed."""
-        torch.set_num_threads(threads)
-        if way == GIVEN_BACK:
-            heap.keep_freed(False)
-        with torch.no_grad(), arithmetic(CPU, DTYPES[self.dtype]):
-            wall, cpu = time.perf_counter(), time.process_time()
-            result = self.ways[way]()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        if way == GIVEN_BACK and heap.keep_freed(True):
-            # The next way finds pages in the process, as every step but the first does.
-            torch.zeros(self.pair.x.nbytes * _TOUCHED, dtype=torch.uint8)
-        if count:
-            self.wall.setdefault((threads, way), []).append(wall)
-            self.cpu.setdefault((threads, way), []).append(cpu)
-        return result
+        _, wall, cpu = self.ways[way].timed(threads)
+        self.wall.setdefault((threads, way), []).append(wall)
+        self.cpu.setdefault((threads, way), []).append(cpu)
 
     def warm_up(self, threads: Sequence[int]) -> None:
         """Every way once, compared with the plain one."""
-        plain = self.compute(PLAIN, max(threads), count=False).double()
+
+        def result(way: str) -> Tensor:
+            found, _, _ = self.ways[way].timed(max(threads), keep=True)
+            assert found is not None
+            return found.double()
+
+        plain = result(PLAIN)
         for way in self.ways:
-            found = self.compute(way, max(threads), count=False).double()
+            found = result(way)
             if way != FLOOR:
                 self.difference[way] = float((found - plain).norm() / plain.norm())
 
@@ -115,8 +174,8 @@ class Case:
         for number, way in product(threads, self.ways):
             wall, cpu = self.wall[number, way], self.cpu[number, way]
             yield {
-                "size": self.pair.name,
-                "tokens": self.pair.tokens,
+                "size": self.size,
+                "tokens": self.tokens,
                 "dtype": self.dtype,
                 "threads": number,
                 "way": way,
@@ -130,16 +189,15 @@ class Case:
 
 
 def take_turns(
-    cases: Sequence[Case], threads: Sequence[int], rounds: int, budget: float
+    case: Case, threads: Sequence[int], rounds: int, budget: float
 ) -> list[dict[str, Any]]:
     """Compute everything once to warm up, then in rounds, as many as the budget of seconds allows.
 
-    Returns when each round began and ended, and the load that it began under.
+    Returns how long each round took, and the load that it began under.
     """
     began = time.monotonic()
-    for case in cases:
-        case.warm_up(threads)
-        print(f"warmed up: {case.pair.name} {case.dtype}", file=sys.stderr, flush=True)
+    case.warm_up(threads)
+    print(f"warmed up: {case.size} {case.dtype}", file=sys.stderr, flush=True)
     log: list[dict[str, Any]] = []
     for number in range(rounds):
         longest = max((each["seconds"] for each in log), default=0.0)
@@ -147,14 +205,29 @@ def take_turns(
             print(f"no time for round {number + 1} of {rounds}", file=sys.stderr)
             break
         load, at = os.getloadavg()[0], time.monotonic()
-        for case, threads_now in product(cases, threads):
+        for threads_now in threads:
             ways = list(case.ways)
-            first = number % len(ways)  # who comes first finds less memory in the process
+            first = number % len(ways)
             for way in ways[first:] + ways[:first]:
                 case.compute(way, threads_now)
-        log.append({"load": load, "seconds": time.monotonic() - at})
+        found = {"size": case.size, "dtype": case.dtype, "load": load}
+        log.append(found | {"seconds": time.monotonic() - at})
         print(f"round {number + 1}: {log[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     return log
+
+
+def case_of(size: str, dtype: str, config: STDiT3Config, *, alone: bool, can_keep: bool) -> Case:
+    """A case with all its ways, ready to be computed."""
+    format = DTYPES[dtype]
+    with torch.no_grad(), arithmetic(CPU, format):
+        pair = Pair.of(size, format, config)
+        found: dict[str, Here | Elsewhere] = {}
+        if alone:
+            found |= {way: Here(compute, format) for way, compute in switched(pair).items()}
+        else:
+            names = [*WAYS, GIVEN_BACK] if can_keep else WAYS
+            found |= {way: Elsewhere(way, size, format, config) for way in names}
+    return Case(size, dtype, pair.tokens, found)
 
 
 def table(lines: Sequence[Mapping[str, Any]], what: str) -> str:
@@ -223,21 +296,20 @@ def main(words: Sequence[str] | None = None) -> int:
     if asked.alone:
         asked.sizes, asked.threads = asked.sizes[:1], asked.threads[:1]
     config, rounds = (NARROW, 1) if asked.quick else (PUBLISHED, asked.rounds)
-    cases = []
-    for size, dtype in product(asked.sizes, asked.dtypes):
-        with torch.no_grad(), arithmetic(CPU, DTYPES[dtype]):
-            pair = Pair.of(size, DTYPES[dtype], config)
-            found = switched(pair) if asked.alone else ways(pair)
-            if not asked.alone:
-                found[GIVEN_BACK] = found[FOLDED]
-            cases.append(Case(pair=pair, dtype=dtype, ways=found))
+    every = list(product(asked.sizes, asked.dtypes))
+    lines: list[dict[str, Any]] = []
+    log: list[dict[str, Any]] = []
     # As a run does around its steps; where the user has decided how memory is allocated, not.
     with heap.freed_memory_kept(CPU, 0) as kept:
-        if not kept:
-            for case in cases:
-                case.ways.pop(GIVEN_BACK, None)
-        log = take_turns(cases, asked.threads, rounds, asked.budget)
-    lines = [line for case in cases for line in case.figures(asked.threads)]
+        for size, dtype in every:
+            case = case_of(size, dtype, config, alone=asked.alone, can_keep=kept)
+            try:
+                log += take_turns(case, asked.threads, rounds, asked.budget / len(every))
+            finally:
+                for way in case.ways.values():
+                    way.close()
+            lines += case.figures(asked.threads)
+    done = min(len(lines[0]["seconds"]), *(len(line["seconds"]) for line in lines))
     result: dict[str, Any] = {
         "what": f"seconds of a pair of blocks of width {config.hidden_size}, both CFG branches",
         "command": " ".join(["python", *sys.argv]) if words is None else " ".join(words),
@@ -249,10 +321,10 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     if asked.alone:
         result["counts"] = moved = counts(count_sizes(config))
-        print(f"least CPU seconds of {len(log)} rounds\n\n{alone_table(moved, by_dtype(lines))}\n")
+        print(f"least CPU seconds of {done} rounds\n\n{alone_table(moved, by_dtype(lines))}\n")
     else:
         for what in ("least", "median"):
-            print(f"{what} seconds of {len(log)} rounds\n\n{table(lines, what)}\n")
+            print(f"{what} seconds of {done} rounds\n\n{table(lines, what)}\n")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

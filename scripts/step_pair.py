@@ -33,6 +33,7 @@ from scripts.gpu_day.weights import random_transformer  # noqa: E402
 
 PLAIN, FOLDED, FLOOR = "plain", "folded", "its products and attention alone"
 ORACLE = "Open-Sora 1.2's operations"
+WAYS = (FOLDED, PLAIN, ORACLE, FLOOR)
 TIME, RATE = 500.0, 24.0
 # A step has 28 pairs, so what is shared by the branches in the first of them is left out.
 RUNTIME = Runtime(share_first=False)
