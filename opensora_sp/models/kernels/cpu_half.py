@@ -8,6 +8,7 @@ what hardware with bf16 does inside a multiplication too.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -40,8 +41,20 @@ _HEAVY = frozenset(
 )
 
 
+_active = threading.local()  # how many of these contexts this thread is in
+
+
 class Float32Arithmetic(TorchFunctionMode):
     """While active, heavy operations on half-precision CPU tensors compute in float32."""
+
+    def __enter__(self) -> Float32Arithmetic:
+        _active.depth = getattr(_active, "depth", 0) + 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        _active.depth -= 1
+        super().__exit__(*raised)
 
     def __torch_function__(
         self,
@@ -84,11 +97,11 @@ def computes_natively(dtype: torch.dtype, cpuinfo: Path = _CPUINFO) -> bool:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the format that its device computes in: float32 if half precision on such a CPU, else x.
+    """x in float32 if it is half precision under `Float32Arithmetic`, else x.
 
     For operations that follow one another: what lies between them is not rounded and widened again.
     """
-    return x if not _is_half(x) or computes_natively(x.dtype) else x.float()
+    return x.float() if getattr(_active, "depth", 0) and _is_half(x) else x
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
