@@ -127,9 +127,9 @@ class Elsewhere:
 
 def _serve(pipe: Connection, way: str, size: str, dtype: torch.dtype, config: STDiT3Config) -> None:
     """Compute what is asked for, until nobody asks."""
-    kept = nullcontext() if way == GIVEN_BACK else heap.freed_memory_kept(CPU, 0)
-    with torch.no_grad(), arithmetic(CPU, dtype), kept:
-        compute = ways(Pair.of(size, dtype, config))[FOLDED if way == GIVEN_BACK else way]
+    with nullcontext() if way == GIVEN_BACK else heap.freed_memory_kept(CPU, 0):
+        with torch.no_grad(), arithmetic(CPU, dtype):
+            compute = ways(Pair.of(size, dtype, config))[FOLDED if way == GIVEN_BACK else way]
         here = Here(compute, dtype)
         with suppress(EOFError):
             while True:
@@ -143,8 +143,8 @@ class Case:
 
     size: str
     dtype: str
-    tokens: int
-    ways: dict[str, Here | Elsewhere]
+    ways: Mapping[str, Here | Elsewhere]
+    tokens: int = 0  # of one branch; known when it is warm
     difference: dict[str, float] = field(default_factory=dict)
     wall: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     cpu: dict[tuple[int, str], list[float]] = field(default_factory=dict)
@@ -164,6 +164,7 @@ class Case:
             return found.double()
 
         plain = result(PLAIN)
+        self.tokens = plain.shape[1] * plain.shape[2]
         for way in self.ways:
             found = result(way)
             if way != FLOOR:
@@ -219,15 +220,12 @@ def take_turns(
 def case_of(size: str, dtype: str, config: STDiT3Config, *, alone: bool, can_keep: bool) -> Case:
     """A case with all its ways, ready to be computed."""
     format = DTYPES[dtype]
+    if not alone:
+        names = [*WAYS, GIVEN_BACK] if can_keep else WAYS
+        return Case(size, dtype, {way: Elsewhere(way, size, format, config) for way in names})
     with torch.no_grad(), arithmetic(CPU, format):
-        pair = Pair.of(size, format, config)
-        found: dict[str, Here | Elsewhere] = {}
-        if alone:
-            found |= {way: Here(compute, format) for way, compute in switched(pair).items()}
-        else:
-            names = [*WAYS, GIVEN_BACK] if can_keep else WAYS
-            found |= {way: Elsewhere(way, size, format, config) for way in names}
-    return Case(size, dtype, pair.tokens, found)
+        computed = switched(Pair.of(size, format, config))
+    return Case(size, dtype, {way: Here(compute, format) for way, compute in computed.items()})
 
 
 def table(lines: Sequence[Mapping[str, Any]], what: str) -> str:
@@ -309,7 +307,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 for way in case.ways.values():
                     way.close()
             lines += case.figures(asked.threads)
-    done = min(len(lines[0]["seconds"]), *(len(line["seconds"]) for line in lines))
+    done = min(len(line["seconds"]) for line in lines)
     result: dict[str, Any] = {
         "what": f"seconds of a pair of blocks of width {config.hidden_size}, both CFG branches",
         "command": " ".join(["python", *sys.argv]) if words is None else " ".join(words),

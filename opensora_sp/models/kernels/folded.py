@@ -32,15 +32,15 @@ def accumulate_(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
 
     x may be some positions of all frames. Then it is not one matrix, but one for each frame.
     """
-    into, a, weight = wide(x), wide(a), wide(weight)
-    if into.is_contiguous():
-        into.view(-1, x.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), weight.t())
+    a, weight = wide(a), wide(weight)
+    if x.is_contiguous():
+        x.view(-1, x.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), weight.t())
     elif on_cuda(x):
-        into.baddbmm_(a, weight.t().expand(x.shape[0], -1, -1))
+        x.baddbmm_(a, weight.t().expand(x.shape[0], -1, -1))
     else:  # without the copies that a batched product makes here
-        for frame, part in zip(into, a, strict=True):
+        for frame, part in zip(x, a, strict=True):
             frame.addmm_(part, weight.t())
-    return x if into is x else x.copy_(into)
+    return x
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         onednn: Any = torch.ops.mkldnn
         fused: Tensor = onednn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return fused
-    return gelu_(F.linear(wide(x), wide(weight), wide(bias))).to(x.dtype)
+    return gelu_(F.linear(x, weight, bias))
 
 
 def gelu_(x: Tensor) -> Tensor:
