@@ -188,6 +188,7 @@ for buffer, fine in ((pairs, True), (pairs.t(), False), (pairs.cpu(), False)):
         assert not fine
     else:
         assert fine, buffer.stride()
+dist.destroy_process_group()  # or a thread of gloo may still run when the process ends
 """
 
 
