@@ -30,6 +30,8 @@ from opensora_sp.models.kernels.folded import (
     head_norm_,
     linear_gelu,
     turn,
+    turn_pairs_,
+    turns_pairs,
 )
 from opensora_sp.models.kernels.fused import norm_rotary_in_one_, residual_norm_
 from opensora_sp.models.kernels.reference import attend, rms_norm, rotate
@@ -169,7 +171,8 @@ class SwitchedStep:
         rotary: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys [T,S,H,D], normed and turned."""
-        if ROTARY in self.on and HEAD_NORM in self.on:
+        by_pairs = turns_pairs(pair[0])
+        if {ROTARY, HEAD_NORM} <= self.on and not by_pairs:
             q, k = (
                 turn(head_norm(x), turns)
                 for x, turns in zip(pair, self._matrices(block, rotary), strict=True)
@@ -182,6 +185,8 @@ class SwitchedStep:
         if ROTARY not in self.on:
             q, k = (rotate(x[None], rotary)[0] for x in (q, k))
             return q, k
+        if by_pairs:
+            return turn_pairs_(q.contiguous(), rotary), turn_pairs_(k.contiguous(), rotary)
         with patch.object(folded_step, "_norm_weights", lambda _: None):
             turns = self._matrices(block, rotary)[0]  # without the norm's weight
         return turn(q.contiguous(), turns), turn(k.contiguous(), turns)

@@ -29,6 +29,8 @@ from opensora_sp.models.kernels.folded import (
     linear_gelu,
     rotation_matrices,
     turn,
+    turn_pairs_,
+    turns_pairs,
 )
 from opensora_sp.models.kernels.fused import norm_rotary_in_one_, residual_norm_
 from opensora_sp.models.kernels.reference import attend
@@ -265,12 +267,23 @@ def _along_time(
     del qkv
     norms = _norm_weights(block)
     if norms is None or not norm_rotary_in_one_(q, k, *norms, rotary):
-        q, k = (
-            run(_turned, x, turns, norms is not None)
-            for x, turns in zip((q, k), matrices(), strict=True)
-        )
+        # A compiler makes graphs of real numbers.
+        if run is directly and turns_pairs(q):
+            weights_of = norms or (None, None)
+            q, k = (_in_pairs(*each, rotary) for each in zip((q, k), weights_of, strict=True))
+        else:
+            q, k = (
+                run(_turned, x, turns, norms is not None)
+                for x, turns in zip((q, k), matrices(), strict=True)
+            )
     out = attend(*(part.permute(1, 2, 0, 3) for part in (q, k, v)))  # [S,H,T,D]
     return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _in_pairs(x: Tensor, weight: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """As `_turned`, with the norm's weight and the rotary tables themselves."""
+    heads = x.contiguous() if weight is None else head_norm(x).mul_(weight)
+    return turn_pairs_(heads, rotary)
 
 
 def _turned(x: Tensor, matrices: Tensor, normed: bool) -> Tensor:

@@ -17,9 +17,9 @@ from opensora_sp.models.kernels.cpu_half import computes_natively, wide
 
 # One kernel where it exists and the device has it; on a CPU it is a chain of float32 passes.
 _fused_rms_norm = getattr(torch.ops.aten, "_fused_rms_norm", None)
-# Numbers of a part whose passes find it in a CPU's cache: 4 MB in float32. Smaller parts have more
-# threads wait for one another.
-_CACHED = 1 << 20
+# Numbers of a part whose passes find it in a CPU's cache: 4 MB in float32 for each thread, and for
+# four at most. Smaller parts have more threads wait for one another.
+_CACHED, _MOST_THREADS = 1 << 20, 4
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -52,7 +52,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # Its CPU kernel computes the erf form.
         rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
-    if _has_onednn_gelu(x):
+    if has_gelu_product(x):
         onednn: Any = torch.ops.mkldnn
         fused: Tensor = onednn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return fused
@@ -63,19 +63,22 @@ def gelu_(x: Tensor) -> Tensor:
     """tanh-GELU where x lies."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
         return torch.ops.aten.gelu_(x, approximate="tanh")
-    # 0.5·(1 + tanh(u)) is sigmoid(2u). torch's tanh of a vector takes a CPU three times as long as
-    # its sigmoid: docs/speed.md. Part by part, so that the passes find the numbers in the cache.
-    twice = 2 * math.sqrt(2 / math.pi)
-    first, cubed = x.new_tensor(twice), 0.044715 * twice
-    room = torch.empty_like(x.view(-1)[:_CACHED])
-    for part in x.view(-1).split(_CACHED):
-        gate = room[: part.numel()]
-        torch.addcmul(first, part, part, value=cubed, out=gate).mul_(part).sigmoid_()
-        part.mul_(gate)
+    # 0.5·(1 + tanh(u)) is 1 / (1 + 2^(-2u·log₂e)). torch's tanh of a vector takes a CPU five times
+    # as long as its exp2: docs/speed.md. Part by part, so that the passes find the numbers in the
+    # cache.
+    linear = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
+    first, cubed = x.new_tensor(linear), 0.044715 * linear
+    length = _CACHED * min(torch.get_num_threads(), _MOST_THREADS)
+    room = torch.empty_like(x.view(-1)[:length])
+    for part in x.view(-1).split(length):
+        above = room[: part.numel()]
+        torch.addcmul(first, part, part, value=cubed, out=above).mul_(part).exp2_().add_(1)
+        part.div_(above)
     return x
 
 
-def _has_onednn_gelu(x: Tensor) -> bool:
+def has_gelu_product(x: Tensor) -> bool:
+    """Whether `linear_gelu` of x is one product of oneDNN on a CPU."""
     if x.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if x.dtype == torch.float32:
@@ -123,6 +126,18 @@ def rotation_matrices(rotary: tuple[Tensor, Tensor]) -> Tensor:
     pairs[:, 1, 0] = -sin
     pairs[:, 1, 1] = cos
     return matrices.view(frames, 2 * half, 2 * half)
+
+
+def turns_pairs(x: Tensor) -> bool:
+    """Whether `turn_pairs_` takes x and is the faster way; torch has it in float32 on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def turn_pairs_(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """x [T,S,H,D] contiguous, where it lies: each pair of channels as a complex number, turned."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs.mul_(torch.complex(*rotary)[:, None, None])
+    return x
 
 
 def turn(x: Tensor, matrices: Tensor) -> Tensor:
