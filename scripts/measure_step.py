@@ -1,15 +1,16 @@
 """Measures how fast a step is on this CPU: scripts/measure_step.py OUT.json [--rounds 5]
 
 A pair of blocks at the published width, both CFG branches, without what a step does once: folded,
-plain, in Open-Sora 1.2's order of operations, and the products and attention of the pair alone,
-in float32 and bf16, on 1 and 2 threads. One size and number format after the other, all of them
-take turns: within a round each number of threads is computed once by each way, so that a machine
-whose speed drifts slows all alike. Each way has a process of its own, because a run has one way
-only: in a shared one, what another way freed lies about and does not always fit. OUT.json has the
-seconds of each round, by the clock and of the CPU, and what the machine is. The tables are printed
-too. The folded step is also computed without keeping what it frees in the process; see
-opensora_sp/base/heap.py. A round that would not end within --budget seconds, shared by sizes and
-number formats, is left out.
+plain, in Open-Sora 1.2's order of operations, the products and attention of the pair alone (the
+floor), and the folded pair without them, in float32 and bf16, on 1 and 2 threads.
+One size and number format after the other, all of them take turns: within a round each number of
+threads is computed once by each way, so that a machine whose speed drifts slows all alike. Each way
+has a process of its own, because a run has one way only: in a shared one, what another way freed
+lies about and does not always fit. OUT.json has the seconds of each round, by the clock and of the
+CPU, and what the machine is. The tables are printed too. What two ways took in one round is
+compared, because a machine is slower in some rounds than in others. The folded step is also
+computed without keeping what it frees in the process; see opensora_sp/base/heap.py. A round that
+would not end within --budget seconds, shared by sizes and number formats, is left out.
 
 --alone measures each optimisation of the folded step by itself instead, in one process: switched
 on in a plain step, and off in a folded one. It counts kernels and bytes of a whole step too, at
@@ -33,6 +34,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing.connection import Connection
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,12 @@ from scripts.step_pair import (  # noqa: E402
     FLOOR,
     FOLDED,
     PLAIN,
+    REST,
     WAYS,
     Compute,
     Pair,
     forward_size,
     size_of,
-    ways,
 )
 from scripts.step_switches import (  # noqa: E402
     alone_table,
@@ -129,7 +131,7 @@ def _serve(pipe: Connection, way: str, size: str, dtype: torch.dtype, config: ST
     """Compute what is asked for, until nobody asks."""
     with nullcontext() if way == GIVEN_BACK else heap.freed_memory_kept(CPU, 0):
         with torch.no_grad(), arithmetic(CPU, dtype):
-            compute = ways(Pair.of(size, dtype, config))[FOLDED if way == GIVEN_BACK else way]
+            compute = WAYS[FOLDED if way == GIVEN_BACK else way](Pair.of(size, dtype, config))
         here = Here(compute, dtype)
         with suppress(EOFError):
             while True:
@@ -167,13 +169,14 @@ class Case:
         self.tokens = plain.shape[1] * plain.shape[2]
         for way in self.ways:
             found = result(way)
-            if way != FLOOR:
+            if way not in (FLOOR, REST):
                 self.difference[way] = float((found - plain).norm() / plain.norm())
 
     def figures(self, threads: Sequence[int]) -> Iterator[dict[str, Any]]:
         """A line for each number of threads and each way."""
         for number, way in product(threads, self.ways):
             wall, cpu = self.wall[number, way], self.cpu[number, way]
+            floor = self.wall.get((number, FLOOR), [])
             yield {
                 "size": self.size,
                 "tokens": self.tokens,
@@ -185,6 +188,7 @@ class Case:
                 "least_cpu": min(cpu),
                 "seconds": wall,
                 "cpu_seconds": cpu,
+                "of_the_floor": statistics.median(map(truediv, wall, floor)) if floor else None,
                 "difference_from_plain": self.difference.get(way),
             }
 
@@ -221,7 +225,7 @@ def case_of(size: str, dtype: str, config: STDiT3Config, *, alone: bool, can_kee
     """A case with all its ways, ready to be computed."""
     format = DTYPES[dtype]
     if not alone:
-        names = [*WAYS, GIVEN_BACK] if can_keep else WAYS
+        names = [*WAYS, GIVEN_BACK] if can_keep else list(WAYS)
         return Case(size, dtype, {way: Elsewhere(way, size, format, config) for way in names})
     with torch.no_grad(), arithmetic(CPU, format):
         computed = switched(Pair.of(size, format, config))
@@ -229,7 +233,7 @@ def case_of(size: str, dtype: str, config: STDiT3Config, *, alone: bool, can_kee
 
 
 def table(lines: Sequence[Mapping[str, Any]], what: str) -> str:
-    """Seconds of each way as Markdown: a row for a size, number format and number of threads."""
+    """A figure of each way as Markdown: a row for a size, number format and number of threads."""
     ways = list(dict.fromkeys(str(line["way"]) for line in lines))
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for line in lines:
@@ -323,6 +327,7 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         for what in ("least", "median"):
             print(f"{what} seconds of {done} rounds\n\n{table(lines, what)}\n")
+        print(f"of the floor, the median of the rounds\n\n{table(lines, 'of_the_floor')}\n")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -22,8 +25,10 @@ import oracle_stdit3  # noqa: E402
 from opensora_sp.base.geometry import latent_shape  # noqa: E402
 from opensora_sp.benchmark.count.forward import ForwardSize  # noqa: E402
 from opensora_sp.engine.blocks import Local, Stream, run_blocks  # noqa: E402
+from opensora_sp.models import folded_step  # noqa: E402
 from opensora_sp.models.folded_step import FoldedStep  # noqa: E402
 from opensora_sp.models.kernels.cpu_half import computes_natively  # noqa: E402
+from opensora_sp.models.kernels.folded import has_gelu_product, linear_gelu  # noqa: E402
 from opensora_sp.models.stdit3 import STDiT3, STDiT3Config  # noqa: E402
 from opensora_sp.models.step_kernels import PlainStep, StepKernels  # noqa: E402
 from opensora_sp.parallel.layout import Layout  # noqa: E402
@@ -33,7 +38,7 @@ from scripts.gpu_day.weights import random_transformer  # noqa: E402
 
 PLAIN, FOLDED, FLOOR = "plain", "folded", "its products and attention alone"
 ORACLE = "Open-Sora 1.2's operations"
-WAYS = (FOLDED, PLAIN, ORACLE, FLOOR)
+REST = "folded, all but its products and attention"
 TIME, RATE = 500.0, 24.0
 # A step has 28 pairs, so what is shared by the branches in the first of them is left out.
 RUNTIME = Runtime(share_first=False)
@@ -186,11 +191,57 @@ def floor(pair: Pair) -> Compute:
     return compute
 
 
-def ways(pair: Pair) -> dict[str, Compute]:
-    """The whole ways to compute a pair, by their names. The floor's result is nothing."""
-    return {
-        FOLDED: through_blocks(pair, FoldedStep),
-        PLAIN: through_blocks(pair, PlainStep),
-        ORACLE: oracle(pair),
-        FLOOR: floor(pair),
-    }
+class _Replaced(TorchFunctionMode):
+    """Products and attention cost nothing: their results are memory that is there already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._there: dict[tuple[Any, ...], Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation, or give what lies there."""
+        if func is F.linear:
+            return self._given(*args[0].shape[:-1], len(args[1]), like=args[0])
+        if func is F.scaled_dot_product_attention:
+            batch, heads, length, width = args[0].shape  # it lies as flash attention leaves it
+            return self._given(batch, length, heads, width, like=args[0]).transpose(1, 2)
+        if func is Tensor.addmm_:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+    def _given(self, *shape: int, like: Tensor) -> Tensor:
+        key = (shape, like.dtype)
+        if key not in self._there:
+            self._there[key] = torch.randn(shape).to(like.dtype)
+        return self._there[key]
+
+
+def rest(pair: Pair) -> Compute:
+    """The folded step without its products and attention; what it returns means nothing."""
+    folded, replaced = through_blocks(pair, FoldedStep), _Replaced()
+
+    def without_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The GELU by itself; nothing where it is the end of the product."""
+        return (F.linear if has_gelu_product(x) else linear_gelu)(x, weight, bias)
+
+    def compute() -> Tensor:
+        with replaced, patch.object(folded_step, "linear_gelu", without_product):
+            return folded()
+
+    return compute
+
+
+# The whole ways to compute a pair, and the two parts of the folded one.
+WAYS: dict[str, Callable[[Pair], Compute]] = {
+    FOLDED: lambda pair: through_blocks(pair, FoldedStep),
+    PLAIN: lambda pair: through_blocks(pair, PlainStep),
+    ORACLE: oracle,
+    FLOOR: floor,
+    REST: rest,
+}

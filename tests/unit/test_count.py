@@ -313,7 +313,7 @@ def test_the_command_refuses_in_one_line(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("mode", "ways"), [([], 5), (["--alone"], 14)])
+@pytest.mark.parametrize(("mode", "ways"), [([], 6), (["--alone"], 14)])
 def test_the_measured_ways_compute_the_same(mode: list[str], ways: int, tmp_path: Path) -> None:
     words = ["--quick", "--sizes", "144p 17", "--dtypes", "fp32", "--threads", "1", *mode]
     assert measure_step.main([str(tmp_path / "step.json"), *words]) == 0
