@@ -139,6 +139,9 @@ ensure_venv() { # NAME STACK (current, gcu2.3 or gcu2.10); returns with ROOT/NAM
     if [[ "$(head -n 1 "$dir/stamp" 2>/dev/null)" == "$identity" ]]; then
         say "setup: bringing $1 up to date, as the requirements have changed"
     else
+        # --clear would empty what a link leads to.
+        [[ ! -L "$dir" ]] || die "$1 is a link to $(readlink -f "$dir"), which is set up otherwise:" \
+            "remove the link, and this installs an environment of its own"
         say "setup: installing into $1 with $("$python" --version), once; this takes some minutes"
         "$python" -m venv --clear "$dir" || die "$python made no virtual environment in $dir"
     fi

@@ -240,3 +240,19 @@ def test_the_readme_of_an_index_has_no_relative_link(
         absolute = f"](https://host.example/owner/opensora_sp/{kind}/{tag}/{link})"
         assert absolute in there["long_description"]
     assert all(re.match(r"https?:|#", link) for link in LINK.findall(there["long_description"]))
+
+
+def test_setting_up_does_not_empty_what_a_link_leads_to(tmp_path: Path) -> None:
+    """`python -m venv --clear` would."""
+    root, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "constraints", root / "constraints")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    (root / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "lib.sh", root / "scripts")
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    (root / ".venv").symlink_to(elsewhere)
+    words = f"source '{root}/scripts/lib.sh'; ensure_venv .venv current"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, (elsewhere / "kept").exists()) == (2, True)
+    assert f".venv is a link to {elsewhere}" in done.stderr
